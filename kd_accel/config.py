@@ -6,8 +6,7 @@ broken ones together. Nothing is ever written back into a config. The comment or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 

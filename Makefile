@@ -1,0 +1,30 @@
+# make demo and make test set everything up by themselves from a bare checkout. Nothing is installed outside .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check fix clean
+
+demo: $(INSTALLED)  ## train, measure and compare the four models on the embedded digits
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_accel reproduce --config configs/digits/reproduce.yaml
+
+test: $(INSTALLED)  ## all tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## lint, format, types, layers; edits nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+fix: $(INSTALLED)  ## what the formatter and the linter can mend themselves
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,104 @@
+"""What every suite shares: interleaved repeats, medians with their spread, the closing line of JSON, the dated file.
+
+Timings of one case drift with everything else that a machine does. So the cases take turns within one run, and what is
+reported is the ratio of their medians; absolute times stand beside it for reference only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_LIBRARIES = ("torch", "torchvision", "accelerate", "safetensors", "datasets", "numpy")
+
+
+@dataclass
+class Result:
+    """Throughputs by case (units per second, one figure per repeat) and the ratios between their medians."""
+
+    benchmark: str
+    rates: dict[str, list[float]]
+    ratios: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(values) for name, values in self.rates.items()}
+
+    @property
+    def spread(self) -> dict[str, float]:
+        """Interquartile range over the median."""
+        return {name: _relative_spread(values) for name, values in self.rates.items()}
+
+    def add_ratio(self, numerator: str, denominator: str) -> None:
+        self.ratios[f"{numerator}/{denominator}"] = self.medians[numerator] / self.medians[denominator]
+
+
+def measure_in_turns(cases: Mapping[str, Callable[[], float]], *, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Call each case `warm_up + repeats` times in turns. A case does some work and returns how many units it did.
+
+    Returns units per second, one figure per repeat, without the warm-up.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warm_up + repeats):
+        for name, case in cases.items():
+            started_at = time.perf_counter()
+            units = case()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            elapsed_s = time.perf_counter() - started_at
+            if turn >= warm_up:
+                rates[name].append(units / elapsed_s)
+    return rates
+
+
+def finish(result: Result, *, out_dir: Path = Path("runs/benchmarks")) -> None:
+    """Print a table and the closing line of JSON; write the same to a dated file (a directory that git ignores)."""
+    for name, median in result.medians.items():
+        print(f"{name:32} {median:12.1f} /s   spread {100 * result.spread[name]:.1f} %")
+    for name, ratio in result.ratios.items():
+        print(f"{name:32} {ratio:12.3f}")
+    line = json.dumps(
+        {
+            "benchmark": result.benchmark,
+            "commit": _commit(),
+            "hardware": _hardware(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+            "medians": result.medians,
+            "spread": result.spread,
+            "ratios": result.ratios,
+            "notes": result.notes,
+        }
+    )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / f"{date.today()}-{result.benchmark}.json").write_text(line + "\n")
+    print(line)
+
+
+def _relative_spread(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    lower, _, upper = statistics.quantiles(values, n=4)
+    return (upper - lower) / statistics.median(values)
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cpus": os.cpu_count(), "machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

@@ -1,0 +1,135 @@
+"""The command line: parse and check, then hand over to the command. torch is imported only once the input is known to be good.
+
+Exit codes: 0 done; 2 the user's mistake, one paragraph on stderr from one process; 1 a fault of the program (traceback).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from kd_accel import __version__
+from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
+from kd_accel.parse import build_parser, nearest, parse_config
+from kd_accel.types import UserError
+
+_OTHER_RANKS_WAIT_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and leave the process with its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        _report_once(str(error))
+        raise SystemExit(2) from None
+
+
+def _dispatch(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_overview())
+    elif command == "--version":
+        print(__version__)
+    elif command in _COMMANDS:
+        _COMMANDS[command][1](arguments[1:])
+    else:
+        raise UserError(f"{command!r} is no command{nearest(command, list(_COMMANDS))} (there are: {', '.join(_COMMANDS)})")
+
+
+def _overview() -> str:
+    lines = ["usage: kd-accel COMMAND ...", "", *(f"  {name:10} {text}" for name, (text, _) in _COMMANDS.items()), ""]
+    return "\n".join([*lines, "kd-accel COMMAND --help lists what a command takes."])
+
+
+def _report_once(message: str) -> None:
+    """Print from one process. The others wait: rank 0 ends the launch before they speak, unless it had no mistake to report."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        time.sleep(_OTHER_RANKS_WAIT_S)
+    print(f"kd-accel: {message}", file=sys.stderr, flush=True)
+
+
+def _train(argv: list[str]) -> None:
+    parser = build_parser(RunConfig, prog="kd-accel train", description="Train what the config says.")
+    config, _ = parse_config(RunConfig, argv, parser=parser)
+    from kd_accel.commands.train import run_training
+
+    run_training(config)
+
+
+def _evaluate(argv: list[str]) -> None:
+    parser = _parser("evaluate", "Accuracy, loss and agreement with the teacher of a trained run.")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--split", choices=["test", "val"], default="test", help="held-out rows to evaluate on")
+    values = _parsed(parser, argv)
+    from kd_accel.commands.evaluate import run_evaluation
+
+    run_evaluation(values.run, split=values.split)
+
+
+def _bench(argv: list[str]) -> None:
+    parser = build_parser(BenchConfig, prog="kd-accel bench", description="Parameters, MACs and latency.")
+    parser.add_argument("models", nargs="+", help="run directories or archs")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures; without it they are printed")
+    config, values = parse_config(BenchConfig, argv, parser=parser)
+    from kd_accel.commands.bench import run_bench
+
+    run_bench(values["models"], config, out=values["out"])
+
+
+def _report(argv: list[str]) -> None:
+    parser = _parser("report", "The table of results and the pictures.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories, in the order of the table")
+    parser.add_argument("--out", type=Path, required=True, help="directory for results.md, results.json and pictures")
+    parser.add_argument("--bench", type=Path, default=None, help="JSON file of `kd-accel bench --out`")
+    values = _parsed(parser, argv)
+    from kd_accel.commands.report import run_report
+
+    run_report(values.runs, out=values.out, bench_file=values.bench)
+
+
+def _reproduce(argv: list[str]) -> None:
+    own, overrides = _split_at_dashes(argv)
+    parser = build_parser(
+        ReproduceConfig,
+        prog="kd-accel reproduce",
+        description="Train the runs of a chain, each in its own launch, then bench and report; what is done is skipped. "
+        "Flags after -- go to every training.",
+    )
+    config, _ = parse_config(ReproduceConfig, own, parser=parser)
+    from kd_accel.commands.reproduce import run_chain
+
+    run_chain(config, overrides=overrides)
+
+
+def _split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    return ArgumentParser(prog=f"kd-accel {command}", description=description, exit_on_error=False)
+
+
+def _parsed(parser: ArgumentParser, argv: list[str]):  # noqa: ANN202  (a Namespace whose fields are the arguments)
+    try:
+        return parser.parse_args(argv)
+    except Exception as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "train": ("train a teacher, a student, or a student with its teacher", _train),
+    "evaluate": ("accuracy, loss and agreement of a trained run", _evaluate),
+    "bench": ("parameters, MACs and latency of runs or architectures", _bench),
+    "report": ("table and pictures of several runs", _report),
+    "reproduce": ("a whole chain of trainings, measured and compared", _reproduce),
+}

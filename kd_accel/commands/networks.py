@@ -1,0 +1,56 @@
+"""From model settings to networks, and the module that is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kd_accel.commands.data import Data
+from kd_accel.config import RunConfig
+from kd_accel.models.files import ModelCard, load_weights
+from kd_accel.models.preprocess import Normalize
+from kd_accel.models.projectors import Projectors
+from kd_accel.models.student import StudentModule
+from kd_accel.models.zoo import build_model
+
+
+def build_network(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
+    """(the network to train, notices about weights that were replaced)."""
+    model = config.model
+    network = build_model(
+        model.arch, num_classes=len(data.label_names), stem=model.stem, arch_args=model.arch_args, seed=config.seed
+    )
+    notices = []
+    if model.weights is not None:
+        notices = load_weights(network, model.weights, arch=model.arch, is_exact=False)
+    return network, notices
+
+
+def wrap_student(network: nn.Module, config: RunConfig, data: Data, *, projectors: Projectors | None) -> StudentModule:
+    """The one module that is trained, its taps not yet open."""
+    feature = config.distill.feature if config.distill else None
+    module = StudentModule(
+        network,
+        Normalize(data.mean, data.std),
+        taps=feature.taps if feature and projectors else (),
+        student_projectors=projectors.student if projectors else None,
+        teacher_projectors=projectors.teacher if projectors else None,
+    )
+    return module.to(memory_format=memory_format(config))  # type: ignore[call-overload]
+
+
+def memory_format(config: RunConfig) -> torch.memory_format:
+    return torch.channels_last if config.train.channels_last else torch.contiguous_format
+
+
+def card_of(config: RunConfig, data: Data) -> ModelCard:
+    """What must be known to deploy the trained network."""
+    return ModelCard(
+        arch=config.model.arch,
+        stem=config.model.stem,
+        arch_args=dict(config.model.arch_args),
+        label_names=list(data.label_names),
+        mean=data.mean,
+        std=data.std,
+        image_size=config.data.image_size,
+    )

@@ -1,0 +1,79 @@
+"""A chain of runs with one command: each training in a launch of its own, then bench and report. What is done is skipped.
+
+The configs of all trainings are parsed and checked before the first launch, so that a mistake in the last one does not show
+after hours. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
+from kd_accel.parse import build_parser, parse_config
+from kd_accel.types import UserError
+
+
+def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
+    """Raises UserError before anything starts when a config is wrong, and when a step of the chain fails."""
+    runs = _checked_runs(config, overrides)
+    report_dir = Path(config.report_dir)
+    for file, run in zip(config.runs, runs, strict=True):
+        _launch_training(file, run, launch=config.launch, overrides=overrides)
+    directories = [str(run.directory) for run in runs]
+    bench_file = report_dir / "bench.json"
+    if _is_older(bench_file, [run.directory / "model.safetensors" for run in runs]):
+        _call(["bench", *directories, "--out", str(bench_file), *_bench_flags(config.bench)], what="bench")
+    _call(["report", *directories, "--out", str(report_dir), "--bench", str(bench_file)], what="report")
+
+
+def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConfig]:
+    if not Path(config.launch).is_file():
+        raise UserError(f"launch: no file {config.launch!r}; launch/ holds those that ship (paths are from the working directory)")
+    mistakes, runs = [], []
+    for file in config.runs:
+        try:
+            parser = build_parser(RunConfig, prog="kd-accel train", description="")
+            runs.append(parse_config(RunConfig, ["--config", file, *overrides], parser=parser)[0])
+        except UserError as error:
+            mistakes.append(f"{file}: {error}")
+    directories = [run.directory for run in runs]
+    if not config.runs or len(set(directories)) < len(directories):
+        mistakes.append("runs: must list at least one config, each with a name (run directory) of its own")
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return runs
+
+
+def _launch_training(file: str, run: RunConfig, *, launch: str, overrides: list[str]) -> None:
+    print(f"\n== {run.name} ({file})", flush=True)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
+    command = [*launcher, "-m", "kd_accel", "train", "--config", file, *overrides]
+    _run(command, what=f"training of {run.name}")
+
+
+def _call(arguments: list[str], *, what: str) -> None:
+    print(f"\n== {what}", flush=True)
+    _run([sys.executable, "-m", "kd_accel", *arguments], what=what)
+
+
+def _run(command: list[str], *, what: str) -> None:
+    status = subprocess.run(command, env=os.environ, check=False).returncode
+    if status:
+        raise UserError(
+            f"the {what} ended with code {status}; what it said stands above. Start the same command again once that is "
+            "mended: what is done is skipped, and an interrupted training goes on from its last checkpoint"
+        )
+
+
+def _is_older(file: Path, than: list[Path]) -> bool:
+    """Whether a file is missing or older than one of those that it was made from."""
+    return not file.exists() or any(path.stat().st_mtime > file.stat().st_mtime for path in than)
+
+
+def _bench_flags(bench: BenchConfig) -> list[str]:
+    default = BenchConfig()
+    changed = {name: value for name, value in vars(bench).items() if value != getattr(default, name)}
+    return [f"--{name}={value}" for name, value in changed.items()]

@@ -1,0 +1,85 @@
+"""What stands in a run directory before a training starts, and whether that training may go on there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kd_accel.config import RunConfig
+from kd_accel.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from kd_accel.parse import flatten
+from kd_accel.types import UserError
+
+_MAY_CHANGE = ("name", "run_dir", "checkpoint.", "tracking.", "data.num_workers", "data.memory_limit_mib")
+
+
+def checkpoint_to_resume(config: RunConfig) -> Path | None:
+    """The checkpoint from which this config may go on, None to start anew.
+
+    Raises UserError when the directory and `checkpoint.resume` do not fit, or a setting differs that may not.
+    """
+    directory, resume = config.directory, config.checkpoint.resume
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"run_dir: {directory} is a file; name a directory")
+    found = find_checkpoint(directory / "checkpoints")
+    if resume == "must" and found is None:
+        raise UserError(f"checkpoint.resume: must, but {directory} holds no whole checkpoint; use auto to start anew")
+    if found is None:
+        _refuse_a_damaged_run(directory)
+        return None
+    if resume == "never":
+        raise UserError(
+            f"checkpoint.resume: never, but {directory} holds a checkpoint ({found.name}); name another run_dir, or use auto"
+        )
+    _refuse_other_settings(load_checkpoint(found), config)
+    return found
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run has left all its results."""
+    return all((config.directory / name).is_file() for name in ("summary.json", "model.safetensors", "model.json"))
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """summary.json of a finished run. Raises UserError when there is none."""
+    try:
+        content = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{directory}: no summary.json, so no finished run; train it first") from None
+    except ValueError:
+        raise UserError(f"{directory}/summary.json is damaged; start the training again, it only redoes its end") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{directory}/summary.json is damaged: it must hold settings by name")
+    return content
+
+
+def refuse_other_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
+    """A run goes on with the teacher it began with, whatever stands under that teacher's path today."""
+    stored = checkpoint.state["teacher_digest"]
+    if stored != digest:
+        raise UserError(
+            f"teacher: {checkpoint.path} was trained with the teacher {stored}, the one here is {digest}; bring the first one "
+            "back, or start anew in another run_dir"
+        )
+
+
+def _refuse_a_damaged_run(directory: Path) -> None:
+    if (directory / "summary.json").exists():
+        raise UserError(
+            f"{directory}: holds a summary.json but no whole checkpoint, so the training cannot go on; "
+            "remove the directory, or name another run_dir"
+        )
+
+
+def _refuse_other_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
+    stored = flatten(checkpoint.state["config"])
+    wanted = flatten(json.loads(json.dumps(asdict(config))))
+    keys = [key for key in {**stored, **wanted} if not key.startswith(_MAY_CHANGE)]
+    changed = [f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} here" for key in keys if stored.get(key) != wanted.get(key)]
+    if changed:
+        raise UserError(
+            f"{checkpoint.path} was written with other settings: {'; '.join(changed)}. "
+            "Set them back, or start anew in another run_dir"
+        )

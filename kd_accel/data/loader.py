@@ -1,0 +1,169 @@
+"""The order of the rows, cut into optimizer steps, ranks and micro-batches; and the batches themselves.
+
+The order is a pure function of (seed, epoch), the same for any number of processes: step b takes rows b*G..(b+1)*G of it, each
+rank a contiguous share of those, each micro-batch a contiguous share of that. So 1 x 4, 2 x 2 and 4 x 1 processes and
+accumulation steps see the same rows in the same step, and an epoch can be entered at any step. Nothing here touches a global
+generator: PyTorch's own loaders draw from it at every start, which shifts the dropout of a resumed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kd_accel.data.hashing import hashed_order
+from kd_accel.data.sources import ImageSet
+from kd_accel.data.views import ViewFunction
+from kd_accel.types import Batch, UserError
+
+_ORDER = 21
+
+
+def epoch_order(rows: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """The rows in the order of an epoch."""
+    return hashed_order((_ORDER, seed, epoch), rows)
+
+
+class TrainLoader:
+    """Training batches of one rank, view after view. Batches are on the CPU, or on the device of `device_images`."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        views_of: ViewFunction,
+        *,
+        rows: np.ndarray,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        grad_accum_steps: int = 1,
+        seed: int = 0,
+        views: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        device_images: Tensor | None = None,
+    ) -> None:
+        """rows: int64, ascending. batch_size: rows of one optimizer step over all ranks. views: None = new ones each epoch.
+
+        device_images: uint8 [len(rows), 3, S, S], the images of `rows` in their order, where they are kept on a device.
+        """
+        parts = world_size * grad_accum_steps
+        if batch_size % parts:
+            raise UserError(
+                f"train.batch_size: {batch_size} does not divide by {world_size} processes x {grad_accum_steps} accumulation "
+                f"steps; it is the rows of one optimizer step over all of them: use a multiple of {parts}"
+            )
+        if len(rows) < batch_size:
+            raise UserError(f"train.batch_size: {batch_size} is more than the {len(rows)} training rows; lower it")
+        self._images, self._views_of, self._rows = images, views_of, rows
+        self._batch_size, self._rank, self._world_size, self._parts = batch_size, rank, world_size, grad_accum_steps
+        self._seed, self._views = seed, views
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._device_images = device_images
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole optimizer steps; the rows that do not fill one are left out, other ones in each epoch."""
+        return len(self._rows) // self._batch_size
+
+    def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step, from `start_step` on."""
+        view = epoch if self._views is None else epoch % self._views
+        shares = self._shares(epoch, start_step)
+        if self._device_images is not None:
+            batches = (self._batch_on_device(share, view) for share in shares)
+        else:
+            planned = _Planned(self._images, self._views_of, shares, view)
+            batches = _loaded(planned, num_workers=self._num_workers, pin_memory=self._pin_memory)
+        for _ in range(start_step, self.steps_per_epoch):
+            yield [next(batches) for _ in range(self._parts)]
+
+    def _shares(self, epoch: int, start_step: int) -> list[np.ndarray]:
+        """The rows of each micro-batch of this rank."""
+        order = epoch_order(self._rows, seed=self._seed, epoch=epoch)
+        share = self._batch_size // self._world_size
+        firsts = (step * self._batch_size + self._rank * share for step in range(start_step, self.steps_per_epoch))
+        return [part for first in firsts for part in np.split(order[first : first + share], self._parts)]
+
+    def _batch_on_device(self, rows: np.ndarray, view: int) -> Batch:
+        assert self._device_images is not None
+        device = self._device_images.device
+        at = torch.from_numpy(np.searchsorted(self._rows, rows)).to(device, non_blocking=True)
+        images = self._views_of.on_device(self._device_images[at], rows, view)
+        labels = torch.from_numpy(self._images.labels[rows])
+        return Batch(images, labels.to(device), torch.from_numpy(rows).to(device), view)
+
+
+class EvalLoader:
+    """Each row exactly once over all ranks: this rank's contiguous share, view 0, without augmentation."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        rows: np.ndarray,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        share = np.array_split(rows, world_size)[rank]
+        self._shares = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+        self._images = images
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+    def __iter__(self) -> Iterator[Batch]:
+        planned = _Planned(self._images, None, self._shares, 0)
+        return _loaded(planned, num_workers=self._num_workers, pin_memory=self._pin_memory)
+
+
+class _Planned(Dataset[tuple[np.ndarray, np.ndarray, np.ndarray]]):
+    """One item a micro-batch: what a worker process makes."""
+
+    def __init__(self, images: ImageSet, views_of: ViewFunction | None, shares: list[np.ndarray], view: int) -> None:
+        self._images, self._views_of, self._shares, self.view = images, views_of, shares, view
+
+    def __len__(self) -> int:
+        return len(self._shares)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = self._shares[index]
+        pixels = self._images.pixels(rows)
+        if self._views_of is not None:
+            pixels = self._views_of(pixels, rows, self.view)
+        return pixels, self._images.labels[rows], rows
+
+
+def _loaded(planned: _Planned, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    if num_workers == 0 or not len(planned):
+        for index in range(len(planned)):
+            batch = _batch(planned[index], planned.view)
+            yield Batch(*(t.pin_memory() for t in (batch.images, batch.labels, batch.rows)), batch.view) if pin_memory else batch
+        return
+    loader = DataLoader(
+        planned,
+        batch_size=None,
+        num_workers=min(num_workers, len(planned)),
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        collate_fn=_as_tensors,
+    )
+    for pixels, labels, rows in loader:
+        yield Batch(pixels.permute(0, 3, 1, 2), labels, rows, planned.view)
+
+
+def _as_tensors(arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(array) for array in arrays)
+
+
+def _batch(arrays: tuple[np.ndarray, np.ndarray, np.ndarray], view: int) -> Batch:
+    pixels, labels, rows = _as_tensors(arrays)
+    return Batch(pixels.permute(0, 3, 1, 2), labels, rows, view)

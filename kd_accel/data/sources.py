@@ -1,0 +1,249 @@
+"""Where images come from: the hub, Parquet files, a folder of images, the digits of scikit-learn, or the user's own code.
+
+In: data settings. Out: two `ImageSet`s, train and test, that give pixels by row number. A set whose decoded images fit in
+`data.memory_limit_mib` is decoded once; a larger one keeps the encoded bytes (memory-mapped Arrow) and decodes when asked, in
+whatever process asks. The labels of the training split say which classes there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kd_accel.config import DataConfig
+from kd_accel.data.decode import decode, fit_array
+from kd_accel.imports import PREFIX, resolve_import
+from kd_accel.types import UserError
+
+_CHUNK_ROWS = 1024
+
+
+class ImageSet(Protocol):
+    """One split. labels: int64 [N]. A row is an index in it, before any cut."""
+
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+    is_in_memory: bool
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def pixels(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 [n, S, S, 3], RGB. Raises UserError that names a row which cannot be decoded."""
+        ...
+
+
+class MemoryImages:
+    """A split that is held decoded. images: uint8 [N, S, S, 3]."""
+
+    is_in_memory = True
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> None:
+        self._images = images
+        self.labels = labels
+        self.label_names = tuple(label_names)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, rows: np.ndarray) -> np.ndarray:
+        return self._images[rows]
+
+
+class EncodedImages:
+    """A split of a Hugging Face dataset whose images are decoded when they are asked for."""
+
+    is_in_memory = False
+
+    def __init__(self, column: Any, labels: np.ndarray, label_names: Sequence[str], *, split: str, image_size: int) -> None:
+        self._column = column
+        self.labels = labels
+        self.label_names = tuple(label_names)
+        self._split = split
+        self._image_size = image_size
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, rows: np.ndarray) -> np.ndarray:
+        size = self._image_size
+        out = np.empty((len(rows), size, size, 3), dtype=np.uint8)
+        cells = self._column[rows.tolist()]
+        cells = cells["image"] if isinstance(cells, dict) else cells
+        for index, (row, cell) in enumerate(zip(rows, cells, strict=True)):
+            out[index] = self._decoded(int(row), cell)
+        return out
+
+    def _decoded(self, row: int, cell: Any) -> np.ndarray:
+        try:
+            data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+            return decode(data, self._image_size)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise UserError(
+                f"data: the image in row {row} of the {self._split} split cannot be decoded ({error}); mend or remove the row"
+            ) from None
+
+
+def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """(train, test). Raises UserError for whatever in the source does not fit the settings."""
+    kind, _, place = config.source.partition(":")
+    if kind == "digits":
+        return _digits(config.image_size)
+    if config.source.startswith(PREFIX):
+        return _own_code(config)
+    train = _hugging_face_split(kind, place, config, config.train_split)
+    test = _hugging_face_split(kind, place, config, config.test_split)
+    names = _class_names(train, config)
+    return _image_set(train, names, config, config.train_split), _image_set(test, names, config, config.test_split)
+
+
+def _digits(image_size: int) -> tuple[ImageSet, ImageSet]:
+    """8x8 grey digits of 16 levels as RGB; every fifth row (360 of 1,797) is held out."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("data.source: digits needs scikit-learn; pip install 'kd-accel[demo]'") from None
+    levels, labels = load_digits(return_X_y=True)
+    grey = np.rint(levels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = np.stack([fit_array(np.repeat(image[:, :, None], 3, axis=2), image_size) for image in grey])
+    is_test = np.arange(len(labels)) % 5 == 0
+    names = [str(digit) for digit in range(10)]
+    return tuple(  # type: ignore[return-value]
+        MemoryImages(images[part], labels[part].astype(np.int64), names) for part in (~is_test, is_test)
+    )
+
+
+def _own_code(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    function = resolve_import(config.source, field="data.source")
+    train, test = (_own_split(function(name, config.image_size), config, name) for name in (config.train_split, config.test_split))
+    if train.label_names != test.label_names:
+        raise UserError(f"data.source: {config.source} gives other label_names for the test split than for the training split")
+    return train, test
+
+
+def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
+    where = f"data.source: {config.source}, split {split!r}"
+    try:
+        images, labels, names = np.asarray(content["images"]), np.asarray(content["labels"]), list(content["label_names"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: must return a mapping with images, labels and label_names") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
+        raise UserError(f"{where}: images must be uint8 [N, H, W, 3], one for each label; they are {images.dtype} {images.shape}")
+    fitted = np.stack([fit_array(image, config.image_size) for image in images]) if len(images) else images
+    return MemoryImages(fitted, _checked_labels(labels, len(names), where), names)
+
+
+def _hugging_face_split(kind: str, place: str, config: DataConfig, split: str) -> Any:
+    """A datasets.Dataset with the columns `image` (undecoded) and `label`."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    builder, arguments, available = _locate(kind, place, split)
+    if split not in available:
+        raise UserError(f"data.source: {config.source} has no split {split!r} (there are: {', '.join(available) or 'none'})")
+    try:
+        dataset = datasets.load_dataset(builder, split=split, **arguments)
+    except Exception as error:  # each reader raises its own kinds on damaged or unreachable files
+        raise UserError(f"data.source: cannot read {config.source} ({_brief(error)})") from None
+    return _two_columns(dataset, config, split, is_folder=kind == "imagefolder")
+
+
+def _locate(kind: str, place: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
+    """(builder, its arguments, the splits there are)."""
+    if kind == "hub":
+        name, _, revision = place.partition("@")
+        arguments = {"revision": revision} if revision else {}
+        return name, arguments, _hub_splits(name, arguments)
+    directory = Path(place).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"data.source: there is no directory {place!r} (paths are from the working directory)")
+    if kind == "parquet":
+        files: dict[str, list[str]] = {}
+        for path in sorted(directory.glob("*.parquet")):
+            files.setdefault(path.name.split(".")[0].split("-")[0], []).append(str(path))
+        return "parquet", {"data_files": {split: files.get(split, [])}}, list(files)
+    folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    return "imagefolder", {"data_files": {split: str(directory / split / "**")}}, folders
+
+
+def _hub_splits(name: str, arguments: dict[str, Any]) -> list[str]:
+    import datasets
+
+    try:
+        return datasets.get_dataset_split_names(name, **arguments)
+    except Exception as error:  # each client raises its own kinds without a network or for a wrong name
+        raise UserError(
+            f"data.source: cannot reach hub:{name} ({_brief(error)}); check name and network, or use a copy: parquet:DIR"
+        ) from None
+
+
+def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: bool) -> Any:
+    import datasets
+
+    columns = {"image": "image", "label": "label"} if is_folder else {"image": config.image_column, "label": config.label_column}
+    for role, column in columns.items():
+        if column not in dataset.column_names:
+            raise UserError(
+                f"data.{role}_column: the {split} split has no column {column!r} (there are: {', '.join(dataset.column_names)})"
+            )
+    if not len(dataset):
+        raise UserError(f"data.source: the {split} split of {config.source} has no rows")
+    dataset = dataset.select_columns(list(columns.values()))
+    dataset = dataset.rename_columns({column: role for role, column in columns.items() if column != role})
+    try:
+        return dataset.cast_column("image", datasets.Image(decode=False))
+    except Exception as error:
+        raise UserError(f"data.image_column: {columns['image']!r} of the {split} split holds no images ({_brief(error)})") from None
+
+
+def _class_names(train: Any, config: DataConfig) -> tuple[str, ...]:
+    """Names that the column carries, else the numbers up to the largest label of the training split."""
+    names = getattr(train.features["label"], "names", None)
+    if names is not None:
+        return tuple(names)
+    labels = _labels(train, f"data.label_column: the {config.train_split} split")
+    return tuple(str(label) for label in range(int(labels.max()) + 1))
+
+
+def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: str) -> ImageSet:
+    where = f"data.label_column: the {split} split"
+    own_names = getattr(dataset.features["label"], "names", None)
+    if own_names is not None and tuple(own_names) != names:
+        raise UserError(f"{where} has other classes than the {config.train_split} split; both need the same, in the same order")
+    labels = _checked_labels(_labels(dataset, where), len(names), where)
+    encoded = EncodedImages(dataset.select_columns(["image"]), labels, names, split=split, image_size=config.image_size)
+    decoded_bytes = len(labels) * config.image_size**2 * 3
+    if decoded_bytes > config.memory_limit_mib * 2**20:
+        return encoded
+    rows = np.arange(len(labels))
+    images = np.empty((len(labels), config.image_size, config.image_size, 3), dtype=np.uint8)
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        images[start : start + _CHUNK_ROWS] = encoded.pixels(rows[start : start + _CHUNK_ROWS])
+    return MemoryImages(images, labels, names)
+
+
+def _labels(dataset: Any, where: str) -> np.ndarray:
+    column = dataset.data.column("label") if dataset._indices is None else dataset.with_format("arrow")["label"]
+    labels = column.to_pylist() if hasattr(column, "to_pylist") else list(column)
+    return _checked_labels(labels, None, where)
+
+
+def _checked_labels(labels: Any, num_classes: int | None, where: str) -> np.ndarray:
+    """int64 labels in 0..num_classes-1. Raises UserError that names the first row which is not."""
+    for row, label in enumerate(labels):
+        if not isinstance(label, int | np.integer) or isinstance(label, bool):
+            raise UserError(f"{where}: the label in row {row} is {label!r}, not a whole number; labels count from 0")
+        if label < 0 or (num_classes is not None and label >= num_classes):
+            upper = f"0..{num_classes - 1}" if num_classes is not None else "0 or above"
+            raise UserError(f"{where}: the label in row {row} is {label}, but classes are {upper}; mend or remove the row")
+    return np.asarray(labels, dtype=np.int64)
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"

@@ -1,0 +1,118 @@
+"""A view is a pure function of (view_seed, view, row): the same pixels at any world size, worker count, start and order.
+
+So a teacher's answers can be kept: who asks later for the same view of the same row gets the same pixels. Every choice is a
+hash of (view_seed, view, row); no generator is touched. A change of what any policy gives is a change of VIEWS_VERSION, and
+tests hold golden values to notice it.
+
+Shapes: pixels uint8 [n, S, S, 3] in numpy, [n, 3, S, S] on a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kd_accel.config import Augment
+from kd_accel.data.hashing import hash_words
+from kd_accel.data.trivial_augment import trivial_augment
+
+VIEWS_VERSION = 1
+_PURPOSE = 11
+_WORDS = 8
+_AREA_FRACTION = (0.25, 1.0)
+_ASPECT_RATIO = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class ViewFunction:
+    """The pixels of a view.
+
+    augment: none; crop = a shifted cut from the image with a zero border of crop_padding pixels; crop_flip = that, half of
+    them mirrored; resized_crop = a cut of 25 to 100 % of the area and 3:4 to 4:3, scaled back, half of them mirrored;
+    trivial_augment = crop_flip, then one random operation (Müller and Hutter, "TrivialAugment", 2021).
+    """
+
+    augment: Augment
+    image_size: int
+    crop_padding: int = 4
+    view_seed: int = 0
+
+    def __call__(self, pixels: np.ndarray, rows: np.ndarray, view: int) -> np.ndarray:
+        """Images and their rows -> the same number of images, new memory. pixels: uint8 [n, S, S, 3]; rows: int64 [n]."""
+        assert pixels.shape[1:] == (self.image_size, self.image_size, 3), pixels.shape
+        if self.augment == "none":
+            return pixels.copy()
+        words = self._words(rows, view)
+        if self.augment == "resized_crop":
+            return np.stack([_resized_crop(image, word) for image, word in zip(pixels, words, strict=True)])
+        views = self._crop(pixels, *self._offsets(words))
+        if self.augment == "trivial_augment":
+            return np.stack([trivial_augment(image, word[3:]) for image, word in zip(views, words, strict=True)])
+        return views
+
+    @property
+    def has_device_form(self) -> bool:
+        """Whether `on_device` can make these views."""
+        return self.augment in ("none", "crop", "crop_flip")
+
+    def on_device(self, pixels: Tensor, rows: np.ndarray, view: int) -> Tensor:
+        """The same views, bit for bit, from uint8 images [n, 3, S, S] on any device, by one gather per axis."""
+        assert self.has_device_form, self.augment
+        if self.augment == "none":
+            return pixels.clone()
+        top, left, is_mirrored = (torch.from_numpy(array).to(pixels.device) for array in self._offsets(self._words(rows, view)))
+        steps = torch.arange(self.image_size, device=pixels.device)
+        down = top[:, None] + steps
+        across = left[:, None] + torch.where(is_mirrored[:, None], self.image_size - 1 - steps, steps)
+        border = torch.nn.functional.pad(pixels, [self.crop_padding] * 4)
+        image = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+        return border.permute(0, 2, 3, 1)[image, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the pixels of a view, besides the image, the row and the view."""
+        shared = {"policy": self.augment, "version": VIEWS_VERSION, "image_size": self.image_size}
+        if self.augment == "none":
+            return shared
+        shared["view_seed"] = self.view_seed
+        return shared if self.augment == "resized_crop" else {**shared, "crop_padding": self.crop_padding}
+
+    def _words(self, rows: np.ndarray, view: int) -> np.ndarray:
+        return hash_words((_PURPOSE, self.view_seed, view), rows, _WORDS)
+
+    def _offsets(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(top, left, is mirrored) of each image's cut, int64 and bool [n]."""
+        choices = np.uint64(2 * self.crop_padding + 1)
+        top, left = ((words[:, axis] >> np.uint64(32)) % choices for axis in (0, 1))
+        is_mirrored = (words[:, 2] >> np.uint64(63)).astype(bool) if self.augment != "crop" else np.zeros(len(words), bool)
+        return top.astype(np.int64), left.astype(np.int64), is_mirrored
+
+    def _crop(self, pixels: np.ndarray, top: np.ndarray, left: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
+        padding, size = self.crop_padding, self.image_size
+        border = np.zeros((len(pixels), size + 2 * padding, size + 2 * padding, 3), dtype=np.uint8)
+        border[:, padding : padding + size, padding : padding + size] = pixels
+        views = np.empty_like(pixels)
+        cuts = zip(top.tolist(), left.tolist(), is_mirrored.tolist(), strict=True)
+        for index, (down, across, mirrored) in enumerate(cuts):
+            cut = border[index, down : down + size, across : across + size]
+            views[index] = cut[:, ::-1] if mirrored else cut
+        return views
+
+
+def _resized_crop(image: np.ndarray, words: np.ndarray) -> np.ndarray:
+    size = len(image)
+    area = size * size * _between(words[0], *_AREA_FRACTION)
+    ratio = np.exp(_between(words[1], *np.log(_ASPECT_RATIO)))
+    width, height = (min(float(size), float(np.sqrt(area * factor))) for factor in (ratio, 1 / ratio))
+    left, top = _between(words[2], 0, size - width), _between(words[3], 0, size - height)
+    box = (left, top, left + width, top + height)
+    cut = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return cut[:, ::-1] if words[4] >> np.uint64(63) else cut
+
+
+def _between(word: np.uint64, low: float, high: float) -> float:
+    return low + (high - low) * (int(word) >> 11) / (1 << 53)

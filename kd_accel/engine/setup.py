@@ -1,0 +1,89 @@
+"""Joining the processes that a launcher started, and the switches that must be set before anything is built.
+
+Accelerate joins processes silently as several runs of one process each when it finds no reason to join them (no GPU and no
+flag, for instance); all of them would then write into one run directory. So what the launcher started is compared with what
+was joined, and where there is no GPU the program says so to Accelerate itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, set_seed
+
+from kd_accel.config import Precision, TrainConfig
+from kd_accel.types import UserError
+
+Result = TypeVar("Result")
+
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def start_processes(precision: Precision, *, seed: int = 0, track_with: str | None = None) -> Accelerator:
+    """Join the launched processes; seed the global generators, differently on each rank (dropout).
+
+    Raises UserError when the launch cannot do what the config says.
+    """
+    _refuse_contradictions(precision)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.cuda.is_available(),
+        gradient_accumulation_steps=1,
+        dynamo_backend="no",
+        log_with=track_with,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=True)],
+    )
+    _refuse_unjoined(accelerator)
+    set_seed(seed, device_specific=True)
+    return accelerator
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """Call `function` on rank 0 alone and give every rank its (picklable) result, or its UserError."""
+    outcome: list[object] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(str(outcome[1]))
+    return outcome[0]  # type: ignore[return-value]
+
+
+def set_kernel_choice(train: TrainConfig) -> None:
+    """Fast or repeatable GPU kernels. No effect on a CPU, where the kernels used here repeat."""
+    torch.backends.cudnn.benchmark = not train.deterministic
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _refuse_contradictions(precision: Precision) -> None:
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: fp16 needs a GPU, and there is none here; use bf16 or 'no'")
+    if int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != 1:
+        raise UserError(
+            "gradient_accumulation_steps in the launch file would divide every loss a second time; "
+            "remove it there and set train.grad_accum_steps in the run's config"
+        )
+
+
+def _refuse_unjoined(accelerator: Accelerator) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"the launcher started {launched} processes, but Accelerate joined {accelerator.num_processes}: each would "
+            "train alone and overwrite the others' files; use one of the files in launch/ (distributed_type: MULTI_GPU)"
+        )
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise UserError(
+            f"distributed_type: {accelerator.distributed_type.value} is not supported; "
+            "use MULTI_GPU (data parallel) as in the files in launch/"
+        )

@@ -1,0 +1,239 @@
+"""The one training loop: teacher, plain student and every distillation run through it and differ only in what they are given.
+
+In: a `Job` (loader, signal source, course of loss and learning rate, trainee). Out: the trained weights inside the trainee,
+lines in metrics.jsonl, checkpoints. A step never waits for the device; values are read where a line of metrics is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from kd_accel.config import CheckpointConfig, OptimConfig, TrainConfig
+from kd_accel.data.loader import TrainLoader
+from kd_accel.engine.checkpoint import save_checkpoint
+from kd_accel.engine.evaluate import HeldOut, evaluate, synchronise_buffers
+from kd_accel.engine.journal import Journal
+from kd_accel.engine.optim import learning_rate, set_learning_rate
+from kd_accel.engine.progress import Progress
+from kd_accel.engine.state import Trainee, capture
+from kd_accel.losses.feature import target_variance
+from kd_accel.types import Batch, LossFunction, LossTerms, Signals, SignalSource, StudentOutput
+
+
+@dataclass(frozen=True)
+class Course:
+    """What changes with the position: rate, loss and the values to log with it, all pure functions.
+
+    loss_at(epoch, step) -> (loss function, {"temperature": ..., ...}).
+    """
+
+    optim: OptimConfig
+    steps_per_epoch: int
+    total_steps: int
+    loss_at: Callable[[int, int], tuple[LossFunction, dict[str, float]]]
+
+    def lr_at(self, step: int) -> float:
+        return learning_rate(
+            self.optim, step=step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a training needs, built by the command. checkpoint_extra goes into each checkpoint's state."""
+
+    accelerator: Accelerator
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    trainee: Trainee
+    loader: TrainLoader
+    signals: SignalSource
+    course: Course
+    journal: Journal
+    progress: Progress
+    checkpoint_dir: Path
+    checkpoint_extra: dict[str, Any]
+    validation: HeldOut | None = None
+    logs_target_variance: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.trainee.position.step >= self.course.total_steps
+
+    @property
+    def must_stop(self) -> bool:
+        """Done, or at the step where the user asked for a pause."""
+        return self.is_done or self.trainee.position.step == self.checkpoint.stop_after_steps
+
+
+def train(job: Job) -> None:
+    """Run from where the trainee stands to the end of the course, or to `checkpoint.stop_after_steps`."""
+    position = job.trainee.position
+    while not job.must_stop:
+        _train_epoch(job)
+        if position.step_in_epoch == job.course.steps_per_epoch or job.is_done:
+            _finish_epoch(job)
+
+
+def train_step(
+    student: nn.Module, signals: SignalSource, loss: LossFunction, batch: Batch
+) -> tuple[LossTerms, StudentOutput, Signals]:
+    """Forward of one micro-batch: the teacher's answer, the student's, and the loss between them and the labels."""
+    answer = signals(batch)
+    logits, pairs = student(batch.images, answer.features or None)
+    output = StudentOutput(logits, pairs)
+    return loss(output, answer, batch.labels), output, answer
+
+
+def student_logits(trainee: Trainee, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    """The forward that is evaluated and saved: the moving average where there is one, outside the DDP wrapper."""
+    module = accelerator.unwrap_model(trainee.module)
+    network = module.student if trainee.average is None else trainee.average
+    return lambda images: network(module.normalize(images))
+
+
+def measure(job: Job, held_out: HeldOut) -> dict[str, float]:
+    """Evaluate the student on a split; the training mode comes back afterwards."""
+    trainee = job.trainee
+    synchronise_buffers(job.accelerator.unwrap_model(trainee.module), accelerator=job.accelerator)
+    for module in filter(None, (trainee.module, trainee.average)):
+        module.eval()
+    result = evaluate(student_logits(trainee, job.accelerator), held_out, accelerator=job.accelerator)
+    trainee.module.train()
+    return result
+
+
+def _train_epoch(job: Job) -> None:
+    """Steps from the position to the end of the epoch, of the course, or to the pause."""
+    position, trainee = job.trainee.position, job.trainee
+    trainee.module.train()
+    clock = _Clock(position.elapsed_s)
+    first_step = position.step
+    for micro_batches in job.loader.epoch(position.epoch, start_step=position.step_in_epoch):
+        loss, values = job.course.loss_at(position.epoch, position.step)
+        lr = job.course.lr_at(position.step)
+        _optimizer_step(job, micro_batches, loss, lr)
+        if position.step == first_step:
+            _check_every_parameter_learns(trainee.module)
+        trainee.optimizer.zero_grad(set_to_none=True)
+        position.step += 1
+        position.step_in_epoch += 1
+        is_last = position.step_in_epoch == job.course.steps_per_epoch or job.is_done
+        if is_last or position.step % job.train.log_every_steps == 0:
+            _log(job, {**values, "lr": lr}, clock)
+        position.elapsed_s = clock.elapsed_s
+        if not is_last and (job.must_stop or _is_due(position.step, job.checkpoint.every_steps)):
+            save(job)
+        job.progress.advance()
+        if job.must_stop:
+            break
+    position.elapsed_s = clock.elapsed_s
+
+
+def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction, lr: float) -> None:
+    """One update from all micro-batches; the ranks exchange gradients in the last backward only."""
+    accelerator, trainee = job.accelerator, job.trainee
+    for index, batch in enumerate(micro_batches):
+        on_device = batch.to(accelerator.device, non_blocking=True)
+        is_last = index == len(micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(trainee.module):
+            with accelerator.autocast():
+                terms, output, answer = train_step(trainee.module, job.signals, loss, on_device)
+            accelerator.backward(terms.total / len(micro_batches))
+        trainee.meters.update(
+            terms,
+            output.logits,
+            on_device.labels,
+            teacher_logits_BC=answer.logits,
+            target_variance=target_variance(output.pairs) if job.logs_target_variance else None,
+        )
+    if job.course.optim.clip_norm is not None:
+        accelerator.clip_grad_norm_(trainee.module.parameters(), job.course.optim.clip_norm)
+    set_learning_rate(trainee.optimizer, lr)
+    trainee.optimizer.step()
+    if trainee.average is not None:
+        trainee.average.update_parameters(accelerator.unwrap_model(trainee.module).student)
+
+
+def _finish_epoch(job: Job) -> None:
+    """Validate, remember the best, move to the next epoch, save."""
+    position = job.trainee.position
+    position.epoch, position.step_in_epoch = position.epoch + 1, 0
+    if job.validation is not None and (job.is_done or _is_due(position.epoch, job.train.eval_every_epochs)):
+        result = measure(job, job.validation)
+        position.best_val_accuracy = max(result["accuracy"], position.best_val_accuracy or 0.0)
+        job.journal.write({"step": position.step, "epoch": position.epoch, "split": "val", **result})
+        job.progress.note_epoch(position.epoch, result)
+    if (
+        job.must_stop
+        or _is_due(position.epoch, job.checkpoint.every_epochs)
+        or _is_due(position.step, job.checkpoint.every_steps)
+    ):
+        save(job)
+
+
+def save(job: Job) -> None:
+    """Write a checkpoint at the present position. Every rank must call it."""
+    tensors, state = capture(job.trainee, job.accelerator)
+    if job.accelerator.is_main_process:
+        state = {**state, **job.checkpoint_extra, "metrics_bytes": job.journal.length_bytes()}
+        save_checkpoint(
+            job.checkpoint_dir,
+            step=job.trainee.position.step,
+            tensors=tensors,
+            state=state,
+            keep=job.checkpoint.keep,
+        )
+    job.accelerator.wait_for_everyone()
+
+
+def _log(job: Job, values: dict[str, float], clock: _Clock) -> None:
+    position, meters = job.trainee.position, job.trainee.meters
+    sums = job.accelerator.reduce(meters.sums, "sum")
+    assert isinstance(sums, Tensor)
+    means = meters.read(sums)
+    rate = float(sums[0]) / clock.lap_s() if clock.has_lap else None
+    line = {"step": position.step, "epoch": position.epoch, "split": "train", **means, **values}
+    job.journal.write({**line, **({"images_per_second": rate} if rate else {})})
+    job.progress.note(position.epoch, {**means, **({"images_per_second": rate} if rate else {})})
+
+
+def _is_due(count: int, every: int | None) -> bool:
+    return every is not None and count % every == 0
+
+
+def _check_every_parameter_learns(module: nn.Module) -> None:
+    """Our own invariant, checked once: a parameter without a gradient would make the ranks hang or drift."""
+    idle = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    if idle:
+        raise RuntimeError(f"no gradient reaches {', '.join(idle[:5])}{' ...' if len(idle) > 5 else ''}")
+
+
+class _Clock:
+    """Training time: in all, and since the last line of metrics."""
+
+    def __init__(self, elapsed_before_s: float) -> None:
+        self._started_at = self._lap_at = time.perf_counter()
+        self._before_s = elapsed_before_s
+
+    @property
+    def has_lap(self) -> bool:
+        return time.perf_counter() > self._lap_at
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._before_s + time.perf_counter() - self._started_at
+
+    def lap_s(self) -> float:
+        now = time.perf_counter()
+        lap_s, self._lap_at = now - self._lap_at, now
+        return lap_s

@@ -1,0 +1,1 @@
+"""Pure functions from tensors to scalars. No device, rank, config or logging."""

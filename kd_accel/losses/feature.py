@@ -1,0 +1,42 @@
+"""Distances between feature maps [B, D, H, W] that are already in the same channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kd_accel.losses.response import full_precision
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def feature_mse(student_map: Tensor, target_map: Tensor) -> Tensor:
+    """Mean squared error over all elements; the larger map is average-pooled to the smaller's height and width."""
+    with torch.autocast(student_map.device.type, enabled=False):
+        student, target = _meet(full_precision(student_map), full_precision(target_map))
+        return functional.mse_loss(student, target)
+
+
+def feature_loss(pairs: Pairs) -> Tensor:
+    """Sum of the distances over the taps."""
+    distances = [feature_mse(student, target) for student, target in pairs.values()]
+    return torch.stack(distances).sum()
+
+
+def target_variance(pairs: Pairs) -> Tensor | None:
+    """Mean over the taps of the variance of the targets: near 0, a learned teacher projector has collapsed."""
+    if not pairs:
+        return None
+    return torch.stack([full_precision(target.detach()).var() for _, target in pairs.values()]).mean()
+
+
+def _meet(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    size = (min(student.shape[2], target.shape[2]), min(student.shape[3], target.shape[3]))
+    return _pooled(student, size), _pooled(target, size)
+
+
+def _pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    return feature if feature.shape[2:] == size else functional.adaptive_avg_pool2d(feature, size)

@@ -1,0 +1,190 @@
+"""Model files: what a run leaves to be deployed, and weights that come from elsewhere.
+
+A model is `model.safetensors` with the library's own keys and `model.json` (ModelCard) with what is needed to use it. Nothing
+that a user passes in is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kd_accel.config import Stem
+from kd_accel.models.zoo import build_model
+from kd_accel.types import UserError
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """How to rebuild and feed a saved model. mean and std: per channel, in 0..1. image_size: pixels."""
+
+    arch: str
+    stem: Stem
+    arch_args: dict[str, Any]
+    label_names: list[str]
+    mean: list[float]
+    std: list[float]
+    image_size: int
+
+
+def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
+    """Write model.safetensors and model.json, each whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    temporary = directory / f".model.safetensors.tmp-{os.getpid()}"
+    try:
+        save_file(tensors, temporary)
+        temporary.chmod(0o644)
+        temporary.replace(directory / "model.safetensors")
+        text = directory / f".model.json.tmp-{os.getpid()}"
+        text.write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
+        text.replace(directory / "model.json")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the model to {directory} ({error}); free some space and start again") from None
+
+
+def load_card(directory: Path) -> ModelCard:
+    """model.json of a run directory. Raises UserError for an empty, damaged or missing one."""
+    path = directory / "model.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{directory}: no finished run (model.json cannot be read); train it first, or name another directory") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged (no JSON); train the run again") from None
+    missing = [field.name for field in fields(ModelCard) if not isinstance(content, dict) or field.name not in content]
+    if missing:
+        raise UserError(f"{path}: damaged ({', '.join(missing)} missing); train the run again")
+    return ModelCard(**{field.name: content[field.name] for field in fields(ModelCard)})
+
+
+def load_run_model(directory: Path, *, field: str = "model") -> tuple[nn.Module, ModelCard]:
+    """The model of a finished run, in evaluation mode on the CPU, and its card."""
+    card = load_card(directory)
+    model = build_model(
+        card.arch, num_classes=len(card.label_names), stem=card.stem, arch_args=card.arch_args, field=field
+    )
+    load_weights(model, str(directory), arch=card.arch, is_exact=True, field=field)
+    return model.eval(), card
+
+
+def load_weights(model: nn.Module, weights: str, *, arch: str, is_exact: bool, field: str = "model") -> list[str]:
+    """Fill a model from a run directory, a .safetensors file, or weights that the library knows by name.
+
+    is_exact: every tensor must fit (a teacher). Otherwise a classifier or stem of another shape keeps its fresh values, and
+    the returned notices say so (fine-tuning onto other classes). Raises UserError for anything else that does not fit.
+    """
+    tensors = _read_weights(weights, arch=arch, field=f"{field}.weights")
+    own = model.state_dict()
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    missing = [name for name in own if name not in tensors and name not in optional]
+    unknown = [name for name in tensors if name not in own]
+    misshapen = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    if not missing and not unknown and not misshapen:
+        return _copied(model, tensors, [])
+    replaceable = set() if is_exact else _classifier_and_stem(own)
+    if (set(missing) | set(misshapen)) <= replaceable and all(_head_of(name) in _heads(replaceable) for name in unknown):
+        return _copied(model, tensors, sorted({_head_of(name) for name in [*missing, *misshapen]}))
+    raise UserError(_misfit(weights, arch, own, tensors, (missing, unknown, misshapen), f"{field}.weights"))
+
+
+def _read_weights(weights: str, *, arch: str, field: str) -> dict[str, Tensor]:
+    path = Path(weights)
+    if path.is_dir():
+        load_card(path)
+        return _read_safetensors(path / "model.safetensors", field)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, field)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise UserError(
+            f"{field}: {weights} is a pickle, which can run code when it is read; convert it with "
+            "safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+        )
+    if "/" in weights:
+        raise UserError(f"{field}: there is no run directory {weights!r}; train it first, or check the path")
+    return _library_weights(weights, arch, field)
+
+
+def _read_safetensors(path: Path, field: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{field}: no file {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{field}: {path} is damaged or no safetensors file ({error})") from None
+
+
+def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:
+    library, _, model_name = arch.partition("/")
+    try:
+        if library == "torchvision":
+            from torchvision import models
+
+            return models.get_model_weights(model_name)[name].get_state_dict(progress=False, check_hash=True)
+        if library == "timm":
+            import timm
+
+            tagged = model_name if name == "pretrained" else f"{model_name}.{name}"
+            return timm.create_model(tagged, pretrained=True).state_dict()
+    except KeyError:
+        known = ", ".join(models.get_model_weights(model_name).__members__)
+        raise UserError(f"{field}: {arch} has no weights {name!r} (there are: {known})") from None
+    except Exception as error:  # every client raises its own kind when there is no network or no such name
+        raise UserError(
+            f"{field}: cannot download {name!r} of {arch} ({type(error).__name__}: {error}); without a network give a "
+            ".safetensors file, or null to start from random weights"
+        ) from None
+    raise UserError(f"{field}: {name!r} is no run directory and no .safetensors file, and {library} knows no weights by name")
+
+
+def _classifier_and_stem(own: Mapping[str, Tensor]) -> set[str]:
+    """Keys of the first and of the last module that has a weight of two or more dimensions."""
+    weights = [name for name, tensor in own.items() if tensor.dim() >= 2]
+    ends = {_head_of(weights[0]), _head_of(weights[-1])} if weights else set()
+    return {name for name in own if _head_of(name) in ends}
+
+
+def _heads(names: set[str]) -> set[str]:
+    return {_head_of(name) for name in names}
+
+
+def _head_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _copied(model: nn.Module, tensors: dict[str, Tensor], replaced: list[str]) -> list[str]:
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name in own and _head_of(name) not in replaced:
+                own[name].copy_(tensor)
+    return [f"{name}: starts from random weights, because the weights given have another shape there" for name in replaced]
+
+
+def _misfit(
+    weights: str,
+    arch: str,
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    differences: tuple[list[str], list[str], list[str]],
+    field: str,
+) -> str:
+    missing, unknown, misshapen = differences
+    classes = [name for name in misshapen if name in _classifier_and_stem(own) and name != next(iter(own))]
+    if classes and not missing and not unknown and set(misshapen) == set(classes):
+        name = classes[0]
+        return f"{field}: {weights} has {tensors[name].shape[0]} classes ({name}), but {own[name].shape[0]} are wanted"
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
+        if names
+    ]
+    return f"{field}: {weights} does not fit {arch}: of its tensors {'; '.join(parts)}. Set arch and stem to what it was made with"

@@ -1,0 +1,149 @@
+"""Bringing teacher and student features into the same channels: learned 1x1 convolutions, and a frozen PCA.
+
+direction            student's side            teacher's side
+student_to_teacher   learned, up               raw                        (FitNets, Romero et al. 2015)
+teacher_to_student   nothing                   learned or frozen PCA, down
+both                 learned, same width       frozen PCA, down
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kd_accel.config import Direction
+from kd_accel.types import UserError
+
+Shape = tuple[int, int, int]
+"""(D, H, W) of a tap."""
+
+
+class FeatureProjector(nn.Module):
+    """A 1x1 convolution with bias: [B, in_channels, H, W] -> [B, out_channels, H, W]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return self.conv(feature)
+
+
+class NormalizedProjector(FeatureProjector):
+    """A learned projector on the teacher's side. Its output has mean 0 and variance 1 per channel over the batch.
+
+    Without that, student and projector could both shrink towards zero and agree about nothing.
+    """
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return functional.batch_norm(self.conv(feature), None, None, training=True)
+
+
+@dataclass(frozen=True)
+class Projectors:
+    """What a direction needs, by the student's tap.
+
+    student, teacher: learned, trained with the student. pca_channels: taps whose teacher features a frozen PCA must bring to
+    that many channels; it belongs to the teacher.
+    """
+
+    student: dict[str, FeatureProjector] = field(default_factory=dict)
+    teacher: dict[str, FeatureProjector] = field(default_factory=dict)
+    pca_channels: dict[str, int] = field(default_factory=dict)
+
+
+def build_projectors(
+    student_shapes: Mapping[str, Shape],
+    teacher_shapes: Mapping[str, Shape],
+    *,
+    direction: Direction,
+    teacher_projector: Literal["pca", "learned"] = "pca",
+    seed: int = 0,
+) -> Projectors:
+    """Projectors for pairs of taps; both mappings have the student's taps as keys.
+
+    Initial weights depend on (seed, tap) alone, and the global generator does not move. Raises UserError where a PCA would
+    have to add channels.
+    """
+    widths = {tap: (student_shapes[tap][0], teacher_shapes[tap][0]) for tap in student_shapes}
+    if direction == "student_to_teacher":
+        return Projectors(student={t: _learned(FeatureProjector, t, s, d, seed) for t, (s, d) in widths.items()})
+    if direction == "teacher_to_student" and teacher_projector == "learned":
+        return Projectors(teacher={t: _learned(NormalizedProjector, t, d, s, seed) for t, (s, d) in widths.items()})
+    for tap, (student, teacher) in widths.items():
+        if teacher < student:
+            raise UserError(
+                f"distill.feature.direction: {direction} cannot bring the teacher's {teacher} channels at {tap} to the "
+                f"student's {student}: a PCA only removes channels; use student_to_teacher"
+            )
+    pca_channels = {tap: student for tap, (student, _) in widths.items()}
+    if direction == "teacher_to_student":
+        return Projectors(pca_channels=pca_channels)
+    return Projectors(
+        student={t: _learned(FeatureProjector, t, s, s, seed) for t, (s, _) in widths.items()}, pca_channels=pca_channels
+    )
+
+
+class PcaFit:
+    """Principal directions of a teacher's features, from sums in float64 over batches given in a fixed order.
+
+    Sums are taken around the mean of the first batch, so that nothing cancels. Every pixel of every image is one sample.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._count = 0
+        self._origin: Tensor | None = None
+        self._sum = torch.zeros(channels, dtype=torch.float64)
+        self._outer = torch.zeros(channels, channels, dtype=torch.float64)
+
+    def update(self, feature: Tensor) -> None:
+        """Add features [B, D, H, W]."""
+        samples = feature.detach().double().movedim(1, -1).reshape(-1, feature.shape[1]).cpu()
+        if self._origin is None:
+            self._origin = samples.mean(0)
+        centred = samples - self._origin
+        self._count += len(centred)
+        self._sum += centred.sum(0)
+        self._outer += centred.T @ centred
+
+    def finish(self, out_channels: int, *, tap: str) -> tuple[FeatureProjector, float]:
+        """(frozen projector of the leading directions, explained share of the variance).
+
+        Each direction's entry of largest magnitude is positive; the mean is the convolution's bias. Raises UserError when
+        there were fewer samples than `out_channels` + 1, with which the directions would be arbitrary.
+        """
+        if self._count <= out_channels:
+            raise UserError(
+                f"distill.feature.pca_images: {self._count} samples at {tap}, but {out_channels} directions need more than "
+                "that many; raise pca_images (an image gives height times width samples)"
+            )
+        assert self._origin is not None
+        mean = self._sum / self._count
+        covariance = self._outer / self._count - mean.outer(mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        directions = _signed(vectors.flip(1)[:, :out_channels].T)
+        values = values.flip(0).clamp(min=0)
+        projector = FeatureProjector(len(mean), out_channels).requires_grad_(False)
+        with torch.no_grad():
+            projector.conv.weight.copy_(directions[:, :, None, None])
+            projector.conv.bias.copy_(-directions @ (mean + self._origin))  # type: ignore[union-attr]
+        total = values.sum().item()
+        return projector, values[:out_channels].sum().item() / total if total > 0 else 1.0
+
+
+def _signed(directions: Tensor) -> Tensor:
+    """Each row with its entry of largest magnitude made positive, so that a fit is one and not one of 2^D."""
+    largest = directions.abs().argmax(1, keepdim=True)
+    return directions * directions.gather(1, largest).sign()
+
+
+def _learned(kind: type[FeatureProjector], tap: str, channels_in: int, channels_out: int, seed: int) -> FeatureProjector:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{seed}/{tap}".encode()))
+        return kind(channels_in, channels_out)

@@ -1,0 +1,44 @@
+"""Digests by which a teacher and the images it was measured on are recognised, whatever their paths and times.
+
+xxh3_128 over names, types, shapes and bytes: fast enough to be taken at every start (about 20 GB/s), and not meant against
+forgery.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from kd_accel.data.sources import ImageSet
+
+_SAMPLED_IMAGES = 512
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of the named tensors, in the order of their names."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Of plain settings, in a canonical form."""
+    return xxhash.xxh3_128(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def rows_digest(images: ImageSet, rows: np.ndarray) -> str:
+    """Of the rows of a split, in their order: all labels, and the pixels of an even sample of 512 of them."""
+    sample = rows[:: max(1, len(rows) // _SAMPLED_IMAGES)][:_SAMPLED_IMAGES]
+    digest = xxhash.xxh3_128()
+    for array in (rows, images.labels[rows], images.pixels(sample)):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

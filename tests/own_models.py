@@ -1,0 +1,62 @@
+"""Small models that tests name as `import:tests.own_models:...`: the models of a user with code of their own."""
+
+import torch
+from torch import Tensor, nn
+
+
+class SmallNet(nn.Module):
+    """Two stages and a classifier; no BatchNorm unless asked for, so that results do not depend on the batch's shares."""
+
+    def __init__(self, num_classes: int, *, width: int, norm: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layer1 = self._stage(3, width, norm)
+        self.layer2 = self._stage(width, 2 * width, norm)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(2 * width, num_classes)
+
+    @staticmethod
+    def _stage(channels_in: int, channels_out: int, norm: bool) -> nn.Sequential:
+        layers = [nn.Conv2d(channels_in, channels_out, 3, stride=4, padding=1), nn.ReLU()]
+        return nn.Sequential(*layers[:1], *([nn.BatchNorm2d(channels_out)] if norm else []), *layers[1:])
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.layer2(self.layer1(images.to(self.fc.weight.dtype)))
+        return self.fc(self.dropout(features.mean((2, 3))))
+
+
+def student(num_classes: int) -> nn.Module:
+    return SmallNet(num_classes, width=8)
+
+
+def student_float64(num_classes: int) -> nn.Module:
+    return SmallNet(num_classes, width=8).double()
+
+
+def student_with_everything(num_classes: int) -> nn.Module:
+    """BatchNorm and dropout: state that a resume must bring back."""
+    return SmallNet(num_classes, width=8, norm=True, dropout=0.2)
+
+
+def teacher(num_classes: int) -> nn.Module:
+    return SmallNet(num_classes, width=16, norm=True)
+
+
+def teacher_float64(num_classes: int) -> nn.Module:
+    return SmallNet(num_classes, width=16).double()
+
+
+def with_an_idle_layer(num_classes: int) -> nn.Module:
+    model = SmallNet(num_classes, width=8)
+    model.idle = nn.Linear(2, 2)
+    return model
+
+
+def images(split: str, image_size: int) -> dict[str, object]:
+    """A data source of one's own: coloured noise around one mean colour per class, the same at every call."""
+    generator = torch.Generator().manual_seed({"train": 1, "test": 2}[split])
+    rows = {"train": 160, "test": 41}[split]
+    labels = torch.arange(rows) % 4
+    colours = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [150, 150, 40]])
+    noise = torch.randint(-40, 40, (rows, image_size, image_size, 3), generator=generator)
+    pixels = (colours[labels][:, None, None] + noise).clamp(0, 255).to(torch.uint8)
+    return {"images": pixels.numpy(), "labels": labels.tolist(), "label_names": ["red", "green", "blue", "olive"]}

@@ -1,0 +1,149 @@
+"""A checkpoint is whole or passed over, keeps optimizer state exactly, and never takes the last good one with it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from kd_accel.config import OptimConfig
+from kd_accel.engine.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    module_tensors,
+    optimizer_tensors,
+    restore_module,
+    restore_optimizer,
+    save_checkpoint,
+)
+from kd_accel.engine.optim import build_optimizer
+from kd_accel.types import UserError
+
+
+def save(directory, step, keep=3, value=1.0):
+    tensors = {"module": {"weight": torch.full((3, 2), value)}, "optimizer": {}}
+    return save_checkpoint(directory, step=step, tensors=tensors, state={"step": step}, keep=keep)
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    save(tmp_path, 7, value=2.5)
+    checkpoint = load_checkpoint(find_checkpoint(tmp_path))
+    assert checkpoint.state == {"step": 7}
+    assert torch.equal(checkpoint.tensors["module"]["weight"], torch.full((3, 2), 2.5))
+    assert checkpoint.tensors["optimizer"] == {}
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 30, 4):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000030"]
+
+
+def test_nothing_there():
+    from pathlib import Path
+
+    assert find_checkpoint(Path("nowhere")) is None
+
+
+def truncate(path):
+    data = (path / "module.safetensors").read_bytes()
+    (path / "module.safetensors").write_bytes(data[:-1])
+
+
+def flip_a_bit(path):
+    data = bytearray((path / "module.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "module.safetensors").write_bytes(data)
+
+
+def remove_a_file(path):
+    (path / "optimizer.safetensors").unlink()
+
+
+def cut_the_state(path):
+    (path / "state.json").write_text((path / "state.json").read_text()[:-9])
+
+
+def remove_the_state(path):
+    (path / "state.json").unlink()
+
+
+def point_outside(path):
+    content = json.loads((path / "state.json").read_text())
+    content["files"]["../secret.safetensors"] = content["files"]["module.safetensors"]
+    (path / "state.json").write_text(json.dumps(content))
+
+
+def write_another_type(path):
+    (path / "state.json").write_text("[1]")
+
+
+def come_from_the_future(path):
+    content = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**content, "version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, "instead of"),
+        (flip_a_bit, "does not match its checksum"),
+        (remove_a_file, "optimizer.safetensors cannot be read"),
+        (cut_the_state, "state.json is damaged"),
+        (remove_the_state, "state.json cannot be read"),
+        (point_outside, "outside the directory"),
+        (write_another_type, "state.json is damaged"),
+        (come_from_the_future, "version 99"),
+    ],
+)
+def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, damage, said):
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    with pytest.warns(UserWarning, match=f"step-00000002 is passed over: .*{said}"):
+        assert find_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_a_leftover_of_a_killed_writer_is_no_checkpoint_and_goes_away(tmp_path):
+    shutil.copytree(save(tmp_path, 1), tmp_path / ".step-00000002.tmp-123")
+    assert find_checkpoint(tmp_path).name == "step-00000001"
+    save(tmp_path, 3)
+    assert not list(tmp_path.glob(".step*"))
+
+
+def test_a_disk_that_refuses_is_the_users_business(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*goes on from the last whole checkpoint"):
+        save(tmp_path / "file" / "checkpoints", 1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_optimizer_goes_on_exactly(name, tmp_path):
+    def trained(model, optimizer, steps):
+        for step in range(steps):
+            optimizer.zero_grad()
+            model(torch.full((2, 3, 8, 8), 0.1 * (step + 1))).square().sum().backward()
+            optimizer.step()
+
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+        return model, build_optimizer(model.parameters(), OptimConfig(name=name, lr=0.01))
+
+    straight, straight_optimizer = build()
+    trained(straight, straight_optimizer, 3)
+    tensors, numbers = optimizer_tensors(straight_optimizer)
+    path = save_checkpoint(
+        tmp_path, step=3, tensors={"m": module_tensors(straight), "o": tensors}, state={"numbers": numbers}, keep=1
+    )
+    trained(straight, straight_optimizer, 3)
+
+    resumed, resumed_optimizer = build()
+    checkpoint = load_checkpoint(path)
+    restore_module(resumed, checkpoint.tensors["m"])
+    restore_optimizer(resumed_optimizer, checkpoint.tensors["o"], checkpoint.state["numbers"])
+    trained(resumed, resumed_optimizer, 3)
+    for before, after in zip(straight.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(before, after)
+    momentum = next(iter(resumed_optimizer.state.values()))
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in momentum.values() if value.dim() == 4)

@@ -1,0 +1,51 @@
+"""Every config that ships loads, keeps the rules, and its models can be built."""
+
+from pathlib import Path
+
+import pytest
+
+from kd_accel.config import ReproduceConfig, RunConfig, Schedule
+from kd_accel.parse import load_config_file
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem != "reproduce")
+CHAINS = sorted(CONFIGS.glob("*/reproduce.yaml"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_run_config_loads_and_its_model_is_built(path):
+    from kd_accel.models.zoo import build_model
+
+    config = load_config_file(RunConfig, path)
+    model = build_model(
+        config.model.arch, stem=config.model.stem, num_classes=10, arch_args=config.model.arch_args, seed=config.seed
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    expected = 23_528_522 if "resnet50" in config.model.arch else 11_181_642
+    if config.model.stem == "cifar":
+        expected += 64 * 3 * (3 * 3 - 7 * 7)
+    assert parameters == expected
+
+
+@pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.parent.name)
+def test_a_chain_names_files_that_ship(path):
+    chain = load_config_file(ReproduceConfig, path)
+    runs = [load_config_file(RunConfig, CONFIGS.parent / file) for file in chain.runs]
+    assert (CONFIGS.parent / chain.launch).is_file()
+    assert [run.role if run.teacher is None else "distilled" for run in runs] == ["teacher", "student", "distilled", "distilled"]
+    assert {run.teacher.run for run in runs if run.teacher} == {str(runs[0].directory)}
+
+
+def test_the_references_values_to_the_letter():
+    fixed = load_config_file(RunConfig, CONFIGS / "cifar10/hybrid_fixed.yaml").distill
+    scheduled = load_config_file(RunConfig, CONFIGS / "cifar10/hybrid_scheduled.yaml").distill
+    assert (fixed.temperature, fixed.alpha) == (0.5, 0.7)
+    assert scheduled.temperature == Schedule(start=0.5, floor=0.3, decay=0.95)
+    assert scheduled.alpha == Schedule(start=0.8, floor=0.5, decay=0.95)
+    assert fixed.feature.weight == scheduled.feature.weight == 0.1
+
+
+def test_the_students_of_a_chain_differ_in_nothing_but_the_teaching():
+    for folder in ("digits", "cifar10"):
+        runs = [load_config_file(RunConfig, CONFIGS / folder / f"{name}.yaml") for name in ("student", "hybrid_fixed", "hybrid_scheduled")]
+        assert len({str((run.data, run.model, run.optim, run.train, run.seed)) for run in runs}) == 1
