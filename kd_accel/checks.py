@@ -89,12 +89,8 @@ def _feature(distill: DistillConfig, feature: FeatureConfig, teacher: TeacherCon
     if teacher is not None and teacher.taps is not None and len(teacher.taps) != len(feature.taps):
         yield f"teacher.taps: {len(teacher.taps)} names, but distill.feature.taps has {len(feature.taps)}; they are pairs"
     if feature.direction != "teacher_to_student":
-        yield from _no_effect(
-            feature, "distill.feature", ("teacher_projector",), because=f"with direction {feature.direction}"
-        )
-    uses_pca = feature.direction == "both" or (
-        feature.direction == "teacher_to_student" and feature.teacher_projector == "pca"
-    )
+        yield from _no_effect(feature, "distill.feature", ("teacher_projector",), because=f"with direction {feature.direction}")
+    uses_pca = feature.direction == "both" or (feature.direction == "teacher_to_student" and feature.teacher_projector == "pca")
     if not uses_pca:
         yield from _no_effect(feature, "distill.feature", ("pca_images",), because="no PCA is fitted")
     yield from _at_least(feature, "distill.feature", 1, "pca_images")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from kd_accel import __version__
 from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
@@ -119,7 +119,7 @@ def _parser(command: str, description: str) -> ArgumentParser:
     return ArgumentParser(prog=f"kd-accel {command}", description=description, exit_on_error=False)
 
 
-def _parsed(parser: ArgumentParser, argv: list[str]):  # noqa: ANN202  (a Namespace whose fields are the arguments)
+def _parsed(parser: ArgumentParser, argv: list[str]) -> Namespace:
     try:
         return parser.parse_args(argv)
     except Exception as error:

@@ -19,7 +19,9 @@ def resolve_import(spec: str, *, field: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"{field}: cannot import {module_name!r} ({error}); it is looked for in the working directory too") from None
+        raise UserError(
+            f"{field}: cannot import {module_name!r} ({error}); it is looked for in the working directory too"
+        ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{field}: {module_name} has no function {function_name!r}")

@@ -33,9 +33,7 @@ def build_parser(config_class: type, *, prog: str, description: str) -> Argument
     return parser
 
 
-def parse_config(
-    config_class: type[Config], argv: Sequence[str], *, parser: ArgumentParser
-) -> tuple[Config, dict[str, Any]]:
+def parse_config(config_class: type[Config], argv: Sequence[str], *, parser: ArgumentParser) -> tuple[Config, dict[str, Any]]:
     """The config that `argv` describes, and the values of the arguments that the command added itself.
 
     Raises UserError that lists every mistake: unknown keys with the nearest name, wrong types, broken rules.
@@ -96,9 +94,7 @@ def _all_mistakes(config_class: type, argv: Sequence[str], parser: ArgumentParse
     return _listed(mistakes) if mistakes else _one_line(first_error)
 
 
-def _written_settings(
-    argv: Sequence[str], parser: ArgumentParser, mistakes: list[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _written_settings(argv: Sequence[str], parser: ArgumentParser, mistakes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, nested settings) for each config file and each flag."""
     own_flags = {option for action in parser._actions for option in action.option_strings if "." not in option}
     tokens = iter(argv)

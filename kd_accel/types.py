@@ -38,6 +38,10 @@ class Batch:
         )
         return Batch(images, labels, rows, self.view)
 
+    def pin_memory(self) -> Batch:
+        """In host memory from which a GPU copies without waiting."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.rows.pin_memory(), self.view)
+
 
 @dataclass(frozen=True)
 class Signals:

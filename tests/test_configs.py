@@ -32,7 +32,12 @@ def test_a_chain_names_files_that_ship(path):
     chain = load_config_file(ReproduceConfig, path)
     runs = [load_config_file(RunConfig, CONFIGS.parent / file) for file in chain.runs]
     assert (CONFIGS.parent / chain.launch).is_file()
-    assert [run.role if run.teacher is None else "distilled" for run in runs] == ["teacher", "student", "distilled", "distilled"]
+    assert [run.role if run.teacher is None else "distilled" for run in runs] == [
+        "teacher",
+        "student",
+        "distilled",
+        "distilled",
+    ]
     assert {run.teacher.run for run in runs if run.teacher} == {str(runs[0].directory)}
 
 
@@ -47,5 +52,8 @@ def test_the_references_values_to_the_letter():
 
 def test_the_students_of_a_chain_differ_in_nothing_but_the_teaching():
     for folder in ("digits", "cifar10"):
-        runs = [load_config_file(RunConfig, CONFIGS / folder / f"{name}.yaml") for name in ("student", "hybrid_fixed", "hybrid_scheduled")]
+        runs = [
+            load_config_file(RunConfig, CONFIGS / folder / f"{name}.yaml")
+            for name in ("student", "hybrid_fixed", "hybrid_scheduled")
+        ]
         assert len({str((run.data, run.model, run.optim, run.train, run.seed)) for run in runs}) == 1

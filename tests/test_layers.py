@@ -8,12 +8,27 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "kd_accel"
-LAYERS = ["config types", "checks", "parse imports", "data", "models", "teacher", "losses", "engine bench", "report", "commands cli"]
+LAYERS = [
+    "config types",
+    "checks",
+    "parse imports",
+    "data",
+    "models",
+    "teacher",
+    "losses",
+    "engine bench",
+    "report",
+    "commands cli",
+]
 RANK = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 
 def _modules() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__main__.py",) and path.parent != PACKAGE or path.stem in RANK)
+    return sorted(
+        path
+        for path in PACKAGE.rglob("*.py")
+        if path.name not in ("__main__.py",) and path.parent != PACKAGE or path.stem in RANK
+    )
 
 
 def _imported(path: Path) -> set[str]:
@@ -61,7 +76,17 @@ def test_there_is_no_drawer_for_everything():
     assert not {"utils", "common", "helpers", "misc"} & {path.stem for path in PACKAGE.rglob("*")}
 
 
-@pytest.mark.parametrize("module", ["kd_accel.cli", "kd_accel.config", "kd_accel.types", "kd_accel.parse", "kd_accel.checks", "kd_accel.commands.reproduce"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "kd_accel.cli",
+        "kd_accel.config",
+        "kd_accel.types",
+        "kd_accel.parse",
+        "kd_accel.checks",
+        "kd_accel.commands.reproduce",
+    ],
+)
 def test_no_torch_before_the_input_is_known_to_be_good(module):
     code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -69,4 +94,6 @@ def test_no_torch_before_the_input_is_known_to_be_good(module):
 
 def test_losses_are_pure():
     for path in (PACKAGE / "losses").glob("*.py"):
-        assert not {name for name in _imported(path) if name.startswith(("kd_accel.engine", "kd_accel.data", "accelerate", "logging"))}
+        assert not {
+            name for name in _imported(path) if name.startswith(("kd_accel.engine", "kd_accel.data", "accelerate", "logging"))
+        }

@@ -11,8 +11,7 @@ from kd_accel.engine.optim import build_optimizer, learning_rate, set_learning_r
 
 def rates(optim, total_steps, steps_per_epoch=10):
     return [
-        learning_rate(optim, step=step, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-        for step in range(total_steps)
+        learning_rate(optim, step=step, total_steps=total_steps, steps_per_epoch=steps_per_epoch) for step in range(total_steps)
     ]
 
 

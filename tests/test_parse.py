@@ -40,14 +40,18 @@ def test_later_files_and_then_flags_win(config_file):
 
 
 def test_a_number_or_a_schedule(config_file):
-    path = config_file({"teacher": {"run": "x"}, "distill": {"temperature": {"start": 0.5, "floor": 0.3, "decay": 0.95}, "alpha": 0.7}})
+    path = config_file(
+        {"teacher": {"run": "x"}, "distill": {"temperature": {"start": 0.5, "floor": 0.3, "decay": 0.95}, "alpha": 0.7}}
+    )
     config = parse("--config", path, "--distill.alpha", "0.6")
     assert config.distill.temperature == Schedule(start=0.5, floor=0.3, decay=0.95)
     assert config.distill.alpha == 0.6
 
 
 def test_a_saved_config_reads_back_equal(tmp_path):
-    config = parse("--teacher.run", "x", "--distill.feature.weight", "0.2", "--data.mean", "[0.1,0.2,0.3]", "--data.std", "[1,1,1]")
+    config = parse(
+        "--teacher.run", "x", "--distill.feature.weight", "0.2", "--data.mean", "[0.1,0.2,0.3]", "--data.std", "[1,1,1]"
+    )
     save_config(config, tmp_path / "config.yaml")
     assert load_config_file(RunConfig, tmp_path / "config.yaml") == config
 
@@ -55,7 +59,15 @@ def test_a_saved_config_reads_back_equal(tmp_path):
 def test_all_mistakes_come_together_with_the_nearest_key(config_file):
     path = config_file({"optim": {"lr": "fast", "momentun": 0.9}, "distil": {"alpha": 1}, "train": {"epochs": 0}})
     text = mistakes("--config", path, "--trian.epochs", "3", "--seed=x")
-    for part in ("6 mistakes", "optim.lr: Expected a float", "did you mean optim.momentum?", "did you mean distill?", "did you mean train?", "train.epochs: 0 must be at least 1", "seed: Expected a int"):
+    for part in (
+        "6 mistakes",
+        "optim.lr: Expected a float",
+        "did you mean optim.momentum?",
+        "did you mean distill?",
+        "did you mean train?",
+        "train.epochs: 0 must be at least 1",
+        "seed: Expected a int",
+    ):
         assert part in text
 
 
@@ -79,8 +91,14 @@ def test_all_mistakes_come_together_with_the_nearest_key(config_file):
         (["--teacher.run", "x", "--distill.alpha", "1.5"], "distill.alpha: 1.5 must be at most 1"),
         (["--teacher.run", "x", "--distill.temperature", "0"], "distill.temperature: 0.0 must be above 0"),
         (["--teacher.run", "x", "--distill.alpha.start", "0.5"], "distill.alpha.floor: missing"),
-        (["--teacher.run", "x", "--distill.alpha", '{"kind": "linear", "start": 1, "end": 0, "decay": 0.5}'], "distill.alpha.decay: has no effect with kind linear"),
-        (["--teacher.run", "x", "--distill.feature.weight", "0"], "distill.feature.weight: 0, so the term has no effect"),
+        (
+            ["--teacher.run", "x", "--distill.alpha", '{"kind": "linear", "start": 1, "end": 0, "decay": 0.5}'],
+            "distill.alpha.decay: has no effect with kind linear",
+        ),
+        (
+            ["--teacher.run", "x", "--distill.feature.weight", "0"],
+            "distill.feature.weight: 0, so the term has no effect",
+        ),
         (["--teacher.run", "x", "--distill.feature.taps", "[a, a]"], "each once"),
         (["--teacher.run", "x", "--teacher.taps", "[a]", "--distill.feature.weight", "0.1"], "they are pairs"),
         (["--teacher.run", "x", "--distill.feature.teacher_projector", "learned"], "teacher_projector: has no effect"),
@@ -103,7 +121,10 @@ def test_each_rule_names_field_value_and_rule(flags, part):
     assert part in mistakes(*flags)
 
 
-@pytest.mark.parametrize(("content", "part"), [("a: [1", "is not YAML"), ("- 1\n- 2\n", "must hold settings"), (b"\xff\xfe\x00", "cannot read")])
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [("a: [1", "is not YAML"), ("- 1\n- 2\n", "must hold settings"), (b"\xff\xfe\x00", "cannot read")],
+)
 def test_a_file_that_is_no_config(tmp_path, content, part):
     path = tmp_path / "bad.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -46,8 +46,6 @@ def _scheduled_values(
     if distill.feature is not None:
         settings["feature_weight"] = distill.feature.weight
     return {
-        name: schedule_value(
-            setting, epoch=epoch, step=step, total_epochs=config.train.epochs, total_steps=total_steps
-        )
+        name: schedule_value(setting, epoch=epoch, step=step, total_epochs=config.train.epochs, total_steps=total_steps)
         for name, setting in settings.items()
     }

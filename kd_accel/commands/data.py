@@ -72,9 +72,7 @@ def training_loader(data: Data, config: RunConfig, accelerator: Accelerator) -> 
     )
 
 
-def held_out(
-    data: Data, config: RunConfig, accelerator: Accelerator, *, split: Split, signals: SignalSource | None
-) -> HeldOut:
+def held_out(data: Data, config: RunConfig, accelerator: Accelerator, *, split: Split, signals: SignalSource | None) -> HeldOut:
     """A held-out split with, where there is a teacher, what it says about it."""
     loader = EvalLoader(
         data.train if split == "val" else data.test,

@@ -36,7 +36,7 @@ def wrap_student(network: nn.Module, config: RunConfig, data: Data, *, projector
         student_projectors=projectors.student if projectors else None,
         teacher_projectors=projectors.teacher if projectors else None,
     )
-    return module.to(memory_format=memory_format(config))  # type: ignore[call-overload]
+    return module.to(memory_format=memory_format(config))
 
 
 def memory_format(config: RunConfig) -> torch.memory_format:

@@ -31,7 +31,9 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
 
 def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConfig]:
     if not Path(config.launch).is_file():
-        raise UserError(f"launch: no file {config.launch!r}; launch/ holds those that ship (paths are from the working directory)")
+        raise UserError(
+            f"launch: no file {config.launch!r}; launch/ holds those that ship (paths are from the working directory)"
+        )
     mistakes, runs = [], []
     for file in config.runs:
         try:

@@ -77,7 +77,9 @@ def _refuse_other_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
     stored = flatten(checkpoint.state["config"])
     wanted = flatten(json.loads(json.dumps(asdict(config))))
     keys = [key for key in {**stored, **wanted} if not key.startswith(_MAY_CHANGE)]
-    changed = [f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} here" for key in keys if stored.get(key) != wanted.get(key)]
+    changed = [
+        f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} here" for key in keys if stored.get(key) != wanted.get(key)
+    ]
     if changed:
         raise UserError(
             f"{checkpoint.path} was written with other settings: {'; '.join(changed)}. "

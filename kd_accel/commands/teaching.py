@@ -66,7 +66,11 @@ def load_teacher(config: TeacherConfig, data: Data) -> TeacherNetwork:
     else:
         assert config.arch and config.weights and config.mean and config.std, "checked by checks.problems"
         model = build_model(
-            config.arch, num_classes=len(data.label_names), stem=config.stem, arch_args=config.arch_args, field="teacher"
+            config.arch,
+            num_classes=len(data.label_names),
+            stem=config.stem,
+            arch_args=config.arch_args,
+            field="teacher",
         )
         load_weights(model, config.weights, arch=config.arch, is_exact=True, field="teacher")
         teacher = TeacherNetwork(model, config.arch, config.stem, config.mean, config.std, None)
@@ -81,7 +85,7 @@ def build_teaching(
     assert config.teacher is not None
     teacher = load_teacher(config.teacher, data)
     digest = teacher.digest
-    model = teacher.model.to(accelerator.device, memory_format=memory_format(config))
+    model = teacher.model.to(accelerator.device).to(memory_format=memory_format(config))
     normalize = Normalize(teacher.mean, teacher.std).to(accelerator.device)
     feature = config.distill.feature if config.distill else None
     if feature is None:
@@ -95,15 +99,13 @@ def build_teaching(
         features = _first_features(config, data, feature, model, normalize, pairs, accelerator.autocast)
         fitted = on_main_process(accelerator, lambda: _fit_pca(features, projectors))
         frozen = {tap: projector for tap, (projector, _) in fitted.items()}
-        notices += [f"PCA at {tap}: {100 * share:.1f} % of the variance explained" for tap, (_, share) in fitted.items()]
+        notices += [f"PCA at {tap} explains {share:.1%} of the variance" for tap, (_, share) in fitted.items()]
     for projector in frozen.values():
         projector.to(accelerator.device)
     return Teaching(_answering(config, model, normalize, pairs, frozen, accelerator), digest, projectors, frozen, notices)
 
 
-def check_teacher_accuracy(
-    config: RunConfig, data: Data, held_out: HeldOut, *, digest: str, accelerator: Accelerator
-) -> float:
+def check_teacher_accuracy(config: RunConfig, data: Data, held_out: HeldOut, *, digest: str, accelerator: Accelerator) -> float:
     """The teacher's accuracy on the held-out rows, measured, or remembered from an earlier run beside this one."""
     rows = {"rows": rows_digest(data.test, data.rows.test), "teacher": digest, "precision": config.train.precision}
     path = config.directory.parent / ".teacher_accuracy" / f"{settings_digest(rows)}.json"
@@ -149,8 +151,8 @@ def _refuse_other_classes(teacher: TeacherNetwork, data: Data, config: TeacherCo
     pairs = zip(teacher.label_names, data.label_names, strict=True)
     index, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
     raise UserError(
-        f"teacher.run: class {index} of {config.run} is {theirs!r}, but {ours!r} in the data; both need the same classes in the "
-        "same order"
+        f"teacher.run: class {index} of {config.run} is {theirs!r}, but {ours!r} in the data; both need the same classes in "
+        "the same order"
     )
 
 
@@ -189,9 +191,7 @@ def _first_features(
             yield {tap: recorded[name] for tap, name in pairs.items()}
 
 
-def _fit_pca(
-    features: Iterator[dict[str, Tensor]], projectors: Projectors
-) -> dict[str, tuple[FeatureProjector, float]]:
+def _fit_pca(features: Iterator[dict[str, Tensor]], projectors: Projectors) -> dict[str, tuple[FeatureProjector, float]]:
     fits: dict[str, PcaFit] = {}
     for recorded in features:
         for tap, feature in recorded.items():

@@ -8,7 +8,7 @@ generator: PyTorch's own loaders draw from it at every start, which shifts the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def epoch_order(rows: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
 class TrainLoader:
     """Training batches of one rank, view after view. Batches are on the CPU, or on the device of `device_images`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (each says where this rank stands in the order)
         self,
         images: ImageSet,
         views_of: ViewFunction,
@@ -75,7 +75,7 @@ class TrainLoader:
         view = epoch if self._views is None else epoch % self._views
         shares = self._shares(epoch, start_step)
         if self._device_images is not None:
-            batches = (self._batch_on_device(share, view) for share in shares)
+            batches: Iterator[Batch] = (self._batch_on_device(share, view) for share in shares)
         else:
             planned = _Planned(self._images, self._views_of, shares, view)
             batches = _loaded(planned, num_workers=self._num_workers, pin_memory=self._pin_memory)
@@ -145,8 +145,9 @@ class _Planned(Dataset[tuple[np.ndarray, np.ndarray, np.ndarray]]):
 def _loaded(planned: _Planned, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     if num_workers == 0 or not len(planned):
         for index in range(len(planned)):
-            batch = _batch(planned[index], planned.view)
-            yield Batch(*(t.pin_memory() for t in (batch.images, batch.labels, batch.rows)), batch.view) if pin_memory else batch
+            pixels, labels, rows = _as_tensors(planned[index])
+            batch = Batch(pixels.permute(0, 3, 1, 2), labels, rows, planned.view)
+            yield batch.pin_memory() if pin_memory else batch
         return
     loader = DataLoader(
         planned,
@@ -160,10 +161,5 @@ def _loaded(planned: _Planned, *, num_workers: int, pin_memory: bool) -> Iterato
         yield Batch(pixels.permute(0, 3, 1, 2), labels, rows, planned.view)
 
 
-def _as_tensors(arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[Tensor, ...]:
-    return tuple(torch.from_numpy(array) for array in arrays)
-
-
-def _batch(arrays: tuple[np.ndarray, np.ndarray, np.ndarray], view: int) -> Batch:
-    pixels, labels, rows = _as_tensors(arrays)
-    return Batch(pixels.permute(0, 3, 1, 2), labels, rows, view)
+def _as_tensors(arrays: Sequence[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(array) for array in arrays]

@@ -120,7 +120,9 @@ def _digits(image_size: int) -> tuple[ImageSet, ImageSet]:
 
 def _own_code(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     function = resolve_import(config.source, field="data.source")
-    train, test = (_own_split(function(name, config.image_size), config, name) for name in (config.train_split, config.test_split))
+    train, test = (
+        _own_split(function(name, config.image_size), config, name) for name in (config.train_split, config.test_split)
+    )
     if train.label_names != test.label_names:
         raise UserError(f"data.source: {config.source} gives other label_names for the test split than for the training split")
     return train, test
@@ -129,11 +131,17 @@ def _own_code(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
     where = f"data.source: {config.source}, split {split!r}"
     try:
-        images, labels, names = np.asarray(content["images"]), np.asarray(content["labels"]), list(content["label_names"])
+        images, labels, names = (
+            np.asarray(content["images"]),
+            np.asarray(content["labels"]),
+            list(content["label_names"]),
+        )
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: must return a mapping with images, labels and label_names") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
-        raise UserError(f"{where}: images must be uint8 [N, H, W, 3], one for each label; they are {images.dtype} {images.shape}")
+        raise UserError(
+            f"{where}: images must be uint8 [N, H, W, 3], one for each label; they are {images.dtype} {images.shape}"
+        )
     fitted = np.stack([fit_array(image, config.image_size) for image in images]) if len(images) else images
     return MemoryImages(fitted, _checked_labels(labels, len(names), where), names)
 
@@ -185,7 +193,9 @@ def _hub_splits(name: str, arguments: dict[str, Any]) -> list[str]:
 def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: bool) -> Any:
     import datasets
 
-    columns = {"image": "image", "label": "label"} if is_folder else {"image": config.image_column, "label": config.label_column}
+    columns = (
+        {"image": "image", "label": "label"} if is_folder else {"image": config.image_column, "label": config.label_column}
+    )
     for role, column in columns.items():
         if column not in dataset.column_names:
             raise UserError(
@@ -198,7 +208,9 @@ def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: boo
     try:
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:
-        raise UserError(f"data.image_column: {columns['image']!r} of the {split} split holds no images ({_brief(error)})") from None
+        raise UserError(
+            f"data.image_column: {columns['image']!r} of the {split} split holds no images ({_brief(error)})"
+        ) from None
 
 
 def _class_names(train: Any, config: DataConfig) -> tuple[str, ...]:

@@ -52,7 +52,9 @@ def save_checkpoint(
         directory.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(directory)
         temporary.mkdir()
-        files = {f"{name}.safetensors": _write_tensors(temporary / f"{name}.safetensors", named) for name, named in tensors.items()}
+        files = {
+            f"{name}.safetensors": _write_tensors(temporary / f"{name}.safetensors", named) for name, named in tensors.items()
+        }
         _write_durably(temporary / "state.json", json.dumps({"version": VERSION, "files": files, "state": state}))
         _fsync(temporary)
         if final.exists():

@@ -55,7 +55,7 @@ def evaluate(forward: Forward, held_out: HeldOut, *, accelerator: Accelerator) -
             logits = forward(on_device.images).float()
         sums += _batch_sums(logits, on_device.labels, teacher_logits)
     total = accelerator.reduce(sums, "sum")
-    rows, loss, correct, agreeing = total.tolist()  # type: ignore[union-attr]
+    rows, loss, correct, agreeing = total.tolist()
     if not rows:
         raise UserError("evaluation: the split has no rows; raise data.val_fraction or data.limit_test")
     result = {"loss": loss / rows, "accuracy": correct / rows}
@@ -69,7 +69,7 @@ def teacher_accuracy(held_out: HeldOut, *, accelerator: Accelerator) -> float:
     for batch, logits in zip(held_out.loader, held_out.teacher_logits(accelerator), strict=True):
         assert logits is not None
         sums += torch.tensor([len(batch.rows), (logits.argmax(1) == batch.labels).sum()], dtype=torch.float64).to(sums.device)
-    rows, correct = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+    rows, correct = accelerator.reduce(sums, "sum").tolist()
     return correct / rows
 
 

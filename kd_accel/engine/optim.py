@@ -23,9 +23,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> t
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if optim.name == "adamw":
         first, second = optim.betas
-        return torch.optim.AdamW(
-            trained, lr=optim.lr, betas=(first, second), weight_decay=optim.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(trained, lr=optim.lr, betas=(first, second), weight_decay=optim.weight_decay, fused=True)
     return torch.optim.SGD(
         trained,
         lr=optim.lr,

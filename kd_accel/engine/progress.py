@@ -31,7 +31,10 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f"epoch {epoch + 1}, {text}")
         elif self._is_main:
-            print(f"{self._name}: step {self._done_steps + 1}/{self._total_steps}, {text}, {self._left()} left", flush=True)
+            print(
+                f"{self._name}: step {self._done_steps + 1}/{self._total_steps}, {text}, {self._left()} left",
+                flush=True,
+            )
 
     def note_epoch(self, epochs_done: int, values: dict[str, float]) -> None:
         """Validation metrics after an epoch."""

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from kd_accel.engine.checkpoint import (
     Checkpoint,
@@ -48,7 +49,7 @@ class Trainee:
     module: nn.Module
     optimizer: Any
     meters: Meters
-    average: nn.Module | None = None
+    average: AveragedModel | None = None
     position: Position = field(default_factory=Position)
 
 
@@ -95,7 +96,7 @@ def _restore_ranks(trainee: Trainee, state: dict[str, Any], accelerator: Acceler
         trainee.meters.restore(summed, state["meter_names"])
     return [
         f"the checkpoint was written by {len(ranks)} processes and is resumed by {accelerator.num_processes}: same rows, order "
-        "and schedules, but BatchNorm sees other batch shares and dropout draws anew, so the weights will not be bit for bit equal"
+        "and schedules, but BatchNorm sees other batch shares and dropout draws anew, so the weights will differ"
     ]
 
 

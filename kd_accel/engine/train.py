@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -42,14 +41,12 @@ class Course:
     loss_at: Callable[[int, int], tuple[LossFunction, dict[str, float]]]
 
     def lr_at(self, step: int) -> float:
-        return learning_rate(
-            self.optim, step=step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
-        )
+        return learning_rate(self.optim, step=step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a training needs, built by the command. checkpoint_extra goes into each checkpoint's state."""
+    """Everything that a training needs, built by the command. The checkpoint_ fields go into each checkpoint as they are."""
 
     accelerator: Accelerator
     train: TrainConfig
@@ -62,6 +59,7 @@ class Job:
     progress: Progress
     checkpoint_dir: Path
     checkpoint_extra: dict[str, Any]
+    checkpoint_tensors: dict[str, dict[str, Tensor]]
     validation: HeldOut | None = None
     logs_target_variance: bool = False
 
@@ -189,7 +187,7 @@ def save(job: Job) -> None:
         save_checkpoint(
             job.checkpoint_dir,
             step=job.trainee.position.step,
-            tensors=tensors,
+            tensors={**tensors, **job.checkpoint_tensors},
             state=state,
             keep=job.checkpoint.keep,
         )

@@ -38,9 +38,7 @@ class DistillationLoss:
     def __call__(self, output: StudentOutput, signals: Signals, labels: Tensor) -> LossTerms:
         assert signals.logits is not None, "a distillation needs the teacher's logits"
         hard = cross_entropy(output.logits, labels, label_smoothing=self.label_smoothing)
-        response = kl_divergence(
-            output.logits, signals.logits, temperature=self.temperature, t_squared=self.t_squared
-        )
+        response = kl_divergence(output.logits, signals.logits, temperature=self.temperature, t_squared=self.t_squared)
         total = self.alpha * response + (1 - self.alpha) * hard
         if self.feature_weight is None:
             return LossTerms(total=total, hard=hard, response=response)

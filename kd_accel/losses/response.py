@@ -21,9 +21,7 @@ def cross_entropy(logits_BC: Tensor, labels_B: Tensor, *, label_smoothing: float
         return functional.cross_entropy(full_precision(logits_BC), labels_B, label_smoothing=label_smoothing)
 
 
-def kl_divergence(
-    student_logits_BC: Tensor, teacher_logits_BC: Tensor, *, temperature: float, t_squared: bool
-) -> Tensor:
+def kl_divergence(student_logits_BC: Tensor, teacher_logits_BC: Tensor, *, temperature: float, t_squared: bool) -> Tensor:
     """KL(teacher || student) of both softened by `temperature`: summed over classes, mean over the batch, at least 0.
 
     With `t_squared` the result is multiplied by the temperature squared, so that its gradient keeps its size as the

@@ -11,9 +11,7 @@ import math
 from kd_accel.config import Schedule
 
 
-def schedule_value(
-    schedule: float | Schedule, *, epoch: int, step: int, total_epochs: int, total_steps: int
-) -> float:
+def schedule_value(schedule: float | Schedule, *, epoch: int, step: int, total_epochs: int, total_steps: int) -> float:
     """The value after `epoch` whole epochs and `step` optimizer steps."""
     if not isinstance(schedule, Schedule):
         return float(schedule)

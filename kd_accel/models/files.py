@@ -57,7 +57,9 @@ def load_card(directory: Path) -> ModelCard:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{directory}: no finished run (model.json cannot be read); train it first, or name another directory") from None
+        raise UserError(
+            f"{directory}: no finished run (model.json cannot be read); train it first, or name another directory"
+        ) from None
     except ValueError:
         raise UserError(f"{path}: damaged (no JSON); train the run again") from None
     missing = [field.name for field in fields(ModelCard) if not isinstance(content, dict) or field.name not in content]
@@ -69,9 +71,7 @@ def load_card(directory: Path) -> ModelCard:
 def load_run_model(directory: Path, *, field: str = "model") -> tuple[nn.Module, ModelCard]:
     """The model of a finished run, in evaluation mode on the CPU, and its card."""
     card = load_card(directory)
-    model = build_model(
-        card.arch, num_classes=len(card.label_names), stem=card.stem, arch_args=card.arch_args, field=field
-    )
+    model = build_model(card.arch, num_classes=len(card.label_names), stem=card.stem, arch_args=card.arch_args, field=field)
     load_weights(model, str(directory), arch=card.arch, is_exact=True, field=field)
     return model.eval(), card
 
@@ -187,4 +187,6 @@ def _misfit(
         for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
         if names
     ]
-    return f"{field}: {weights} does not fit {arch}: of its tensors {'; '.join(parts)}. Set arch and stem to what it was made with"
+    return (
+        f"{field}: {weights} does not fit {arch}: of its tensors {'; '.join(parts)}. Set arch and stem to what it was made with"
+    )

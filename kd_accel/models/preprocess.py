@@ -25,4 +25,8 @@ class Normalize(nn.Module):
         self.register_buffer("shift", (-mean_3 / std_3).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.float().mul_(self.scale).add_(self.shift) if images.dtype == torch.uint8 else images * self.scale + self.shift
+        return (
+            images.float().mul_(self.scale).add_(self.shift)
+            if images.dtype == torch.uint8
+            else images * self.scale + self.shift
+        )

@@ -86,7 +86,8 @@ def build_projectors(
     if direction == "teacher_to_student":
         return Projectors(pca_channels=pca_channels)
     return Projectors(
-        student={t: _learned(FeatureProjector, t, s, s, seed) for t, (s, _) in widths.items()}, pca_channels=pca_channels
+        student={t: _learned(FeatureProjector, t, s, s, seed) for t, (s, _) in widths.items()},
+        pca_channels=pca_channels,
     )
 
 

@@ -47,9 +47,7 @@ class TapRecorder:
     def __enter__(self) -> TapRecorder:
         return self.open()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:

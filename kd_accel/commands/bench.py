@@ -1,0 +1,28 @@
+"""`kd-accel bench`: parameters, MACs and latency of runs and architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_accel.bench.named import bench_models, write_json
+from kd_accel.config import BenchConfig
+
+
+def run_bench(models: Sequence[str], config: BenchConfig, *, out: Path | None) -> None:
+    """Print a line per model and batch size, and write the figures to `out`."""
+    figures = bench_models(models, config)
+    for entry in figures["models"]:
+        for latency in entry["latency"]:
+            print(_line(entry, latency))
+    print(f"on {figures['device']}, {figures['threads']} threads, precision {figures['precision']}, {figures['layout']}")
+    if out is not None:
+        write_json(figures, out)
+        print(f"written to {out}")
+
+
+def _line(entry: dict[str, Any], latency: dict[str, Any]) -> str:
+    size = f"{entry['parameters'] / 1e6:.2f} M parameters, {entry['macs'] / 1e6:.1f} M multiply-adds"
+    time = f"batch {latency['batch_size']:4}: median {latency['median_ms']:.2f} ms, p90 {latency['p90_ms']:.2f} ms"
+    return f"{entry['name']}: {size}, {time} (quartiles {latency['spread_ms']:.2f} ms apart)"

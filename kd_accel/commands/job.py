@@ -1,0 +1,140 @@
+"""Putting the parts of a training together into the `Job` that the engine runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kd_accel.commands.course import build_course
+from kd_accel.commands.data import Data, held_out, training_loader
+from kd_accel.commands.teaching import Teaching
+from kd_accel.config import RunConfig
+from kd_accel.engine.checkpoint import Checkpoint, module_tensors
+from kd_accel.engine.evaluate import HeldOut
+from kd_accel.engine.journal import Journal
+from kd_accel.engine.meters import Meters
+from kd_accel.engine.optim import build_optimizer
+from kd_accel.engine.progress import Progress
+from kd_accel.engine.state import Trainee, restore
+from kd_accel.engine.train import Job
+from kd_accel.models.student import StudentModule
+from kd_accel.report.tracking import WandbTracking
+from kd_accel.types import SignalSource, no_signals
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is there before the first step."""
+
+    config: RunConfig
+    data: Data
+    module: StudentModule
+    teaching: Teaching | None
+    checkpoint: Checkpoint | None
+    accelerator: Accelerator
+    notices: list[str]
+
+    @property
+    def signals(self) -> SignalSource:
+        return self.teaching.signals if self.teaching else no_signals
+
+
+def start_tracking(start: Prepared) -> WandbTracking:
+    """W&B on the main process, through Accelerate's tracker; a resumed run goes on in the same W&B run."""
+    config, accelerator = start.config, start.accelerator
+    tracking = WandbTracking(
+        config.tracking,
+        run_dir=config.directory,
+        name=config.name,
+        settings=asdict(config),
+        run_id=start.checkpoint.state["wandb_id"] if start.checkpoint else None,
+    )
+    if accelerator.is_main_process:
+        tracking.start(lambda kwargs: _wandb_run(accelerator, config, kwargs))
+    return tracking
+
+
+def _wandb_run(accelerator: Accelerator, config: RunConfig, kwargs: dict[str, Any]) -> Any:
+    accelerator.init_trackers(config.tracking.project, config=asdict(config), init_kwargs={"wandb": kwargs})
+    return accelerator.get_tracker("wandb", unwrap=True)
+
+
+def build_job(start: Prepared, tracking: WandbTracking) -> Job:
+    config, accelerator = start.config, start.accelerator
+    loader = training_loader(start.data, config, accelerator)
+    course = build_course(config, steps_per_epoch=loader.steps_per_epoch)
+    trainee, notices = _build_trainee(start)
+    start.notices.extend(notices)
+    journal = Journal(config.directory / "metrics.jsonl", is_main=accelerator.is_main_process, tracker=tracking)
+    journal.start(start.checkpoint.state["metrics_bytes"] if start.checkpoint else 0)
+    feature = config.distill.feature if config.distill else None
+    state, tensors = _checkpoint_extra(start, tracking)
+    return Job(
+        accelerator=accelerator,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        trainee=trainee,
+        loader=loader,
+        signals=start.signals,
+        course=course,
+        journal=journal,
+        progress=Progress(
+            config.name,
+            total_steps=course.total_steps,
+            done_steps=trainee.position.step,
+            is_main=accelerator.is_main_process,
+        ),
+        checkpoint_dir=config.directory / "checkpoints",
+        checkpoint_extra=state,
+        checkpoint_tensors=tensors,
+        validation=_validation(start),
+        logs_target_variance=feature is not None and feature.teacher_projector == "learned",
+    )
+
+
+def _build_trainee(start: Prepared) -> tuple[Trainee, list[str]]:
+    """What a step changes, wrapped by Accelerate, in the state of the checkpoint where there is one."""
+    config, accelerator, module = start.config, start.accelerator, start.module
+    average = _moving_average(module.student, config)
+    if average is not None:
+        average.to(accelerator.device)
+    if config.train.compile:
+        module.student.compile()
+    optimizer = build_optimizer(module.to(accelerator.device).parameters(), config.optim)
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    trainee = Trainee(wrapped, optimizer, Meters(accelerator.device), average)
+    if start.checkpoint is None:
+        return trainee, []
+    return trainee, restore(trainee, start.checkpoint, accelerator)
+
+
+def _moving_average(student: nn.Module, config: RunConfig) -> AveragedModel | None:
+    """A copy that follows the student's weights; its BatchNorm statistics are the student's own, copied at each step."""
+    if config.train.ema_decay is None:
+        return None
+    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay), use_buffers=False)
+
+
+def _validation(start: Prepared) -> HeldOut | None:
+    if not len(start.data.rows.val):
+        return None
+    signals = start.signals if start.teaching else None
+    return held_out(start.data, start.config, start.accelerator, split="val", signals=signals)
+
+
+def _checkpoint_extra(start: Prepared, tracking: WandbTracking) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(plain state, tensors by file) that every checkpoint holds besides the trainee's own."""
+    frozen = start.teaching.frozen if start.teaching else {}
+    tensors = {
+        f"{tap}|{name}": tensor for tap, projector in frozen.items() for name, tensor in module_tensors(projector).items()
+    }
+    state = {
+        "config": asdict(start.config),
+        "wandb_id": tracking.run_id,
+        "teacher_digest": start.teaching.digest if start.teaching else None,
+    }
+    return state, {"frozen": tensors} if tensors else {}

@@ -1,0 +1,94 @@
+"""What a finished training leaves: the model to deploy, and the summary."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import kd_accel
+from kd_accel.commands.job import Prepared
+from kd_accel.commands.networks import card_of
+from kd_accel.config import RunConfig, Schedule
+from kd_accel.engine.train import Job
+from kd_accel.models.files import save_model
+from kd_accel.report.tracking import WandbTracking
+
+
+def save_results(start: Prepared, job: Job, *, test_metrics: dict[str, float], tracking: WandbTracking) -> None:
+    """Write model.safetensors, model.json and, last, summary.json; print the result. The main process writes."""
+    position = job.trainee.position
+    job.journal.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
+    if start.accelerator.is_main_process:
+        average = job.trainee.average
+        network = start.module.student if average is None else average.module
+        save_model(start.config.directory, network, card=card_of(start.config, start.data))
+        summary = _summary(start, job, test_metrics)
+        _write_whole(start.config.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        tracking.log_table("results", ["name", "role", "arch", "accuracy", "parameters"], [[summary[key] for key in _TABLE]])
+    start.accelerator.wait_for_everyone()
+    job.progress.say(f"{start.config.name}: test accuracy {100 * test_metrics['accuracy']:.2f} % ({start.config.directory})")
+
+
+_TABLE = ("name", "role", "arch", "accuracy", "parameters")
+
+
+def _summary(start: Prepared, job: Job, test_metrics: dict[str, float]) -> dict[str, Any]:
+    config, position = start.config, job.trainee.position
+    student = start.module.student
+    return {
+        "name": config.name,
+        "role": "distilled" if start.teaching else config.role,
+        "arch": config.model.arch,
+        "stem": config.model.stem,
+        "accuracy": test_metrics["accuracy"],
+        "accuracy_best_val": position.best_val_accuracy,
+        "agreement": test_metrics.get("agreement"),
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "steps": position.step,
+        "seconds": position.elapsed_s,
+        "images_per_second": position.step * config.train.batch_size / max(position.elapsed_s, 1e-9),
+        "world_size": start.accelerator.num_processes,
+        "precision": config.train.precision,
+        "device": _device_name(start.accelerator.device),
+        "is_scheduled": _is_scheduled(config),
+        "source": config.data.source,
+        "label_names": list(start.data.label_names),
+        "teacher_digest": start.teaching.digest if start.teaching else None,
+        "versions": {
+            "kd_accel": kd_accel.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "commit": _commit(),
+    }
+
+
+def _is_scheduled(config: RunConfig) -> bool:
+    """Whether T or alpha changes during the training."""
+    distill = config.distill
+    return distill is not None and any(isinstance(value, Schedule) for value in (distill.temperature, distill.alpha))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _commit() -> str | None:
+    """Of the program's own checkout, where it runs from one."""
+    command = ["git", "-C", str(Path(kd_accel.__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,155 @@
+"""The table of results: the columns of the reference job, filled from what runs and bench left on disk.
+
+In: run directories (summary.json, metrics.jsonl) and a bench file. Out: results.md, results.json and two pictures. Accuracies
+are fractions of 1 in files and percent in tables; the latency of a row is the median at batch size 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kd_accel.report.plots import plot_accuracy_against_latency, plot_learning_curves
+from kd_accel.types import UserError
+
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+_REFERENCE = {
+    "teacher": "85.11 / 23.5 / 8.72",
+    "student": "75.06 / 11.18 / 4.70",
+    "fixed": "76.8 / 11.18 / 4.10",
+    "scheduled": "78.6 / 11.18 / 3.90",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model in the table. accuracy: test split, fraction of 1. parameters, macs: whole numbers. latency_ms: batch size 1."""
+
+    name: str
+    role: Literal["teacher", "student", "distilled"]
+    arch: str
+    accuracy: float
+    parameters: int
+    macs: int | None
+    latency_ms: float | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run as read from its directory. curve: the lines of metrics.jsonl."""
+
+    row: Row
+    summary: dict[str, Any]
+    curve: list[dict[str, Any]]
+
+
+def write_report(directories: Sequence[Path], *, out: Path, bench_file: Path | None = None) -> str:
+    """Write everything to `out`; returns the table. Raises UserError for a run that is not finished or cannot be read."""
+    bench = _read_bench(bench_file) if bench_file else {}
+    results = [load_result(directory, bench.get(str(directory))) for directory in directories]
+    missing = [str(directory) for directory in directories if bench_file and str(directory) not in bench]
+    if missing:
+        raise UserError(f"--bench {bench_file}: has no figures of {', '.join(missing)}; bench the same runs by the same paths")
+    text = results_table(results)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.md").write_text(text + "\n", encoding="utf-8")
+        content = {"rows": [asdict(result.row) for result in results]}
+        (out / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {out} ({error.strerror})") from None
+    plot_learning_curves({result.row.name: result.curve for result in results}, out / "learning_curves.png")
+    timed = [result.row for result in results if result.row.latency_ms is not None]
+    if timed:
+        plot_accuracy_against_latency(
+            [(row.name, row.latency_ms or 0.0, row.accuracy) for row in timed], out / "accuracy_latency.png"
+        )
+    return text
+
+
+def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
+    """A run and its entry in a bench file."""
+    summary = _read_json(directory / "summary.json", "no finished run there; train it first")
+    try:
+        row = Row(
+            name=summary["name"],
+            role=summary["role"],
+            arch=summary["arch"],
+            accuracy=summary["accuracy"],
+            parameters=summary["parameters"],
+            macs=bench["macs"] if bench else None,
+            latency_ms=_latency(bench) if bench else None,
+        )
+    except (KeyError, TypeError):
+        raise UserError(f"{directory}/summary.json or its bench figures are damaged; train or bench the run again") from None
+    return RunResult(row, summary, _read_curve(directory / "metrics.jsonl"))
+
+
+def results_table(results: Sequence[RunResult]) -> str:
+    """Markdown. For CIFAR-10 the reference's own figures stand beside the rows that they belong to."""
+    has_reference = any(_is_cifar10(result) for result in results)
+    header = ["Model", "Architecture", "Accuracy (%)", "Parameters (M)", "MACs (M)", "Latency (ms)"]
+    if has_reference:
+        header.append("Reference: accuracy / parameters / latency")
+    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
+    for result in results:
+        cells = _cells(result.row)
+        lines.append([*cells, _reference(result)] if has_reference else cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(row: Row) -> list[str]:
+    macs = "" if row.macs is None else f"{row.macs / 1e6:.1f}"
+    latency = "" if row.latency_ms is None else f"{row.latency_ms:.2f}"
+    return [f"{row.name} ({row.role})", row.arch, f"{100 * row.accuracy:.2f}", f"{row.parameters / 1e6:.2f}", macs, latency]
+
+
+def _reference(result: RunResult) -> str:
+    if not _is_cifar10(result):
+        return ""
+    role = result.row.role
+    wanted = "torchvision/resnet50" if role == "teacher" else "torchvision/resnet18"
+    if result.row.arch != wanted:
+        return ""
+    if role != "distilled":
+        return _REFERENCE[role]
+    return _REFERENCE["scheduled" if result.summary.get("is_scheduled") else "fixed"]
+
+
+def _is_cifar10(result: RunResult) -> bool:
+    return result.summary.get("label_names") == CIFAR10_CLASSES
+
+
+def _latency(bench: dict[str, Any]) -> float | None:
+    return next((entry["median_ms"] for entry in bench["latency"] if entry["batch_size"] == 1), None)
+
+
+def _read_bench(path: Path) -> dict[str, dict[str, Any]]:
+    content = _read_json(path, "bench the runs first: kd-accel bench RUN ... --out FILE")
+    try:
+        return {entry["name"]: entry for entry in content["models"]}
+    except (KeyError, TypeError):
+        raise UserError(f"--bench {path}: is no file of kd-accel bench") from None
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
+    except ValueError:
+        raise UserError(f"{path}: is damaged (no JSON); make it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is damaged (no JSON object); make it again")
+    return content
+
+
+def _read_curve(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); train the run again") from None
