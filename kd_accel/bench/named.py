@@ -70,9 +70,7 @@ def _load(name: str, config: BenchConfig) -> _Named:
         model, card = load_run_model(path, field=name)
         return _Named(name, card.arch, model, config.image_size or card.image_size)
     if "/" in name and not name.startswith(("torchvision/", "timm/", "import:")):
-        raise UserError(
-            f"bench: there is no run directory {name!r}; archs are torchvision/NAME, timm/NAME or import:module:function"
-        )
+        raise UserError(f"bench: there is no run directory {name!r}; an arch is torchvision/NAME, timm/NAME or import:...")
     model = build_model(name, num_classes=config.num_classes, field="bench").eval()
     return _Named(name, name, model, config.image_size or _DEFAULT_IMAGE_SIZE)
 

@@ -44,7 +44,9 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate(forward: Forward, held_out: HeldOut, *, accelerator: Accelerator) -> dict[str, float]:
-    """{"loss", "accuracy"} and, where there is a teacher, {"agreement"}: fractions of 1. The loss is the cross-entropy.
+    """{"rows", "loss", "accuracy"} and, where there is a teacher, "agreement": fractions of 1. The loss is the cross-entropy.
+
+    rows: how many were counted.
 
     The caller puts the model in evaluation mode. Every rank must call this.
     """
@@ -58,7 +60,7 @@ def evaluate(forward: Forward, held_out: HeldOut, *, accelerator: Accelerator) -
     rows, loss, correct, agreeing = total.tolist()
     if not rows:
         raise UserError("evaluation: the split has no rows; raise data.val_fraction or data.limit_test")
-    result = {"loss": loss / rows, "accuracy": correct / rows}
+    result = {"rows": int(rows), "loss": loss / rows, "accuracy": correct / rows}
     return {**result, "agreement": agreeing / rows} if held_out.has_teacher else result
 
 

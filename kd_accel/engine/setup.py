@@ -29,7 +29,17 @@ def start_processes(precision: Precision, *, seed: int = 0, track_with: str | No
     Raises UserError when the launch cannot do what the config says.
     """
     _refuse_contradictions(precision)
-    accelerator = Accelerator(
+    try:
+        accelerator = _joined(precision, track_with)
+    except ValueError as error:  # what Accelerate raises where WORLD_SIZE is set and the rest of the launch is missing
+        raise UserError(f"the launch is incomplete: {error}; start with one of the files in launch/") from None
+    refuse_unjoined(accelerator)
+    set_seed(seed, device_specific=True)
+    return accelerator
+
+
+def _joined(precision: Precision, track_with: str | None) -> Accelerator:
+    return Accelerator(
         mixed_precision=precision,
         cpu=not torch.cuda.is_available(),
         gradient_accumulation_steps=1,
@@ -38,9 +48,6 @@ def start_processes(precision: Precision, *, seed: int = 0, track_with: str | No
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=True)],
     )
-    _refuse_unjoined(accelerator)
-    set_seed(seed, device_specific=True)
-    return accelerator
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
@@ -75,7 +82,8 @@ def _refuse_contradictions(precision: Precision) -> None:
         )
 
 
-def _refuse_unjoined(accelerator: Accelerator) -> None:
+def refuse_unjoined(accelerator: Accelerator) -> None:
+    """Raises UserError where the launcher started more processes than found each other, or with another kind of parallelism."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(

@@ -1,0 +1,49 @@
+"""`kd-accel evaluate RUN`: accuracy, loss and agreement of a finished run, from its files, on any number of processes."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from kd_accel.commands.data import Split, held_out, load_data
+from kd_accel.commands.teaching import load_teacher
+from kd_accel.config import RunConfig
+from kd_accel.engine.evaluate import evaluate
+from kd_accel.engine.setup import start_processes
+from kd_accel.models.files import load_run_model
+from kd_accel.models.preprocess import Normalize
+from kd_accel.parse import load_config_file
+from kd_accel.teacher.live import LiveTeacher
+from kd_accel.types import UserError
+
+
+def run_evaluation(directory: Path, *, split: Split) -> None:
+    """Print one line of JSON: run, split, rows, loss, accuracy and, for a distilled run, agreement."""
+    network, card = load_run_model(directory, field="evaluate")
+    config_file = directory / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{directory}: no config.yaml, so the data it was trained on is not known; train the run again")
+    config = load_config_file(RunConfig, config_file)
+    accelerator = start_processes(config.train.precision)
+    data = load_data(config.data)
+    network.to(accelerator.device)
+    normalize = Normalize(card.mean, card.std).to(accelerator.device)
+
+    def forward(images: Tensor) -> Tensor:
+        return network(normalize(images))
+
+    with ExitStack() as stack:
+        signals = None
+        if config.teacher is not None:
+            teacher = load_teacher(config.teacher, data)
+            teacher.model.to(accelerator.device)
+            teacher_input = Normalize(teacher.mean, teacher.std).to(accelerator.device)
+            signals = LiveTeacher(teacher.model, teacher_input, autocast=accelerator.autocast)
+            stack.callback(signals.close)
+        rows = held_out(data, config, accelerator, split=split, signals=signals)
+        result = evaluate(forward, rows, accelerator=accelerator)
+    accelerator.print(json.dumps({"run": str(directory), "split": split, **result}))
+    accelerator.end_training()

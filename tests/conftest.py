@@ -1,0 +1,24 @@
+"""Models that several tests distil from: trained once per session, by the program itself."""
+
+import pytest
+
+from tests.launching import train
+
+
+@pytest.fixture(scope="session")
+def teacher_run(tmp_path_factory):
+    """A finished run of a small teacher with BatchNorm."""
+    run_dir = tmp_path_factory.mktemp("runs") / "teacher"
+    train(run_dir, "--role=teacher", "--model.arch=import:tests.own_models:teacher", "--train.log_every_steps=4")
+    return run_dir
+
+
+@pytest.fixture
+def distilled(teacher_run):
+    """Flags of a hybrid distillation with scheduled T and alpha."""
+    return [
+        f"--teacher.run={teacher_run}",
+        "--distill.temperature={start: 4.0, floor: 2.0, decay: 0.9}",
+        "--distill.alpha={start: 0.8, floor: 0.5, decay: 0.95}",
+        "--distill.feature={weight: 0.1, direction: both, taps: [layer1, layer2], pca_images: 64}",
+    ]

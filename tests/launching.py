@@ -1,0 +1,72 @@
+"""Starting the program as a user does: real processes, through `accelerate launch` where there are two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+SMALL = [
+    "--data.source=import:tests.own_models:images",
+    "--data.augment=crop_flip",
+    "--data.val_fraction=0.2",
+    "--model.arch=import:tests.own_models:student",
+    "--optim.lr=0.05",
+    "--train.batch_size=16",
+    "--train.epochs=3",
+    "--train.log_every_steps=1",
+    "--tracking.wandb=disabled",
+]
+"""A training of 24 steps in three epochs (128 training rows, 32 validation rows, 41 test rows) that takes a second."""
+
+
+def environment(**changes):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
+
+
+def command(*argv, processes=1, launch_file="launch/cpu2.yaml"):
+    program = ["-m", "kd_accel", *map(str, argv)]
+    if processes == 1:
+        return [sys.executable, *program]
+    return [*LAUNCH, "--config_file", launch_file, "--num_processes", str(processes), *program]
+
+
+def run(*argv, processes=1, code=0, **environment_changes):
+    """Run the program to its end; `code` None accepts any failure."""
+    done = subprocess.run(
+        command(*argv, processes=processes),
+        cwd=ROOT,
+        env=environment(**environment_changes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    is_expected = done.returncode == code if code is not None else done.returncode != 0
+    assert is_expected, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done
+
+
+def train(run_dir, *flags, processes=1, code=0, **environment_changes):
+    return run("train", f"--run_dir={run_dir}", *SMALL, *flags, processes=processes, code=code, **environment_changes)
+
+
+def metrics(run_dir, split=None):
+    """The lines of metrics.jsonl without what depends on the machine's speed."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_second", None)
+    return [line for line in lines if split in (None, line["split"])]
+
+
+def summary(run_dir):
+    content = json.loads((Path(run_dir) / "summary.json").read_text())
+    return {key: value for key, value in content.items() if key not in ("seconds", "images_per_second")}
+
+
+def losses(run_dir):
+    return [line["loss"] for line in metrics(run_dir, "train")]
