@@ -1,0 +1,133 @@
+"""Which rows come when: the same on any number of processes, every row once, and no draw from a global generator."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from kd_accel.config import DataConfig
+from kd_accel.data.cuts import channel_statistics, cut_rows
+from kd_accel.data.loader import EvalLoader, TrainLoader, epoch_order
+from kd_accel.data.sources import MemoryImages
+from kd_accel.data.views import ViewFunction
+from kd_accel.types import UserError
+
+
+def image_set(rows=100, size=8):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
+    return MemoryImages(images, np.arange(rows) % 5, list("abcde"))
+
+
+def loader(images=None, rows=None, **settings):
+    images = images or image_set()
+    rows = np.arange(10, 90) if rows is None else rows
+    return TrainLoader(images, ViewFunction("crop_flip", 8, crop_padding=1), rows=rows, **{"batch_size": 16, **settings})
+
+
+def rows_of(batches):
+    return [batch.rows.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize(("world_size", "accum"), [(1, 4), (2, 2), (4, 1), (2, 1)])
+def test_a_step_has_the_same_rows_however_it_is_shared(world_size, accum):
+    whole = [step[0].rows.tolist() for step in loader().epoch(3)]
+    shares = [loader(rank=rank, world_size=world_size, grad_accum_steps=accum) for rank in range(world_size)]
+    steps = zip(*(share.epoch(3) for share in shares), strict=True)
+    assert [sum((row for rank in ranks for row in rows_of(rank)), []) for ranks in steps] == whole
+
+
+def test_an_epoch_can_be_entered_at_any_step():
+    steps = [rows_of(step) for step in loader().epoch(2)]
+    assert len(steps) == 5
+    assert [rows_of(step) for step in loader().epoch(2, start_step=3)] == steps[3:]
+    assert list(loader().epoch(2, start_step=5)) == []
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    rows = np.arange(50)
+    orders = {(seed, epoch): tuple(epoch_order(rows, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(set(orders.values())) == 9
+    assert all(sorted(order) == list(rows) for order in orders.values())
+
+
+def test_views_take_turns():
+    views = [next(loader(views=2).epoch(epoch))[0].view for epoch in range(4)]
+    assert views == [0, 1, 0, 1]
+    assert [next(loader().epoch(epoch))[0].view for epoch in range(3)] == [0, 1, 2]
+
+
+def test_a_batch_is_the_view_of_its_rows():
+    images = image_set()
+    batch = next(loader(images).epoch(1))[0]
+    rows = batch.rows.numpy()
+    expected = ViewFunction("crop_flip", 8, crop_padding=1)(images.pixels(rows), rows, 1)
+    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), expected)
+    assert np.array_equal(batch.labels.numpy(), images.labels[rows])
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+def test_workers_and_stored_images_give_the_same_batches():
+    images = image_set()
+    rows = np.arange(10, 90)
+    stored = torch.from_numpy(images.pixels(rows)).permute(0, 3, 1, 2)
+    plain, workers, device = (
+        list(loader(images, **settings).epoch(1, start_step=2))
+        for settings in ({}, {"num_workers": 2}, {"device_images": stored})
+    )
+    for one, two, three in zip(plain, workers, device, strict=True):
+        for other in (two[0], three[0]):
+            assert torch.equal(one[0].images, other.images)
+            assert torch.equal(one[0].rows, other.rows)
+            assert torch.equal(one[0].labels, other.labels)
+
+
+@pytest.mark.slow
+def test_no_global_generator_moves():
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    before = states()
+    for workers in (0, 1):
+        list(loader(num_workers=workers).epoch(0))
+        list(EvalLoader(image_set(), rows=np.arange(9), batch_size=4, num_workers=workers))
+    assert states() == before
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_sees_each_row_once(world_size):
+    rows = np.array([3, 1, 4, 15, 9])
+    shares = [EvalLoader(image_set(), rows=rows, batch_size=2, rank=r, world_size=world_size) for r in range(world_size)]
+    assert sum((batch.rows.tolist() for share in shares for batch in share), []) == rows.tolist()
+    assert all(len(list(share)) == len(share) for share in shares)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="does not divide by 3 processes x 1"):
+        loader(world_size=3)
+    with pytest.raises(UserError, match="16 is more than the 10 training rows"):
+        loader(rows=np.arange(10))
+
+
+def test_validation_rows_do_not_depend_on_limits():
+    whole = cut_rows(1000, 100, DataConfig(val_fraction=0.1))
+    part = cut_rows(1000, 100, DataConfig(val_fraction=0.1, limit_train=90, limit_test=7))
+    assert (len(whole.train), len(whole.val), len(whole.test)) == (900, 100, 100)
+    assert (len(part.train), len(part.val), len(part.test)) == (90, 10, 7)
+    assert set(part.val) <= set(whole.val)
+    assert set(part.train) <= set(whole.train)
+    assert not set(whole.train) & set(whole.val)
+    assert all(np.array_equal(rows, np.sort(rows)) for rows in (whole.train, whole.val, part.train, part.val, part.test))
+    assert len(cut_rows(1000, 100, DataConfig(val_fraction=0.0)).val) == 0
+    with pytest.raises(UserError, match="leaves none to train on"):
+        cut_rows(1, 1, DataConfig(val_fraction=0.9))
+
+
+def test_statistics_are_those_of_all_pixels():
+    images, rows = image_set(), np.arange(20, 70)
+    mean, std = channel_statistics(images, rows)
+    values = images.pixels(rows).reshape(-1, 3) / 255
+    assert mean == pytest.approx(values.mean(0).tolist(), rel=1e-12)
+    assert std == pytest.approx(values.std(0).tolist(), rel=1e-9)
