@@ -113,7 +113,10 @@ def test_feature_distance(student_size, target_size):
 
 
 def test_taps_are_summed():
-    pairs = {"a": (torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)), "b": (torch.zeros(1, 1, 1, 2), torch.tensor([3.0, 3.0]).view(1, 1, 1, 2))}
+    pairs = {
+        "a": (torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)),
+        "b": (torch.zeros(1, 1, 1, 2), torch.tensor([3.0, 3.0]).view(1, 1, 1, 2)),
+    }
     assert feature_loss(pairs).item() == 10
     assert target_variance({"a": (torch.zeros(1, 1, 1, 2), torch.tensor([1.0, 3.0]).view(1, 1, 1, 2))}).item() == 2
     assert target_variance({}) is None
@@ -163,7 +166,9 @@ def test_the_plain_loss_is_the_hard_term():
 
 def course(schedule, total=10, steps_per_epoch=5):
     return [
-        schedule_value(schedule, epoch=epoch, step=epoch * steps_per_epoch, total_epochs=total, total_steps=total * steps_per_epoch)
+        schedule_value(
+            schedule, epoch=epoch, step=epoch * steps_per_epoch, total_epochs=total, total_steps=total * steps_per_epoch
+        )
         for epoch in range(total)
     ]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 
 from kd_accel.config import DataConfig, RunConfig
 from kd_accel.data.cuts import Rows, channel_statistics, cut_rows
@@ -14,6 +13,7 @@ from kd_accel.data.loader import EvalLoader, TrainLoader
 from kd_accel.data.sources import ImageSet, load_splits
 from kd_accel.data.views import ViewFunction
 from kd_accel.engine.evaluate import HeldOut
+from kd_accel.engine.setup import Accelerator
 from kd_accel.types import SignalSource
 
 Split = Literal["val", "test"]

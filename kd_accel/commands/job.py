@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -19,6 +18,7 @@ from kd_accel.engine.journal import Journal
 from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.progress import Progress
+from kd_accel.engine.setup import Accelerator
 from kd_accel.engine.state import Trainee, restore
 from kd_accel.engine.train import Job
 from kd_accel.models.student import StudentModule

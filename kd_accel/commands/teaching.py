@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kd_accel.commands.data import Data, view_function
@@ -18,7 +17,7 @@ from kd_accel.commands.networks import memory_format
 from kd_accel.config import FeatureConfig, RunConfig, TeacherConfig
 from kd_accel.engine.checkpoint import Checkpoint
 from kd_accel.engine.evaluate import HeldOut, teacher_accuracy
-from kd_accel.engine.setup import on_main_process
+from kd_accel.engine.setup import Accelerator, on_main_process
 from kd_accel.models.files import load_run_model, load_weights
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, PcaFit, Projectors, build_projectors

@@ -18,6 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, bro
 from kd_accel.config import Precision, TrainConfig
 from kd_accel.types import UserError
 
+__all__ = ["Accelerator", "on_main_process", "refuse_unjoined", "set_kernel_choice", "start_processes"]
+
 Result = TypeVar("Result")
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

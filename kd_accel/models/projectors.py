@@ -38,11 +38,13 @@ class FeatureProjector(nn.Module):
 class NormalizedProjector(FeatureProjector):
     """A learned projector on the teacher's side. Its output has mean 0 and variance 1 per channel over the batch.
 
-    Without that, student and projector could both shrink towards zero and agree about nothing.
+    Without that, student and projector could both shrink towards zero and agree about nothing. The usual epsilon of 1e-5 would
+    leave that way open to small weights.
     """
 
     def forward(self, feature: Tensor) -> Tensor:
-        return functional.batch_norm(self.conv(feature), None, None, training=True)
+        projected = self.conv(feature).float()
+        return functional.batch_norm(projected, None, None, training=True, eps=1e-12)
 
 
 @dataclass(frozen=True)
