@@ -60,3 +60,11 @@ def images(split: str, image_size: int) -> dict[str, object]:
     noise = torch.randint(-40, 40, (rows, image_size, image_size, 3), generator=generator)
     pixels = (colours[labels][:, None, None] + noise).clamp(0, 255).to(torch.uint8)
     return {"images": pixels.numpy(), "labels": labels.tolist(), "label_names": ["red", "green", "blue", "olive"]}
+
+
+def no_images(split: str, image_size: int) -> list[int]:
+    return [1, 2, 3]
+
+
+def odd_images(split: str, image_size: int) -> dict[str, object]:
+    return {"images": torch.zeros(2, 8, 8).numpy(), "labels": [0, 1], "label_names": ["a", "b"]}

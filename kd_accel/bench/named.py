@@ -1,4 +1,8 @@
-"""Measuring models by name: the runs of this program from the very files that a user would deploy, or bare architectures."""
+"""Measuring models by name: the runs of this program from the very files that a user would deploy, or bare architectures.
+
+In: names and a BenchConfig. Out: one dict for a JSON file: the circumstances (device, dtype, threads, versions), and for each
+model its parameters, bytes, multiply-adds and latency per batch size. A run goes by its path, which is how a report finds it.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,8 @@ from kd_accel.models.zoo import build_model
 from kd_accel.types import UserError
 
 _DEFAULT_IMAGE_SIZE = 32
+_ARCHS = ("torchvision/", "timm/", "import:")
+_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,59 @@ class _Named:
 
 
 def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
-    """Figures of each model, ready for JSON. Raises UserError for an unknown name or a device that is not there."""
+    """Figures of each model, ready for JSON. Raises UserError for what cannot be measured here, before anything is timed."""
+    _refuse_impossible(config)
     device = _device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     if config.precision == "fp16" and device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU; use bf16 or no")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     loaded = [_load(name, config) for name in names]
     counts = [_counts(entry) for entry in loaded]
+    latency = _latencies(loaded, config, device)
+    entries = [
+        {"name": entry.name, "arch": entry.arch, "image_size": entry.image_size, **counted, "latency": measured}
+        for entry, counted, measured in zip(loaded, counts, latency, strict=True)
+    ]
+    return {**_circumstances(config, device), "models": entries}
+
+
+def _refuse_impossible(config: BenchConfig) -> None:
+    least = {"min_iterations": config.min_iterations, "num_classes": config.num_classes}
+    least |= {name: value for name in ("image_size", "threads") if (value := getattr(config, name)) is not None}
+    mistakes = [f"{name}: {value} must be at least 1" for name, value in least.items() if value < 1]
+    if not config.batch_sizes or min(config.batch_sizes) < 1:
+        mistakes.append(f"batch_sizes: {config.batch_sizes} must list at least one number, each at least 1")
+    if mistakes:
+        raise UserError("; ".join(mistakes))
+
+
+def _load(name: str, config: BenchConfig) -> _Named:
+    path = Path(name)
+    if path.is_dir():
+        model, card = load_run_model(path, field=name)
+        return _Named(str(path), card.arch, model, config.image_size or card.image_size)
+    if not name.startswith(_ARCHS):
+        raise UserError(f"bench: there is no run directory {name!r}; an arch is torchvision/NAME, timm/NAME or import:...")
+    model = build_model(name, num_classes=config.num_classes, field="bench").eval()
+    return _Named(name, name, model, config.image_size or _DEFAULT_IMAGE_SIZE)
+
+
+def _counts(entry: _Named) -> dict[str, int]:
+    """On the CPU, before anything is compiled; also the first forward, where a size that does not fit shows."""
+    try:
+        macs = count_macs(entry.model, _images(1, entry.image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = entry.image_size
+        raise UserError(
+            f"image_size: {entry.name} does not take images of {size}x{size} ({' '.join(str(error).split())}); "
+            "give it a size that it takes: --image_size"
+        ) from None
+    return {**count_parameters(entry.model), "bytes": model_bytes(entry.model), "macs": macs}
+
+
+def _latencies(loaded: Sequence[_Named], config: BenchConfig, device: torch.device) -> list[list[dict[str, Any]]]:
+    """For each model its figures per batch size."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     models = {str(index): entry.model.to(device).to(memory_format=layout) for index, entry in enumerate(loaded)}
     if config.compile:
@@ -57,28 +108,7 @@ def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
         )
         for key, figures in measured.items():
             latency[key].append({"batch_size": batch_size, **figures})
-    entries = [
-        {"name": entry.name, "arch": entry.arch, "image_size": entry.image_size, **counted, "latency": latency[str(index)]}
-        for index, (entry, counted) in enumerate(zip(loaded, counts, strict=True))
-    ]
-    return {**_circumstances(config, device), "models": entries}
-
-
-def _load(name: str, config: BenchConfig) -> _Named:
-    path = Path(name)
-    if path.is_dir():
-        model, card = load_run_model(path, field=name)
-        return _Named(name, card.arch, model, config.image_size or card.image_size)
-    if "/" in name and not name.startswith(("torchvision/", "timm/", "import:")):
-        raise UserError(f"bench: there is no run directory {name!r}; an arch is torchvision/NAME, timm/NAME or import:...")
-    model = build_model(name, num_classes=config.num_classes, field="bench").eval()
-    return _Named(name, name, model, config.image_size or _DEFAULT_IMAGE_SIZE)
-
-
-def _counts(entry: _Named) -> dict[str, int]:
-    """On the CPU, before anything is compiled."""
-    images = _images(1, entry.image_size)
-    return {**count_parameters(entry.model), "bytes": model_bytes(entry.model), "macs": count_macs(entry.model, images)}
+    return list(latency.values())
 
 
 def _images(batch_size: int, image_size: int) -> torch.Tensor:
@@ -101,6 +131,7 @@ def _circumstances(config: BenchConfig, device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": config.precision,
+        "dtype": _DTYPES[config.precision],
         "layout": "channels_last" if config.channels_last else "contiguous",
         "compile": config.compile,
         "threads": torch.get_num_threads(),
@@ -108,7 +139,12 @@ def _circumstances(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "cuda": torch.version.cuda,
+        },
     }
 
 

@@ -12,7 +12,7 @@ from kd_accel.commands.data import Split, held_out, load_data
 from kd_accel.commands.teaching import load_teacher
 from kd_accel.config import RunConfig
 from kd_accel.engine.evaluate import evaluate
-from kd_accel.engine.setup import start_processes
+from kd_accel.engine.setup import leave_processes, start_processes
 from kd_accel.models.files import load_run_model
 from kd_accel.models.preprocess import Normalize
 from kd_accel.parse import load_config_file
@@ -46,4 +46,4 @@ def run_evaluation(directory: Path, *, split: Split) -> None:
         rows = held_out(data, config, accelerator, split=split, signals=signals)
         result = evaluate(forward, rows, accelerator=accelerator)
     accelerator.print(json.dumps({"run": str(directory), "split": split, **result}))
-    accelerator.end_training()
+    leave_processes(accelerator)

@@ -59,6 +59,7 @@ def start_tracking(start: Prepared) -> WandbTracking:
 
 
 def _wandb_run(accelerator: Accelerator, config: RunConfig, kwargs: dict[str, Any]) -> Any:
+    accelerator.trackers.clear()  # of an attempt that failed: they would be started again
     accelerator.init_trackers(config.tracking.project, config=asdict(config), init_kwargs={"wandb": kwargs})
     return accelerator.get_tracker("wandb", unwrap=True)
 

@@ -16,7 +16,7 @@ from kd_accel.commands.run_directory import checkpoint_to_resume, is_finished, r
 from kd_accel.commands.teaching import build_teaching, check_teacher_accuracy
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import load_checkpoint
-from kd_accel.engine.setup import on_main_process, set_kernel_choice, start_processes
+from kd_accel.engine.setup import leave_processes, on_main_process, set_kernel_choice, start_processes
 from kd_accel.engine.train import measure, train
 from kd_accel.parse import save_config
 
@@ -44,7 +44,7 @@ def run_training(config: RunConfig) -> None:
         module.open_taps()
         stack.callback(module.close_taps)
         _train_and_save(Prepared(config, data, module, teaching, checkpoint, accelerator, notices), stack)
-    accelerator.end_training()
+    leave_processes(accelerator)
 
 
 def _train_and_save(start: Prepared, stack: ExitStack) -> None:

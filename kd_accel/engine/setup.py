@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, bro
 from kd_accel.config import Precision, TrainConfig
 from kd_accel.types import UserError
 
-__all__ = ["Accelerator", "on_main_process", "refuse_unjoined", "set_kernel_choice", "start_processes"]
+__all__ = ["Accelerator", "leave_processes", "on_main_process", "refuse_unjoined", "set_kernel_choice", "start_processes"]
 
 Result = TypeVar("Result")
 
@@ -64,6 +64,12 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) ->
     if outcome[1] is not None:
         raise UserError(str(outcome[1]))
     return outcome[0]  # type: ignore[return-value]
+
+
+def leave_processes(accelerator: Accelerator) -> None:
+    """End of the program: leave the process group. Trackers are finished by who started them, and may have failed."""
+    accelerator.trackers.clear()
+    accelerator.end_training()
 
 
 def set_kernel_choice(train: TrainConfig) -> None:

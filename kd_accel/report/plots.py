@@ -1,4 +1,7 @@
-"""The two pictures of a report: learning curves, and accuracy against latency with a dot a model."""
+"""The two pictures of a report: learning curves, and accuracy against latency with a dot a model.
+
+In: lines of metrics.jsonl and rows of the table. Out: PNG files. Drawn on figures of their own, so no window is ever needed.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
-matplotlib.use("Agg")
+_MARKERS = "oDs^vP*X"
+_LEAST_SPAN_PERCENT = 2.0
 
-_SIZE_INCHES = (9.0, 4.0)
 
-
-def plot_learning_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """curves: lines of metrics.jsonl by name of the run. Training loss by step, accuracy on the validation rows by epoch."""
-    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+def plot_learning_curves(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """curves: (name of the run, lines of metrics.jsonl). Training loss by step, accuracy on the validation rows by epoch."""
+    figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    for name, lines in curves.items():
+    for name, lines in curves:
         _draw(loss, name, lines, split="train", across="step", up="loss", scale=1)
         _draw(accuracy, name, lines, split="val", across="epoch", up="accuracy", scale=100)
-    loss.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+    loss.set(xlabel="optimizer step", ylabel="training loss (each run's own sum)", yscale="log")
+    loss.yaxis.set_major_formatter(LogFormatter())
+    loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
     accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    accuracy.xaxis.get_major_locator().set_params(integer=True)
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
-    accuracy.legend(fontsize="small")
+    loss.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -34,15 +39,27 @@ def plot_accuracy_against_latency(points: Sequence[tuple[str, float, float]], pa
     """points: (name, latency in milliseconds, accuracy as a fraction of 1)."""
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
     axes = figure.subplots()
-    for name, latency_ms, accuracy in points:
-        axes.scatter([latency_ms], [100 * accuracy], label=name, s=50)
-    axes.set(xlabel="latency at batch size 1 (ms)", ylabel="test accuracy (%)", xlim=(0, None))
-    axes.margins(y=0.2)
+    for index, (name, latency_ms, accuracy) in enumerate(points):
+        marker = _MARKERS[index % len(_MARKERS)]
+        axes.scatter(
+            latency_ms, 100 * accuracy, label=name, marker=marker, s=90, linewidths=2, facecolors="none", edgecolors=f"C{index}"
+        )
+    axes.set(xlabel="latency at batch size 1 (ms)", ylabel="test accuracy (%)")
+    axes.margins(0.15)
+    axes.set_xlim(left=0)
+    _widen(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
+def _widen(axes: Axes) -> None:
+    """A hair's breadth of accuracy shall not fill the picture: it would look like a ranking."""
+    lower, upper = axes.get_ylim()
+    missing = max(0.0, _LEAST_SPAN_PERCENT - (upper - lower))
+    axes.set_ylim(lower - missing / 2, upper + missing / 2)
+
+
 def _draw(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]], *, split: str, across: str, up: str, scale: float) -> None:
-    chosen = [line for line in lines if line.get("split") == split and up in line]
+    chosen = [line for line in lines if line["split"] == split and up in line]
     axes.plot([line[across] for line in chosen], [scale * line[up] for line in chosen], label=name, marker=".", markersize=3)

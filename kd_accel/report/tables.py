@@ -60,15 +60,24 @@ def write_report(directories: Sequence[Path], *, out: Path, bench_file: Path | N
         (out / "results.md").write_text(text + "\n", encoding="utf-8")
         content = {"rows": [asdict(result.row) for result in results]}
         (out / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _plot(results, out)
     except OSError as error:
         raise UserError(f"--out: cannot write to {out} ({error.strerror})") from None
-    plot_learning_curves({result.row.name: result.curve for result in results}, out / "learning_curves.png")
-    timed = [result.row for result in results if result.row.latency_ms is not None]
-    if timed:
-        plot_accuracy_against_latency(
-            [(row.name, row.latency_ms or 0.0, row.accuracy) for row in timed], out / "accuracy_latency.png"
-        )
     return text
+
+
+def _plot(results: Sequence[RunResult], out: Path) -> None:
+    plot_learning_curves([(result.row.name, result.curve) for result in results], out / "learning_curves.png")
+    points = [
+        (result.row.name, result.row.latency_ms, result.row.accuracy)
+        for result in results
+        if result.row.latency_ms is not None
+    ]
+    picture = out / "accuracy_latency.png"
+    if points:
+        plot_accuracy_against_latency(points, picture)
+    else:
+        picture.unlink(missing_ok=True)  # one of an earlier report would tell of other runs
 
 
 def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
@@ -79,12 +88,12 @@ def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
             name=summary["name"],
             role=summary["role"],
             arch=summary["arch"],
-            accuracy=summary["accuracy"],
-            parameters=summary["parameters"],
-            macs=bench["macs"] if bench else None,
+            accuracy=float(summary["accuracy"]),
+            parameters=int(summary["parameters"]),
+            macs=int(bench["macs"]) if bench else None,
             latency_ms=_latency(bench) if bench else None,
         )
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{directory}/summary.json or its bench figures are damaged; train or bench the run again") from None
     return RunResult(row, summary, _read_curve(directory / "metrics.jsonl"))
 
@@ -125,7 +134,7 @@ def _is_cifar10(result: RunResult) -> bool:
 
 
 def _latency(bench: dict[str, Any]) -> float | None:
-    return next((entry["median_ms"] for entry in bench["latency"] if entry["batch_size"] == 1), None)
+    return next((float(entry["median_ms"]) for entry in bench["latency"] if entry["batch_size"] == 1), None)
 
 
 def _read_bench(path: Path) -> dict[str, dict[str, Any]]:
@@ -150,6 +159,11 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 def _read_curve(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); train the run again") from None
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); train the run again") from None
+    except ValueError:
+        raise UserError(f"{path}: is damaged (a line is no JSON); train the run again") from None
+    if not all(isinstance(line, dict) and {"step", "epoch", "split"} <= line.keys() for line in lines):
+        raise UserError(f"{path}: is damaged (a line without step, epoch and split); train the run again")
+    return lines

@@ -11,6 +11,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -50,6 +51,7 @@ class WandbTracking:
                 return
             except Exception as error:
                 self._give_up(error, f"{attempt} tracking failed" + ("; tracking offline" if attempt == "online" else ""))
+                _forget_attempt()
 
     def init_arguments(self, mode: str) -> dict[str, Any]:
         """What Accelerate passes on to wandb.init, besides project and config."""
@@ -97,6 +99,14 @@ class WandbTracking:
     def _give_up(self, error: Exception, what: str) -> None:
         self._run = None
         warnings.warn(f"W&B: {what} ({type(error).__name__}: {error}); metrics.jsonl has everything", stacklevel=3)
+
+
+def _forget_attempt() -> None:
+    """W&B's service process holds the id of a run that could not start; it must go before another start under that id."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown()
 
 
 def choose_mode(config: TrackingConfig) -> Mode:

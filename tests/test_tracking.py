@@ -1,0 +1,90 @@
+"""W&B, by real offline runs read back from disk; and what happens when it does not answer."""
+
+import pytest
+
+from kd_accel.config import TrackingConfig
+from kd_accel.report.tracking import WandbTracking, choose_mode
+from tests.launching import metrics, train
+from tests.wandb_reader import read_run
+
+
+@pytest.mark.slow
+def test_an_offline_run_holds_config_curves_temperature_and_alpha(tmp_path, distilled):
+    done = train(tmp_path / "run", *distilled, "--tracking.wandb=auto", processes=2, WANDB_API_KEY="")
+    assert "metrics.jsonl has everything" not in done.stderr
+    run = read_run(tmp_path / "run")
+    assert run["config"]["optim"]["lr"] == 0.05
+    assert run["config"]["distill"]["temperature"]["decay"] == 0.9
+    assert {"step", "epoch"} <= set(run["metrics"])
+    assert any(name.startswith("train/") for name in run["metrics"])
+    tracked = [line for line in run["history"] if "train/loss" in line]
+    written = metrics(tmp_path / "run", "train")
+    assert len(tracked) == len(written) == 24
+    for there, here in zip(tracked, written, strict=True):
+        assert there["step"] == here["step"]
+        assert there["train/loss"] == pytest.approx(here["loss"])
+        assert there["train/temperature"] == here["temperature"]
+        assert there["train/alpha"] == here["alpha"]
+    assert [line["train/temperature"] for line in tracked][::8] == pytest.approx([4.0, 3.6, 3.24])
+    assert [line["train/alpha"] for line in tracked][::8] == pytest.approx([0.8, 0.76, 0.722])
+    assert len([line for line in run["history"] if "val/accuracy" in line]) == 3
+    assert any("results" in key for line in run["history"] for key in line)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_under_the_same_id(tmp_path):
+    flags = ["--tracking.wandb=offline"]
+    train(tmp_path / "run", *flags, "--checkpoint.stop_after_steps=3")
+    first = read_run(tmp_path / "run")["id"]
+    (tmp_path / "run/wandb").rename(tmp_path / "first")
+    train(tmp_path / "run", *flags)
+    second = read_run(tmp_path / "run")
+    assert second["id"] == first
+    assert min(line["step"] for line in second["history"] if "train/loss" in line) == 4
+
+
+@pytest.mark.slow
+def test_a_key_without_a_network_goes_offline_and_the_training_goes_on(tmp_path):
+    done = train(
+        tmp_path / "run",
+        "--tracking.timeout_s=3",
+        "--tracking.wandb=auto",
+        "--train.max_steps=2",
+        WANDB_API_KEY="0" * 40,
+        WANDB_BASE_URL="http://127.0.0.1:9",
+    )
+    assert "online tracking failed" in done.stderr
+    assert len(metrics(tmp_path / "run", "train")) == 2
+    assert len([line for line in read_run(tmp_path / "run")["history"] if "train/loss" in line]) == 2
+
+
+def test_the_mode(monkeypatch, tmp_path):
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert choose_mode(TrackingConfig()) == "offline"
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password secret\n")
+    assert choose_mode(TrackingConfig()) == "online"
+    assert choose_mode(TrackingConfig(wandb="disabled")) == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode(TrackingConfig()) == "disabled"
+    assert choose_mode(TrackingConfig(wandb="offline")) == "offline"
+
+
+def test_whatever_wandb_does_wrong_is_one_warning(tmp_path):
+    class Broken:
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def log(self, *args, **kwargs):
+            raise RuntimeError("no disk")
+
+    tracking = WandbTracking(TrackingConfig(wandb="offline"), run_dir=tmp_path, name="x", settings={})
+    tracking.start(lambda kwargs: Broken())
+    assert tracking.is_enabled
+    with pytest.warns(UserWarning, match="tracking stopped .RuntimeError: no disk"):
+        tracking.log({"loss": 1.0}, step=1)
+    tracking.log({"loss": 1.0}, step=2)
+    tracking.finish()
+    assert not tracking.is_enabled
