@@ -9,16 +9,39 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from kd_accel.config import DistillConfig, FeatureConfig, OptimConfig, RunConfig, Schedule, TeacherConfig
+from kd_accel.config import (
+    BenchConfig,
+    DistillConfig,
+    FeatureConfig,
+    OptimConfig,
+    ReproduceConfig,
+    RunConfig,
+    Schedule,
+    TeacherConfig,
+)
 
 SOURCES = ("hub:", "parquet:", "imagefolder:", "import:")
 ARCHS = ("torchvision/", "timm/", "import:")
 
 
-def problems(config: RunConfig) -> list[str]:
+def problems(config: object) -> list[str]:
     """One sentence for each broken rule: field, value, rule and remedy. Empty when the config can run."""
+    if isinstance(config, ReproduceConfig):
+        return [f"bench.{problem}" for problem in _bench(config.bench)]
+    if isinstance(config, BenchConfig):
+        return list(_bench(config))
+    assert isinstance(config, RunConfig)
     checks = (_name, _data, _model, _teacher, _distill, _optim, _train, _checkpoint)
     return [problem for check in checks for problem in check(config)]
+
+
+def _bench(bench: BenchConfig) -> Iterator[str]:
+    for name in ("min_iterations", "num_classes", "image_size", "threads"):
+        value = getattr(bench, name)
+        if value is not None and value < 1:
+            yield f"{name}: {value} must be at least 1"
+    if not bench.batch_sizes or min(bench.batch_sizes) < 1:
+        yield f"batch_sizes: {bench.batch_sizes} must list at least one number, each at least 1"
 
 
 def _name(config: RunConfig) -> Iterator[str]:

@@ -116,7 +116,7 @@ def _split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser(command: str, description: str) -> ArgumentParser:
-    return ArgumentParser(prog=f"kd-accel {command}", description=description, exit_on_error=False)
+    return ArgumentParser(prog=f"kd-accel {command}", description=description, exit_on_error=False, allow_abbrev=False)
 
 
 def _parsed(parser: ArgumentParser, argv: list[str]) -> Namespace:

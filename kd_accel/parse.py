@@ -27,7 +27,7 @@ Config = TypeVar("Config")
 
 def build_parser(config_class: type, *, prog: str, description: str) -> ArgumentParser:
     """A parser whose flags are the fields of `config_class`; commands add their own arguments to it."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; later files and then flags win")
     parser.add_class_arguments(config_class, as_group=False, fail_untyped=False)
     return parser
@@ -45,7 +45,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str], *, parser: Arg
     values = dict(vars(parser.instantiate(namespace)))
     own = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
     config = config_class(**{key: value for key, value in values.items() if key in own})
-    found = problems(config) if isinstance(config, RunConfig) else []
+    found = problems(config)
     if found:
         raise UserError(_listed(found))
     return config, {key: value for key, value in values.items() if key not in own}

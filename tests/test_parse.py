@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from kd_accel.config import ReproduceConfig, RunConfig, Schedule
+from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig, Schedule
 from kd_accel.parse import build_parser, flatten, load_config_file, parse_config, save_config
 from kd_accel.types import UserError
 
@@ -138,6 +138,25 @@ def test_a_missing_file():
 def test_required_fields_of_a_chain():
     with pytest.raises(UserError, match="runs"):
         parse_config(ReproduceConfig, [], parser=build_parser(ReproduceConfig, prog="x", description=""))
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "flags"),
+    [
+        (BenchConfig, "", []),
+        (ReproduceConfig, "bench.", ["--runs=[a.yaml]", "--launch=x", "--report_dir=y"]),
+    ],
+)
+def test_impossible_measurements(kind, prefix, flags):
+    flags = [*flags, f"--{prefix}batch_sizes=[1, 0]", f"--{prefix}threads=0"]
+    with pytest.raises(UserError) as caught:
+        parse_config(kind, flags, parser=build_parser(kind, prog="x", description=""))
+    assert f"{prefix}threads: 0 must be at least 1" in str(caught.value)
+    assert f"{prefix}batch_sizes: [1, 0] must list at least one number, each at least 1" in str(caught.value)
+
+
+def test_an_abbreviation_is_a_misspelt_key():
+    assert "train.epoch: no such setting; did you mean train.epochs?" in mistakes("--train.epoch=1")
 
 
 def test_flatten_gives_the_names_that_a_person_types():

@@ -16,7 +16,7 @@ from kd_accel.commands.run_directory import checkpoint_to_resume, is_finished, r
 from kd_accel.commands.teaching import build_teaching, check_teacher_accuracy
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import load_checkpoint
-from kd_accel.engine.setup import leave_processes, on_main_process, set_kernel_choice, start_processes
+from kd_accel.engine.setup import Accelerator, leave_processes, on_main_process, set_kernel_choice, start_processes
 from kd_accel.engine.train import measure, train
 from kd_accel.parse import save_config
 
@@ -25,6 +25,11 @@ def run_training(config: RunConfig) -> None:
     """Train what the config says, or go on where it stopped. Raises UserError for what the user can mend."""
     accelerator = start_processes(config.train.precision, seed=config.seed, track_with="wandb")
     set_kernel_choice(config.train)
+    _resume_or_start(config, accelerator)
+    leave_processes(accelerator)
+
+
+def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
     resumed_from = on_main_process(accelerator, lambda: checkpoint_to_resume(config))
     checkpoint = load_checkpoint(resumed_from) if resumed_from else None
     data = load_data(config.data)
@@ -44,7 +49,6 @@ def run_training(config: RunConfig) -> None:
         module.open_taps()
         stack.callback(module.close_taps)
         _train_and_save(Prepared(config, data, module, teaching, checkpoint, accelerator, notices), stack)
-    leave_processes(accelerator)
 
 
 def _train_and_save(start: Prepared, stack: ExitStack) -> None:

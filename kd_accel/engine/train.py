@@ -77,9 +77,9 @@ def train(job: Job) -> None:
     """Run from where the trainee stands to the end of the course, or to `checkpoint.stop_after_steps`."""
     position = job.trainee.position
     while not job.must_stop:
-        _train_epoch(job)
+        train_epoch(job)
         if position.step_in_epoch == job.course.steps_per_epoch or job.is_done:
-            _finish_epoch(job)
+            finish_epoch(job)
 
 
 def train_step(
@@ -110,7 +110,7 @@ def measure(job: Job, held_out: HeldOut) -> dict[str, float]:
     return result
 
 
-def _train_epoch(job: Job) -> None:
+def train_epoch(job: Job) -> None:
     """Steps from the position to the end of the epoch, of the course, or to the pause."""
     position, trainee = job.trainee.position, job.trainee
     trainee.module.train()
@@ -162,7 +162,7 @@ def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction
         trainee.average.update_parameters(accelerator.unwrap_model(trainee.module).student)
 
 
-def _finish_epoch(job: Job) -> None:
+def finish_epoch(job: Job) -> None:
     """Validate, remember the best, move to the next epoch, save."""
     position = job.trainee.position
     position.epoch, position.step_in_epoch = position.epoch + 1, 0

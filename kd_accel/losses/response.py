@@ -22,8 +22,9 @@ def cross_entropy(logits_BC: Tensor, labels_B: Tensor, *, label_smoothing: float
 
 
 def kl_divergence(student_logits_BC: Tensor, teacher_logits_BC: Tensor, *, temperature: float, t_squared: bool) -> Tensor:
-    """KL(teacher || student) of both softened by `temperature`: summed over classes, mean over the batch, at least 0.
+    """KL(teacher || student) of both softened by `temperature`: summed over classes, mean over the batch.
 
+    Exactly 0 when the two agree; where they nearly agree rounding can leave it below 0 by the order of the dtype's epsilon.
     With `t_squared` the result is multiplied by the temperature squared, so that its gradient keeps its size as the
     temperature changes (Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2).
     """

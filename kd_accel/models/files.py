@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -39,16 +39,36 @@ class ModelCard:
 def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
     """Write model.safetensors and model.json, each whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    temporary = directory / f".model.safetensors.tmp-{os.getpid()}"
+    text = json.dumps(asdict(card), indent=2) + "\n"
     try:
-        save_file(tensors, temporary)
-        temporary.chmod(0o644)
-        temporary.replace(directory / "model.safetensors")
-        text = directory / f".model.json.tmp-{os.getpid()}"
-        text.write_text(json.dumps(asdict(card), indent=2) + "\n", encoding="utf-8")
-        text.replace(directory / "model.json")
+        _write_whole(directory / "model.safetensors", lambda path: save_file(tensors, path))
+        _write_whole(directory / "model.json", lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the model to {directory} ({error}); free some space and start again") from None
+        raise UserError(
+            f"cannot write the model to {directory} ({error}); see that the directory is there and has space, and start again"
+        ) from None
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Through a temporary name, so that a crash or a power cut leaves the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        _flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself; of a directory, the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_card(directory: Path) -> ModelCard:
@@ -62,10 +82,30 @@ def load_card(directory: Path) -> ModelCard:
         ) from None
     except ValueError:
         raise UserError(f"{path}: damaged (no JSON); train the run again") from None
-    missing = [field.name for field in fields(ModelCard) if not isinstance(content, dict) or field.name not in content]
-    if missing:
-        raise UserError(f"{path}: damaged ({', '.join(missing)} missing); train the run again")
+    wrong = [name for name, is_valid in _VALID.items() if not isinstance(content, dict) or not is_valid(content.get(name))]
+    if wrong:
+        raise UserError(f"{path}: damaged ({', '.join(wrong)} wrong or missing); train the run again")
     return ModelCard(**{field.name: content[field.name] for field in fields(ModelCard)})
+
+
+def _are_three(values: Any, *, above: float) -> bool:
+    """One finite number per colour."""
+    return isinstance(values, list) and len(values) == 3 and all(_is_number(v) and above < v < float("inf") for v in values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "arch": lambda value: isinstance(value, str),
+    "stem": lambda value: value in get_args(Stem),
+    "arch_args": lambda value: isinstance(value, dict),
+    "label_names": lambda value: isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value),
+    "mean": lambda value: _are_three(value, above=float("-inf")),
+    "std": lambda value: _are_three(value, above=0),
+    "image_size": lambda value: isinstance(value, int) and value > 0,
+}
 
 
 def load_run_model(directory: Path, *, field: str = "model") -> tuple[nn.Module, ModelCard]:
@@ -93,7 +133,7 @@ def load_weights(model: nn.Module, weights: str, *, arch: str, is_exact: bool, f
     replaceable = set() if is_exact else _classifier_and_stem(own)
     if (set(missing) | set(misshapen)) <= replaceable and all(_head_of(name) in _heads(replaceable) for name in unknown):
         return _copied(model, tensors, sorted({_head_of(name) for name in [*missing, *misshapen]}))
-    raise UserError(_misfit(weights, arch, own, tensors, (missing, unknown, misshapen), f"{field}.weights"))
+    raise UserError(f"{field}.weights: {_misfit(weights, arch, own, tensors, (missing, unknown, misshapen))}")
 
 
 def _read_weights(weights: str, *, arch: str, field: str) -> dict[str, Tensor]:
@@ -117,7 +157,7 @@ def _read_safetensors(path: Path, field: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{field}: no file {path}") from None
+        raise UserError(f"{field}: no file {path}; check the path, or train the run again") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{field}: {path} is damaged or no safetensors file ({error})") from None
 
@@ -147,9 +187,14 @@ def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:
 
 def _classifier_and_stem(own: Mapping[str, Tensor]) -> set[str]:
     """Keys of the first and of the last module that has a weight of two or more dimensions."""
-    weights = [name for name, tensor in own.items() if tensor.dim() >= 2]
-    ends = {_head_of(weights[0]), _head_of(weights[-1])} if weights else set()
+    ends = _ends(own)
     return {name for name in own if _head_of(name) in ends}
+
+
+def _ends(own: Mapping[str, Tensor]) -> list[str]:
+    """Names of these two modules: stem, classifier."""
+    weights = [name for name, tensor in own.items() if tensor.dim() >= 2]
+    return [_head_of(weights[0]), _head_of(weights[-1])] if weights else []
 
 
 def _heads(names: set[str]) -> set[str]:
@@ -175,18 +220,26 @@ def _misfit(
     own: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     differences: tuple[list[str], list[str], list[str]],
-    field: str,
 ) -> str:
     missing, unknown, misshapen = differences
-    classes = [name for name in misshapen if name in _classifier_and_stem(own) and name != next(iter(own))]
-    if classes and not missing and not unknown and set(misshapen) == set(classes):
-        name = classes[0]
-        return f"{field}: {weights} has {tensors[name].shape[0]} classes ({name}), but {own[name].shape[0]} are wanted"
+    if misshapen and not missing and not unknown and {_head_of(name) for name in misshapen} == set(_ends(own)[1:]):
+        name = misshapen[0]
+        return f"{weights} has {tensors[name].shape[0]} classes ({name}), but {own[name].shape[0]} are wanted"
     parts = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
         if names
     ]
     return (
-        f"{field}: {weights} does not fit {arch}: of its tensors {'; '.join(parts)}. Set arch and stem to what it was made with"
+        f"{weights} does not fit {arch}: of its tensors {'; '.join(parts)}. Set arch and stem to what it was made with"
+        f"{_made_with(Path(weights))}"
     )
+
+
+def _made_with(path: Path) -> str:
+    """Where a model card tells."""
+    directory = path if path.is_dir() else path.parent
+    if not path.exists() or not (directory / "model.json").is_file():
+        return ""
+    card = load_card(directory)
+    return f": {card.arch}, stem {card.stem}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from kd_accel.types import UserError
 
 _LISTED = 12
+_FIELD = "distill.feature.taps"
 
 
 class TapRecorder:
     """While open, each forward of `model` leaves the outputs of the named modules here, to be taken once."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], *, field: str = _FIELD) -> None:
         """Raises UserError for a name that the model does not have; it lists what there is."""
-        self._modules = {name: _find(model, name) for name in names}
+        self._modules = {name: _find(model, name, field) for name in names}
         self._handles: list[Any] = []
         self._features: dict[str, Tensor] = {}
 
@@ -57,52 +59,104 @@ class TapRecorder:
         return record
 
 
-def probe_taps(model: nn.Module, names: Sequence[str], *, image_size: int) -> dict[str, tuple[int, int, int]]:
+@dataclass(frozen=True)
+class _Seen:
+    """An output as its module gave it; torch counts in `_version` how often a tensor has been written to."""
+
+    output: Any
+    version: int
+
+    @property
+    def is_map(self) -> bool:
+        """Of a square image: channels-last outputs and attention weights have another height than width there."""
+        return isinstance(self.output, Tensor) and self.output.dim() == 4 and self.output.shape[2] == self.output.shape[3]
+
+    @property
+    def is_overwritten(self) -> bool:
+        return isinstance(self.output, Tensor) and self.output._version != self.version
+
+    @property
+    def words(self) -> str:
+        if not isinstance(self.output, Tensor):
+            return f"gives {type(self.output).__name__}"
+        kind = {3: ", the tokens of a transformer: not supported", 4: ", channels last: not supported"}
+        return f"gives a tensor of shape {tuple(self.output.shape)}{kind.get(self.output.dim(), '')}"
+
+
+def probe_taps(
+    model: nn.Module, names: Sequence[str], *, image_size: int, field: str = _FIELD
+) -> dict[str, tuple[int, int, int]]:
     """(D, H, W) of each tap for square images of `image_size` pixels. The model and the global generator stay as they are.
 
-    Raises UserError for a tap that is no feature map; it lists modules that are.
+    field: the setting that names the taps, for messages. Raises UserError for a tap that is not there, is no feature map, does
+    not run, or is overwritten in place by a later module; it lists modules that can be tapped. Raises UserError too for a
+    model that cannot take images of this size.
     """
-    outputs = _outputs_of(model, list(names), image_size)
+    modules = {name: _find(model, name, field) for name in names}
+    seen = _see(model, modules, image_size)
     for name in names:
-        output = outputs.get(name)
-        if not isinstance(output, Tensor) or output.dim() != 4:
-            raise UserError(_not_a_map(model, name, output, image_size))
-    return {name: tuple(outputs[name].shape[1:]) for name in names}
+        if name not in seen or not seen[name].is_map or seen[name].is_overwritten:
+            raise UserError(_refusal(model, name, seen.get(name), image_size, field))
+    return {name: tuple(seen[name].output.shape[1:]) for name in names}
 
 
 @torch.no_grad()
-def _outputs_of(model: nn.Module, names: list[str], image_size: int) -> dict[str, Any]:
+def _see(model: nn.Module, modules: dict[str, nn.Module], image_size: int) -> dict[str, _Seen]:
+    """One forward in evaluation mode: what each module gave last."""
+    seen: dict[str, _Seen] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            seen[name] = _Seen(output, output._version if isinstance(output, Tensor) else 0)
+
+        return record
+
     was_training = {module: module.training for module in model.modules()}
-    parameter = next(model.parameters())
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     model.eval()
     try:
-        with TapRecorder(model, names) as recorder, torch.random.fork_rng(devices=[]):
-            model(torch.zeros(2, 3, image_size, image_size, device=parameter.device))
-            return dict(recorder.take())
+        with torch.random.fork_rng(devices=[]):
+            model(torch.zeros(2, 3, image_size, image_size, device=next(model.parameters()).device))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"data.image_size: {type(model).__name__} cannot take images of {image_size} pixels ({error}); choose another size "
+            "or arch"
+        ) from None
     finally:
+        for handle in handles:
+            handle.remove()
         for module, training in was_training.items():
             module.training = training
+    return seen
 
 
-def _find(model: nn.Module, name: str) -> nn.Module:
-    modules = {key: module for key, module in model.named_modules() if key}
+def _find(model: nn.Module, name: str, field: str) -> nn.Module:
+    modules = _named(model)
     if name in modules:
         return modules[name]
     close = difflib.get_close_matches(name, modules, n=3)
     top = [key for key in modules if "." not in key]
     raise UserError(
-        f"taps: the model {type(model).__name__} has no module {name!r}"
+        f"{field}: the model {type(model).__name__} has no module {name!r}"
         f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} (top level: {_shortened(top)})"
     )
 
 
-def _not_a_map(model: nn.Module, name: str, output: Any, image_size: int) -> str:
-    found = f"gives a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"gives {type(output).__name__}"
-    everything = _outputs_of(model, [key for key, _ in model.named_modules() if key], image_size)
-    maps = [key for key, value in everything.items() if isinstance(value, Tensor) and value.dim() == 4]
-    maps = [key for key in maps if "." not in key] or maps
-    advice = f"use one of {_shortened(maps)}" if maps else "this model has none (token models cannot be tapped yet)"
-    return f"taps: {name!r} of {type(model).__name__} is no feature map [batch, channels, height, width] (it {found}); {advice}"
+def _named(model: nn.Module) -> dict[str, nn.Module]:
+    return {key: module for key, module in model.named_modules() if key}
+
+
+def _refusal(model: nn.Module, name: str, seen: _Seen | None, image_size: int, field: str) -> str:
+    everything = _see(model, _named(model), image_size)
+    maps = [key for key, value in everything.items() if value.is_map and not value.is_overwritten]
+    top = [key for key in maps if "." not in key] or maps
+    advice = f"use one of {_shortened(top)}" if maps else "this model has none"
+    where = f"{field}: {name!r} of {type(model).__name__}"
+    if seen is None:
+        return f"{where} does not run in a forward pass; {advice}"
+    if seen.is_map:
+        return f"{where} is overwritten in place by a module that follows, so what it gave is lost; {advice}"
+    return f"{where} is no feature map [batch, channels, height, width] (it {seen.words}); {advice}"
 
 
 def _shortened(names: Sequence[str]) -> str:

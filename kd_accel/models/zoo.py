@@ -7,6 +7,7 @@ generator that dropout draws from.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,22 +33,52 @@ def build_model(
     stem: imagenet = as the library builds it; no_pool = without the max-pool; cifar = a 3x3 stride-1 convolution without it.
     field: the section of the config that names the arch, for messages. Raises UserError for an unknown name or argument.
     """
-    library, _, name = arch.partition("/")
+    if "num_classes" in (arch_args or {}):
+        raise UserError(f"{field}.arch_args: num_classes is set by the data; leave it out")
     arguments = {**(arch_args or {}), "num_classes": num_classes}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            if arch.startswith(PREFIX):
-                model = resolve_import(arch, field=f"{field}.arch")(**arguments)
-            else:
-                model = _LIBRARIES[library](name, arguments, f"{field}.arch")
-        except TypeError as error:
-            raise UserError(f"{field}.arch_args: {arch} does not take {dict(arch_args or {})} ({error})") from None
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also move the generators of the GPUs
+        model = _own_model(arch, arguments, field) if arch.startswith(PREFIX) else _library_model(arch, arguments, field)
         if stem != "imagenet":
             _replace_stem(model, stem, f"{field}.stem", arch)
+    return model
+
+
+def _own_model(arch: str, arguments: dict[str, Any], field: str) -> nn.Module:
+    function = resolve_import(arch, field=f"{field}.arch")
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise UserError(
+            f"{field}.arch_args: {arch} does not take the arguments {', '.join(arguments)} ({error}); it is called with "
+            "num_classes and what arch_args holds"
+        ) from None
+    except ValueError:  # some built-in functions do not tell their signature
+        pass
+    model = function(**arguments)
     if not isinstance(model, nn.Module):
         raise UserError(f"{field}.arch: {arch} gave {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _library_model(arch: str, arguments: dict[str, Any], field: str) -> nn.Module:
+    library, _, name = arch.partition("/")
+    if library not in _LIBRARIES:
+        raise UserError(f"{field}.arch: {arch!r} must start with torchvision/, timm/ or {PREFIX}; {_suggestion(arch)}")
+    try:
+        return _LIBRARIES[library](name, arguments, f"{field}.arch")
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # each builder refuses in its own way
+        own = {key: value for key, value in arguments.items() if key != "num_classes"}
+        said = f"{field}.arch_args: {arch} does not take {own}" if own else f"{field}.arch: {arch} cannot be built"
+        raise UserError(f"{said} ({error})") from None
+
+
+def _suggestion(arch: str) -> str:
+    from torchvision import models
+
+    name = arch.rpartition("/")[2]
+    close = difflib.get_close_matches(name, models.list_models(module=models), n=1)
+    return f"did you mean torchvision/{close[0]}?" if close else "such as torchvision/resnet18"
 
 
 def _from_torchvision(name: str, arguments: dict[str, Any], field: str) -> nn.Module:

@@ -11,10 +11,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 
-_MARKERS = "oDs^vP*X"
+_MARKED_POINTS = 50
+_MARKERS = "oxs+^Dv*"  # hollow and crossing, so that of two models in one place both are seen
 _LEAST_SPAN_PERCENT = 2.0
+_HIGHEST_PERCENT = 100.1
 
 
 def plot_learning_curves(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
@@ -25,8 +27,9 @@ def plot_learning_curves(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]
         _draw(loss, name, lines, split="train", across="step", up="loss", scale=1)
         _draw(accuracy, name, lines, split="val", across="epoch", up="accuracy", scale=100)
     loss.set(xlabel="optimizer step", ylabel="training loss (each run's own sum)", yscale="log")
-    loss.yaxis.set_major_formatter(LogFormatter())
-    loss.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter("")
     accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)")
     accuracy.xaxis.get_major_locator().set_params(integer=True)
     for axes in (loss, accuracy):
@@ -41,9 +44,7 @@ def plot_accuracy_against_latency(points: Sequence[tuple[str, float, float]], pa
     axes = figure.subplots()
     for index, (name, latency_ms, accuracy) in enumerate(points):
         marker = _MARKERS[index % len(_MARKERS)]
-        axes.scatter(
-            latency_ms, 100 * accuracy, label=name, marker=marker, s=90, linewidths=2, facecolors="none", edgecolors=f"C{index}"
-        )
+        axes.plot(latency_ms, 100 * accuracy, marker, label=name, markersize=9, markeredgewidth=2, markerfacecolor="none")
     axes.set(xlabel="latency at batch size 1 (ms)", ylabel="test accuracy (%)")
     axes.margins(0.15)
     axes.set_xlim(left=0)
@@ -54,12 +55,16 @@ def plot_accuracy_against_latency(points: Sequence[tuple[str, float, float]], pa
 
 
 def _widen(axes: Axes) -> None:
-    """A hair's breadth of accuracy shall not fill the picture: it would look like a ranking."""
+    """A hair's breadth of accuracy shall not fill the picture: it would look like a ranking. Nor is there any above 100 %."""
     lower, upper = axes.get_ylim()
-    missing = max(0.0, _LEAST_SPAN_PERCENT - (upper - lower))
-    axes.set_ylim(lower - missing / 2, upper + missing / 2)
+    middle = (lower + upper) / 2
+    half = max(upper - lower, _LEAST_SPAN_PERCENT) / 2
+    excess = max(0.0, middle + half - _HIGHEST_PERCENT)
+    axes.set_ylim(middle - half - excess, middle + half - excess)
 
 
 def _draw(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]], *, split: str, across: str, up: str, scale: float) -> None:
     chosen = [line for line in lines if line["split"] == split and up in line]
-    axes.plot([line[across] for line in chosen], [scale * line[up] for line in chosen], label=name, marker=".", markersize=3)
+    marker = "." if len(chosen) <= _MARKED_POINTS else ""
+    across_values, up_values = [line[across] for line in chosen], [scale * line[up] for line in chosen]
+    axes.plot(across_values, up_values, label=name, marker=marker, linewidth=1.2)

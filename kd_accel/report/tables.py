@@ -69,9 +69,7 @@ def write_report(directories: Sequence[Path], *, out: Path, bench_file: Path | N
 def _plot(results: Sequence[RunResult], out: Path) -> None:
     plot_learning_curves([(result.row.name, result.curve) for result in results], out / "learning_curves.png")
     points = [
-        (result.row.name, result.row.latency_ms, result.row.accuracy)
-        for result in results
-        if result.row.latency_ms is not None
+        (result.row.name, result.row.latency_ms, result.row.accuracy) for result in results if result.row.latency_ms is not None
     ]
     picture = out / "accuracy_latency.png"
     if points:
@@ -163,7 +161,7 @@ def _read_curve(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); train the run again") from None
     except ValueError:
-        raise UserError(f"{path}: is damaged (a line is no JSON); train the run again") from None
+        raise UserError(f"{path}: cannot be read (a line is no JSON); train the run again") from None
     if not all(isinstance(line, dict) and {"step", "epoch", "split"} <= line.keys() for line in lines):
-        raise UserError(f"{path}: is damaged (a line without step, epoch and split); train the run again")
+        raise UserError(f"{path}: cannot be read (a line without step, epoch and split); train the run again")
     return lines

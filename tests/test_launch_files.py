@@ -1,0 +1,82 @@
+"""The launch files are what Accelerate accepts, and the commands in their headers are real (test_processes runs them)."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "launch").glob("*.yaml"))
+PROCESSES = {"cpu2": 2, "gpu1": 1, "gpu8": 8, "multinode": 16}
+
+
+def header(path):
+    lines = [line for line in path.read_text().splitlines() if line.startswith("#") and not line.startswith(("#!", "#SBATCH"))]
+    return " ".join(line.removeprefix("#").strip().removesuffix("\\") for line in lines)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_accelerate_knows_every_key(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == PROCESSES[path.stem]
+    assert config.mixed_precision == "no" and not config.use_cpu
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_header_names_this_file_and_a_config_that_ships(path):
+    text = header(path)
+    assert f"accelerate launch --config_file launch/{path.name} " in text
+    (config,) = re.findall(r"--config (\S+)", text)
+    assert (ROOT / config).is_file()
+
+
+def test_the_table_names_every_file():
+    text = (ROOT / "launch/README.md").read_text()
+    there = {path.name for path in (ROOT / "launch").iterdir()} - {"README.md"}
+    assert set(re.findall(r"^\| `(\S+)`", text, flags=re.M)) == there
+
+
+def program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_the_slurm_script_starts_a_launcher_on_every_node(tmp_path):
+    """With stand-ins for Slurm and the launcher: what each node's launcher is told."""
+    program(tmp_path / "bin/scontrol", "printf 'node7\\nnode8\\n'")
+    program(
+        tmp_path / "bin/srun",
+        'while [[ $1 == --* ]]; do shift; done\nfor node in 0 1; do SLURM_NODEID=$node "$@"; done',
+    )
+    program(tmp_path / ".venv/bin/accelerate", 'printf "%s|" "$@"; echo')
+    slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64"}
+    done = subprocess.run(
+        ["bash", ROOT / "launch/slurm.sbatch", "my config.yaml", "--optim.lr", "0.2"],
+        cwd=tmp_path,
+        env={**slurm, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    nodes = [line.split("|")[:-1] for line in done.stdout.splitlines()]
+    for rank, arguments in enumerate(nodes):
+        flags = dict(zip(arguments[1:-7:2], arguments[2:-7:2], strict=True))
+        assert flags == {
+            "--config_file": "launch/multinode.yaml",
+            "--num_machines": "2",
+            "--num_processes": "16",
+            "--machine_rank": str(rank),
+            "--main_process_ip": "node7",
+            "--main_process_port": "29500",
+        }
+        assert arguments[-7:] == ["-m", "kd_accel", "train", "--config", "my config.yaml", "--optim.lr", "0.2"]
+    assert len(nodes) == 2
+
+
+def test_the_slurm_script_wants_a_config(tmp_path):
+    done = subprocess.run(["bash", ROOT / "launch/slurm.sbatch"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "usage: sbatch launch/slurm.sbatch CONFIG" in done.stderr

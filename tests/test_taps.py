@@ -1,0 +1,109 @@
+"""Taps that would be silently wrong are refused before a training starts; a tapped module can be compiled as a whole."""
+
+import pytest
+import torch
+from torch import nn
+
+from kd_accel.models.preprocess import Normalize
+from kd_accel.models.projectors import build_projectors
+from kd_accel.models.student import StudentModule
+from kd_accel.models.taps import TapRecorder, probe_taps
+from kd_accel.models.zoo import build_model
+from kd_accel.types import UserError
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_an_output_that_is_overwritten_in_place_is_refused():
+    model = build_model("torchvision/resnet18", num_classes=4).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), TapRecorder(model, ["bn1"]) as recorder:
+        model(images)
+        assert recorder.take()["bn1"].min() >= 0 > model.bn1(model.conv1(images)).min()  # the danger is real
+    with pytest.raises(UserError, match="'bn1' of ResNet is overwritten in place .*use one of conv1, relu, maxpool, layer1"):
+        probe_taps(model, ["layer1", "bn1"], image_size=32)
+
+
+def test_tokens_are_refused_in_words():
+    model = build_model("timm/vit_tiny_patch16_224", num_classes=4, arch_args={"img_size": 32})
+    with pytest.raises(UserError, match="tokens of a transformer: not supported.*use one of patch_embed.proj$"):
+        probe_taps(model, ["blocks.2"], image_size=32)
+
+
+class ChannelsLast(nn.Module):
+    """Outputs [B, H, W, D], as Swin's stages give them; `idle` is never called, `both` gives two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 1)
+        self.stage = nn.Linear(6, 6)
+        self.both = nn.LSTM(6, 6)
+        self.idle = nn.Linear(2, 2)
+
+    def forward(self, images):
+        stage = self.stage(self.conv(images).permute(0, 2, 3, 1))
+        return self.both(stage.flatten(1, 2))[0].mean(1)
+
+
+@pytest.mark.parametrize(
+    ("tap", "said"),
+    [
+        ("stage", "shape .2, 8, 8, 6., channels last: not supported.; use one of conv$"),
+        ("both", "gives tuple.; use one of conv$"),
+        ("idle", "'idle' of ChannelsLast does not run in a forward pass; use one of conv$"),
+        ("stages", "^teacher.taps: the model ChannelsLast has no module 'stages'; did you mean stage"),
+    ],
+)
+def test_what_is_no_feature_map(tap, said):
+    model = ChannelsLast()
+    with pytest.raises(UserError, match=said):
+        probe_taps(model, ["conv", tap], image_size=8, field="teacher.taps")
+    assert hooks(model) == 0
+
+
+def test_a_model_without_feature_maps_says_so():
+    with pytest.raises(UserError, match="this model has none"):
+        probe_taps(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), ["1"], image_size=2)
+
+
+def test_images_that_are_too_small_for_the_model():
+    model = build_model("torchvision/alexnet", num_classes=4).train()
+    with pytest.raises(UserError, match="data.image_size: AlexNet cannot take images of 32 pixels .*choose another size"):
+        probe_taps(model, ["features.0"], image_size=32)
+    assert hooks(model) == 0
+    assert model.training
+
+
+def test_each_modules_own_mode_comes_back():
+    model = build_model("torchvision/resnet18", num_classes=4).train()
+    model.layer2.eval()
+    probe_taps(model, ["layer1"], image_size=32)
+    assert model.layer1.training
+    assert not any(module.training for module in model.layer2.modules())
+
+
+def wrapped():
+    torch.manual_seed(1)
+    network = build_model("import:tests.own_models:student", num_classes=4)
+    shapes = {"layer1": (8, 8, 8), "layer2": (16, 2, 2)}, {"layer1": (12, 8, 8), "layer2": (20, 2, 2)}
+    projectors = build_projectors(*shapes, direction="student_to_teacher").student
+    module = StudentModule(network, Normalize([0.5] * 3, [0.2] * 3), taps=list(projectors), student_projectors=projectors)
+    module.open_taps()
+    return module
+
+
+def test_the_whole_module_compiled_gives_the_same_gradients():
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    features = {"layer1": torch.randn(4, 12, 8, 8), "layer2": torch.randn(4, 20, 2, 2)}
+    plain, compiled = wrapped(), wrapped()
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    for batch in (images, images.flip(0)):
+        for module in (plain, compiled):
+            module.zero_grad()
+            logits, pairs = module(batch, features)
+            (logits.square().sum() + sum((a - b).square().mean() for a, b in pairs.values())).backward()
+        for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, one.grad)
+    assert compiled(images)[1] == {}
