@@ -65,7 +65,7 @@ class WandbTracking:
             "entity": self._config.entity,
             "group": self._config.group,
             "dir": str(self._run_dir),
-            "settings": wandb.Settings(init_timeout=self._config.timeout_s, console="off"),
+            "settings": wandb.Settings(init_timeout=self._config.timeout_s, console="off", quiet=True),
         }
 
     def log(self, values: dict[str, Any], *, step: int) -> None:
