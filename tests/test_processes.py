@@ -19,6 +19,9 @@ def test_two_processes_train_what_one_does(tmp_path, distilled):
     assert len(losses(tmp_path / "one")) == 24
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert summary(tmp_path / "two")["world_size"] == 2
+    explained = summary(tmp_path / "two")["pca_explained"]
+    assert explained.keys() == {"layer1", "layer2"}
+    assert all(0.3 < share <= 1 for share in explained.values())
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one.pop("split") == two.pop("split")
         assert two == pytest.approx(one, rel=1e-3)

@@ -137,5 +137,6 @@ def _checkpoint_extra(start: Prepared, tracking: WandbTracking) -> tuple[dict[st
         "config": asdict(start.config),
         "wandb_id": tracking.run_id,
         "teacher_digest": start.teaching.digest if start.teaching else None,
+        "pca_explained": start.teaching.explained if start.teaching else {},
     }
     return state, {"frozen": tensors} if tensors else {}

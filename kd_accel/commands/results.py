@@ -59,6 +59,7 @@ def _summary(start: Prepared, job: Job, test_metrics: dict[str, float]) -> dict[
         "source": config.data.source,
         "label_names": list(start.data.label_names),
         "teacher_digest": start.teaching.digest if start.teaching else None,
+        "pca_explained": start.teaching.explained if start.teaching else {},
         "versions": {
             "kd_accel": kd_accel.__version__,
             "torch": torch.__version__,

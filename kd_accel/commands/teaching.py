@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +48,17 @@ class TeacherNetwork:
 
 @dataclass(frozen=True)
 class Teaching:
-    """A teacher ready to answer. frozen: its PCA projectors by tap, kept in every checkpoint."""
+    """A teacher ready to answer.
+
+    frozen: its PCA projectors by tap, kept in every checkpoint. explained: the share of the teacher's variance that each keeps.
+    """
 
     signals: LiveTeacher
     digest: str
-    projectors: Projectors | None
-    frozen: dict[str, FeatureProjector]
-    notices: list[str]
+    projectors: Projectors | None = None
+    frozen: dict[str, FeatureProjector] = field(default_factory=dict)
+    explained: dict[str, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
 
 def load_teacher(config: TeacherConfig, data: Data) -> TeacherNetwork:
@@ -88,20 +92,22 @@ def build_teaching(
     normalize = Normalize(teacher.mean, teacher.std).to(accelerator.device)
     feature = config.distill.feature if config.distill else None
     if feature is None:
-        return Teaching(_answering(config, model, normalize, {}, {}, accelerator), digest, None, {}, [])
+        return Teaching(_answering(config, model, normalize, {}, {}, accelerator), digest)
     pairs = dict(zip(feature.taps, config.teacher.taps or feature.taps, strict=True))
     projectors = _paired_projectors(config, feature, network, model, pairs)
-    frozen, notices = {}, _warn_of_rectified_taps(network, feature, projectors)
+    frozen, explained, notices = {}, {}, _warn_of_rectified_taps(feature, projectors)
     if checkpoint is not None:
-        frozen = _saved_projectors(checkpoint)
+        frozen, explained = _saved_projectors(checkpoint), checkpoint.state["pca_explained"]
     elif projectors.pca_channels:
         features = _first_features(config, data, feature, model, normalize, pairs, accelerator.autocast)
         fitted = on_main_process(accelerator, lambda: _fit_pca(features, projectors))
         frozen = {tap: projector for tap, (projector, _) in fitted.items()}
-        notices += [f"PCA at {tap} explains {share:.1%} of the variance" for tap, (_, share) in fitted.items()]
+        explained = {tap: share for tap, (_, share) in fitted.items()}
+        notices += [f"PCA at {tap} explains {share:.1%} of the variance" for tap, share in explained.items()]
     for projector in frozen.values():
         projector.to(accelerator.device)
-    return Teaching(_answering(config, model, normalize, pairs, frozen, accelerator), digest, projectors, frozen, notices)
+    signals = _answering(config, model, normalize, pairs, frozen, accelerator)
+    return Teaching(signals, digest, projectors, frozen, explained, notices)
 
 
 def check_teacher_accuracy(config: RunConfig, data: Data, held_out: HeldOut, *, digest: str, accelerator: Accelerator) -> float:
@@ -159,7 +165,7 @@ def _paired_projectors(
     config: RunConfig, feature: FeatureConfig, network: nn.Module, teacher: nn.Module, pairs: dict[str, str]
 ) -> Projectors:
     size = config.data.image_size
-    teacher_shapes = probe_taps(teacher, list(pairs.values()), image_size=size)
+    teacher_shapes = probe_taps(teacher, list(pairs.values()), image_size=size, field="teacher.taps")
     return build_projectors(
         probe_taps(network, feature.taps, image_size=size),
         {tap: teacher_shapes[name] for tap, name in pairs.items()},
@@ -211,7 +217,7 @@ def _saved_projectors(checkpoint: Checkpoint) -> dict[str, FeatureProjector]:
     return projectors
 
 
-def _warn_of_rectified_taps(network: nn.Module, feature: FeatureConfig, projectors: Projectors) -> list[str]:
+def _warn_of_rectified_taps(feature: FeatureConfig, projectors: Projectors) -> list[str]:
     """A student tap that ends in a ReLU cannot reach signed targets without a projector of its own."""
     if projectors.student:
         return []

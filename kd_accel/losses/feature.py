@@ -30,7 +30,7 @@ def target_variance(pairs: Pairs) -> Tensor | None:
     """Mean over the taps of the variance of the targets: near 0, a learned teacher projector has collapsed."""
     if not pairs:
         return None
-    return torch.stack([full_precision(target.detach()).var() for _, target in pairs.values()]).mean()
+    return torch.stack([full_precision(target.detach()).var(correction=0) for _, target in pairs.values()]).mean()
 
 
 def _meet(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
