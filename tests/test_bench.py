@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from kd_accel.bench.latency import measure_latency
-from kd_accel.bench.named import bench_models, write_json
+from kd_accel.bench.named import bench_models
 from kd_accel.bench.params import count_macs, count_parameters, model_bytes
 from kd_accel.config import BenchConfig
+from kd_accel.disk import write_json
 from kd_accel.models.files import ModelCard, save_model
 from kd_accel.models.zoo import build_model
 from kd_accel.types import UserError

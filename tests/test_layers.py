@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "kd_accel"
 LAYERS = [
     "config types",
     "checks",
-    "parse imports",
+    "parse imports disk",
     "data",
     "models",
     "teacher",

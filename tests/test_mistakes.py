@@ -12,7 +12,7 @@ from tests.test_sources import colour, encoded, write_parquet
 pytestmark = pytest.mark.slow
 
 
-def told(done, *parts):
+def check_message(done, *parts):
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("kd-accel: ")]
     assert len(lines) == 1, done.stderr
@@ -34,8 +34,8 @@ def from_parquet(run_dir, directory, *flags):
 
 
 def test_a_column_or_split_that_is_not_there(tmp_path, parquet):
-    told(from_parquet(tmp_path / "run", parquet, "--data.label_column=fine"), "no column 'fine'", "img, label")
-    told(from_parquet(tmp_path / "run", parquet, "--data.test_split=val"), "no split 'val'", "test, train")
+    check_message(from_parquet(tmp_path / "run", parquet, "--data.label_column=fine"), "no column 'fine'", "img, label")
+    check_message(from_parquet(tmp_path / "run", parquet, "--data.test_split=val"), "no split 'val'", "test, train")
     assert not (tmp_path / "run").exists()
 
 
@@ -43,29 +43,29 @@ def test_an_image_that_cannot_be_decoded(tmp_path, parquet):
     images = [encoded(colour(row)) for row in range(40)]
     images[17] = images[17][:50]
     write_parquet(parquet, "train", images, [row % 4 for row in range(40)])
-    told(from_parquet(tmp_path / "run", parquet), "row 17 of the train split cannot be decoded")
+    check_message(from_parquet(tmp_path / "run", parquet), "row 17 of the train split cannot be decoded")
 
 
 def test_a_label_out_of_range(tmp_path, parquet):
     write_parquet(parquet, "test", [encoded(colour(row)) for row in range(4)], [0, 1, 9, 3])
-    told(from_parquet(tmp_path / "run", parquet), "the label in row 2 is 9, but classes are 0..3")
+    check_message(from_parquet(tmp_path / "run", parquet), "the label in row 2 is 9, but classes are 0..3")
 
 
 def test_a_tap_that_does_not_exist_or_is_no_map(tmp_path, teacher_run):
     flags = [f"--teacher.run={teacher_run}", "--distill.feature.pca_images=64"]
     done = train(tmp_path / "run", *flags, "--distill.feature.taps=[layer9]", code=2)
-    told(done, "no module 'layer9'", "top level: layer1, layer2, dropout, fc")
+    check_message(done, "no module 'layer9'", "top level: layer1, layer2, dropout, fc")
     done = train(tmp_path / "run", *flags, "--distill.feature.taps=[fc]", code=2)
-    told(done, "'fc' of SmallNet is no feature map", "use one of layer1, layer2")
+    check_message(done, "'fc' of SmallNet is no feature map", "use one of layer1, layer2")
 
 
 def test_too_few_images_for_the_pca(tmp_path, teacher_run):
     flags = [f"--teacher.run={teacher_run}", "--distill.feature={taps: [layer2], pca_images: 2}"]
-    told(train(tmp_path / "run", *flags, code=2), "pca_images: 8 samples at layer2, but 16 directions need more")
+    check_message(train(tmp_path / "run", *flags, code=2), "pca_images: 8 samples at layer2, but 16 directions need more")
 
 
 def test_a_teacher_with_other_classes(tmp_path, teacher_run):
-    told(
+    check_message(
         run("train", f"--run_dir={tmp_path / 'run'}", f"--teacher.run={teacher_run}", code=2),
         "knows 4 classes, the data has 10",
     )
@@ -73,54 +73,54 @@ def test_a_teacher_with_other_classes(tmp_path, teacher_run):
     shutil.copytree(teacher_run, renamed)
     card = renamed / "model.json"
     card.write_text(card.read_text().replace('"green"', '"lime"'))
-    told(train(tmp_path / "run", f"--teacher.run={renamed}", code=2), "class 1 of", "'lime', but 'green' in the data")
+    check_message(train(tmp_path / "run", f"--teacher.run={renamed}", code=2), "class 1 of", "'lime', but 'green' in the data")
 
 
 def test_a_teacher_that_is_missing_empty_or_damaged(tmp_path, teacher_run):
-    told(train(tmp_path / "run", "--teacher.run=runs/nowhere", code=2), "no finished run")
+    check_message(train(tmp_path / "run", "--teacher.run=runs/nowhere", code=2), "no finished run")
     (tmp_path / "empty").mkdir()
-    told(train(tmp_path / "run", f"--teacher.run={tmp_path / 'empty'}", code=2), "no finished run")
+    check_message(train(tmp_path / "run", f"--teacher.run={tmp_path / 'empty'}", code=2), "no finished run")
     damaged = tmp_path / "damaged"
     shutil.copytree(teacher_run, damaged)
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    told(train(tmp_path / "run", f"--teacher.run={damaged}", code=2), "damaged")
+    check_message(train(tmp_path / "run", f"--teacher.run={damaged}", code=2), "damaged")
 
 
 def test_weights_of_another_architecture_or_in_a_pickle(tmp_path):
     save_file({"conv1.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     done = train(tmp_path / "run", f"--model.weights={tmp_path / 'other.safetensors'}", code=2)
-    told(done, "does not fit import:tests.own_models:student")
+    check_message(done, "does not fit import:tests.own_models:student")
     torch.save({}, tmp_path / "weights.pth")
-    told(train(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pth'}", code=2), "is a pickle")
+    check_message(train(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pth'}", code=2), "is a pickle")
 
 
 def test_a_run_directory_that_is_empty_damaged_or_a_file(tmp_path, teacher_run):
     (tmp_path / "empty").mkdir()
-    told(run("evaluate", tmp_path / "empty", code=2), "no finished run")
-    told(run("report", tmp_path / "empty", "--out", tmp_path / "report", code=2), "no finished run there")
-    told(run("bench", tmp_path / "empty", code=2), "no finished run")
-    told(run("bench", "runs/nowhere", code=2), "there is no run directory")
+    check_message(run("evaluate", tmp_path / "empty", code=2), "no finished run")
+    check_message(run("report", tmp_path / "empty", "--out", tmp_path / "report", code=2), "no finished run there")
+    check_message(run("bench", tmp_path / "empty", code=2), "no finished run")
+    check_message(run("bench", "runs/nowhere", code=2), "there is no run directory")
     (tmp_path / "file").write_text("")
-    told(train(tmp_path / "file", code=2), "is a file; name a directory")
+    check_message(train(tmp_path / "file", code=2), "is a file; name a directory")
     damaged = tmp_path / "damaged"
     shutil.copytree(teacher_run, damaged)
     shutil.rmtree(damaged / "checkpoints")
-    told(train(damaged, code=2), "holds a summary.json but no whole checkpoint")
+    check_message(train(damaged, code=2), "holds a summary.json but no whole checkpoint")
     (damaged / "summary.json").write_text("{")
-    told(run("report", damaged, "--out", tmp_path / "report", code=2), "damaged")
+    check_message(run("report", damaged, "--out", tmp_path / "report", code=2), "damaged")
 
 
 def test_numbers_that_go_wrong_stop_the_training(tmp_path):
     done = train(tmp_path / "run", "--optim.lr=1e30", "--optim.schedule=constant", code=2)
-    told(done, "the training has diverged", "lower optim.lr")
+    check_message(done, "the training has diverged", "lower optim.lr")
 
 
 def test_a_precision_that_this_machine_has_not(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    told(train(tmp_path / "run", "--train.precision=fp16", code=2), "fp16 needs a GPU")
-    told(run("bench", "torchvision/resnet18", "--device=cuda", code=2), "device: cuda is not there")
+    check_message(train(tmp_path / "run", "--train.precision=fp16", code=2), "fp16 needs a GPU")
+    check_message(run("bench", "torchvision/resnet18", "--device=cuda", code=2), "device: cuda is not there")
 
 
 def test_a_model_with_an_idle_layer_is_a_fault_that_names_it(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kd_accel.models import files
+from kd_accel import disk
 from kd_accel.models.files import ModelCard, load_card, load_run_model, load_weights, save_model
 from kd_accel.models.zoo import build_model
 from kd_accel.types import UserError
@@ -89,7 +89,7 @@ def test_a_card_with_a_damaged_value_names_it(tmp_path, change):
 
 def test_a_card_that_is_no_mapping(tmp_path):
     (tmp_path / "model.json").write_text("[]")
-    with pytest.raises(UserError, match="damaged .arch, stem"):
+    with pytest.raises(UserError, match="is damaged .no JSON object"):
         load_card(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_behind(tmp_pat
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full_disk)
+    monkeypatch.setattr(disk.os, "fsync", full_disk)
     with pytest.raises(UserError, match="cannot write the model to .*No space left"):
         save_model(tmp_path, small(seed=2), card=CARD)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -160,7 +160,7 @@ def test_both_files_and_the_directory_reach_the_disk(tmp_path, monkeypatch):
         flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name.split(".tmp")[0])
         flush(descriptor)
 
-    monkeypatch.setattr(files.os, "fsync", record)
+    monkeypatch.setattr(disk.os, "fsync", record)
     save_model(tmp_path, small(), card=CARD)
     assert flushed == [".model.safetensors", tmp_path.name, ".model.json", tmp_path.name]
 

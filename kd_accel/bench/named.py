@@ -6,7 +6,6 @@ model its parameters, bytes, multiply-adds and latency per batch size. A run goe
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -135,14 +134,3 @@ def _circumstances(config: BenchConfig, device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
     }
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Whole or not at all. Raises UserError where the disk refuses."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror})") from None

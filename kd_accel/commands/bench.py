@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_accel.bench.named import bench_models, write_json
+from kd_accel.bench.named import bench_models
 from kd_accel.config import BenchConfig
+from kd_accel.disk import write_json
 
 
 def run_bench(models: Sequence[str], config: BenchConfig, *, out: Path | None) -> None:

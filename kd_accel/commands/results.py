@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import kd_accel
 from kd_accel.commands.job import Prepared
 from kd_accel.commands.networks import card_of
 from kd_accel.config import RunConfig, Schedule
+from kd_accel.disk import write_json
 from kd_accel.engine.train import Job
 from kd_accel.models.files import save_model
 from kd_accel.report.tracking import WandbTracking
@@ -28,7 +28,7 @@ def save_results(start: Prepared, job: Job, *, test_metrics: dict[str, float], t
         network = start.module.student if average is None else average.module
         save_model(start.config.directory, network, card=card_of(start.config, start.data))
         summary = _summary(start, job, test_metrics)
-        _write_whole(start.config.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(summary, start.config.directory / "summary.json")
         tracking.log_table("results", ["name", "role", "arch", "accuracy", "parameters"], [[summary[key] for key in _TABLE]])
     start.accelerator.wait_for_everyone()
     job.progress.say(f"{start.config.name}: test accuracy {100 * test_metrics['accuracy']:.2f} % ({start.config.directory})")
@@ -87,9 +87,3 @@ def _commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
@@ -40,19 +39,6 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
 def is_finished(config: RunConfig) -> bool:
     """Whether the run has left all its results."""
     return all((config.directory / name).is_file() for name in ("summary.json", "model.safetensors", "model.json"))
-
-
-def read_summary(directory: Path) -> dict[str, Any]:
-    """summary.json of a finished run. Raises UserError when there is none."""
-    try:
-        content = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{directory}: no summary.json, so no finished run; train it first") from None
-    except ValueError:
-        raise UserError(f"{directory}/summary.json is damaged; start the training again, it only redoes its end") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{directory}/summary.json is damaged: it must hold settings by name")
-    return content
 
 
 def refuse_other_teacher(checkpoint: Checkpoint, digest: str | None) -> None:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kd_accel.disk import flush, write_whole
 from kd_accel.types import UserError
 
 VERSION = 1
@@ -55,12 +56,13 @@ def save_checkpoint(
         files = {
             f"{name}.safetensors": _write_tensors(temporary / f"{name}.safetensors", named) for name, named in tensors.items()
         }
-        _write_durably(temporary / "state.json", json.dumps({"version": VERSION, "files": files, "state": state}))
-        _fsync(temporary)
+        text = json.dumps({"version": VERSION, "files": files, "state": state})
+        write_whole(temporary / "state.json", lambda path: path.write_text(text, encoding="utf-8"))
+        flush(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _fsync(directory)
+        flush(directory)
         for old in _step_directories(directory)[keep:]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
@@ -163,7 +165,7 @@ def _damaged_files(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path)
     path.chmod(0o644)
-    _fsync(path)
+    flush(path)
     return {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
 
 
@@ -173,21 +175,6 @@ def _checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -7,7 +7,6 @@ that a user passes in is unpickled.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_accel.config import Stem
+from kd_accel.disk import read_json, write_whole
 from kd_accel.models.zoo import build_model
 from kd_accel.types import UserError
 
@@ -41,48 +41,19 @@ def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     text = json.dumps(asdict(card), indent=2) + "\n"
     try:
-        _write_whole(directory / "model.safetensors", lambda path: save_file(tensors, path))
-        _write_whole(directory / "model.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_whole(directory / "model.safetensors", lambda path: save_file(tensors, path))
+        write_whole(directory / "model.json", lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write the model to {directory} ({error}); see that the directory is there and has space, and start again"
         ) from None
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Through a temporary name, so that a crash or a power cut leaves the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        _flush(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """To the disk itself; of a directory, the names in it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def load_card(directory: Path) -> ModelCard:
     """model.json of a run directory. Raises UserError for an empty, damaged or missing one."""
     path = directory / "model.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(
-            f"{directory}: no finished run (model.json cannot be read); train it first, or name another directory"
-        ) from None
-    except ValueError:
-        raise UserError(f"{path}: damaged (no JSON); train the run again") from None
-    wrong = [name for name, is_valid in _VALID.items() if not isinstance(content, dict) or not is_valid(content.get(name))]
+    content = read_json(path, remedy="no finished run there; train it first, or name another directory")
+    wrong = [name for name, is_valid in _VALID.items() if not is_valid(content.get(name))]
     if wrong:
         raise UserError(f"{path}: damaged ({', '.join(wrong)} wrong or missing); train the run again")
     return ModelCard(**{field.name: content[field.name] for field in fields(ModelCard)})

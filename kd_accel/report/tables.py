@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kd_accel.disk import read_json
 from kd_accel.report.plots import plot_accuracy_against_latency, plot_learning_curves
 from kd_accel.types import UserError
 
@@ -80,7 +81,7 @@ def _plot(results: Sequence[RunResult], out: Path) -> None:
 
 def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
     """A run and its entry in a bench file."""
-    summary = _read_json(directory / "summary.json", "no finished run there; train it first")
+    summary = read_json(directory / "summary.json", remedy="no finished run there; train it first")
     try:
         row = Row(
             name=summary["name"],
@@ -136,23 +137,11 @@ def _latency(bench: dict[str, Any]) -> float | None:
 
 
 def _read_bench(path: Path) -> dict[str, dict[str, Any]]:
-    content = _read_json(path, "bench the runs first: kd-accel bench RUN ... --out FILE")
+    content = read_json(path, remedy="bench the runs first: kd-accel bench RUN ... --out FILE")
     try:
         return {entry["name"]: entry for entry in content["models"]}
     except (KeyError, TypeError):
         raise UserError(f"--bench {path}: is no file of kd-accel bench") from None
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
-    except ValueError:
-        raise UserError(f"{path}: is damaged (no JSON); make it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is damaged (no JSON object); make it again")
-    return content
 
 
 def _read_curve(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,56 @@
+"""Files that are whole or not there: written under a temporary name, flushed to the disk, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kd_accel.types import UserError
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(temporary)`, then rename: a crash or a power cut leaves the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Raises UserError where the disk refuses."""
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); see that there is space and that it may be written") from None
+
+
+def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    """Raises UserError, which ends in the remedy, for what is not there or no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
+    except ValueError:
+        raise UserError(f"{path}: is damaged (no JSON): {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is damaged (no JSON object): {remedy}")
+    return content
+
+
+def flush(path: Path) -> None:
+    """To the disk itself; of a directory, the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
