@@ -102,8 +102,8 @@ def student_logits(trainee: Trainee, accelerator: Accelerator) -> Callable[[Tens
 def measure(job: Job, held_out: HeldOut) -> dict[str, float]:
     """Evaluate the student on a split; the training mode comes back afterwards."""
     trainee = job.trainee
-    synchronise_buffers(job.accelerator.unwrap_model(trainee.module), accelerator=job.accelerator)
     for module in filter(None, (trainee.module, trainee.average)):
+        synchronise_buffers(module, accelerator=job.accelerator)
         module.eval()
     result = evaluate(student_logits(trainee, job.accelerator), held_out, accelerator=job.accelerator)
     trainee.module.train()
