@@ -25,13 +25,11 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     found = find_checkpoint(directory / "checkpoints")
     if resume == "must" and found is None:
         raise UserError(f"checkpoint.resume: must, but {directory} holds no whole checkpoint; use auto to start anew")
+    if resume == "never" and (found is not None or (directory / "metrics.jsonl").exists()):
+        raise UserError(f"checkpoint.resume: never, but {directory} holds an earlier run; name another run_dir, or use auto")
     if found is None:
         _refuse_a_damaged_run(directory)
         return None
-    if resume == "never":
-        raise UserError(
-            f"checkpoint.resume: never, but {directory} holds a checkpoint ({found.name}); name another run_dir, or use auto"
-        )
     _refuse_other_settings(load_checkpoint(found), config)
     return found
 

@@ -23,8 +23,8 @@ from kd_accel.parse import save_config
 
 def run_training(config: RunConfig) -> None:
     """Train what the config says, or go on where it stopped. Raises UserError for what the user can mend."""
+    set_kernel_choice(config.train)  # before CUDA starts: it reads CUBLAS_WORKSPACE_CONFIG then
     accelerator = start_processes(config.train.precision, seed=config.seed, track_with="wandb")
-    set_kernel_choice(config.train)
     _resume_or_start(config, accelerator)
     leave_processes(accelerator)
 
