@@ -14,7 +14,7 @@ PREFIX = "import:"
 def resolve_import(spec: str, *, field: str) -> Callable[..., Any]:
     """The function that `import:package.module:function` names. Raises UserError that says which part is missing."""
     module_name, _, function_name = spec.removeprefix(PREFIX).partition(":")
-    if not module_name or not function_name:
+    if not module_name or module_name.startswith(".") or not function_name:
         raise UserError(f"{field}: {spec!r} must have the form import:package.module:function")
     try:
         module = importlib.import_module(module_name)
@@ -22,6 +22,8 @@ def resolve_import(spec: str, *, field: str) -> Callable[..., Any]:
         raise UserError(
             f"{field}: cannot import {module_name!r} ({error}); it is looked for in the working directory too"
         ) from None
+    except SyntaxError as error:
+        raise UserError(f"{field}: {module_name!r} is not valid Python ({error}); mend the file") from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{field}: {module_name} has no function {function_name!r}")

@@ -96,6 +96,26 @@ def test_no_global_generator_moves():
     assert states() == before
 
 
+class Unreadable(MemoryImages):
+    """A set of which no row can be decoded."""
+
+    def pixels(self, rows):
+        raise UserError(f"data: the image in row {rows[0]} cannot be decoded; mend or remove the row")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_decoded_is_said_as_plainly_by_a_worker(workers):
+    images = Unreadable(np.zeros((40, 8, 8, 3), dtype=np.uint8), np.zeros(40, dtype=np.int64), ["a"])
+    for batches in (
+        loader(images, np.arange(40), num_workers=workers).epoch(0),
+        EvalLoader(images, rows=np.arange(9), batch_size=4, num_workers=workers),
+    ):
+        with pytest.raises(UserError) as raised:
+            list(batches)
+        assert str(raised.value).startswith("data: the image in row")
+        assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_sees_each_row_once(world_size):
     rows = np.array([3, 1, 4, 15, 9])

@@ -1,40 +1,37 @@
-"""Sources: what kind of image there is, it becomes RGB of one size; what cannot be read is named by row."""
+"""Sources: the same two splits wherever they lie; what cannot be read is named by row."""
 
-import io
+import pickle
+import shutil
+import sys
 
+import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from kd_accel.config import DataConfig
-from kd_accel.data.decode import MAX_PIXELS, decode
 from kd_accel.data.sources import EncodedImages, MemoryImages, load_splits
 from kd_accel.types import UserError
+from tests.image_files import colour, encoded, write_folder, write_named, write_parquet
 
 
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def colour(row, size=(16, 16)):
-    return Image.new("RGB", size, (row * 10 % 256, 128, 255 - row))
-
-
-def write_parquet(directory, split, images, labels, image_column="img", label_column="label", label_type=None):
-    cells = [{"bytes": data, "path": None} for data in images]
-    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({image_column: pa.array(cells, struct), label_column: pa.array(labels, label_type)})
-    pq.write_table(table, directory / f"{split}-00000-of-00001.parquet")
+@pytest.fixture(autouse=True)
+def arrow_copies(tmp_path_factory, monkeypatch):
+    """Where `datasets` keeps what it read: not in the cache of whoever runs the tests."""
+    directory = tmp_path_factory.mktemp("arrow")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(directory))
+    return directory
 
 
 @pytest.fixture
-def parquet(tmp_path, monkeypatch):
+def no_network(monkeypatch):
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def parquet(tmp_path):
     """Twelve training and five test images of three classes, and the settings that read them."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     directory = tmp_path / "data"
     directory.mkdir()
     write_parquet(directory, "train", [encoded(colour(row)) for row in range(12)], [row % 3 for row in range(12)])
@@ -56,8 +53,6 @@ def test_parquet(parquet):
 
 
 def test_a_set_that_does_not_fit_is_decoded_when_asked(parquet, tmp_path):
-    import pickle
-
     big = tmp_path / "big"
     big.mkdir()
     for split in ("train", "test"):
@@ -71,18 +66,87 @@ def test_a_set_that_does_not_fit_is_decoded_when_asked(parquet, tmp_path):
     assert np.array_equal(pickle.loads(pickle.dumps(train)).pixels(rows), whole.pixels(rows))  # noqa: S301  (workers do this)
 
 
-def test_imagefolder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    for split, count in (("train", 4), ("test", 2)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                colour(index + (100 if name == "dog" else 0)).save(folder / f"{index}.png")
-    train, test = load_splits(config(tmp_path / "data", "imagefolder"))
+def test_imagefolder(tmp_path):
+    counts = {"train": 4, "test": 2}
+    paths = [f"{split}/{name}/{index}.png" for split in counts for name in ("cat", "dog") for index in range(counts[split])]
+    write_folder(tmp_path / "data [1]*", paths)
+    train, test = load_splits(config(tmp_path / "data [1]*", "imagefolder"))
     assert (train.num_rows, test.num_rows, train.label_names) == (8, 4, ("cat", "dog"))
     reds = train.pixels(np.arange(8))[:, 0, 0, 0]
     assert sorted(reds[train.labels == 0]) == [0, 10, 20, 30]
+    assert sorted(reds[train.labels == 1]) == [100, 110, 120, 130]
+
+
+def test_a_folder_of_one_class(tmp_path):
+    write_folder(tmp_path, ["train/cat/0.png", "train/cat/1.png", "test/cat/2.png"])
+    train, test = load_splits(config(tmp_path, "imagefolder"))
+    assert (train.label_names, train.num_rows, test.label_names) == (("cat",), 2, ("cat",))
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        (["train/cat/0.png", "train/dog/0.png", "test/cat/0.png"], "the test split has other classes than the train split"),
+        (["train/cat/0.png", "train/1.png", "test/cat/0.png"], "the test split has other classes than the train split"),
+        (["train/cat/0.png"], "has no split 'test' .there are: train"),
+    ],
+)
+def test_folders_that_do_not_fit(tmp_path, paths, said):
+    write_folder(tmp_path, paths)
+    with pytest.raises(UserError, match=said):
+        load_splits(config(tmp_path, "imagefolder"))
+
+
+def test_what_lies_in_a_folder_is_named(tmp_path):
+    write_folder(tmp_path, ["train/cat/0.png", "test/cat/0.png"])
+    (tmp_path / "train/cat/1.png").write_text("not an image")
+    with pytest.raises(UserError, match="row 1 of the train split, .*train/cat/1.png, .*not an image file of a known kind"):
+        load_splits(config(tmp_path, "imagefolder"))
+    (tmp_path / "train/metadata.csv").write_text("file_name,age\ncat/0.png,3\n")
+    with pytest.raises(UserError, match="must hold train/CLASS/IMAGE files, and no metadata files"):
+        load_splits(config(tmp_path, "imagefolder"))
+    (tmp_path / "train/metadata.csv").unlink()
+    (tmp_path / "test/cat/0.png").unlink()
+    with pytest.raises(UserError, match="cannot read imagefolder:.*no data"):
+        load_splits(config(tmp_path, "imagefolder"))
+
+
+def test_parts_are_joined_in_the_order_of_their_names(parquet):
+    for part, rows in ((2, [7, 8]), (0, [3]), (1, [])):
+        write_parquet(
+            parquet, "train", [encoded(colour(row)) for row in rows], [row % 3 for row in rows], label_type=pa.int64()
+        )
+        (parquet / "train-00000-of-00001.parquet").rename(parquet / f"train-0000{part}-of-00003.parquet")
+    train, _ = load_splits(config(parquet))
+    assert train.labels.tolist() == [0, 1, 2]
+    assert train.pixels(np.arange(3))[:, 0, 0, 0].tolist() == [30, 70, 80]
+
+
+def test_names_of_classes_come_with_the_column(tmp_path):
+    write_named(tmp_path, train=["ox", "ant"], test=["ox", "ant"])
+    assert load_splits(config(tmp_path))[0].label_names == ("ox", "ant")
+    write_named(tmp_path, test=["ant", "ox"])
+    with pytest.raises(UserError, match="the test split has other classes than the train split; .* in the same order"):
+        load_splits(config(tmp_path))
+
+
+def test_the_hub_without_a_network(parquet, arrow_copies, no_network):
+    """What was read once is read again, but never another revision than the one that is named."""
+    load_splits(config(parquet))
+    files = {split: str(parquet / f"{split}-00000-of-00001.parquet") for split in ("train", "test")}
+    datasets.load_dataset("parquet", data_files=files)
+    stored = next(
+        path.parent for path in arrow_copies.rglob("dataset_info.json") if len(list(path.parent.glob("*.arrow"))) == 2
+    )
+    copy = arrow_copies / "nobody___nothing/default/0.0.0" / ("b" * 40)
+    shutil.copytree(stored, copy)
+    for path in copy.glob("*.arrow"):
+        path.rename(copy / path.name.replace("parquet-", "nothing-"))
+    for revision in ("", "@" + "b" * 40):
+        train, test = load_splits(config(f"nobody/nothing{revision}", "hub"))
+        assert (train.num_rows, test.num_rows) == (12, 5)
+    with pytest.raises(UserError, match="the newest copy kept here is revision bbbb.*, not aaaa"):
+        load_splits(config("nobody/nothing@" + "a" * 40, "hub"))
 
 
 def test_digits():
@@ -97,55 +161,57 @@ def test_own_code():
     assert train.pixels(np.arange(3)).shape == (3, 24, 24, 3)
 
 
-def rgb(mode, value, **info):
-    image = Image.new(mode, (8, 8), value)
-    image.info.update(info)
-    return image
+def test_digits_need_their_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match="pip install 'kd-accel.demo.'"):
+        load_splits(DataConfig())
 
 
-PALETTE = Image.new("RGB", (8, 8), (10, 200, 30)).quantize(4)
-DEEP = Image.fromarray(np.full((8, 8), 51 * 257, dtype=np.uint16))
+ONE = np.zeros((1, 8, 8, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("data", "expected"),
+    ("images", "labels", "names", "said"),
     [
-        (encoded(rgb("L", 77)), (77, 77, 77)),
-        (encoded(rgb("1", 1)), (255, 255, 255)),
-        (encoded(PALETTE), (10, 200, 30)),
-        (encoded(rgb("RGBA", (200, 100, 50, 0))), (0, 0, 0)),
-        (encoded(rgb("RGBA", (200, 100, 50, 255))), (200, 100, 50)),
-        (encoded(rgb("LA", (90, 255))), (90, 90, 90)),
-        (encoded(rgb("CMYK", (0, 0, 0, 0)), "TIFF"), (255, 255, 255)),
-        (encoded(DEEP), (51, 51, 51)),
+        (ONE[:0], [], ["a"], "has no rows"),
+        (ONE[:, :0], [0], ["a"], "images without pixels"),
+        (ONE, 0, ["a"], r"images must be uint8 .N, H, W, 3. and labels .N.; they are uint8 .1, 8, 8, 3. and \[\]"),
+        (ONE, [1], ["a"], "the label in row 0 is 1, but classes are 0..0"),
+        (ONE, [0], [], "the label in row 0 is 0, but classes are"),
+        (ONE, [0.0], ["a"], "the label in row 0 is .*0.0.*, not a whole number"),
     ],
-    ids=["grey", "1-bit", "palette", "transparent", "opaque", "grey-alpha", "cmyk", "16-bit"],
 )
-def test_every_kind_becomes_rgb(data, expected):
-    assert (decode(data, 8) == np.array(expected)).all()
+def test_own_code_that_does_not_fit(monkeypatch, images, labels, names, said):
+    content = {"images": images, "labels": labels, "label_names": names}
+    monkeypatch.setattr("tests.own_models.images", lambda split, image_size: content)
+    with pytest.raises(UserError, match=said):
+        load_splits(DataConfig(source="import:tests.own_models:images"))
 
 
-def test_other_sizes_are_scaled_and_cut_at_the_centre():
-    wide = Image.new("RGB", (40, 20), (255, 0, 0))
-    wide.paste((0, 0, 255), (10, 0, 30, 20))
-    assert (decode(encoded(wide), 10)[:, 2:-2] == np.array([0, 0, 255])).all()  # the filter reaches over the edge
-    assert decode(encoded(colour(1, (3, 5))), 10).shape == (10, 10, 3)
+def test_own_code_with_other_names_per_split(monkeypatch):
+    def images(split, image_size):
+        return {"images": ONE, "labels": [0], "label_names": [split]}
+
+    monkeypatch.setattr("tests.own_models.images", images)
+    with pytest.raises(UserError, match="other label_names for the test split"):
+        load_splits(DataConfig(source="import:tests.own_models:images"))
 
 
-def test_orientation_is_applied():
-    image = Image.new("RGB", (8, 8), (0, 0, 0))
-    image.paste((255, 255, 255), (0, 0, 8, 4))
-    exif = image.getexif()
-    exif[0x0112] = 3
-    turned = decode(encoded(image, exif=exif), 8)
-    assert turned[7].min() == 255
-    assert turned[0].max() == 0
-
-
-def test_a_huge_image_is_refused():
-    side = int(MAX_PIXELS**0.5) + 2
-    with pytest.raises(ValueError, match="pixels are more than"):
-        decode(encoded(Image.new("1", (side, side))), 8)
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("import:tests.own_models", "must have the form"),
+        ("import:.own_models:images", "must have the form"),
+        ("import:tests.nowhere:images", "data.source: cannot import 'tests.nowhere'"),
+        ("import:tests.own_models:nothing", "has no function 'nothing'"),
+        ("import:half_a_function:f", "not valid Python .*half_a_function.py, line 1"),
+    ],
+)
+def test_own_code_that_is_not_there(tmp_path, monkeypatch, spec, said):
+    (tmp_path / "half_a_function.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=said):
+        load_splits(DataConfig(source=spec))
 
 
 def damaged(parquet, split="train", images=None, labels=None, **columns):
@@ -173,16 +239,23 @@ def no_bytes(parquet):
         (no_bytes, {}, "the image in row 1 of the train split cannot be decoded"),
         (lambda d: damaged(d, labels=[0, -1, 2]), {}, "the label in row 1 is -1, but classes are 0 or above"),
         (lambda d: damaged(d, labels=[0, None, 2], label_type=pa.int64()), {}, "the label in row 1 is None"),
+        (
+            lambda d: damaged(d, labels=[0, 2_000_000, 2]),
+            {},
+            "the label in row 1 is 2000000, but classes are 0 or above, below",
+        ),
         (lambda d: damaged(d, labels=["a", "b", "c"]), {}, "the label in row 0 is 'a', not a whole number"),
         (lambda d: damaged(d, "test", labels=[0, 1, 3]), {}, "the label in row 2 is 3, but classes are 0..2"),
+        (lambda d: write_parquet(d, "test", [], []), {}, "the test split of parquet:.* has no rows"),
+        (lambda d: damaged(d), {"label_column": "img"}, "holds no images"),
         (lambda d: (d / "train-00000-of-00001.parquet").write_bytes(b"PAR1"), {}, "cannot read parquet:"),
         (lambda d: None, {"source": "hub:nobody/nothing"}, "cannot reach hub:nobody/nothing"),
         (lambda d: None, {"source": "import:tests.own_models:no_images"}, "must return a mapping"),
         (lambda d: None, {"source": "import:tests.own_models:odd_images"}, "images must be uint8"),
     ],
 )
-def test_what_does_not_fit_is_named(parquet, monkeypatch, prepare, settings, said):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_what_does_not_fit_is_named(parquet, no_network, prepare, settings, said):
     prepare(parquet)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as raised:
         load_splits(config(parquet, **settings))
+    assert "\n" not in str(raised.value)

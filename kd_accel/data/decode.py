@@ -11,7 +11,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: a small file can claim a size that fills the memory."""
@@ -25,6 +25,8 @@ def decode(data: bytes, image_size: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             return _square(_rgb(ImageOps.exif_transpose(image)), image_size)
+    except UnidentifiedImageError:
+        raise ValueError("not an image file of a known kind") from None
     except Exception as error:  # each decoder of Pillow raises its own kinds on damaged bytes
         raise ValueError(str(error) or type(error).__name__) from None
 

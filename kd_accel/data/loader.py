@@ -9,6 +9,7 @@ generator: PyTorch's own loaders draw from it at every start, which shifts the d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,11 +92,12 @@ class TrainLoader:
 
     def _batch_on_device(self, rows: np.ndarray, view: int) -> Batch:
         assert self._device_images is not None
+        arrays = np.searchsorted(self._rows, rows), self._images.labels[rows], rows
         device = self._device_images.device
-        at = torch.from_numpy(np.searchsorted(self._rows, rows)).to(device, non_blocking=True)
+        # non_blocking: a plain copy to a GPU waits for the work that is queued there
+        at, labels, numbers = (tensor.to(device, non_blocking=True) for tensor in _as_tensors(arrays))
         images = self._views_of.on_device(self._device_images[at], rows, view)
-        labels = torch.from_numpy(self._images.labels[rows])
-        return Batch(images, labels.to(device), torch.from_numpy(rows).to(device), view)
+        return Batch(images, labels, numbers, view)
 
 
 class EvalLoader:
@@ -125,8 +127,12 @@ class EvalLoader:
         return _loaded(planned, num_workers=self._num_workers, pin_memory=self._pin_memory)
 
 
-class _Planned(Dataset[tuple[np.ndarray, np.ndarray, np.ndarray]]):
-    """One item a micro-batch: what a worker process makes."""
+_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""(pixels uint8 [n, S, S, 3], labels int64 [n], rows int64 [n])."""
+
+
+class _Planned(Dataset[_Arrays]):
+    """One item a micro-batch."""
 
     def __init__(self, images: ImageSet, views_of: ViewFunction | None, shares: list[np.ndarray], view: int) -> None:
         self._images, self._views_of, self._shares, self.view = images, views_of, shares, view
@@ -134,12 +140,28 @@ class _Planned(Dataset[tuple[np.ndarray, np.ndarray, np.ndarray]]):
     def __len__(self) -> int:
         return len(self._shares)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> _Arrays:
         rows = self._shares[index]
         pixels = self._images.pixels(rows)
         if self._views_of is not None:
             pixels = self._views_of(pixels, rows, self.view)
         return pixels, self._images.labels[rows], rows
+
+
+class _InWorker(Dataset[_Arrays | UserError]):
+    """The same in a worker process. A user's mistake is handed over: raised there, its text would become a traceback."""
+
+    def __init__(self, planned: _Planned) -> None:
+        self._planned = planned
+
+    def __len__(self) -> int:
+        return len(self._planned)
+
+    def __getitem__(self, index: int) -> _Arrays | UserError:
+        try:
+            return self._planned[index]
+        except UserError as error:
+            return error
 
 
 def _loaded(planned: _Planned, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
@@ -150,15 +172,23 @@ def _loaded(planned: _Planned, *, num_workers: int, pin_memory: bool) -> Iterato
             yield batch.pin_memory() if pin_memory else batch
         return
     loader = DataLoader(
-        planned,
+        _InWorker(planned),
         batch_size=None,
         num_workers=min(num_workers, len(planned)),
         pin_memory=pin_memory,
         generator=torch.Generator(),
-        collate_fn=_as_tensors,
+        collate_fn=_as_tensors_or_error,
     )
-    for pixels, labels, rows in loader:
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        pixels, labels, rows = item
         yield Batch(pixels.permute(0, 3, 1, 2), labels, rows, planned.view)
+
+
+def _as_tensors_or_error(item: Any) -> list[Tensor] | UserError:
+    """item: arrays, or the mistake that stands in their place."""
+    return item if isinstance(item, UserError) else _as_tensors(item)
 
 
 def _as_tensors(arrays: Sequence[np.ndarray]) -> list[Tensor]:

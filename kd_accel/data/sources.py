@@ -7,86 +7,23 @@ whatever process asks. The labels of the training split say which classes there 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import glob
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from kd_accel.config import DataConfig
-from kd_accel.data.decode import decode, fit_array
+from kd_accel.data.decode import fit_array
+from kd_accel.data.images import EncodedImages as EncodedImages
+from kd_accel.data.images import ImageSet as ImageSet
+from kd_accel.data.images import MemoryImages as MemoryImages
 from kd_accel.imports import PREFIX, resolve_import
 from kd_accel.types import UserError
 
 _CHUNK_ROWS = 1024
-
-
-class ImageSet(Protocol):
-    """One split. labels: int64 [N]. A row is an index in it, before any cut."""
-
-    labels: np.ndarray
-    label_names: tuple[str, ...]
-    is_in_memory: bool
-
-    @property
-    def num_rows(self) -> int: ...
-
-    def pixels(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [n, S, S, 3], RGB. Raises UserError that names a row which cannot be decoded."""
-        ...
-
-
-class MemoryImages:
-    """A split that is held decoded. images: uint8 [N, S, S, 3]."""
-
-    is_in_memory = True
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> None:
-        self._images = images
-        self.labels = labels
-        self.label_names = tuple(label_names)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.labels)
-
-    def pixels(self, rows: np.ndarray) -> np.ndarray:
-        return self._images[rows]
-
-
-class EncodedImages:
-    """A split of a Hugging Face dataset whose images are decoded when they are asked for."""
-
-    is_in_memory = False
-
-    def __init__(self, column: Any, labels: np.ndarray, label_names: Sequence[str], *, split: str, image_size: int) -> None:
-        self._column = column
-        self.labels = labels
-        self.label_names = tuple(label_names)
-        self._split = split
-        self._image_size = image_size
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.labels)
-
-    def pixels(self, rows: np.ndarray) -> np.ndarray:
-        size = self._image_size
-        out = np.empty((len(rows), size, size, 3), dtype=np.uint8)
-        cells = self._column[rows.tolist()]
-        cells = cells["image"] if isinstance(cells, dict) else cells
-        for index, (row, cell) in enumerate(zip(rows, cells, strict=True)):
-            out[index] = self._decoded(int(row), cell)
-        return out
-
-    def _decoded(self, row: int, cell: Any) -> np.ndarray:
-        try:
-            data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-            return decode(data, self._image_size)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise UserError(
-                f"data: the image in row {row} of the {self._split} split cannot be decoded ({error}); mend or remove the row"
-            ) from None
+_MAX_CLASSES = 1_000_000
+"""Where labels have no names: a larger one is an identifier in the wrong column, and would cost its value in memory."""
 
 
 def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -96,8 +33,8 @@ def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         return _digits(config.image_size)
     if config.source.startswith(PREFIX):
         return _own_code(config)
-    train = _hugging_face_split(kind, place, config, config.train_split)
-    test = _hugging_face_split(kind, place, config, config.test_split)
+    train = _load_columns(kind, place, config, config.train_split)
+    test = _load_columns(kind, place, config, config.test_split)
     names = _class_names(train, config)
     return _image_set(train, names, config, config.train_split), _image_set(test, names, config, config.test_split)
 
@@ -134,30 +71,39 @@ def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
         images, labels, names = (
             np.asarray(content["images"]),
             np.asarray(content["labels"]),
-            list(content["label_names"]),
+            [str(name) for name in content["label_names"]],
         )
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{where}: must return a mapping with images, labels and label_names") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or labels.shape != images.shape[:1]:
         raise UserError(
-            f"{where}: images must be uint8 [N, H, W, 3], one for each label; they are {images.dtype} {images.shape}"
+            f"{where}: images must be uint8 [N, H, W, 3] and labels [N]; they are {images.dtype} {list(images.shape)} "
+            f"and {list(labels.shape)}"
         )
-    fitted = np.stack([fit_array(image, config.image_size) for image in images]) if len(images) else images
+    if not images.size:
+        raise UserError(f"{where}: has no rows, or images without pixels: {list(images.shape)}")
+    fitted = np.stack([fit_array(image, config.image_size) for image in images])
     return MemoryImages(fitted, _checked_labels(labels, len(names), where), names)
 
 
-def _hugging_face_split(kind: str, place: str, config: DataConfig, split: str) -> Any:
-    """A datasets.Dataset with the columns `image` (undecoded) and `label`."""
+def _load_columns(kind: str, place: str, config: DataConfig, split: str) -> Any:
+    """A datasets.Dataset with the columns `image` (undecoded) and `label`. kind: hub, parquet or imagefolder; place: what
+    follows it in data.source. Raises UserError for what is not there, cannot be read or holds no rows.
+    """
     import datasets
 
     datasets.disable_progress_bars()
     builder, arguments, available = _locate(kind, place, split)
     if split not in available:
         raise UserError(f"data.source: {config.source} has no split {split!r} (there are: {', '.join(available) or 'none'})")
+    if kind == "parquet":
+        arguments = {"data_files": {split: _files_with_rows(arguments["data_files"][split], config, split)}}
     try:
         dataset = datasets.load_dataset(builder, split=split, **arguments)
     except Exception as error:  # each reader raises its own kinds on damaged or unreachable files
-        raise UserError(f"data.source: cannot read {config.source} ({_brief(error)})") from None
+        raise UserError(f"data.source: cannot read {config.source} ({_brief(error.__cause__ or error)})") from None
+    if not len(dataset):
+        raise _no_rows(config, split)
     return _two_columns(dataset, config, split, is_folder=kind == "imagefolder")
 
 
@@ -165,8 +111,7 @@ def _locate(kind: str, place: str, split: str) -> tuple[str, dict[str, Any], lis
     """(builder, its arguments, the splits there are)."""
     if kind == "hub":
         name, _, revision = place.partition("@")
-        arguments = {"revision": revision} if revision else {}
-        return name, arguments, _hub_splits(name, arguments)
+        return name, {"revision": revision or None}, _hub_splits(name, revision or None)
     directory = Path(place).expanduser()
     if not directory.is_dir():
         raise UserError(f"data.source: there is no directory {place!r} (paths are from the working directory)")
@@ -176,18 +121,48 @@ def _locate(kind: str, place: str, split: str) -> tuple[str, dict[str, Any], lis
             files.setdefault(path.name.split(".")[0].split("-")[0], []).append(str(path))
         return "parquet", {"data_files": {split: files.get(split, [])}}, list(files)
     folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
-    return "imagefolder", {"data_files": {split: str(directory / split / "**")}}, folders
+    pattern = str(Path(glob.escape(str(directory / split))) / "**")
+    return "imagefolder", {"data_files": {split: pattern}, "drop_labels": False, "drop_metadata": True}, folders
 
 
-def _hub_splits(name: str, arguments: dict[str, Any]) -> list[str]:
+def _files_with_rows(paths: list[str], config: DataConfig, split: str) -> list[str]:
+    """Patterns of the files that hold rows: one without any is more than `datasets` can read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        kept = [glob.escape(path) for path in paths if pq.read_metadata(path).num_rows]
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"data.source: cannot read {config.source} ({_brief(error)})") from None
+    if not kept:
+        raise _no_rows(config, split)
+    return kept
+
+
+def _no_rows(config: DataConfig, split: str) -> UserError:
+    return UserError(f"data.source: the {split} split of {config.source} has no rows; name another split or source")
+
+
+def _hub_splits(name: str, revision: str | None) -> list[str]:
+    """The splits there are. Without a network `datasets` takes its newest copy, whichever revision that is; where one is
+    named, another is refused.
+    """
     import datasets
 
     try:
-        return datasets.get_dataset_split_names(name, **arguments)
+        splits = datasets.get_dataset_split_names(name, revision=revision)
+        builder = datasets.load_dataset_builder(name, revision=revision) if revision else None
     except Exception as error:  # each client raises its own kinds without a network or for a wrong name
         raise UserError(
             f"data.source: cannot reach hub:{name} ({_brief(error)}); check name and network, or use a copy: parquet:DIR"
         ) from None
+    is_stored_copy = type(builder).__module__.startswith("datasets.packaged_modules.cache.")
+    if builder is not None and is_stored_copy and builder.hash != revision:
+        raise UserError(
+            f"data.source: cannot reach hub:{name}, and the newest copy kept here is revision {builder.hash}, not {revision}; "
+            "check the network, name that revision, or use a copy: parquet:DIR"
+        )
+    return splits
 
 
 def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: bool) -> Any:
@@ -196,13 +171,15 @@ def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: boo
     columns = (
         {"image": "image", "label": "label"} if is_folder else {"image": config.image_column, "label": config.label_column}
     )
+    if is_folder and "label" not in dataset.column_names:
+        raise UserError(
+            f"data.source: {config.source} shows no classes; it must hold {split}/CLASS/IMAGE files, and no metadata files"
+        )
     for role, column in columns.items():
         if column not in dataset.column_names:
             raise UserError(
                 f"data.{role}_column: the {split} split has no column {column!r} (there are: {', '.join(dataset.column_names)})"
             )
-    if not len(dataset):
-        raise UserError(f"data.source: the {split} split of {config.source} has no rows")
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({column: role for role, column in columns.items() if column != role})
     try:
@@ -250,12 +227,12 @@ def _checked_labels(labels: Any, num_classes: int | None, where: str) -> np.ndar
     for row, label in enumerate(labels):
         if not isinstance(label, int | np.integer) or isinstance(label, bool):
             raise UserError(f"{where}: the label in row {row} is {label!r}, not a whole number; labels count from 0")
-        if label < 0 or (num_classes is not None and label >= num_classes):
-            upper = f"0..{num_classes - 1}" if num_classes is not None else "0 or above"
-            raise UserError(f"{where}: the label in row {row} is {label}, but classes are {upper}; mend or remove the row")
+        if not 0 <= label < (_MAX_CLASSES if num_classes is None else num_classes):
+            allowed = f"0 or above, below {_MAX_CLASSES}" if num_classes is None else f"0..{num_classes - 1}"
+            raise UserError(f"{where}: the label in row {row} is {label}, but classes are {allowed}; mend or remove the row")
     return np.asarray(labels, dtype=np.int64)
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"

@@ -65,7 +65,9 @@ class ViewFunction:
         assert self.has_device_form, self.augment
         if self.augment == "none":
             return pixels.clone()
-        top, left, is_mirrored = (torch.from_numpy(array).to(pixels.device) for array in self._offsets(self._words(rows, view)))
+        offsets = self._offsets(self._words(rows, view))
+        # non_blocking: a plain copy to a GPU waits for the work that is queued there
+        top, left, is_mirrored = (torch.from_numpy(array).to(pixels.device, non_blocking=True) for array in offsets)
         steps = torch.arange(self.image_size, device=pixels.device)
         down = top[:, None] + steps
         across = left[:, None] + torch.where(is_mirrored[:, None], self.image_size - 1 - steps, steps)
