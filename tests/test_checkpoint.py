@@ -35,9 +35,16 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    for step in (1, 2, 30, 4):
+    for step in (1, 2, 30):
         save(tmp_path, step, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000030"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000030"]
+
+
+def test_one_that_was_passed_over_does_not_push_out_the_good_ones(tmp_path):
+    save(tmp_path, 1)
+    truncate(save(tmp_path, 9))
+    save(tmp_path, 2, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_nothing_there():

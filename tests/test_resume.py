@@ -119,8 +119,14 @@ def test_another_teacher_under_the_same_path_is_refused(tmp_path, teacher_run):
     assert "was trained with the teacher" in train(tmp_path / "run", *flags, code=2).stderr
 
 
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+    train(tmp_path / "run", "--checkpoint.stop_after_steps=3")
+    done = train(tmp_path / "run", code=2, KD_TEST_NOISE_SEED="9")
+    assert "was trained on other data (digest:" in done.stderr
+
+
 def test_evaluate_agrees_with_the_summary(tmp_path, distilled):
-    train(tmp_path / "run", *EVERYTHING, *distilled)
+    train(tmp_path / "run", *EVERYTHING, *distilled, processes=2)
     result = json.loads(run("evaluate", tmp_path / "run").stdout.splitlines()[-1])
     assert result["accuracy"] == summary(tmp_path / "run")["accuracy"]
     assert result["agreement"] == summary(tmp_path / "run")["agreement"]

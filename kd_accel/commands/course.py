@@ -18,13 +18,14 @@ def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
 def build_course(config: RunConfig, *, steps_per_epoch: int) -> Course:
     """Learning rate and loss as functions of the position."""
     steps = total_steps(config, steps_per_epoch)
+    epochs = -(-steps // steps_per_epoch)
     plain = plain_loss(config.train.label_smoothing)
 
     def plain_loss_at(epoch: int, step: int) -> tuple[LossFunction, dict[str, float]]:
         return plain, {}
 
     def distillation_loss_at(epoch: int, step: int) -> tuple[LossFunction, dict[str, float]]:
-        values = _scheduled_values(distill, config, epoch=epoch, step=step, total_steps=steps)
+        values = _scheduled_values(distill, epoch=epoch, step=step, total_epochs=epochs, total_steps=steps)
         loss = DistillationLoss(
             temperature=values["temperature"],
             alpha=values["alpha"],
@@ -40,12 +41,12 @@ def build_course(config: RunConfig, *, steps_per_epoch: int) -> Course:
 
 
 def _scheduled_values(
-    distill: DistillConfig, config: RunConfig, *, epoch: int, step: int, total_steps: int
+    distill: DistillConfig, *, epoch: int, step: int, total_epochs: int, total_steps: int
 ) -> dict[str, float]:
     settings = {"temperature": distill.temperature, "alpha": distill.alpha}
     if distill.feature is not None:
         settings["feature_weight"] = distill.feature.weight
     return {
-        name: schedule_value(setting, epoch=epoch, step=step, total_epochs=config.train.epochs, total_steps=total_steps)
+        name: schedule_value(setting, epoch=epoch, step=step, total_epochs=total_epochs, total_steps=total_steps)
         for name, setting in settings.items()
     }

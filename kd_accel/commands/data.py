@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from kd_accel.data.sources import ImageSet, load_splits
 from kd_accel.data.views import ViewFunction
 from kd_accel.engine.evaluate import HeldOut
 from kd_accel.engine.setup import Accelerator
+from kd_accel.teacher.identity import rows_digest
 from kd_accel.types import SignalSource
 
 Split = Literal["val", "test"]
@@ -32,6 +33,17 @@ class Data:
     @property
     def label_names(self) -> tuple[str, ...]:
         return self.train.label_names
+
+
+def data_identity(data: Data) -> dict[str, Any]:
+    """By which a resumed run recognises its data, whatever its paths."""
+    return {
+        "label_names": list(data.label_names),
+        "train_rows": len(data.rows.train),
+        "val_rows": len(data.rows.val),
+        "test_rows": len(data.rows.test),
+        "digest": rows_digest(data.train, data.rows.train),
+    }
 
 
 def load_data(config: DataConfig) -> Data:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_accel.commands.course import build_course
-from kd_accel.commands.data import Data, held_out, training_loader
+from kd_accel.commands.data import Data, data_identity, held_out, training_loader
 from kd_accel.commands.teaching import Teaching
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import Checkpoint, module_tensors
@@ -135,6 +135,7 @@ def _checkpoint_extra(start: Prepared, tracking: WandbTracking) -> tuple[dict[st
     }
     state = {
         "config": asdict(start.config),
+        "data": data_identity(start.data),
         "wandb_id": tracking.run_id,
         "teacher_digest": start.teaching.digest if start.teaching else None,
         "pca_explained": start.teaching.explained if start.teaching else {},

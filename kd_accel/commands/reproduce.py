@@ -22,6 +22,8 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
     report_dir = Path(config.report_dir)
     for file, run in zip(config.runs, runs, strict=True):
         _launch_training(file, run, launch=config.launch, overrides=overrides)
+        if not (run.directory / "summary.json").is_file():
+            raise UserError(f"{run.name}: paused (checkpoint.stop_after_steps); start the chain again without it to go on")
     directories = [str(run.directory) for run in runs]
     bench_file = report_dir / "bench.json"
     if _is_older(bench_file, [run.directory / "model.safetensors" for run in runs]):

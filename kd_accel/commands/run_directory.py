@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
@@ -46,6 +47,17 @@ def refuse_other_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
         raise UserError(
             f"teacher: {checkpoint.path} was trained with the teacher {stored}, the one here is {digest}; bring the first one "
             "back, or start anew in another run_dir"
+        )
+
+
+def refuse_other_data(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """A run goes on with the data it began with: same classes, rows, labels and pixels (a sample of them)."""
+    stored = checkpoint.state["data"]
+    changed = [f"{name}: {stored[name]} there, {value} here" for name, value in identity.items() if stored[name] != value]
+    if changed:
+        raise UserError(
+            f"data: {checkpoint.path} was trained on other data ({'; '.join(changed)}); bring it back, or start anew in "
+            "another run_dir"
         )
 
 

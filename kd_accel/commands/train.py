@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from kd_accel.commands.data import held_out, load_data
+from kd_accel.commands.data import data_identity, held_out, load_data
 from kd_accel.commands.job import Prepared, build_job, start_tracking
 from kd_accel.commands.networks import build_network, wrap_student
 from kd_accel.commands.results import save_results
-from kd_accel.commands.run_directory import checkpoint_to_resume, is_finished, refuse_other_teacher
+from kd_accel.commands.run_directory import checkpoint_to_resume, is_finished, refuse_other_data, refuse_other_teacher
 from kd_accel.commands.teaching import build_teaching, check_teacher_accuracy
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import load_checkpoint
@@ -33,6 +33,8 @@ def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
     resumed_from = on_main_process(accelerator, lambda: checkpoint_to_resume(config))
     checkpoint = load_checkpoint(resumed_from) if resumed_from else None
     data = load_data(config.data)
+    if checkpoint is not None:
+        refuse_other_data(checkpoint, data_identity(data))
     network, notices = build_network(config, data)
     with ExitStack() as stack:
         teaching = None

@@ -43,7 +43,7 @@ class Checkpoint:
 def save_checkpoint(
     directory: Path, *, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write `directory/step-N` atomically, then remove all but the newest `keep`.
+    """Write `directory/step-N` atomically, then remove all but `keep` up to it, and damaged ones of later steps.
 
     Raises UserError when the disk refuses (full, read-only); what was there is untouched.
     """
@@ -63,8 +63,8 @@ def save_checkpoint(
             shutil.rmtree(final)
         temporary.rename(final)
         flush(directory)
-        for old in _step_directories(directory)[keep:]:
-            shutil.rmtree(old)
+        for unwanted in _unwanted(directory, final, keep=keep):
+            shutil.rmtree(unwanted)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -137,6 +137,12 @@ def _step_directories(directory: Path) -> list[Path]:
         return []
     found = (path for path in directory.iterdir() if path.is_dir() and path.name.startswith(_PREFIX))
     return sorted((path for path in found if path.name[len(_PREFIX) :].isdigit()), reverse=True)
+
+
+def _unwanted(directory: Path, newest: Path, *, keep: int) -> list[Path]:
+    """All but `keep` up to the newest, and those of later steps: a resume has passed them over, so they are damaged."""
+    later = [path for path in _step_directories(directory) if path > newest]
+    return later + [path for path in _step_directories(directory) if path <= newest][keep:]
 
 
 def _damage(path: Path) -> str | None:

@@ -41,7 +41,7 @@ class Journal:
 
     def write(self, values: dict[str, Any]) -> None:
         """One line: step, epoch, split and plain numbers."""
-        _refuse_not_finite(values)
+        refuse_not_finite(values)
         if not self._is_main:
             return
         with self._path.open("a", encoding="utf-8") as file:
@@ -55,7 +55,8 @@ def _axis_name(split: str, key: str) -> str:
     return key if key == "epoch" else f"{split}/{key}"
 
 
-def _refuse_not_finite(values: dict[str, Any]) -> None:
+def refuse_not_finite(values: dict[str, Any]) -> None:
+    """Raises UserError that names the first number which is none. values: those of a line, with step and split."""
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(

@@ -20,7 +20,7 @@ from kd_accel.config import CheckpointConfig, OptimConfig, TrainConfig
 from kd_accel.data.loader import TrainLoader
 from kd_accel.engine.checkpoint import save_checkpoint
 from kd_accel.engine.evaluate import HeldOut, evaluate, synchronise_buffers
-from kd_accel.engine.journal import Journal
+from kd_accel.engine.journal import Journal, refuse_not_finite
 from kd_accel.engine.optim import learning_rate, set_learning_rate
 from kd_accel.engine.progress import Progress
 from kd_accel.engine.state import Trainee, capture
@@ -180,7 +180,11 @@ def finish_epoch(job: Job) -> None:
 
 
 def save(job: Job) -> None:
-    """Write a checkpoint at the present position. Every rank must call it."""
+    """Write a checkpoint at the present position. Every rank must call it. Raises UserError for numbers that went wrong."""
+    position = job.trainee.position
+    sums = job.accelerator.reduce(job.trainee.meters.sums, "sum")
+    assert isinstance(sums, Tensor)
+    refuse_not_finite({"step": position.step, "split": "train", "the loss": sums.sum().item()})
     tensors, state = capture(job.trainee, job.accelerator)
     if job.accelerator.is_main_process:
         state = {**state, **job.checkpoint_extra, "metrics_bytes": job.journal.length_bytes()}
