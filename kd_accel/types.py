@@ -23,7 +23,8 @@ class Batch:
 
     images: uint8 [B, 3, H, W], the pixels of the view, laid out channels_last.
     labels: int64 [B].
-    rows: int64 [B], each image's index in its source split, before any cut. A cached teacher answers by (rows, view).
+    rows: int64 [B], each image's index in its source split, before any cut. A cached teacher answers by (rows, view). They
+        stay on the host, where it looks them up: reading them back from a GPU would wait for all queued work.
     view: which view of the rows these pixels are.
     """
 
@@ -33,14 +34,12 @@ class Batch:
     view: int
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Batch:
-        images, labels, rows = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.labels, self.rows)
-        )
-        return Batch(images, labels, rows, self.view)
+        images, labels = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.labels))
+        return Batch(images, labels, self.rows, self.view)
 
     def pin_memory(self) -> Batch:
         """In host memory from which a GPU copies without waiting."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.rows.pin_memory(), self.view)
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.rows, self.view)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,19 @@ process or in a worker, so an `EncodedImages` travels as the memory-mapped files
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import xxhash
 
 from kd_accel.data.decode import decode
 from kd_accel.types import UserError
+
+Used = TypeVar("Used")
+
+_CHUNK_ROWS = 1024
 
 
 class ImageSet(Protocol):
@@ -30,14 +35,21 @@ class ImageSet(Protocol):
         """uint8 [n, S, S, 3], RGB. Raises UserError that names a row which cannot be decoded."""
         ...
 
+    def digests(self, rows: np.ndarray) -> np.ndarray:
+        """uint64 [n], of each row's image and label; of the encoded image where the source holds one."""
+        ...
+
 
 class MemoryImages:
-    """A split that is held decoded. images: uint8 [N, S, S, 3]."""
+    """A split that is held decoded. images: uint8 [N, S, S, 3]. encoded: what they were decoded from, where that is known."""
 
     is_in_memory = True
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> None:
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, label_names: Sequence[str], *, encoded: EncodedImages | None = None
+    ) -> None:
         self._images = images
+        self._encoded = encoded
         self.labels = labels
         self.label_names = tuple(label_names)
 
@@ -47,6 +59,11 @@ class MemoryImages:
 
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         return self._images[rows]
+
+    def digests(self, rows: np.ndarray) -> np.ndarray:
+        if self._encoded is not None:
+            return self._encoded.digests(rows)
+        return _digests((np.ascontiguousarray(self._images[row]).data for row in rows), self.labels[rows])
 
 
 class EncodedImages:
@@ -68,19 +85,33 @@ class EncodedImages:
     def pixels(self, rows: np.ndarray) -> np.ndarray:
         size = self._image_size
         out = np.empty((len(rows), size, size, 3), dtype=np.uint8)
-        cells = self._column[rows.tolist()]
-        cells = cells["image"] if isinstance(cells, dict) else cells
-        for index, (row, cell) in enumerate(zip(rows, cells, strict=True)):
-            out[index] = self._decoded(int(row), cell)
+        for index, (row, cell) in enumerate(zip(rows, self._cells(rows), strict=True)):
+            out[index] = self._tried(int(row), cell, lambda data: decode(data, size))
         return out
 
-    def _decoded(self, row: int, cell: Any) -> np.ndarray:
+    def digests(self, rows: np.ndarray) -> np.ndarray:
+        parts = np.array_split(rows, max(1, -(-len(rows) // _CHUNK_ROWS)))
+        return np.concatenate([_digests(self._encoded(part), self.labels[part]) for part in parts])
+
+    def _encoded(self, rows: np.ndarray) -> Iterator[bytes]:
+        for row, cell in zip(rows, self._cells(rows), strict=True):
+            yield self._tried(int(row), cell, lambda data: data)
+
+    def _cells(self, rows: np.ndarray) -> Any:
+        cells = self._column[rows.tolist()]
+        return cells["image"] if isinstance(cells, dict) else cells
+
+    def _tried(self, row: int, cell: Any, use: Callable[[bytes], Used]) -> Used:
         try:
-            data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-            return decode(data, self._image_size)
+            return use(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes())
         except (ValueError, TypeError, KeyError, OSError) as error:
             path = cell.get("path") if isinstance(cell, dict) else None
             raise UserError(
                 f"data: the image in row {row} of the {self._split} split{f', {path},' if path else ''} cannot be decoded "
                 f"({error}); mend or remove the row"
             ) from None
+
+
+def _digests(contents: Iterable[Any], labels: np.ndarray) -> np.ndarray:
+    pairs = zip(contents, labels.tolist(), strict=True)
+    return np.fromiter((xxhash.xxh3_64_intdigest(content, seed=label) for content, label in pairs), np.uint64, len(labels))

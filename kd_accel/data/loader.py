@@ -9,7 +9,6 @@ generator: PyTorch's own loaders draw from it at every start, which shifts the d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,8 +77,13 @@ class TrainLoader:
         if self._device_images is not None:
             batches: Iterator[Batch] = (self._batch_on_device(share, view) for share in shares)
         else:
-            planned = _Planned(self._images, self._views_of, shares, view)
-            batches = _loaded(planned, num_workers=self._num_workers, pin_memory=self._pin_memory)
+            batches = load_batches(
+                self._images,
+                self._views_of,
+                [(share, view) for share in shares],
+                num_workers=self._num_workers,
+                pin_memory=self._pin_memory,
+            )
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in range(self._parts)]
 
@@ -92,12 +96,12 @@ class TrainLoader:
 
     def _batch_on_device(self, rows: np.ndarray, view: int) -> Batch:
         assert self._device_images is not None
-        arrays = np.searchsorted(self._rows, rows), self._images.labels[rows], rows
+        arrays = np.searchsorted(self._rows, rows), self._images.labels[rows]
         device = self._device_images.device
         # non_blocking: a plain copy to a GPU waits for the work that is queued there
-        at, labels, numbers = (tensor.to(device, non_blocking=True) for tensor in _as_tensors(arrays))
+        at, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
         images = self._views_of.on_device(self._device_images[at], rows, view)
-        return Batch(images, labels, numbers, view)
+        return Batch(images, labels, torch.from_numpy(rows), view)
 
 
 class EvalLoader:
@@ -123,29 +127,61 @@ class EvalLoader:
         return len(self._shares)
 
     def __iter__(self) -> Iterator[Batch]:
-        planned = _Planned(self._images, None, self._shares, 0)
-        return _loaded(planned, num_workers=self._num_workers, pin_memory=self._pin_memory)
+        shares = [(share, 0) for share in self._shares]
+        return load_batches(self._images, None, shares, num_workers=self._num_workers, pin_memory=self._pin_memory)
 
 
-_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""(pixels uint8 [n, S, S, 3], labels int64 [n], rows int64 [n])."""
+Share = tuple[np.ndarray, int]
+"""(rows int64 [n], view): what one batch is made of."""
+
+_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+"""(pixels uint8 [n, S, S, 3], labels int64 [n], rows int64 [n], view)."""
+
+
+def load_batches(
+    images: ImageSet,
+    views_of: ViewFunction | None,
+    shares: Sequence[Share],
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """A batch for each share, in their order. views_of: None = the images as they are, whatever the view."""
+    planned = _Planned(images, views_of, shares)
+    if num_workers == 0 or not shares:
+        for index in range(len(shares)):
+            batch = _as_batch(planned[index])
+            yield batch.pin_memory() if pin_memory else batch
+        return
+    loader = DataLoader(
+        _InWorker(planned),
+        batch_size=None,
+        num_workers=min(num_workers, len(shares)),
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        collate_fn=_as_batch_or_error,
+    )
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
 
 
 class _Planned(Dataset[_Arrays]):
-    """One item a micro-batch."""
+    """One item a share."""
 
-    def __init__(self, images: ImageSet, views_of: ViewFunction | None, shares: list[np.ndarray], view: int) -> None:
-        self._images, self._views_of, self._shares, self.view = images, views_of, shares, view
+    def __init__(self, images: ImageSet, views_of: ViewFunction | None, shares: Sequence[Share]) -> None:
+        self._images, self._views_of, self._shares = images, views_of, shares
 
     def __len__(self) -> int:
         return len(self._shares)
 
     def __getitem__(self, index: int) -> _Arrays:
-        rows = self._shares[index]
+        rows, view = self._shares[index]
         pixels = self._images.pixels(rows)
         if self._views_of is not None:
-            pixels = self._views_of(pixels, rows, self.view)
-        return pixels, self._images.labels[rows], rows
+            pixels = self._views_of(pixels, rows, view)
+        return pixels, self._images.labels[rows], rows, view
 
 
 class _InWorker(Dataset[_Arrays | UserError]):
@@ -164,32 +200,11 @@ class _InWorker(Dataset[_Arrays | UserError]):
             return error
 
 
-def _loaded(planned: _Planned, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    if num_workers == 0 or not len(planned):
-        for index in range(len(planned)):
-            pixels, labels, rows = _as_tensors(planned[index])
-            batch = Batch(pixels.permute(0, 3, 1, 2), labels, rows, planned.view)
-            yield batch.pin_memory() if pin_memory else batch
-        return
-    loader = DataLoader(
-        _InWorker(planned),
-        batch_size=None,
-        num_workers=min(num_workers, len(planned)),
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-        collate_fn=_as_tensors_or_error,
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        pixels, labels, rows = item
-        yield Batch(pixels.permute(0, 3, 1, 2), labels, rows, planned.view)
-
-
-def _as_tensors_or_error(item: Any) -> list[Tensor] | UserError:
+def _as_batch_or_error(item: _Arrays | UserError) -> Batch | UserError:
     """item: arrays, or the mistake that stands in their place."""
-    return item if isinstance(item, UserError) else _as_tensors(item)
+    return item if isinstance(item, UserError) else _as_batch(item)
 
 
-def _as_tensors(arrays: Sequence[np.ndarray]) -> list[Tensor]:
-    return [torch.from_numpy(array) for array in arrays]
+def _as_batch(arrays: _Arrays) -> Batch:
+    pixels, labels, rows, view = arrays
+    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), torch.from_numpy(rows), view)

@@ -213,7 +213,7 @@ def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: 
     images = np.empty((len(labels), config.image_size, config.image_size, 3), dtype=np.uint8)
     for start in range(0, len(rows), _CHUNK_ROWS):
         images[start : start + _CHUNK_ROWS] = encoded.pixels(rows[start : start + _CHUNK_ROWS])
-    return MemoryImages(images, labels, names)
+    return MemoryImages(images, labels, names, encoded=encoded)
 
 
 def _labels(dataset: Any, where: str) -> np.ndarray:

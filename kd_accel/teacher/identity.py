@@ -36,9 +36,14 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 
 def rows_digest(images: ImageSet, rows: np.ndarray) -> str:
-    """Of the rows of a split, in their order: all labels, and the pixels of an even sample of 512 of them."""
+    """Of the rows of a split, in their order: all labels, and the images of an even sample of 512 of them."""
     sample = rows[:: max(1, len(rows) // _SAMPLED_IMAGES)][:_SAMPLED_IMAGES]
+    return arrays_digest(rows, images.labels[rows], images.digests(sample))
+
+
+def arrays_digest(*arrays: np.ndarray) -> str:
+    """Of the bytes of arrays, one after the other."""
     digest = xxhash.xxh3_128()
-    for array in (rows, images.labels[rows], images.pixels(sample)):
+    for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
