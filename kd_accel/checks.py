@@ -82,6 +82,24 @@ def _teacher(config: RunConfig) -> Iterator[str]:
         )
     else:
         yield from _own_teacher(teacher)
+    yield from _signals(config, teacher)
+
+
+def _signals(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
+    """Where the teacher's answers come from."""
+    yield from _at_least(teacher, "teacher", 1, "shard_mib", "cache_batch_size")
+    if teacher.signals == "live":
+        unused = ("cache_dir", "shard_mib", "cache_batch_size")
+        yield from _no_effect(teacher, "teacher", unused, because="with signals live")
+        if teacher.dtype == "int8":
+            yield "teacher.dtype: int8 cannot be had live, since its scales belong to the files of a cache"
+        return
+    if teacher.cache_dir is None:
+        yield f"teacher.cache_dir: missing; with signals {teacher.signals} it names the directory of the cache"
+    if config.data.views is None and config.data.augment != "none":
+        yield f"data.views: null means new views in each epoch; with signals {teacher.signals} give the number that is cached"
+    if teacher.signals == "logits_cached" and (config.distill is None or config.distill.feature is None):
+        yield "teacher.signals: logits_cached differs from cached only in the features; without distill.feature use cached"
 
 
 def _own_teacher(teacher: TeacherConfig) -> Iterator[str]:

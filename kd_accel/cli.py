@@ -63,6 +63,28 @@ def _train(argv: list[str]) -> None:
     run_training(config)
 
 
+def _cache(argv: list[str]) -> None:
+    action, *rest = argv or ["--help"]
+    if action in ("-h", "--help"):
+        print("usage: kd-accel cache build|verify|info --config F [--a.b value ...]\n")
+        print("\n".join(f"  {name:8} {text}" for name, text in _CACHE_ACTIONS.items()))
+        return
+    if action not in _CACHE_ACTIONS:
+        raise UserError(f"cache {action!r} is no command{nearest(action, list(_CACHE_ACTIONS))} (build, verify or info)")
+    parser = build_parser(RunConfig, prog=f"kd-accel cache {action}", description=_CACHE_ACTIONS[action])
+    if action != "build":
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    config, values = parse_config(RunConfig, rest, parser=parser)
+    from kd_accel.commands import cache, cache_report
+
+    if action == "build":
+        cache.run_cache_build(config)
+    elif action == "verify":
+        cache_report.run_cache_verify(config, as_json=values["json"])
+    else:
+        cache_report.run_cache_info(config, as_json=values["json"])
+
+
 def _evaluate(argv: list[str]) -> None:
     parser = _parser("evaluate", "Accuracy, loss and agreement with the teacher of a trained run.")
     parser.add_argument("run", type=Path, help="run directory")
@@ -126,8 +148,15 @@ def _parsed(parser: ArgumentParser, argv: list[str]) -> Namespace:
         raise UserError(" ".join(str(error).split())) from None
 
 
+_CACHE_ACTIONS = {
+    "build": "let the teacher answer for all rows and views, and write what the cache lacks",
+    "verify": "check every byte, and a few answers against the teacher",
+    "info": "what a cache holds",
+}
+
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "train": ("train a teacher, a student, or a student with its teacher", _train),
+    "cache": ("keep what a teacher says: build, verify, info", _cache),
     "evaluate": ("accuracy, loss and agreement of a trained run", _evaluate),
     "bench": ("parameters, MACs and latency of runs or architectures", _bench),
     "report": ("table and pictures of several runs", _report),

@@ -14,6 +14,7 @@ Augment = Literal["none", "crop", "crop_flip", "resized_crop", "trivial_augment"
 Stem = Literal["imagenet", "no_pool", "cifar"]
 Direction = Literal["student_to_teacher", "teacher_to_student", "both"]
 Precision = Literal["no", "fp16", "bf16"]
+StorageType = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,13 @@ class TeacherConfig:
         mean: per-channel mean in 0..1 that the teacher was trained with.
         std: per-channel standard deviation in 0..1 that the teacher was trained with.
         taps: the teacher's taps, in the order of distill.feature.taps; null = the same names.
-        signals: live = the teacher answers for each batch as it comes.
+        signals: live = the teacher answers for each batch as it comes; cached = from the files of `kd-accel cache build`;
+            logits_cached = logits from the files, features live.
+        cache_dir: directory of the cache; whatever its path, it is recognised by what it holds.
+        dtype: type of the stored values, int8 for features alone (logits are float16 then); null = float16 for a new cache. A
+            live teacher's answers are rounded to it, null = not at all.
+        shard_mib: a new cache: size of the largest tensor's files, in MiB.
+        cache_batch_size: a new cache: rows in one forward of the teacher; null = train.batch_size / train.grad_accum_steps.
     """
 
     run: str | None = None
@@ -100,7 +107,11 @@ class TeacherConfig:
     mean: list[float] | None = None
     std: list[float] | None = None
     taps: list[str] | None = None
-    signals: Literal["live"] = "live"
+    signals: Literal["live", "cached", "logits_cached"] = "live"
+    cache_dir: str | None = None
+    dtype: StorageType | None = None
+    shard_mib: int = 64
+    cache_batch_size: int | None = None
 
 
 @dataclass(frozen=True)

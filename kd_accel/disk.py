@@ -10,18 +10,35 @@ from typing import Any
 
 from kd_accel.types import UserError
 
+_TEMPORARY = ".tmp-"
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """`write(temporary)`, then rename: a crash or a power cut leaves the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+    def write_and_flush(temporary: Path) -> None:
+        write(temporary)
+        flush(temporary)
+
+    replace_whole(path, write_and_flush)
+    flush(path.parent)
+
+
+def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """The same without the flush: safe against a crash of the program, not against one of the machine."""
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
     try:
         write(temporary)
         temporary.chmod(0o644)
-        flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    flush(path.parent)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Temporary files, at any depth, of writers that were killed. The caller must be the only writer."""
+    for path in directory.rglob(f".*{_TEMPORARY}*"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from kd_accel.commands.teacher import TeacherNetwork
 from kd_accel.data.sources import MemoryImages
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector
 from kd_accel.models.zoo import build_model
 from kd_accel.teacher.identity import rows_digest, settings_digest, tensors_digest
-from kd_accel.teacher.live import LiveTeacher, teacher_digest
+from kd_accel.teacher.live import LiveTeacher
 from kd_accel.types import Batch
 
 NORMALIZE = Normalize([0.5] * 3, [0.25] * 3)
@@ -70,7 +71,7 @@ def test_a_changed_weight_or_buffer_is_noticed(teacher, name):
 
 def test_who_it_is_depends_on_what_decides_its_answers():
     def digest(model=None, arch="a", stem="imagenet", mean=0.5):
-        return teacher_digest(model or network(), arch=arch, stem=stem, mean=[mean] * 3, std=[0.2] * 3)
+        return TeacherNetwork(model or network(), arch, stem, {}, [mean] * 3, [0.2] * 3, None).digest
 
     changed = network()
     changed.layer1[1].running_var[0] += 1e-6

@@ -17,7 +17,7 @@ from kd_accel.engine.setup import Accelerator
 from kd_accel.teacher.identity import rows_digest
 from kd_accel.types import SignalSource
 
-Split = Literal["val", "test"]
+HeldOutSplit = Literal["val", "test"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def load_data(config: DataConfig) -> Data:
     return Data(train, test, rows, *channel_statistics(train, rows.train))
 
 
+def num_views(config: DataConfig) -> int | None:
+    """Different views of each row; None = new ones each epoch."""
+    return 1 if config.augment == "none" else config.views
+
+
 def view_function(config: DataConfig) -> ViewFunction:
     return ViewFunction(
         augment=config.augment,
@@ -77,14 +82,16 @@ def training_loader(data: Data, config: RunConfig, accelerator: Accelerator) -> 
         world_size=accelerator.num_processes,
         grad_accum_steps=config.train.grad_accum_steps,
         seed=config.seed,
-        views=config.data.views,
+        views=num_views(config.data),
         num_workers=config.data.num_workers,
         device_images=_stored_on_device(data, accelerator.device) if on_device else None,
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
-def held_out(data: Data, config: RunConfig, accelerator: Accelerator, *, split: Split, signals: SignalSource | None) -> HeldOut:
+def held_out(
+    data: Data, config: RunConfig, accelerator: Accelerator, *, split: HeldOutSplit, signals: SignalSource | None
+) -> HeldOut:
     """A held-out split with, where there is a teacher, what it says about it."""
     loader = EvalLoader(
         data.train if split == "val" else data.test,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kd_accel.commands.data import Split, held_out, load_data
-from kd_accel.commands.teaching import load_teacher
+from kd_accel.commands.data import HeldOutSplit, held_out, load_data
+from kd_accel.commands.teacher import load_teacher
 from kd_accel.config import RunConfig
 from kd_accel.engine.evaluate import evaluate
 from kd_accel.engine.setup import leave_processes, start_processes
@@ -20,7 +20,7 @@ from kd_accel.teacher.live import LiveTeacher
 from kd_accel.types import UserError
 
 
-def run_evaluation(directory: Path, *, split: Split) -> None:
+def run_evaluation(directory: Path, *, split: HeldOutSplit) -> None:
     """Print one line of JSON: run, split, rows, loss, accuracy and, for a distilled run, agreement."""
     network, card = load_run_model(directory, field="evaluate")
     config_file = directory / "config.yaml"

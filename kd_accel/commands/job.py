@@ -123,7 +123,7 @@ def _moving_average(student: nn.Module, config: RunConfig) -> AveragedModel | No
 def _validation(start: Prepared) -> HeldOut | None:
     if not len(start.data.rows.val):
         return None
-    signals = start.signals if start.teaching else None
+    signals = start.teaching.held_out("val") if start.teaching else None
     return held_out(start.data, start.config, start.accelerator, split="val", signals=signals)
 
 
@@ -138,6 +138,7 @@ def _checkpoint_extra(start: Prepared, tracking: WandbTracking) -> tuple[dict[st
         "data": data_identity(start.data),
         "wandb_id": tracking.run_id,
         "teacher_digest": start.teaching.digest if start.teaching else None,
+        "cache": start.teaching.cache if start.teaching else None,
         "pca_explained": start.teaching.explained if start.teaching else {},
     }
     return state, {"frozen": tensors} if tensors else {}

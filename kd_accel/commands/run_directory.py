@@ -12,7 +12,17 @@ from kd_accel.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpo
 from kd_accel.parse import flatten
 from kd_accel.types import UserError
 
-_MAY_CHANGE = ("name", "run_dir", "checkpoint.", "tracking.", "data.num_workers", "data.memory_limit_mib")
+_MAY_CHANGE = (
+    "name",
+    "run_dir",
+    "checkpoint.",
+    "tracking.",
+    "data.num_workers",
+    "data.memory_limit_mib",
+    "teacher.cache_dir",
+    "teacher.shard_mib",
+    "teacher.cache_batch_size",
+)
 
 
 def checkpoint_to_resume(config: RunConfig) -> Path | None:
@@ -40,13 +50,18 @@ def is_finished(config: RunConfig) -> bool:
     return all((config.directory / name).is_file() for name in ("summary.json", "model.safetensors", "model.json"))
 
 
-def refuse_other_teacher(checkpoint: Checkpoint, digest: str | None) -> None:
-    """A run goes on with the teacher it began with, whatever stands under that teacher's path today."""
+def refuse_other_teacher(checkpoint: Checkpoint, digest: str | None, *, cache: str | None) -> None:
+    """A run goes on with the teacher and the cache it began with, whatever stands under their paths today."""
     stored = checkpoint.state["teacher_digest"]
     if stored != digest:
         raise UserError(
             f"teacher: {checkpoint.path} was trained with the teacher {stored}, the one here is {digest}; bring the first one "
             "back, or start anew in another run_dir"
+        )
+    if checkpoint.state["cache"] != cache:
+        raise UserError(
+            f"teacher.cache_dir: {checkpoint.path} was trained from the cache {checkpoint.state['cache']}, the one here is "
+            f"{cache}; bring the first one back, or start anew in another run_dir"
         )
 
 

@@ -1,113 +1,86 @@
-"""From teacher settings to a teacher that answers, the projectors that go with it, and what is known of its accuracy."""
+"""Who answers for the batches of a run, a live teacher or its cache, and what is known of the teacher's accuracy."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from kd_accel.commands.data import Data, view_function
-from kd_accel.commands.networks import memory_format
-from kd_accel.config import FeatureConfig, RunConfig, TeacherConfig
+from kd_accel.commands.data import Data
+from kd_accel.commands.teacher import (
+    FrozenProjectors,
+    TapPairs,
+    TeacherNetwork,
+    fit_projectors,
+    live_teacher,
+    load_teacher,
+    pair_taps,
+    projectors_from,
+    ready_teacher,
+)
+from kd_accel.commands.wanted import refuse_other_answers, used_views, wanted_from_cache
+from kd_accel.config import FeatureConfig, RunConfig
 from kd_accel.engine.checkpoint import Checkpoint
 from kd_accel.engine.evaluate import HeldOut, teacher_accuracy
 from kd_accel.engine.setup import Accelerator, on_main_process
-from kd_accel.models.files import load_run_model, load_weights
-from kd_accel.models.preprocess import Normalize
-from kd_accel.models.projectors import FeatureProjector, PcaFit, Projectors, build_projectors
-from kd_accel.models.taps import TapRecorder, probe_taps
-from kd_accel.models.zoo import build_model
+from kd_accel.models.projectors import FeatureProjector, Projectors
+from kd_accel.teacher.cached import OpenCache, open_cache
 from kd_accel.teacher.identity import rows_digest, settings_digest
-from kd_accel.teacher.live import LiveTeacher, teacher_digest
-from kd_accel.types import UserError
-
-_PCA_BATCH_ROWS = 128
-
-
-@dataclass(frozen=True)
-class TeacherNetwork:
-    """A loaded teacher and what it was trained with. label_names: None where its weights do not say."""
-
-    model: nn.Module
-    arch: str
-    stem: str
-    mean: list[float]
-    std: list[float]
-    label_names: tuple[str, ...] | None
-
-    @property
-    def digest(self) -> str:
-        return teacher_digest(self.model, arch=self.arch, stem=self.stem, mean=self.mean, std=self.std)
+from kd_accel.teacher.live import LiveTeacher
+from kd_accel.teacher.store.layout import Split
+from kd_accel.teacher.store.manifest import read_projectors
+from kd_accel.types import Batch, Signals, SignalSource
 
 
 @dataclass(frozen=True)
 class Teaching:
     """A teacher ready to answer.
 
-    frozen: its PCA projectors by tap, kept in every checkpoint. explained: the share of the teacher's variance that each keeps.
+    signals: for training batches. held_out: for those of a held-out split. digest: of the teacher. cache: digest of what is
+    read from a cache, None without one. live: the network, where one answers. projectors: of the direction.
+    frozen: its fitted PCA projectors by the teacher's tap, kept in every checkpoint; a cache keeps its own. explained: the
+    share of the variance that each keeps.
     """
 
-    signals: LiveTeacher
+    signals: SignalSource
+    held_out: Callable[[Split], SignalSource]
     digest: str
-    projectors: Projectors | None = None
+    projectors: Projectors
+    cache: str | None = None
+    live: LiveTeacher | None = None
     frozen: dict[str, FeatureProjector] = field(default_factory=dict)
     explained: dict[str, float] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
+    def check_unchanged(self) -> None:
+        """Our own invariant: a training must not have touched the teacher."""
+        if self.live is not None:
+            self.live.check_unchanged()
 
-def load_teacher(config: TeacherConfig, data: Data) -> TeacherNetwork:
-    """Raises UserError for a teacher that does not fit its own weights, or the classes of the data."""
-    if config.run is not None:
-        model, card = load_run_model(Path(config.run), field="teacher")
-        teacher = TeacherNetwork(model, card.arch, card.stem, card.mean, card.std, tuple(card.label_names))
-    else:
-        assert config.arch and config.weights and config.mean and config.std, "checked by checks.problems"
-        model = build_model(
-            config.arch,
-            num_classes=len(data.label_names),
-            stem=config.stem,
-            arch_args=config.arch_args,
-            field="teacher",
-        )
-        load_weights(model, config.weights, arch=config.arch, is_exact=True, field="teacher")
-        teacher = TeacherNetwork(model, config.arch, config.stem, config.mean, config.std, None)
-    _refuse_other_classes(teacher, data, config)
-    return teacher
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.close()
 
 
 def build_teaching(
     config: RunConfig, data: Data, network: nn.Module, *, accelerator: Accelerator, checkpoint: Checkpoint | None
 ) -> Teaching:
-    """Load the teacher, pair its taps with the student's, and fit (or take from the checkpoint) its frozen projectors."""
+    """Load the teacher, pair its taps with the student's, and let it, its cache or both of them answer."""
     assert config.teacher is not None
     teacher = load_teacher(config.teacher, data)
-    digest = teacher.digest
-    model = teacher.model.to(accelerator.device).to(memory_format=memory_format(config))
-    normalize = Normalize(teacher.mean, teacher.std).to(accelerator.device)
+    pairs = pair_taps(config, network, teacher.model)
     feature = config.distill.feature if config.distill else None
-    if feature is None:
-        return Teaching(_answering(config, model, normalize, {}, {}, accelerator), digest)
-    pairs = dict(zip(feature.taps, config.teacher.taps or feature.taps, strict=True))
-    projectors = _paired_projectors(config, feature, network, model, pairs)
-    frozen, explained, notices = {}, {}, _warn_of_rectified_taps(feature, projectors)
-    if checkpoint is not None:
-        frozen, explained = _saved_projectors(checkpoint), checkpoint.state["pca_explained"]
-    elif projectors.pca_channels:
-        features = _first_features(config, data, feature, model, normalize, pairs, accelerator.autocast)
-        fitted = on_main_process(accelerator, lambda: _fit_pca(features, projectors))
-        frozen = {tap: projector for tap, (projector, _) in fitted.items()}
-        explained = {tap: share for tap, (_, share) in fitted.items()}
-        notices += [f"PCA at {tap} explains {share:.1%} of the variance" for tap, share in explained.items()]
-    for projector in frozen.values():
-        projector.to(accelerator.device)
-    signals = _answering(config, model, normalize, pairs, frozen, accelerator)
-    return Teaching(signals, digest, projectors, frozen, explained, notices)
+    notices = _warn_of_rectified_taps(feature, pairs.projectors) if feature else []
+    cache = None
+    if config.teacher.signals != "live":
+        cache = _open_cache(config, data, teacher, pairs)
+    if config.teacher.signals == "cached":
+        assert cache is not None
+        return _from_cache(config, data, teacher, pairs, cache, notices, accelerator)
+    return _from_network(config, data, teacher, pairs, cache, notices, accelerator, checkpoint)
 
 
 def check_teacher_accuracy(config: RunConfig, data: Data, held_out: HeldOut, *, digest: str, accelerator: Accelerator) -> float:
@@ -131,77 +104,90 @@ def _remembered(path: Path) -> float | None:
         return None
 
 
-def _answering(
-    config: RunConfig,
-    model: nn.Module,
-    normalize: nn.Module,
-    pairs: dict[str, str],
-    frozen: dict[str, FeatureProjector],
-    accelerator: Accelerator,
-) -> LiveTeacher:
-    signals = LiveTeacher(model, normalize, taps=pairs, projectors=frozen, autocast=accelerator.autocast)
-    if config.train.compile:
-        model.compile()
-    return signals
+def _open_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pairs: TapPairs) -> OpenCache:
+    assert config.teacher is not None and config.teacher.cache_dir is not None, "checked by checks.problems"
+    wanted = wanted_from_cache(config, data, teacher, pairs, views=used_views(config))
+    return open_cache(Path(config.teacher.cache_dir), wanted)
 
 
-def _refuse_other_classes(teacher: TeacherNetwork, data: Data, config: TeacherConfig) -> None:
-    if teacher.label_names is None or teacher.label_names == data.label_names:
-        return
-    if len(teacher.label_names) != len(data.label_names):
-        raise UserError(
-            f"teacher.run: {config.run} knows {len(teacher.label_names)} classes, the data has {len(data.label_names)}; "
-            "use a teacher that was trained on these classes"
-        )
-    pairs = zip(teacher.label_names, data.label_names, strict=True)
-    index, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-    raise UserError(
-        f"teacher.run: class {index} of {config.run} is {theirs!r}, but {ours!r} in the data; both need the same classes in "
-        "the same order"
-    )
-
-
-def _paired_projectors(
-    config: RunConfig, feature: FeatureConfig, network: nn.Module, teacher: nn.Module, pairs: dict[str, str]
-) -> Projectors:
-    size = config.data.image_size
-    teacher_shapes = probe_taps(teacher, list(pairs.values()), image_size=size, field="teacher.taps")
-    return build_projectors(
-        probe_taps(network, feature.taps, image_size=size),
-        {tap: teacher_shapes[name] for tap, name in pairs.items()},
-        direction=feature.direction,
-        teacher_projector=feature.teacher_projector,
-        seed=config.seed,
-    )
-
-
-def _first_features(
+def _from_cache(  # noqa: PLR0913  (what build_teaching has put together)
     config: RunConfig,
     data: Data,
-    feature: FeatureConfig,
-    model: nn.Module,
-    normalize: nn.Module,
-    pairs: dict[str, str],
-    autocast: Callable[[], AbstractContextManager],
-) -> Iterator[dict[str, Tensor]]:
-    """The raw teacher features of the first `pca_images` training rows, view 0, in the order of the rows."""
-    views = view_function(config.data)
-    rows = data.rows.train[: feature.pca_images]
-    model.eval()
-    with TapRecorder(model, list(pairs.values())) as recorder, torch.no_grad(), autocast():
-        for part in np.array_split(rows, -(-len(rows) // _PCA_BATCH_ROWS)):
-            pixels = torch.from_numpy(views(data.train.pixels(part), part, 0)).permute(0, 3, 1, 2)
-            model(normalize(pixels.to(next(model.parameters()).device)))
-            recorded = recorder.take()
-            yield {tap: recorded[name] for tap, name in pairs.items()}
+    teacher: TeacherNetwork,
+    pairs: TapPairs,
+    cache: OpenCache,
+    notices: list[str],
+    accelerator: Accelerator,
+) -> Teaching:
+    """The network answers for a few rows, to be compared with the cache, and is then let go."""
+    digest, device = teacher.digest, accelerator.device
+    model, normalize = ready_teacher(config, teacher, accelerator)
+    frozen = FrozenProjectors(projectors_from(read_projectors(cache.directory, cache.plan))).to(device)
+    projectors = frozen.by_student_tap(cache.taps)
+    live = live_teacher(config, model, normalize, accelerator, taps=cache.taps, projectors=projectors)
+    try:
+        refuse_other_answers(cache, live, config, data, rank=accelerator.process_index, device=device)
+    finally:
+        live.close()
+        model.cpu()
+    specs = {tap: cache.plan.tensors[name] for tap, name in cache.taps.items()}
+    return Teaching(
+        signals=cache.source("train"),
+        held_out=cache.source,
+        digest=digest,
+        projectors=pairs.projectors,
+        cache=cache.digest,
+        explained={tap: spec.explained for tap, spec in specs.items() if spec.explained is not None},
+        notices=notices,
+    )
 
 
-def _fit_pca(features: Iterator[dict[str, Tensor]], projectors: Projectors) -> dict[str, tuple[FeatureProjector, float]]:
-    fits: dict[str, PcaFit] = {}
-    for recorded in features:
-        for tap, feature in recorded.items():
-            fits.setdefault(tap, PcaFit(feature.shape[1])).update(feature)
-    return {tap: fits[tap].finish(channels, tap=tap) for tap, channels in projectors.pca_channels.items()}
+def _from_network(  # noqa: PLR0913  (what build_teaching has put together)
+    config: RunConfig,
+    data: Data,
+    teacher: TeacherNetwork,
+    pairs: TapPairs,
+    cache: OpenCache | None,
+    notices: list[str],
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+) -> Teaching:
+    """The network answers; where there is a cache of its logits, only for the features."""
+    digest = teacher.digest
+    model, normalize = ready_teacher(config, teacher, accelerator)
+    if checkpoint is not None:
+        frozen = FrozenProjectors(_saved_projectors(checkpoint), checkpoint.state["pca_explained"])
+    else:
+        frozen = fit_projectors(config, data, model, normalize, pairs.pca_channels(), accelerator)
+    frozen.to(accelerator.device)
+    projectors = frozen.by_student_tap(pairs.teacher)
+    live = live_teacher(config, model, normalize, accelerator, taps=pairs.teacher, projectors=projectors)
+    signals: SignalSource = live
+    if cache is not None:
+        refuse_other_answers(cache, live, config, data, rank=accelerator.process_index, device=accelerator.device)
+        signals = _LogitsFrom(cache.source("train"), live)
+    return Teaching(
+        signals=signals,
+        held_out=cache.source if cache is not None else lambda split: live,
+        digest=digest,
+        projectors=pairs.projectors,
+        cache=cache.digest if cache is not None else None,
+        live=live,
+        frozen=frozen.modules,
+        explained=frozen.explained,
+        notices=[*notices, *frozen.notices],
+    )
+
+
+@dataclass(frozen=True)
+class _LogitsFrom:
+    """logits_cached: logits of one source, features of another."""
+
+    logits: SignalSource
+    features: SignalSource
+
+    def __call__(self, batch: Batch) -> Signals:
+        return Signals(self.logits(batch).logits, self.features(batch).features)
 
 
 def _saved_projectors(checkpoint: Checkpoint) -> dict[str, FeatureProjector]:
@@ -209,12 +195,7 @@ def _saved_projectors(checkpoint: Checkpoint) -> dict[str, FeatureProjector]:
     for key, tensor in checkpoint.tensors.get("frozen", {}).items():
         tap, _, name = key.partition("|")
         saved.setdefault(tap, {})[name] = tensor
-    projectors = {}
-    for tap, tensors in saved.items():
-        channels_out, channels_in = tensors["conv.weight"].shape[:2]
-        projectors[tap] = FeatureProjector(channels_in, channels_out).requires_grad_(False)
-        projectors[tap].load_state_dict(tensors)
-    return projectors
+    return projectors_from(saved)
 
 
 def _warn_of_rectified_taps(feature: FeatureConfig, projectors: Projectors) -> list[str]:

@@ -40,10 +40,10 @@ def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
         teaching = None
         if config.teacher is not None:
             teaching = build_teaching(config, data, network, accelerator=accelerator, checkpoint=checkpoint)
-            stack.callback(teaching.signals.close)
+            stack.callback(teaching.close)
             notices = [*notices, *teaching.notices]
         if checkpoint is not None:
-            refuse_other_teacher(checkpoint, teaching.digest if teaching else None)
+            refuse_other_teacher(checkpoint, teaching.digest if teaching else None, cache=teaching.cache if teaching else None)
         if on_main_process(accelerator, lambda: is_finished(config)):
             accelerator.print(f"{config.name}: finished already ({config.directory}); nothing to do")
             return
@@ -59,7 +59,7 @@ def _train_and_save(start: Prepared, stack: ExitStack) -> None:
         config.directory.mkdir(parents=True, exist_ok=True)
         save_config(config, config.directory / "config.yaml")
     accelerator.wait_for_everyone()
-    signals = start.signals if start.teaching else None
+    signals = start.teaching.held_out("test") if start.teaching else None
     test = held_out(start.data, config, accelerator, split="test", signals=signals)
     if start.teaching:
         accuracy = check_teacher_accuracy(config, start.data, test, digest=start.teaching.digest, accelerator=accelerator)
@@ -75,5 +75,5 @@ def _train_and_save(start: Prepared, stack: ExitStack) -> None:
         job.progress.say(f"{config.name}: paused after step {job.trainee.position.step}; start it again to go on")
         return
     if start.teaching:
-        start.teaching.signals.check_unchanged()
+        start.teaching.check_unchanged()
     save_results(start, job, test_metrics=measure(job, test), tracking=tracking)

@@ -159,7 +159,7 @@ def load_batches(
         num_workers=min(num_workers, len(shares)),
         pin_memory=pin_memory,
         generator=torch.Generator(),
-        collate_fn=_as_batch_or_error,
+        collate_fn=_as_batch_or_error,  # type: ignore[arg-type]
     )
     for item in loader:
         if isinstance(item, UserError):

@@ -54,7 +54,36 @@ class Progress:
     def _left(self) -> str:
         done = self._done_steps + 1 - self._start_steps
         left_s = (time.perf_counter() - self._started_at) / done * (self._total_steps - self._done_steps - 1)
-        return f"{int(left_s) // 60}:{int(left_s) % 60:02d}"
+        return _minutes(left_s)
+
+
+class RowProgress:
+    """The same for a pass over rows: how many are done, how fast, how long it will take."""
+
+    def __init__(self, name: str, *, total_rows: int, is_main: bool, every_s: float = 5.0) -> None:
+        self._name, self._total, self._done, self._is_main = name, total_rows, 0, is_main
+        self._started_at = self._said_at = time.perf_counter()
+        self._every_s = every_s
+        self._bar = tqdm(total=total_rows, desc=name, unit="row") if is_main and sys.stderr.isatty() else None
+
+    def advance(self, rows: int) -> None:
+        self._done += rows
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(rows)
+        elif self._is_main and (now - self._said_at > self._every_s or self._done == self._total):
+            self._said_at = now
+            rate = self._done / (now - self._started_at)
+            left_s = (self._total - self._done) / rate
+            print(f"{self._name}: {self._done}/{self._total} rows, {rate:.0f} rows/s, {_minutes(left_s)} left", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _shown(values: dict[str, float]) -> str:

@@ -13,12 +13,20 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object, set_seed
 
 from kd_accel.config import Precision, TrainConfig
 from kd_accel.types import UserError
 
-__all__ = ["Accelerator", "leave_processes", "on_main_process", "refuse_unjoined", "set_kernel_choice", "start_processes"]
+__all__ = [
+    "Accelerator",
+    "gathered",
+    "leave_processes",
+    "on_main_process",
+    "refuse_unjoined",
+    "set_kernel_choice",
+    "start_processes",
+]
 
 Result = TypeVar("Result")
 
@@ -64,6 +72,11 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) ->
     if outcome[1] is not None:
         raise UserError(str(outcome[1]))
     return outcome[0]  # type: ignore[return-value]
+
+
+def gathered(items: list[Result]) -> list[Result]:
+    """The (picklable) items of all ranks, in the order of the ranks. Every rank must call it."""
+    return gather_object(items)
 
 
 def leave_processes(accelerator: Accelerator) -> None:

@@ -1,0 +1,241 @@
+"""From teacher settings to a loaded teacher, its taps paired with the student's, and the frozen projectors that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd_accel.commands.data import Data, view_function
+from kd_accel.commands.networks import memory_format
+from kd_accel.config import FeatureConfig, RunConfig, TeacherConfig
+from kd_accel.data.hashing import hashed_order
+from kd_accel.engine.setup import Accelerator, on_main_process
+from kd_accel.models.files import load_run_model, load_weights
+from kd_accel.models.preprocess import Normalize
+from kd_accel.models.projectors import FeatureProjector, PcaFit, Projectors, Shape, build_projectors
+from kd_accel.models.taps import TapRecorder, probe_taps
+from kd_accel.models.zoo import build_model
+from kd_accel.teacher.identity import settings_digest, tensors_digest
+from kd_accel.teacher.live import LiveTeacher
+from kd_accel.types import UserError
+
+_PCA_BATCH_ROWS = 128
+_PCA_ROWS = 31
+
+
+@dataclass(frozen=True)
+class TeacherNetwork:
+    """A loaded teacher and what it was trained with. label_names: None where its weights do not say."""
+
+    model: nn.Module
+    arch: str
+    stem: str
+    arch_args: dict[str, Any]
+    mean: list[float]
+    std: list[float]
+    label_names: tuple[str, ...] | None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its answers: weights and buffers, architecture, normalisation."""
+        weights = tensors_digest(self.model.state_dict())
+        shared = {"arch": self.arch, "stem": self.stem, "arch_args": self.arch_args}
+        return {"weights": weights, **shared, "mean": self.mean, "std": self.std}
+
+    @property
+    def digest(self) -> str:
+        return settings_digest(self.identity())
+
+
+@dataclass(frozen=True)
+class TapPairs:
+    """Taps of a student and a teacher that are compared. teacher: {student tap: teacher tap}. shapes: of the teacher's taps.
+
+    projectors: what the direction needs on both sides, by the student's tap; the PCA's are not fitted yet.
+    """
+
+    teacher: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    projectors: Projectors = field(default_factory=Projectors)
+
+    def pca_channels(self) -> dict[str, int]:
+        """Width of each frozen projector, by the teacher's tap. Raises UserError where one tap would need two."""
+        widths: dict[str, int] = {}
+        for tap, channels in self.projectors.pca_channels.items():
+            name = self.teacher[tap]
+            if widths.setdefault(name, channels) != channels:
+                raise UserError(
+                    f"teacher.taps: {name} is paired with taps of {widths[name]} and of {channels} channels; a PCA has one "
+                    "width: use direction student_to_teacher, or other taps"
+                )
+        return widths
+
+
+@dataclass(frozen=True)
+class FrozenProjectors:
+    """Fitted PCA projectors by the teacher's tap, and the share of the teacher's variance that each keeps."""
+
+    modules: dict[str, FeatureProjector] = field(default_factory=dict)
+    explained: dict[str, float] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+    def by_student_tap(self, pairs: Mapping[str, str]) -> dict[str, FeatureProjector]:
+        return {tap: self.modules[name] for tap, name in pairs.items() if name in self.modules}
+
+    def to(self, device: torch.device) -> FrozenProjectors:
+        for module in self.modules.values():
+            module.to(device)
+        return self
+
+
+def load_teacher(config: TeacherConfig, data: Data) -> TeacherNetwork:
+    """Raises UserError for a teacher that does not fit its own weights, or the classes of the data."""
+    if config.run is not None:
+        model, card = load_run_model(Path(config.run), field="teacher")
+        names = tuple(card.label_names)
+        teacher = TeacherNetwork(model, card.arch, card.stem, card.arch_args, card.mean, card.std, names)
+    else:
+        assert config.arch and config.weights and config.mean and config.std, "checked by checks.problems"
+        model = build_model(
+            config.arch,
+            num_classes=len(data.label_names),
+            stem=config.stem,
+            arch_args=config.arch_args,
+            field="teacher",
+        )
+        load_weights(model, config.weights, arch=config.arch, is_exact=True, field="teacher")
+        teacher = TeacherNetwork(model, config.arch, config.stem, config.arch_args, config.mean, config.std, None)
+    _refuse_other_classes(teacher, data, config)
+    return teacher
+
+
+def pair_taps(config: RunConfig, network: nn.Module, teacher: nn.Module) -> TapPairs:
+    """The taps that the feature term compares, none without one, and the projectors between them."""
+    feature = config.distill.feature if config.distill else None
+    if feature is None:
+        return TapPairs()
+    assert config.teacher is not None
+    pairs = dict(zip(feature.taps, config.teacher.taps or feature.taps, strict=True))
+    size = config.data.image_size
+    shapes = probe_taps(teacher, list(pairs.values()), image_size=size, field="teacher.taps")
+    projectors = build_projectors(
+        probe_taps(network, feature.taps, image_size=size),
+        {tap: shapes[name] for tap, name in pairs.items()},
+        direction=feature.direction,
+        teacher_projector=feature.teacher_projector,
+        seed=config.seed,
+    )
+    return TapPairs(pairs, shapes, projectors)
+
+
+def ready_teacher(config: RunConfig, teacher: TeacherNetwork, accelerator: Accelerator) -> tuple[nn.Module, Normalize]:
+    """(model, normalisation) on the device and in the memory layout in which it answers."""
+    model = teacher.model.to(accelerator.device).to(memory_format=memory_format(config))
+    return model, Normalize(teacher.mean, teacher.std).to(accelerator.device)
+
+
+def live_teacher(
+    config: RunConfig,
+    model: nn.Module,
+    normalize: nn.Module,
+    accelerator: Accelerator,
+    *,
+    taps: Mapping[str, str],
+    projectors: Mapping[str, nn.Module],
+) -> LiveTeacher:
+    """It answers in the numeric mode of the config. taps: {name in the signals: teacher's tap}; projectors by the former."""
+    assert config.teacher is not None
+    dtype = config.teacher.dtype if config.teacher.signals == "live" else None
+    signals = LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=accelerator.autocast, rounding=dtype)
+    if config.train.compile:
+        model.compile()
+    return signals
+
+
+def numeric_mode(config: RunConfig) -> dict[str, Any]:
+    """How the teacher computes: part of a cache's identity."""
+    train = config.train
+    return {"precision": train.precision, "channels_last": train.channels_last, "compile": train.compile}
+
+
+def fit_projectors(
+    config: RunConfig,
+    data: Data,
+    model: nn.Module,
+    normalize: nn.Module,
+    channels: Mapping[str, int],
+    accelerator: Accelerator,
+) -> FrozenProjectors:
+    """A PCA for each teacher tap in `channels`, fitted on the main process whatever the number of processes."""
+    feature = config.distill.feature if config.distill else None
+    if feature is None or not channels:
+        return FrozenProjectors()
+
+    def fit() -> dict[str, tuple[FeatureProjector, float]]:
+        fits: dict[str, PcaFit] = {}
+        for recorded in _sampled_features(config, data, feature, model, normalize, list(channels), accelerator):
+            for tap, values in recorded.items():
+                fits.setdefault(tap, PcaFit(values.shape[1])).update(values)
+        return {tap: fits[tap].finish(width, tap=tap) for tap, width in channels.items()}
+
+    fitted = on_main_process(accelerator, fit)
+    modules = {tap: projector for tap, (projector, _) in fitted.items()}
+    explained = {tap: share for tap, (_, share) in fitted.items()}
+    notices = [f"PCA at {tap} explains {share:.1%} of the variance" for tap, share in explained.items()]
+    if feature.pca_images > len(data.rows.train):
+        notices.append(
+            f"distill.feature.pca_images: {feature.pca_images} is more than the {len(data.rows.train)} training rows; the PCA "
+            "is fitted on all of them"
+        )
+    return FrozenProjectors(modules, explained, tuple(notices))
+
+
+def projectors_from(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, FeatureProjector]:
+    """Frozen projectors from their saved tensors, by tap."""
+    projectors = {}
+    for tap, named in tensors.items():
+        channels_out, channels_in = named["conv.weight"].shape[:2]
+        projectors[tap] = FeatureProjector(channels_in, channels_out).requires_grad_(False)
+        projectors[tap].load_state_dict(named)
+    return projectors
+
+
+def _sampled_features(
+    config: RunConfig,
+    data: Data,
+    feature: FeatureConfig,
+    model: nn.Module,
+    normalize: nn.Module,
+    taps: list[str],
+    accelerator: Accelerator,
+) -> Iterator[dict[str, Tensor]]:
+    """The raw teacher features of `pca_images` training rows, drawn from all of them, view 0, in the order of the rows."""
+    views = view_function(config.data)
+    rows = np.sort(hashed_order((_PCA_ROWS,), data.rows.train)[: feature.pca_images])
+    model.eval()
+    with TapRecorder(model, taps) as recorder, torch.no_grad(), accelerator.autocast():
+        for part in np.array_split(rows, -(-len(rows) // _PCA_BATCH_ROWS)):
+            pixels = torch.from_numpy(views(data.train.pixels(part), part, 0)).permute(0, 3, 1, 2)
+            model(normalize(pixels.to(accelerator.device)))
+            yield recorder.take()
+
+
+def _refuse_other_classes(teacher: TeacherNetwork, data: Data, config: TeacherConfig) -> None:
+    if teacher.label_names is None or teacher.label_names == data.label_names:
+        return
+    if len(teacher.label_names) != len(data.label_names):
+        raise UserError(
+            f"teacher.run: {config.run} knows {len(teacher.label_names)} classes, the data has {len(data.label_names)}; "
+            "use a teacher that was trained on these classes"
+        )
+    pairs = zip(teacher.label_names, data.label_names, strict=True)
+    index, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    raise UserError(
+        f"teacher.run: class {index} of {config.run} is {theirs!r}, but {ours!r} in the data; both need the same classes in "
+        "the same order"
+    )

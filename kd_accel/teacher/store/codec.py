@@ -1,0 +1,55 @@
+"""How values are kept: float32, float16, bfloat16, or int8 with a scale per channel.
+
+Largest error of `decode(encode(x))`, relative to |x| for the float types (to the channel's largest |x| in the same shard for
+int8): float32 0, float16 2^-11, bfloat16 2^-8, int8 1/254.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kd_accel.config import StorageType
+from kd_accel.types import UserError
+
+TORCH_TYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+RELATIVE_ERROR = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 1 / 254}
+
+
+def encode(values: Tensor, dtype: StorageType, *, name: str) -> tuple[Tensor, Tensor | None]:
+    """float32 [n, ...] -> (values as they are kept, scale [D] or None). name: for the message.
+
+    Raises UserError for numbers that are not finite, or too large for the type.
+    """
+    if dtype == "int8":
+        largest = values.abs().transpose(0, 1).flatten(1).amax(1)
+        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        _refuse_not_finite(scale, name, dtype)
+        return torch.round(values / _by_channel(scale, values)).clamp(-127, 127).to(torch.int8), scale
+    stored = values.to(TORCH_TYPE[dtype])
+    _refuse_not_finite(stored, name, dtype)
+    return stored, None
+
+
+def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """The inverse, float32. scale: [D], or [n, D] where rows come from several shards."""
+    values = stored.float()
+    return values if scale is None else values * _by_channel(scale, values)
+
+
+def rounded(values: Tensor, dtype: StorageType, *, name: str) -> Tensor:
+    """What a cache of that type gives back. Not for int8, whose scale depends on the rows of a shard."""
+    return decode(*encode(values.float(), dtype, name=name))
+
+
+def _by_channel(scale: Tensor, values: Tensor) -> Tensor:
+    leading = scale.shape if scale.ndim == 2 else (1, *scale.shape)
+    return scale.reshape(*leading, *[1] * (values.ndim - 2))
+
+
+def _refuse_not_finite(values: Tensor, name: str, dtype: StorageType) -> None:
+    if not torch.isfinite(values).all():
+        raise UserError(
+            f"teacher.dtype: what the teacher gives at {name} is not finite, or too large for {dtype}; use bfloat16 or "
+            "float32, and evaluate the teacher if that does not help"
+        )

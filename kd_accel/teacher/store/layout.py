@@ -1,0 +1,162 @@
+"""What a cache holds and in which files: a pure function of its plan, so that no file name is ever believed.
+
+    cache_dir/
+      plan.json                                              identity and layout, written before any shard
+      rows.safetensors                                       which rows, and a digest of the content of each
+      projectors.safetensors                                 the frozen projectors, if any
+      train/view-0000/logits-00000-of-00049.safetensors      [n, C]
+      train/view-0000/layer1-00000-of-00049.safetensors      [n, D, H, W], named for the teacher's tap
+      val/view-0000/logits-..., test/view-0000/logits-...    held-out rows: logits, for the agreement with the student
+      manifest.json                                          checksums of all shards, written last
+
+All tensors of a split are cut at the same rows, so that one pass of the teacher fills a file of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+from urllib.parse import quote
+
+from kd_accel.config import StorageType
+from kd_accel.teacher.identity import settings_digest
+
+VERSION = 1
+LOGITS = "logits"
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is stored for each row and view.
+
+    shape: of one row, [C] or [D, H, W]. dtype: on disk. projector: digest of the frozen projector that made it, None = raw.
+    raw_channels, pca_images, explained: of that projector: the teacher's width, on how many images it was fitted, and the
+    share of the variance that it keeps.
+    """
+
+    shape: tuple[int, ...]
+    dtype: StorageType
+    projector: str | None = None
+    raw_channels: int | None = None
+    pca_images: int | None = None
+    explained: float | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        values = 1
+        for length in self.shape:
+            values *= length
+        return values * BYTES_PER_VALUE[self.dtype]
+
+    @property
+    def raw_row_bytes(self) -> int:
+        """What one row of the raw features would take."""
+        return self.row_bytes * self.raw_channels // self.shape[0] if self.raw_channels else self.row_bytes
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the file holds a scale per channel beside the values."""
+        return self.dtype == "int8"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: rows first..first+rows of a split (counted among those that the cache covers), one view, one tensor."""
+
+    split: Split
+    view: int
+    tensor: str
+    index: int
+    count: int
+    first: int
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """Path below the cache's directory."""
+        file = f"{quote(self.tensor, safe='')}-{self.index:05d}-of-{self.count:05d}.safetensors"
+        return f"{self.split}/view-{self.view:04d}/{file}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a cache is and holds.
+
+    identity: who answered and for which pixels (commands/wanted.py). rows: number of rows covered in each split. views: of
+    the training split; held-out splits have one, without augmentation. tensors: by name: logits, and the teacher's taps.
+    batch_rows: rows of one forward of the teacher when it was built. recorded: where and with what, for people to read.
+    """
+
+    identity: dict[str, Any]
+    rows: dict[str, int]
+    views: int
+    tensors: dict[str, TensorSpec]
+    rows_per_shard: int
+    batch_rows: int
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of the identity: stands in every file."""
+        return settings_digest(self.identity)
+
+    def shards(self, split: Split, view: int, tensor: str) -> list[Shard]:
+        rows, step = self.rows[split], self.rows_per_shard
+        count = -(-rows // step)
+        return [
+            Shard(split, view, tensor, index, count, index * step, min(step, rows - index * step)) for index in range(count)
+        ]
+
+    def all_shards(self) -> Iterator[Shard]:
+        for split in SPLITS:
+            is_train = split == "train"
+            for view in range(self.views if is_train else 1):
+                for tensor in self.tensors if is_train else (LOGITS,):
+                    yield from self.shards(split, view, tensor)
+
+    def row_bytes(self) -> int:
+        """Of one row and one training view, all tensors."""
+        return sum(spec.row_bytes for spec in self.tensors.values())
+
+    def total_bytes(self) -> int:
+        held_out = self.rows["val"] + self.rows["test"]
+        return self.rows["train"] * self.views * self.row_bytes() + held_out * self.tensors[LOGITS].row_bytes
+
+    def extended(self, *, views: int, tensors: Mapping[str, TensorSpec]) -> Plan:
+        """With at least so many views, and these tensors besides its own."""
+        return replace(self, views=max(self.views, views), tensors={**tensors, **self.tensors})
+
+
+def rows_in_a_shard(tensors: Mapping[str, TensorSpec], *, shard_mib: float, batch_rows: int) -> int:
+    """Whole batches of the teacher, the largest tensor's file at most `shard_mib` (one batch at least)."""
+    largest = max(spec.row_bytes for spec in tensors.values())
+    return max(1, int(shard_mib * 2**20 / largest) // batch_rows) * batch_rows
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    return {"version": VERSION, "digest": plan.digest, **asdict(plan)}
+
+
+def plan_from_json(content: Mapping[str, Any]) -> Plan:
+    """Raises KeyError, TypeError or ValueError for what no plan of this version says."""
+    tensors = {
+        name: TensorSpec(**{**spec, "shape": tuple(int(length) for length in spec["shape"])})
+        for name, spec in content["tensors"].items()
+    }
+    plan = Plan(
+        identity=dict(content["identity"]),
+        rows={split: int(content["rows"][split]) for split in SPLITS},
+        views=int(content["views"]),
+        tensors=tensors,
+        rows_per_shard=int(content["rows_per_shard"]),
+        batch_rows=int(content["batch_rows"]),
+        recorded=dict(content["recorded"]),
+    )
+    is_sane = LOGITS in tensors and plan.views >= 1 and plan.rows_per_shard >= 1 and plan.batch_rows >= 1
+    if not is_sane or plan.digest != content["digest"] or any(spec.dtype not in BYTES_PER_VALUE for spec in tensors.values()):
+        raise ValueError("contradicts itself")
+    return plan

@@ -1,0 +1,232 @@
+"""What a cache directory says of itself, and who may write in it.
+
+plan.json is written before any shard, manifest.json after all of them; both by rename. A name in a manifest is only ever
+compared with the names that follow from the plan, never opened: it cannot lead out of the directory. Rows and projectors are
+checked against the digests in the plan.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kd_accel.disk import flush, read_json, write_json, write_whole
+from kd_accel.teacher.identity import arrays_digest, tensors_digest
+from kd_accel.teacher.store.layout import SPLITS, VERSION, Plan, Shard, Split, plan_from_json, plan_to_json
+from kd_accel.types import UserError
+
+_REBUILD = "run `kd-accel cache build` with the same config, which mends it"
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Which rows of a split a cache covers, ascending, and what each of them was. rows: int64 [N]; contents: uint64 [N]."""
+
+    rows: np.ndarray
+    contents: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        return arrays_digest(self.rows, self.contents)
+
+
+def read_plan(directory: Path) -> Plan:
+    """Raises UserError where there is none, or none that this program can trust."""
+    path = directory / "plan.json"
+    if not path.is_file():
+        raise UserError(
+            f"teacher.cache_dir: {directory} holds no cache (no plan.json); run `kd-accel cache build` with the same config"
+        )
+    content = read_json(path, remedy=_REBUILD)
+    _refuse_later_version(content, path)
+    try:
+        return plan_from_json(content)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: is damaged: {_REBUILD}") from None
+
+
+def find_plan(directory: Path) -> Plan | None:
+    """The plan of a cache that a build may go on with; None where there is none, or a damaged one."""
+    path = directory / "plan.json"
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path, remedy="")
+    except UserError:
+        return None
+    _refuse_later_version(content, path)
+    try:
+        return plan_from_json(content)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def write_plan(directory: Path, plan: Plan) -> None:
+    write_json(plan_to_json(plan), directory / "plan.json")
+
+
+def read_manifest(directory: Path, plan: Plan) -> dict[str, str]:
+    """{file name: checksum of its data} of the shards that were complete when it was written; empty where there is none.
+
+    Raises UserError for a damaged one, one of another cache or version, and one with a name that no plan gives.
+    """
+    path = directory / "manifest.json"
+    if not path.is_file():
+        return {}
+    content = read_json(path, remedy=_REBUILD)
+    _refuse_later_version(content, path)
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(isinstance(checksum, str) for checksum in files.values()):
+        raise UserError(f"{path}: is damaged: {_REBUILD}")
+    _refuse_foreign_names(files, path)
+    if content.get("cache") != plan.digest:
+        raise UserError(f"{path}: belongs to another cache than plan.json beside it: {_REBUILD}")
+    return files
+
+
+def find_manifest(directory: Path, plan: Plan) -> dict[str, str]:
+    """As `read_manifest`, for a build, to which a damaged one is none. One that was tampered with is refused all the same."""
+    try:
+        return read_manifest(directory, plan)
+    except _TamperedError:
+        raise
+    except UserError:
+        return {}
+
+
+def write_manifest(directory: Path, plan: Plan, files: Mapping[str, str]) -> None:
+    write_json({"version": VERSION, "cache": plan.digest, "files": dict(sorted(files.items()))}, directory / "manifest.json")
+
+
+def missing_shards(plan: Plan, files: Mapping[str, str]) -> Iterator[Shard]:
+    return (shard for shard in plan.all_shards() if shard.name not in files)
+
+
+def write_rows(directory: Path, rows: Mapping[Split, CachedRows]) -> None:
+    """rows.safetensors. Values are little-endian int64."""
+    tensors = {
+        f"{split}.{name}": torch.from_numpy(array.view(np.int64).copy())
+        for split, cached in rows.items()
+        for name, array in (("rows", cached.rows), ("contents", cached.contents))
+    }
+    _write_tensors(directory / "rows.safetensors", tensors)
+
+
+def read_rows(directory: Path, plan: Plan) -> dict[Split, CachedRows]:
+    """Raises UserError when they are not the ones that the identity was taken of."""
+    tensors = _read_tensors(directory / "rows.safetensors")
+    try:
+        rows: dict[Split, CachedRows] = {
+            split: CachedRows(tensors[f"{split}.rows"].numpy(), tensors[f"{split}.contents"].numpy().view(np.uint64))
+            for split in SPLITS
+        }
+        stored = plan.identity["data"]["contents"]
+        is_whole = all(cached.digest == stored[split] for split, cached in rows.items())
+    except KeyError:
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{directory / 'rows.safetensors'}: does not match plan.json: {_REBUILD}")
+    return rows
+
+
+def write_projectors(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """projectors.safetensors: {teacher tap: {name: tensor}}."""
+    flat = {f"{tap}|{name}": tensor for tap, named in tensors.items() for name, tensor in named.items()}
+    _write_tensors(directory / "projectors.safetensors", flat)
+
+
+def read_projectors(directory: Path, plan: Plan) -> dict[str, dict[str, Tensor]]:
+    """The inverse, for the taps whose plan names a projector. Raises UserError for one with another digest."""
+    wanted = {tap: spec.projector for tap, spec in plan.tensors.items() if spec.projector is not None}
+    if not wanted:
+        return {}
+    path = directory / "projectors.safetensors"
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _read_tensors(path).items():
+        tap, _, name = key.rpartition("|")
+        found.setdefault(tap, {})[name] = tensor
+    for tap, digest in wanted.items():
+        if tap not in found or tensors_digest(found[tap]) != digest:
+            raise UserError(f"{path}: holds another projector for {tap} than plan.json says ({digest}): {_REBUILD}")
+    return {tap: found[tap] for tap in wanted}
+
+
+def lock_for_building(directory: Path, rank: int) -> int:
+    """A descriptor to close at the end: each process of a build holds its own byte of one file, until it closes it or dies.
+
+    Rank 0 must come first: it makes sure that no byte is held, so any process of another build is noticed. Raises UserError
+    for a second build, and where the directory cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"teacher.cache_dir: cannot write to {directory} ({error.strerror}); see that it is a directory that may be "
+            "written, or name another"
+        ) from None
+    try:
+        length = 0 if rank == 0 else 1  # 0: from here to the end of the file
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, rank)
+        if rank == 0:
+            fcntl.lockf(descriptor, fcntl.LOCK_UN, 0, 1)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(
+            f"teacher.cache_dir: {directory} is being written by another build; wait until it ends, or stop it"
+        ) from None
+    return descriptor
+
+
+def _refuse_later_version(content: Mapping[str, Any], path: Path) -> None:
+    version = content.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise _TamperedError(
+            f"{path}: has version {version}, this program reads {VERSION}; use a later kd_accel, or name another cache_dir"
+        )
+
+
+def _refuse_foreign_names(files: Mapping[str, str], path: Path) -> None:
+    for name in files:
+        parts = PurePosixPath(name).parts
+        if len(parts) != 3 or ".." in parts or parts[0] not in SPLITS or not name.endswith(".safetensors"):
+            raise _TamperedError(f"{path}: names {name!r}, which is no file of a cache; nothing was read or written. Remove it")
+
+
+class _TamperedError(UserError):
+    """What not even a build may touch."""
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda temporary: save_file(tensors, temporary))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path} ({error}); see that there is space and that it may be written") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing: {_REBUILD}") from None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: is damaged ({error}): {_REBUILD}") from None
+
+
+def flush_shards(directory: Path, names: list[str]) -> None:
+    """To the disk itself, before a manifest may say that they are there."""
+    for name in names:
+        flush(directory / name)
+    for folder in {directory / name for name in names}:
+        flush(folder.parent)
