@@ -65,7 +65,7 @@ def refuse_other_answers(
 
     Raises UserError where that is more than the storage type, the precision and another batch shape explain.
     """
-    rows = np.sort(hashed_order((_SAMPLE, rank), data.rows.train)[:_SAMPLE_ROWS])
+    rows = sample_of(data.rows.train, rank=rank)
     source, worst = cache.source("train"), 0.0
     for view in {0, used_views(config) - 1}:
         batch = view_batch(config, data, rows, view).to(device)
@@ -80,6 +80,11 @@ def refuse_other_answers(
             )
         worst = max(worst, difference)
     return worst
+
+
+def sample_of(rows: np.ndarray, *, rank: int) -> np.ndarray:
+    """A few rows, other ones on each rank."""
+    return np.sort(hashed_order((_SAMPLE, rank), rows)[:_SAMPLE_ROWS])
 
 
 def view_batch(config: RunConfig, data: Data, rows: np.ndarray, view: int) -> Batch:

@@ -1,0 +1,171 @@
+"""A student that learns from a cache ends as the one that learned from the live teacher, bit for bit (one process, CPU)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from kd_accel.commands.wanted import sample_of
+from kd_accel.config import DataConfig
+from kd_accel.data.cuts import cut_rows
+from kd_accel.teacher.store.manifest import read_manifest, read_plan, write_manifest
+from kd_accel.teacher.store.shards import write_shard
+from tests.launching import SMALL, losses, metrics, run, train
+
+pytestmark = pytest.mark.slow
+
+FEATURE = "--distill.feature={weight: 0.1, taps: [layer1, layer2], %s}"
+DIRECTIONS = {
+    "both": "direction: both, pca_images: 64",
+    "teacher_to_student": "direction: teacher_to_student, pca_images: 64",
+    "learned": "direction: teacher_to_student, teacher_projector: learned",
+    "student_to_teacher": "direction: student_to_teacher",
+}
+STUDENT = "--model.arch=import:tests.own_models:student_with_everything"
+
+
+def flags(teacher_run, direction, *, augment="crop_flip"):
+    return [
+        STUDENT,
+        f"--teacher.run={teacher_run}",
+        "--distill.temperature={start: 4.0, floor: 2.0, decay: 0.9}",
+        FEATURE % DIRECTIONS[direction],
+        f"--data.augment={augment}",
+        "--data.views=2",
+    ]
+
+
+def cached(cache_dir, *, signals="cached", dtype="float32"):
+    return [f"--teacher.signals={signals}", f"--teacher.cache_dir={cache_dir}", f"--teacher.dtype={dtype}"]
+
+
+def build(*arguments, processes=1):
+    return run("cache", "build", *SMALL, *arguments, processes=processes)
+
+
+def weights(run_dir):
+    return (Path(run_dir) / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("direction", "augment"),
+    [("both", "crop_flip"), ("both", "trivial_augment"), ("both", "none"), ("teacher_to_student", "crop_flip")]
+    + [("learned", "crop_flip"), ("student_to_teacher", "trivial_augment")],
+)
+def test_cached_equals_live(tmp_path, teacher_run, direction, augment):
+    common = flags(teacher_run, direction, augment=augment)
+    if augment == "none":
+        common.remove("--data.views=2")
+    train(tmp_path / "live", *common)
+    build(*common, *cached(tmp_path / "cache"))
+    train(tmp_path / "cached", *common, *cached(tmp_path / "cache"))
+    assert weights(tmp_path / "cached") == weights(tmp_path / "live")
+    assert metrics(tmp_path / "cached") == metrics(tmp_path / "live")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_rounding_cache_equals_live_answers_that_are_rounded_alike(tmp_path, teacher_run, dtype):
+    common = flags(teacher_run, "both")
+    train(tmp_path / "exact", *common)
+    train(tmp_path / "live", *common, f"--teacher.dtype={dtype}")
+    build(*common, *cached(tmp_path / "cache", dtype=dtype))
+    train(tmp_path / "cached", *common, *cached(tmp_path / "cache", dtype=dtype))
+    assert weights(tmp_path / "cached") == weights(tmp_path / "live") != weights(tmp_path / "exact")
+
+
+def test_logits_from_the_cache_and_features_live(tmp_path, teacher_run):
+    common = flags(teacher_run, "both")
+    train(tmp_path / "live", *common)
+    use = cached(tmp_path / "cache", signals="logits_cached")
+    build(*common, *use)
+    assert set(read_plan(tmp_path / "cache").tensors) == {"logits"}
+    train(tmp_path / "cached", *common, *use)
+    assert weights(tmp_path / "cached") == weights(tmp_path / "live")
+
+
+def test_int8_features_stay_close(tmp_path, teacher_run):
+    common = flags(teacher_run, "both")
+    train(tmp_path / "live", *common)
+    build(*common, *cached(tmp_path / "cache", dtype="int8"))
+    train(tmp_path / "cached", *common, *cached(tmp_path / "cache", dtype="int8"))
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), rel=0.02)
+    assert weights(tmp_path / "cached") != weights(tmp_path / "live")
+
+
+def test_answers_for_other_rows_are_noticed(tmp_path, teacher_run):
+    """Files whose headers and checksums are right, but whose rows are reversed."""
+    common = flags(teacher_run, "both")
+    use = cached(tmp_path / "cache")
+    build(*common, *use)
+    _reverse_rows(tmp_path / "cache")
+    for refused in (
+        train(tmp_path / "run", *common, *use, code=2),
+        run("cache", "verify", *SMALL, *common, *use, code=2),
+    ):
+        assert "does not hold what the teacher says here" in refused.stderr
+
+
+def test_answers_for_other_rows_make_another_student(teacher_run, tmp_path):
+    """So that the comparisons above can fail."""
+    common = flags(teacher_run, "both")
+    use = cached(tmp_path / "cache")
+    build(*common, *use)
+    train(tmp_path / "right", *common, *use)
+    train(tmp_path / "wrong", *common, *use, "--checkpoint.stop_after_steps=1")
+    _reverse_rows(tmp_path / "cache", keep=_sampled_rows())
+    train(tmp_path / "wrong", *common, *use)
+    assert weights(tmp_path / "wrong") != weights(tmp_path / "right")
+
+
+def test_one_cache_serves_every_seed(tmp_path, teacher_run):
+    """Another seed takes the rows in another order, from the same cache."""
+    common = flags(teacher_run, "both")
+    build(*common, *cached(tmp_path / "cache"))
+    for seed in (1, 2):
+        train(tmp_path / f"live{seed}", *common, f"--seed={seed}")
+        train(tmp_path / f"cached{seed}", *common, *cached(tmp_path / "cache"), f"--seed={seed}")
+        assert weights(tmp_path / f"cached{seed}") == weights(tmp_path / f"live{seed}")
+    assert weights(tmp_path / "cached1") != weights(tmp_path / "cached2")
+
+
+def test_a_resumed_run_reads_the_same_cache(tmp_path, teacher_run):
+    common = [*flags(teacher_run, "both"), *cached(tmp_path / "cache")]
+    build(*common)
+    train(tmp_path / "straight", *common)
+    train(tmp_path / "stopped", *common, "--checkpoint.stop_after_steps=11")
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    moved = [*flags(teacher_run, "both"), *cached(tmp_path / "moved")]
+    train(tmp_path / "stopped", *moved)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
+
+
+def test_two_processes_read_what_one_wrote(tmp_path, teacher_run):
+    common = flags(teacher_run, "both")
+    common[0] = "--model.arch=import:tests.own_models:student"
+    build(*common, *cached(tmp_path / "cache"))
+    train(tmp_path / "one", *common, *cached(tmp_path / "cache"))
+    train(tmp_path / "two", *common, *cached(tmp_path / "cache"), processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def _reverse_rows(cache_dir, keep=()):
+    """Write each training shard again with its rows reversed, apart from the positions in `keep`."""
+    plan = read_plan(cache_dir)
+    files = dict(read_manifest(cache_dir, plan))
+    for shard in plan.all_shards():
+        if shard.split == "train":
+            with safe_open(cache_dir / shard.name, "pt") as file:
+                values = file.get_tensor("values")
+            order = np.arange(len(values))
+            free = np.setdiff1d(order, keep)
+            order[free] = free[::-1]
+            files[shard.name] = write_shard(cache_dir, plan, shard, values[torch.from_numpy(order)], None)
+    write_manifest(cache_dir, plan, files)
+
+
+def _sampled_rows():
+    """Positions, among the 128 training rows of the small data, of those that a start lets the teacher answer again."""
+    train_rows = cut_rows(160, 41, DataConfig(val_fraction=0.2)).train
+    return np.searchsorted(train_rows, sample_of(train_rows, rank=0))
