@@ -123,6 +123,11 @@ def test_a_precision_that_this_machine_has_not(tmp_path):
     check_message(run("bench", "torchvision/resnet18", "--device=cuda", code=2), "device: cuda is not there")
 
 
-def test_a_model_with_an_idle_layer_is_a_fault_that_names_it(tmp_path):
-    done = train(tmp_path / "run", "--model.arch=import:tests.own_models:with_an_idle_layer", code=1)
-    assert "no gradient reaches student.idle.weight, student.idle.bias" in done.stderr
+@pytest.mark.parametrize(("processes", "code"), [(1, 2), (2, None)])
+def test_a_model_with_an_idle_layer(tmp_path, processes, code):
+    flags = ["--model.arch=import:tests.own_models:with_an_idle_layer"]
+    done = train(tmp_path / "run", *flags, processes=processes, code=code)
+    told = "kd-accel: model.arch: no gradient reaches idle.weight, idle.bias; every trained parameter must take part"
+    assert done.stderr.count(told) == 1
+    if processes == 1:
+        check_message(done, "requires_grad")
