@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_accel.config import CheckpointConfig, OptimConfig, TrainConfig
 from kd_accel.data.loader import TrainLoader
@@ -75,6 +76,7 @@ class Job:
 
 def train(job: Job) -> None:
     """Run from where the trainee stands to the end of the course, or to `checkpoint.stop_after_steps`."""
+    _refuse_single_rows(job)
     position = job.trainee.position
     while not job.must_stop:
         train_epoch(job)
@@ -213,6 +215,16 @@ def _is_due(count: int, every: int | None) -> bool:
     return every is not None and count % every == 0
 
 
+def _refuse_single_rows(job: Job) -> None:
+    """The statistics of BatchNorm are those of one forward of one process."""
+    parts = job.accelerator.num_processes * job.train.grad_accum_steps
+    if job.train.batch_size == parts and any(isinstance(module, _BatchNorm) for module in job.trainee.module.modules()):
+        raise UserError(
+            f"train.batch_size: {parts} over {job.accelerator.num_processes} processes x {job.train.grad_accum_steps} "
+            f"accumulation steps is one row in each forward, too few for the model's BatchNorm layers; use {2 * parts} or more"
+        )
+
+
 def _refuse_idle_parameters(module: nn.Module) -> None:
     """Checked once: where ranks exchange gradients, a parameter without one would make them hang or drift."""
     idle = [
@@ -223,8 +235,8 @@ def _refuse_idle_parameters(module: nn.Module) -> None:
     if idle:
         more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
         raise UserError(
-            f"model.arch: no gradient reaches {', '.join(idle[:5])}{more}; every trained parameter must take part in the output: "
-            "remove the idle layer, use it, or set requires_grad to False"
+            f"model.arch: no gradient reaches {', '.join(idle[:5])}{more}; every trained parameter must take part in the "
+            "output: remove the idle layer, use it, or set requires_grad to False"
         )
 
 
