@@ -108,8 +108,8 @@ def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None
     if not isinstance(output, Tensor) or output.shape != wanted:
         given = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
-            f"model.arch: {type(model).__name__} gives {given} for {_PROBED_IMAGES} images, not logits of shape {wanted}, one for "
-            "each class; use another arch, or mend the function that builds it"
+            f"model.arch: {type(model).__name__} gives {given} for {_PROBED_IMAGES} images, not logits of shape {wanted}, one "
+            "for each class; use another arch, or mend the function that builds it"
         )
 
 
