@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from kd_accel import __version__
 from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
-from kd_accel.parse import build_parser, nearest, parse_config
+from kd_accel.parse import build_parser, nearest, parse_arguments, parse_config
 from kd_accel.types import UserError
 
 _OTHER_RANKS_WAIT_S = 5.0
@@ -86,18 +86,23 @@ def _cache(argv: list[str]) -> None:
 
 
 def _evaluate(argv: list[str]) -> None:
-    parser = _parser("evaluate", "Accuracy, loss and agreement with the teacher of a trained run.")
-    parser.add_argument("run", type=Path, help="run directory")
+    parser = _parser("evaluate", "RUN [--split test|val]", "Accuracy, loss and agreement with the teacher of a trained run.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--split", choices=["test", "val"], default="test", help="held-out rows to evaluate on")
-    values = _parsed(parser, argv)
+    values = parse_arguments(parser, argv)
     from kd_accel.commands.evaluate import run_evaluation
 
     run_evaluation(values.run, split=values.split)
 
 
 def _bench(argv: list[str]) -> None:
-    parser = build_parser(BenchConfig, prog="kd-accel bench", description="Parameters, MACs and latency.")
-    parser.add_argument("models", nargs="+", help="run directories or archs")
+    parser = build_parser(
+        BenchConfig,
+        prog="kd-accel bench",
+        description="Parameters, MACs and latency.",
+        arguments="RUN_OR_ARCH ... [--out FILE]",
+    )
+    parser.add_argument("models", metavar="RUN_OR_ARCH", nargs="+", help="run directories or archs")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures; without it they are printed")
     config, values = parse_config(BenchConfig, argv, parser=parser)
     from kd_accel.commands.bench import run_bench
@@ -106,11 +111,11 @@ def _bench(argv: list[str]) -> None:
 
 
 def _report(argv: list[str]) -> None:
-    parser = _parser("report", "The table of results and the pictures.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories, in the order of the table")
+    parser = _parser("report", "RUN ... --out DIR [--bench FILE]", "The table of results and the pictures.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directories, in the order of the table")
     parser.add_argument("--out", type=Path, required=True, help="directory for results.md, results.json and pictures")
     parser.add_argument("--bench", type=Path, default=None, help="JSON file of `kd-accel bench --out`")
-    values = _parsed(parser, argv)
+    values = parse_arguments(parser, argv)
     from kd_accel.commands.report import run_report
 
     run_report(values.runs, out=values.out, bench_file=values.bench)
@@ -137,15 +142,9 @@ def _split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:at], argv[at + 1 :]
 
 
-def _parser(command: str, description: str) -> ArgumentParser:
-    return ArgumentParser(prog=f"kd-accel {command}", description=description, exit_on_error=False, allow_abbrev=False)
-
-
-def _parsed(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    try:
-        return parser.parse_args(argv)
-    except Exception as error:
-        raise UserError(" ".join(str(error).split())) from None
+def _parser(command: str, arguments: str, description: str) -> ArgumentParser:
+    prog, usage = f"kd-accel {command}", f"%(prog)s {arguments}"
+    return ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
 
 
 _CACHE_ACTIONS = {

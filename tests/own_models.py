@@ -53,6 +53,10 @@ def with_an_idle_layer(num_classes: int) -> nn.Module:
     return model
 
 
+def without_a_classifier(num_classes: int) -> nn.Module:
+    return nn.Conv2d(3, num_classes, 1)
+
+
 def images(split: str, image_size: int) -> dict[str, object]:
     """A data source of one's own: coloured noise around one mean colour per class, the same at every call."""
     generator = torch.Generator().manual_seed({"train": int(os.environ.get("KD_TEST_NOISE_SEED", "1")), "test": 2}[split])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from kd_accel.bench.identity import is_measured
 from kd_accel.bench.latency import measure_latency
 from kd_accel.bench.named import bench_models
 from kd_accel.bench.params import count_macs, count_parameters, model_bytes
@@ -135,6 +136,21 @@ def test_runs_and_archs_by_name(saved, tmp_path, threads):
     write_json(figures, path)
     assert json.loads(path.read_text()) == figures
     assert [entry.name for entry in path.parent.iterdir()] == ["bench.json"]
+
+
+def test_a_file_of_figures_knows_what_it_was_made_from(saved, tmp_path):
+    path = tmp_path / "bench.json"
+    assert not is_measured(path, [saved], QUICK)
+    write_json(bench_models([str(saved)], QUICK), path)
+    assert is_measured(path, [saved], QUICK)
+    assert not is_measured(path, [saved], BenchConfig(**{**vars(QUICK), "batch_sizes": [1]}))
+    assert not is_measured(path, [saved, saved], QUICK)
+    assert not is_measured(path, [], QUICK)
+    card = ModelCard(TEACHER, "imagenet", {}, ["a", "b", "c", "d"], [0.5] * 3, [0.2] * 3, 24)
+    save_model(saved, build_model(TEACHER, num_classes=4, seed=1), card=card)
+    assert not is_measured(path, [saved], QUICK)
+    path.write_text("{")
+    assert not is_measured(path, [saved], QUICK)
 
 
 def test_an_image_size_of_ones_own(saved):

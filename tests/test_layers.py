@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "kd_accel"
 LAYERS = [
     "config types",
-    "checks",
+    "checks written",
     "parse imports disk",
     "data",
     "models",
@@ -83,6 +83,7 @@ def test_there_is_no_drawer_for_everything():
         "kd_accel.config",
         "kd_accel.types",
         "kd_accel.parse",
+        "kd_accel.written",
         "kd_accel.checks",
         "kd_accel.commands.reproduce",
     ],

@@ -123,6 +123,37 @@ def test_a_precision_that_this_machine_has_not(tmp_path):
     check_message(run("bench", "torchvision/resnet18", "--device=cuda", code=2), "device: cuda is not there")
 
 
-def test_a_model_with_an_idle_layer_is_a_fault_that_names_it(tmp_path):
-    done = train(tmp_path / "run", "--model.arch=import:tests.own_models:with_an_idle_layer", code=1)
-    assert "no gradient reaches student.idle.weight, student.idle.bias" in done.stderr
+@pytest.mark.parametrize(("processes", "code"), [(1, 2), (2, None)])
+def test_a_model_with_an_idle_layer(tmp_path, processes, code):
+    flags = ["--model.arch=import:tests.own_models:with_an_idle_layer"]
+    done = train(tmp_path / "run", *flags, processes=processes, code=code)
+    told = "kd-accel: model.arch: no gradient reaches idle.weight, idle.bias; every trained parameter must take part"
+    assert done.stderr.count(told) == 1
+    if processes == 1:
+        check_message(done, "requires_grad")
+
+
+def test_images_that_are_too_small_for_the_model(tmp_path):
+    done = train(tmp_path / "run", "--model.arch=torchvision/alexnet", code=2)
+    check_message(done, "data.image_size: AlexNet cannot take images of 32 pixels", "choose another size or arch")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_gives_no_logits(tmp_path):
+    done = train(tmp_path / "run", "--model.arch=import:tests.own_models:without_a_classifier", code=2)
+    check_message(done, "model.arch: Conv2d gives a tensor of shape (2, 4, 32, 32) for 2 images, not logits of shape (2, 4)")
+
+
+@pytest.mark.parametrize(("processes", "code", "batch_size"), [(1, 2, 1), (2, None, 2)])
+def test_one_row_for_batchnorm(tmp_path, processes, code, batch_size):
+    flags = ["--model.arch=torchvision/resnet18", "--train.max_steps=1", f"--train.batch_size={batch_size}"]
+    done = train(tmp_path / "run", *flags, processes=processes, code=code)
+    told = (
+        f"kd-accel: train.batch_size: {batch_size} over {processes} processes x 1 accumulation steps is one row in each forward"
+    )
+    assert done.stderr.count(told) == 1
+    assert f"use {2 * batch_size} or more" in done.stderr
+
+
+def test_one_row_without_batchnorm_is_enough(tmp_path):
+    train(tmp_path / "run", "--train.max_steps=1", "--train.batch_size=2", "--train.grad_accum_steps=2")

@@ -7,6 +7,7 @@ import torch
 
 from kd_accel.config import OptimConfig
 from kd_accel.engine.optim import build_optimizer, learning_rate, set_learning_rate
+from kd_accel.types import UserError
 
 
 def rates(optim, total_steps, steps_per_epoch=10):
@@ -69,3 +70,8 @@ def test_the_settings_reach_the_optimizer():
     assert (adamw.param_groups[0]["betas"], adamw.param_groups[0]["weight_decay"]) == ((0.8, 0.9), 0.2)
     set_learning_rate(adamw, 0.01)
     assert adamw.param_groups[0]["lr"] == 0.01
+
+
+def test_nothing_to_train():
+    with pytest.raises(UserError, match="no parameter that can be trained"):
+        build_optimizer([torch.nn.Parameter(torch.zeros(2), requires_grad=False)], OptimConfig())

@@ -7,6 +7,7 @@ import time
 import pytest
 import yaml
 
+from kd_accel.cli import main
 from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig, Schedule
 from kd_accel.parse import build_parser, flatten, load_config_file, parse_config, save_config
 from kd_accel.types import UserError
@@ -60,13 +61,14 @@ def test_all_mistakes_come_together_with_the_nearest_key(config_file):
     path = config_file({"optim": {"lr": "fast", "momentun": 0.9}, "distil": {"alpha": 1}, "train": {"epochs": 0}})
     text = mistakes("--config", path, "--trian.epochs", "3", "--seed=x")
     for part in (
-        "6 mistakes",
-        "optim.lr: Expected a float",
+        "7 mistakes",
+        "optim.lr: must be a number, not 'fast'",
         "did you mean optim.momentum?",
         "did you mean distill?",
+        "distill: has no effect without a teacher",
         "did you mean train?",
         "train.epochs: 0 must be at least 1",
-        "seed: Expected a int",
+        "seed: must be a whole number, not 'x'",
     ):
         assert part in text
 
@@ -123,7 +125,14 @@ def test_each_rule_names_field_value_and_rule(flags, part):
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [("a: [1", "is not YAML"), ("- 1\n- 2\n", "must hold settings"), (b"\xff\xfe\x00", "cannot read")],
+    [
+        ("a: [1", "is not YAML that can be read (line 1, column 6: expected ',' or ']'"),
+        ("- 1\n- 2\n", "holds a list; it must hold settings as `key: value`"),
+        ("# nothing\n", "holds nothing; it must hold settings"),
+        ("optim:\n  lr: 0.1\n  lr: 0.2\n", "(line 3, column 3: lr stands there twice)"),
+        ("name: 2024-13-45\n", "(month must be in 1..12)"),
+        (b"\xff\xfe\x00", "is not YAML that can be read ('utf-8'"),
+    ],
 )
 def test_a_file_that_is_no_config(tmp_path, content, part):
     path = tmp_path / "bad.yaml"
@@ -131,12 +140,107 @@ def test_a_file_that_is_no_config(tmp_path, content, part):
     assert part in mistakes("--config", str(path))
 
 
-def test_a_missing_file():
-    assert "cannot read nowhere.yaml" in mistakes("--config", "nowhere.yaml")
+def test_a_file_that_cannot_be_read(tmp_path):
+    assert mistakes("--config", "nowhere.yaml").startswith("config: cannot read nowhere.yaml (No such file")
+    assert mistakes("--config", str(tmp_path)).endswith("(Is a directory); name a YAML file")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("optim: 3", "optim: must be settings as `key: value`, not 3"),
+        ("data:", "data: must be settings as `key: value`, not null"),
+        ("teacher: run", "teacher: must be settings as `key: value` or null, not 'run'"),
+        ("data: {mean: [a, 1]}", "data.mean: must be a list (of each item: a number) or null, not ['a', 1]"),
+        ("model: {arch_args: 3}", "model.arch_args: must be settings as `key: value`, not 3"),
+        ("train: {epochs: 1.5}", "train.epochs: must be a whole number, not 1.5"),
+        ("train: {compile: 3}", "train.compile: must be true or false, not 3"),
+        ("train: {precision: no}", "train.precision: must be one of no, fp16, bf16, not False; put it in quotes"),
+        ("name: 2024", "name: must be text, not 2024; put it in quotes"),
+        ("datä: {}", "datä: no such setting; did you mean data?"),
+        ("3: 4", "3: no such setting"),
+        (
+            "teacher: {run: x}\ndistill: {alpha: fast}",
+            "distill.alpha: must be a number or settings as `key: value`, not 'fast'",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_sentence(config_file, settings, told):
+    path = config_file(settings)
+    assert mistakes("--config", path) == f"{told} (in {path})"
+
+
+def test_a_misspelt_key_of_a_schedule_is_one_sentence(config_file):
+    schedule = {"start": 0.5, "flor": 0.3, "decay": 0.95}
+    path = config_file({"teacher": {"run": "x"}, "distill": {"temperature": schedule}})
+    told = "distill.temperature.flor: no such setting; did you mean distill.temperature.floor?"
+    assert mistakes("--config", path) == f"{told} (in {path})"
+    flag = "--distill.temperature={start: 0.5, flor: 0.3, decay: 0.95}"
+    assert mistakes("--teacher.run=x", flag) == f"{told} (in the command line)"
+
+
+def test_a_schedule_without_its_start(config_file):
+    path = config_file({"teacher": {"run": "x"}, "distill": {"alpha": {"floor": 0.3, "decay": 0.95}}})
+    assert mistakes("--config", path).startswith("distill.alpha.start: missing, and without a default")
+    assert parse("--config", path, "--distill.alpha.start=0.4").distill.alpha.start == 0.4
+
+
+def test_numbers_as_people_write_them(config_file):
+    config = parse("--config", config_file("optim: {lr: 1e-3}\ndata: {mean: [1e-1, 0.2, 0.3], std: [1, 1, 1]}\nseed: '3'\n"))
+    assert (config.optim.lr, config.data.mean, config.seed) == (0.001, [0.1, 0.2, 0.3], 3)
+    assert parse("--name=2024", "--optim.betas+=0.5", "--optim.betas=[0.9, 0.999]").name == "2024"
+
+
+def test_a_section_in_a_file_of_its_own(config_file):
+    section = config_file("source: digits\nimage_size: 16\n", "data.yaml")
+    assert parse("--data", section).data.image_size == 16
+    assert "data.image_siz: no such setting; did you mean data.image_size?" in mistakes(
+        "--data", config_file("image_siz: 16\n", "misspelt.yaml")
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["run.yaml"], "run.yaml: stands alone; a config file is given as --config FILE, a setting as --a.b VALUE"),
+        (["--confg", "run.yaml"], "--confg: no such option; did you mean --config? (in the command line)"),
+        (["--confg=run.yaml"], "--confg: no such option; did you mean --config? (in the command line)"),
+        (["--print_confg"], "--print_confg: no such option; did you mean --print_config? (in the command line)"),
+        (["-c", "run.yaml"], "-c: no such option; a setting is given as --a.b VALUE"),
+        (["--seed", "--name=x"], "--seed: has no value; write --seed VALUE"),
+        (["--seed"], "--seed: has no value; write --seed VALUE"),
+        (["--name", "[1", "--seed=x"], "seed: must be a whole number, not 'x' (in the command line)"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_one_sentence(flags, told):
+    assert mistakes(*flags) == told
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--train.epochs=1"],
+            "train: is a setting of the trainings, not of the chain; write it after --, as in: -- --train.epochs=1"
+            " (in the command line)",
+        ),
+        (
+            ["--seed", "3"],
+            "seed: is a setting of the trainings, not of the chain; write it after --, as in: -- --seed=3"
+            " (in the command line)",
+        ),
+        (["--bench.thread=1"], "bench.thread: no such setting; did you mean bench.threads? (in the command line)"),
+    ],
+)
+def test_settings_of_the_trainings_given_to_the_chain(flags, told):
+    chain = ["--runs=[a.yaml]", "--launch=x", "--report_dir=y"]
+    with pytest.raises(UserError) as caught:
+        parse_config(ReproduceConfig, [*chain, *flags], parser=build_parser(ReproduceConfig, prog="x", description=""))
+    assert str(caught.value) == told
 
 
 def test_required_fields_of_a_chain():
-    with pytest.raises(UserError, match="runs"):
+    with pytest.raises(UserError, match="^runs, launch, report_dir: missing, and without a default; set"):
         parse_config(ReproduceConfig, [], parser=build_parser(ReproduceConfig, prog="x", description=""))
 
 
@@ -170,6 +274,27 @@ def run_program(*argv):
 
 
 @pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["report", "run"], "missing: --out (usage: kd-accel report RUN ... --out DIR [--bench FILE])"),
+        (["report"], "missing: RUN, --out (usage: kd-accel report RUN ... --out DIR [--bench FILE])"),
+        (["evaluate", "a", "b"], "b: one argument too many (usage: kd-accel evaluate RUN [--split test|val])"),
+        (["evaluate", "a", "--splt=val"], "--splt: no such option; did you mean --split? (usage: kd-accel evaluate"),
+        (["evaluate", "a", "--split=vall"], "invalid choice: 'vall' (choose from 'test', 'val') (usage: kd-accel evaluate"),
+        (["bench"], "missing: RUN_OR_ARCH (usage: kd-accel bench RUN_OR_ARCH ... [--out FILE] [--config FILE ...]"),
+        (["bench", "x", "--batch_sizes", "many"], "batch_sizes: must be a list (of each item: a whole number), not 'many'"),
+        (["bench", "x", "--ot=y"], "--ot: no such option; did you mean --out?"),
+    ],
+)
+def test_arguments_of_a_command(argv, told, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("kd-accel: ") and told in line
+
+
+@pytest.mark.parametrize(
     ("argv", "code"),
     [
         (["--help"], 0),
@@ -178,6 +303,8 @@ def run_program(*argv):
         (["train", "--config", "nowhere.yaml"], 2),
         (["trian"], 2),
         (["report"], 2),
+        (["reproduce"], 2),
+        (["reproduce", "--print_config"], 0),
         (["bench", "--batch_sizes", "many"], 2),
         (["reproduce", "--runs", "[nowhere.yaml]", "--launch", "pyproject.toml", "--report_dir", "x"], 2),
     ],

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from kd_accel.bench.identity import model_digest
 from kd_accel.report.plots import plot_accuracy_against_latency, plot_learning_curves
 from kd_accel.report.tables import CIFAR10_CLASSES, write_report
 from kd_accel.types import UserError
@@ -192,7 +193,10 @@ def test_metrics_that_are_missing(tmp_path):
 
 def test_a_bench_file_that_does_not_fit(tmp_path):
     first, second = finished(tmp_path, "first"), finished(tmp_path, "second")
-    with pytest.raises(UserError, match="has no figures of .*second; bench the same runs"):
+    with pytest.raises(
+        UserError,
+        match="has no figures of .*second as it is now; measure .*kd-accel bench .*first .*second --out .*bench.json$",
+    ):
         write_report([first, second], out=tmp_path / "out", bench_file=benched(tmp_path, (first, 1.0)))
     with pytest.raises(UserError, match="nowhere.json: cannot be read .*kd-accel bench"):
         write_report([first], out=tmp_path / "out", bench_file=tmp_path / "nowhere.json")
@@ -203,6 +207,20 @@ def test_a_bench_file_that_does_not_fit(tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps({"models": [{"name": str(first), "macs": "many", "latency": []}]}))
     with pytest.raises(UserError, match="bench figures are damaged"):
         write_report([first], out=tmp_path / "out", bench_file=tmp_path / "bench.json")
+
+
+def test_figures_of_an_earlier_model_of_the_same_run(tmp_path):
+    directory = finished(tmp_path, "r")
+    for name in ("model.json", "model.safetensors"):
+        (directory / name).write_text("old")
+    bench = benched(tmp_path, (directory, 1.0))
+    content = json.loads(bench.read_text())
+    content["models"][0]["digest"] = model_digest(directory)
+    bench.write_text(json.dumps(content))
+    write_report([directory], out=tmp_path / "out", bench_file=bench)
+    (directory / "model.safetensors").write_text("new")
+    with pytest.raises(UserError, match="has no figures of .*r as it is now"):
+        write_report([directory], out=tmp_path / "out", bench_file=bench)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

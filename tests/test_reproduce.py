@@ -1,42 +1,64 @@
 """The whole chain with one command, and the benchmark of training: real processes to their end."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.launching import ROOT, SMALL, environment, run, summary
 
+BENCH = {"batch_sizes": [1], "threads": 1, "min_iterations": 20, "min_time_s": 0.01}
+
+
+def write_chain(directory, runs, *, bench=BENCH):
+    """A config file for each of `runs`, name -> settings besides those of a small training, and one of the chain."""
+    flags = [flag[2:].split("=", 1) for flag in SMALL]
+    small = {}
+    for key, value in flags:
+        section, name = key.split(".")
+        small.setdefault(section, {})[name] = yaml.safe_load(value)
+    files = [directory / f"{name}.yaml" for name in runs]
+    for file, (name, more) in zip(files, runs.items(), strict=True):
+        file.write_text(yaml.safe_dump({**small, "run_dir": str(directory / name), "name": name, **more}))
+    chain = {"runs": [str(file) for file in files], "launch": "launch/cpu2.yaml", "report_dir": str(directory / "report")}
+    (directory / "chain.yaml").write_text(yaml.safe_dump({**chain, "bench": bench}))
+    return directory / "chain.yaml"
+
 
 @pytest.mark.slow
 def test_reproduce_runs_the_chain_once_and_skips_what_is_done(tmp_path):
-    flags = {flag[2:].split("=", 1)[0]: yaml.safe_load(flag.split("=", 1)[1]) for flag in SMALL}
-    settings = {}
-    for key, value in flags.items():
-        section, name = key.split(".")
-        settings.setdefault(section, {})[name] = value
-    files = []
-    for name, more in (("teacher", {"role": "teacher"}), ("student", {"teacher": {"run": str(tmp_path / "teacher")}})):
-        (tmp_path / f"{name}.yaml").write_text(
-            yaml.safe_dump({**settings, "run_dir": str(tmp_path / name), "name": name, **more})
-        )
-        files.append(str(tmp_path / f"{name}.yaml"))
-    chain = {"runs": files, "launch": "launch/cpu2.yaml", "report_dir": str(tmp_path / "report")}
-    bench = {"batch_sizes": [1], "threads": 1, "min_iterations": 20, "min_time_s": 0.01}
-    (tmp_path / "chain.yaml").write_text(yaml.safe_dump({**chain, "bench": bench}))
-    first = run("reproduce", "--config", tmp_path / "chain.yaml", "--", "--train.epochs=1")
+    runs = {"teacher": {"role": "teacher"}, "student": {"teacher": {"run": str(tmp_path / "teacher")}}}
+    chain = write_chain(tmp_path, runs)
+    first = run("reproduce", "--config", chain, "--", "--train.epochs=1")
     assert "| student (distilled) | import:tests.own_models:student |" in first.stdout
     assert summary(tmp_path / "student")["world_size"] == 2
     assert summary(tmp_path / "student")["steps"] == 8
     written = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
-    second = run("reproduce", "--config", tmp_path / "chain.yaml", "--", "--train.epochs=1")
+    second = run("reproduce", "--config", chain, "--", "--train.epochs=1")
     assert second.stdout.count("finished already") == 2
     again = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
     assert again == written
-    wrong = run("reproduce", "--config", tmp_path / "chain.yaml", "--", "--train.epoch=1", code=2)
+    wrong = run("reproduce", "--config", chain, "--", "--train.epoch=1", code=2)
     assert wrong.stderr.count("did you mean train.epochs?") == 2
+
+
+@pytest.mark.slow
+def test_a_finished_chain_is_measured_again_when_its_bench_or_its_runs_change(tmp_path):
+    runs = {"first": {}, "second": {"seed": 1}}
+    run("reproduce", "--config", write_chain(tmp_path, {"first": {}}), "--", "--train.max_steps=1")
+    figures = tmp_path / "report/bench.json"
+    os.utime(figures, (2e9, 2e9))  # newer than any run
+    run("reproduce", "--config", write_chain(tmp_path, runs), "--", "--train.max_steps=1")
+    assert [Path(entry["name"]).name for entry in json.loads(figures.read_text())["models"]] == ["first", "second"]
+    os.utime(figures, (2e9, 2e9))
+    changed = write_chain(tmp_path, runs, bench={**BENCH, "batch_sizes": [1, 2]})
+    run("reproduce", "--config", changed, "--", "--train.max_steps=1")
+    for entry in json.loads(figures.read_text())["models"]:
+        assert [latency["batch_size"] for latency in entry["latency"]] == [1, 2]
 
 
 @pytest.mark.slow

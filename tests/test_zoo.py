@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision import models
 
 from kd_accel import disk
 from kd_accel.models.files import ModelCard, load_card, load_run_model, load_weights, save_model
@@ -120,6 +122,48 @@ def test_a_teachers_stem_must_fit_and_is_not_taken_for_its_classes(tmp_path):
 def test_weights_by_name_of_a_library_that_has_none():
     with pytest.raises(UserError, match="'best' is no run directory and no .safetensors file"):
         load_weights(small(), "best", arch=CARD.arch, is_exact=False)
+
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """Puts a state dict where torchvision keeps the weights that it has downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def put(name, tensors):
+        path = tmp_path / "hub/checkpoints" / Path(models.get_model_weights(name).DEFAULT.url).name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, path)
+
+    return put
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_weights_with_auxiliary_heads_by_name(name, downloaded, tmp_path):
+    arch, needed = f"torchvision/{name}", {"transform_input": True}
+    whole = models.get_model(name, weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
+    downloaded(name, whole.state_dict())
+    model = build_model(arch, num_classes=1000, arch_args=needed).eval()
+    state = torch.get_rng_state()
+    assert load_weights(model, "DEFAULT", arch=arch, is_exact=True) == []
+    assert torch.equal(torch.get_rng_state(), state)
+    images = torch.randn(1, 3, 96, 96)
+    assert torch.equal(model(images), whole(images))
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    other = build_model(arch, num_classes=4)
+    (notice,) = load_weights(other, str(tmp_path / "w.safetensors"), arch=arch, is_exact=False)
+    assert notice.startswith("fc: starts from random weights")
+    with pytest.raises(UserError, match=r"model.weights: DEFAULT .* set model.arch_args: \{transform_input: true\}"):
+        load_weights(other, "DEFAULT", arch=arch, is_exact=False)
+
+
+def test_weights_by_name_under_the_keys_of_older_files(downloaded):
+    whole = {name: tensor for name, tensor in models.densenet121().state_dict().items() if "tracked" not in name}
+    old_key = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")
+    downloaded("densenet121", {old_key.sub(r"\1.\2", name): tensor for name, tensor in whole.items()})
+    model = build_model("torchvision/densenet121", num_classes=1000, seed=1)
+    assert load_weights(model, "DEFAULT", arch="torchvision/densenet121", is_exact=True) == []
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.items())
 
 
 def test_batch_counters_may_be_missing(tmp_path):

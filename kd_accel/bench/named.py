@@ -1,7 +1,8 @@
 """Measuring models by name: the runs of this program from the very files that a user would deploy, or bare architectures.
 
-In: names and a BenchConfig. Out: one dict for a JSON file: the circumstances (device, dtype, threads, versions), and for each
-model its parameters, bytes, multiply-adds and latency per batch size. A run goes by its path, which is how a report finds it.
+In: names and a BenchConfig. Out: one dict for a JSON file: the settings, the circumstances (device, dtype, threads, versions),
+and for each model its parameters, bytes, multiply-adds and latency per batch size. A run goes by its path, which is how a
+report finds it, and by the digest of its files.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torchvision
 from torch import nn
 
+from kd_accel.bench.identity import model_digest
 from kd_accel.bench.latency import measure_latency
 from kd_accel.bench.params import count_macs, count_parameters, model_bytes
 from kd_accel.config import BenchConfig
@@ -35,6 +37,7 @@ class _Named:
     arch: str
     model: nn.Module
     image_size: int
+    digest: str | None = None
 
 
 def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
@@ -48,21 +51,25 @@ def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
     counts = [_counts(entry) for entry in loaded]
     latency = _latencies(loaded, config, device)
     entries = [
-        {"name": entry.name, "arch": entry.arch, "image_size": entry.image_size, **counted, "latency": measured}
+        {**_identity(entry), **counted, "latency": measured}
         for entry, counted, measured in zip(loaded, counts, latency, strict=True)
     ]
-    return {**_circumstances(config, device), "models": entries}
+    return {"settings": asdict(config), **_circumstances(config, device), "models": entries}
 
 
 def _load(name: str, config: BenchConfig) -> _Named:
     path = Path(name)
     if path.is_dir():
         model, card = load_run_model(path, field=name)
-        return _Named(str(path), card.arch, model, config.image_size or card.image_size)
+        return _Named(str(path), card.arch, model, config.image_size or card.image_size, model_digest(path))
     if not name.startswith(_ARCHS):
         raise UserError(f"bench: there is no run directory {name!r}; an arch is torchvision/NAME, timm/NAME or import:...")
     model = build_model(name, num_classes=config.num_classes, field="bench").eval()
     return _Named(name, name, model, config.image_size or _DEFAULT_IMAGE_SIZE)
+
+
+def _identity(entry: _Named) -> dict[str, Any]:
+    return {"name": entry.name, "arch": entry.arch, "digest": entry.digest, "image_size": entry.image_size}
 
 
 def _counts(entry: _Named) -> dict[str, int]:

@@ -11,15 +11,17 @@ from kd_accel.models.files import ModelCard, load_weights
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import Projectors
 from kd_accel.models.student import StudentModule
+from kd_accel.models.taps import probe_logits
 from kd_accel.models.zoo import build_model
 
 
 def build_network(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
-    """(the network to train, notices about weights that were replaced)."""
+    """(the network to train, notices about weights that were replaced). Raises UserError for one that does not fit the data."""
     model = config.model
     network = build_model(
         model.arch, num_classes=len(data.label_names), stem=model.stem, arch_args=model.arch_args, seed=config.seed
     )
+    probe_logits(network, num_classes=len(data.label_names), image_size=config.data.image_size)
     notices = []
     if model.weights is not None:
         notices = load_weights(network, model.weights, arch=model.arch, is_exact=False)

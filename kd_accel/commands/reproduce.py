@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kd_accel.bench.identity import is_measured
 from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
 from kd_accel.parse import build_parser, parse_config
 from kd_accel.types import UserError
@@ -26,7 +27,7 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
             raise UserError(f"{run.name}: paused (checkpoint.stop_after_steps); start the chain again without it to go on")
     directories = [str(run.directory) for run in runs]
     bench_file = report_dir / "bench.json"
-    if _is_older(bench_file, [run.directory / "model.safetensors" for run in runs]):
+    if not is_measured(bench_file, [run.directory for run in runs], config.bench):
         _call(["bench", *directories, "--out", str(bench_file), *_bench_flags(config.bench)], what="bench")
     _call(["report", *directories, "--out", str(report_dir), "--bench", str(bench_file)], what="report")
 
@@ -70,11 +71,6 @@ def _run(command: list[str], *, what: str) -> None:
             f"the {what} ended with code {status}; what it said stands above. Start the same command again once that is "
             "mended: what is done is skipped, and an interrupted training goes on from its last checkpoint"
         )
-
-
-def _is_older(file: Path, than: list[Path]) -> bool:
-    """Whether a file is missing or older than one of those that it was made from."""
-    return not file.exists() or any(path.stat().st_mtime > file.stat().st_mtime for path in than)
 
 
 def _bench_flags(bench: BenchConfig) -> list[str]:

@@ -13,14 +13,20 @@ import torch
 from torch import nn
 
 from kd_accel.config import OptimConfig
+from kd_accel.types import UserError
 
 _ONECYCLE_START_FRACTION = 1 / 25
 _ONECYCLE_END_FRACTION = 1 / 25 / 1e4
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """One parameter group; the fused kernel, which is one pass over the parameters instead of several."""
+    """One parameter group; the fused kernel, which is one pass over the parameters instead of several.
+
+    Raises UserError where nothing is trained.
+    """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        raise UserError("model.arch: the model has no parameter that can be trained; use another, or set requires_grad to True")
     if optim.name == "adamw":
         first, second = optim.betas
         return torch.optim.AdamW(trained, lr=optim.lr, betas=(first, second), weight_decay=optim.weight_decay, fused=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_accel.config import CheckpointConfig, OptimConfig, TrainConfig
 from kd_accel.data.loader import TrainLoader
@@ -25,7 +26,7 @@ from kd_accel.engine.optim import learning_rate, set_learning_rate
 from kd_accel.engine.progress import Progress
 from kd_accel.engine.state import Trainee, capture
 from kd_accel.losses.feature import target_variance
-from kd_accel.types import Batch, LossFunction, LossTerms, Signals, SignalSource, StudentOutput
+from kd_accel.types import Batch, LossFunction, LossTerms, Signals, SignalSource, StudentOutput, UserError
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Job:
 
 def train(job: Job) -> None:
     """Run from where the trainee stands to the end of the course, or to `checkpoint.stop_after_steps`."""
+    _refuse_single_rows(job)
     position = job.trainee.position
     while not job.must_stop:
         train_epoch(job)
@@ -121,7 +123,7 @@ def train_epoch(job: Job) -> None:
         lr = job.course.lr_at(position.step)
         _optimizer_step(job, micro_batches, loss, lr)
         if position.step == first_step:
-            _check_every_parameter_learns(trainee.module)
+            _refuse_idle_parameters(trainee.module)
         trainee.optimizer.zero_grad(set_to_none=True)
         position.step += 1
         position.step_in_epoch += 1
@@ -213,11 +215,29 @@ def _is_due(count: int, every: int | None) -> bool:
     return every is not None and count % every == 0
 
 
-def _check_every_parameter_learns(module: nn.Module) -> None:
-    """Our own invariant, checked once: a parameter without a gradient would make the ranks hang or drift."""
-    idle = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None]
+def _refuse_single_rows(job: Job) -> None:
+    """The statistics of BatchNorm are those of one forward of one process."""
+    parts = job.accelerator.num_processes * job.train.grad_accum_steps
+    if job.train.batch_size == parts and any(isinstance(module, _BatchNorm) for module in job.trainee.module.modules()):
+        raise UserError(
+            f"train.batch_size: {parts} over {job.accelerator.num_processes} processes x {job.train.grad_accum_steps} "
+            f"accumulation steps is one row in each forward, too few for the model's BatchNorm layers; use {2 * parts} or more"
+        )
+
+
+def _refuse_idle_parameters(module: nn.Module) -> None:
+    """Checked once: where ranks exchange gradients, a parameter without one would make them hang or drift."""
+    idle = [
+        name.removeprefix("module.").removeprefix("student.")
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
     if idle:
-        raise RuntimeError(f"no gradient reaches {', '.join(idle[:5])}{' ...' if len(idle) > 5 else ''}")
+        more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+        raise UserError(
+            f"model.arch: no gradient reaches {', '.join(idle[:5])}{more}; every trained parameter must take part in the "
+            "output: remove the idle layer, use it, or set requires_grad to False"
+        )
 
 
 class _Clock:

@@ -93,7 +93,8 @@ def load_weights(model: nn.Module, weights: str, *, arch: str, is_exact: bool, f
     is_exact: every tensor must fit (a teacher). Otherwise a classifier or stem of another shape keeps its fresh values, and
     the returned notices say so (fine-tuning onto other classes). Raises UserError for anything else that does not fit.
     """
-    tensors = _read_weights(weights, arch=arch, field=f"{field}.weights")
+    read = _read_weights(weights, model, arch=arch, section=field)
+    tensors = {name: tensor for name, tensor in read.items() if not name.startswith(_AUXILIARY_HEADS.get(arch, ()))}
     own = model.state_dict()
     optional = {name for name in own if name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in tensors and name not in optional]
@@ -107,8 +108,8 @@ def load_weights(model: nn.Module, weights: str, *, arch: str, is_exact: bool, f
     raise UserError(f"{field}.weights: {_misfit(weights, arch, own, tensors, (missing, unknown, misshapen))}")
 
 
-def _read_weights(weights: str, *, arch: str, field: str) -> dict[str, Tensor]:
-    path = Path(weights)
+def _read_weights(weights: str, model: nn.Module, *, arch: str, section: str) -> dict[str, Tensor]:
+    path, field = Path(weights), f"{section}.weights"
     if path.is_dir():
         load_card(path)
         return _read_safetensors(path / "model.safetensors", field)
@@ -121,7 +122,17 @@ def _read_weights(weights: str, *, arch: str, field: str) -> dict[str, Tensor]:
         )
     if "/" in weights:
         raise UserError(f"{field}: there is no run directory {weights!r}; train it first, or check the path")
-    return _library_weights(weights, arch, field)
+    if arch in _AUXILIARY_HEADS and not getattr(model, "transform_input", True):
+        raise UserError(
+            f"{field}: {weights} of {arch} was trained with transform_input, so the model needs it too; "
+            f"set {section}.arch_args: {{transform_input: true}}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        return _library_weights(weights, arch, field)
+
+
+_AUXILIARY_HEADS = {"torchvision/googlenet": ("aux1.", "aux2."), "torchvision/inception_v3": ("AuxLogits.",)}
+"""Beside the classifier, for torchvision's own way of training them; no model here has any."""
 
 
 def _read_safetensors(path: Path, field: str) -> dict[str, Tensor]:
@@ -139,7 +150,8 @@ def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:
         if library == "torchvision":
             from torchvision import models
 
-            return models.get_model_weights(model_name)[name].get_state_dict(progress=False, check_hash=True)
+            known_weights = models.get_model_weights(model_name)[name]
+            return models.get_model(model_name, weights=known_weights, progress=False).state_dict()  # renames old keys
         if library == "timm":
             import timm
 
@@ -149,8 +161,9 @@ def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:
         known = ", ".join(models.get_model_weights(model_name).__members__)
         raise UserError(f"{field}: {arch} has no weights {name!r} (there are: {known})") from None
     except Exception as error:  # every client raises its own kind when there is no network or no such name
+        said = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{field}: cannot download {name!r} of {arch} ({type(error).__name__}: {error}); without a network give a "
+            f"{field}: cannot download {name!r} of {arch} ({said}); without a network give a "
             ".safetensors file, or null to start from random weights"
         ) from None
     raise UserError(f"{field}: {name!r} is no run directory and no .safetensors file, and {library} knows no weights by name")

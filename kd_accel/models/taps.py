@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kd_accel.types import UserError
 
 _LISTED = 12
+_PROBED_IMAGES = 2
 _FIELD = "distill.feature.taps"
 
 
@@ -100,6 +101,18 @@ def probe_taps(
     return {name: tuple(seen[name].output.shape[1:]) for name in names}
 
 
+def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None:
+    """Raises UserError for a model that cannot take images of `image_size` pixels, or gives no logits [B, num_classes]."""
+    output = _see(model, {"": model}, image_size)[""].output
+    wanted = (_PROBED_IMAGES, num_classes)
+    if not isinstance(output, Tensor) or output.shape != wanted:
+        given = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UserError(
+            f"model.arch: {type(model).__name__} gives {given} for {_PROBED_IMAGES} images, not logits of shape {wanted}, one "
+            "for each class; use another arch, or mend the function that builds it"
+        )
+
+
 @torch.no_grad()
 def _see(model: nn.Module, modules: dict[str, nn.Module], image_size: int) -> dict[str, _Seen]:
     """One forward in evaluation mode: what each module gave last."""
@@ -116,10 +129,12 @@ def _see(model: nn.Module, modules: dict[str, nn.Module], image_size: int) -> di
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]):
-            model(torch.zeros(2, 3, image_size, image_size, device=next(model.parameters()).device))
+            device = next((parameter.device for parameter in model.parameters()), None)
+            model(torch.zeros(_PROBED_IMAGES, 3, image_size, image_size, device=device))
     except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())
         raise UserError(
-            f"data.image_size: {type(model).__name__} cannot take images of {image_size} pixels ({error}); choose another size "
+            f"data.image_size: {type(model).__name__} cannot take images of {image_size} pixels ({said}); choose another size "
             "or arch"
         ) from None
     finally:

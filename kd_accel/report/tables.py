@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kd_accel.bench.identity import model_digest
 from kd_accel.disk import read_json
 from kd_accel.report.plots import plot_accuracy_against_latency, plot_learning_curves
 from kd_accel.types import UserError
@@ -52,9 +53,13 @@ def write_report(directories: Sequence[Path], *, out: Path, bench_file: Path | N
     """Write everything to `out`; returns the table. Raises UserError for a run that is not finished or cannot be read."""
     bench = _read_bench(bench_file) if bench_file else {}
     results = [load_result(directory, bench.get(str(directory))) for directory in directories]
-    missing = [str(directory) for directory in directories if bench_file and str(directory) not in bench]
+    missing = [str(directory) for directory in directories if bench_file and not _has_figures(bench, directory)]
     if missing:
-        raise UserError(f"--bench {bench_file}: has no figures of {', '.join(missing)}; bench the same runs by the same paths")
+        names = " ".join(map(str, directories))
+        raise UserError(
+            f"--bench {bench_file}: has no figures of {', '.join(missing)} as it is now; measure all of them, by the paths "
+            f"that report is given: kd-accel bench {names} --out {bench_file}"
+        )
     text = results_table(results)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -142,6 +147,12 @@ def _read_bench(path: Path) -> dict[str, dict[str, Any]]:
         return {entry["name"]: entry for entry in content["models"]}
     except (KeyError, TypeError):
         raise UserError(f"--bench {path}: is no file of kd-accel bench") from None
+
+
+def _has_figures(bench: dict[str, dict[str, Any]], directory: Path) -> bool:
+    """Of the model that stands there today."""
+    entry = bench.get(str(directory))
+    return entry is not None and entry.get("digest") in (None, model_digest(directory))
 
 
 def _read_curve(path: Path) -> list[dict[str, Any]]:
