@@ -1,32 +1,61 @@
-"""What a user can get wrong about a network, its arguments and its files, and what a write must survive."""
-
-import dataclasses
-import json
-import os
-import re
-from pathlib import Path
+"""Networks by name: what is built, what it depends on, and what a user can get wrong about a name and its arguments."""
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torchvision import models
 
-from kd_accel import disk
-from kd_accel.models.files import ModelCard, load_card, load_run_model, load_weights, save_model
+from kd_accel.models.taps import probe_taps
 from kd_accel.models.zoo import build_model
 from kd_accel.types import UserError
 
-CARD = ModelCard("import:tests.own_models:student", "imagenet", {}, list("abcd"), [0.5] * 3, [0.2] * 3, 32)
+TAPS = ["layer1", "layer2", "layer3", "layer4"]
 
 
-def small(num_classes=4, seed=0):
-    return build_model(CARD.arch, num_classes=num_classes, seed=seed)
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+@pytest.mark.parametrize(("arch", "count"), [("resnet50", 23_528_522), ("resnet18", 11_181_642)])
+def test_the_references_parameter_counts(library, arch, count):
+    model = build_model(f"{library}/{arch}", num_classes=10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+@pytest.mark.parametrize(("stem", "sizes"), [("imagenet", (8, 4, 2, 1)), ("no_pool", (16, 8, 4, 2)), ("cifar", (32, 16, 8, 4))])
+def test_each_stem_doubles_the_resolution(library, stem, sizes):
+    model = build_model(f"{library}/resnet18", num_classes=10, stem=stem)
+    shapes = probe_taps(model, TAPS, image_size=32)
+    assert [shapes[tap] for tap in TAPS] == [(d, s, s) for d, s in zip((64, 128, 256, 512), sizes, strict=True)]
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_weights_depend_on_the_seed_alone_and_the_generator_stays():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one = build_model("torchvision/resnet18", num_classes=10, seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    again = build_model("torchvision/resnet18", num_classes=10, seed=1).state_dict()
+    other = build_model("torchvision/resnet18", num_classes=10, seed=2).state_dict()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
+
+
+def test_building_leaves_the_generators_of_gpus_alone(monkeypatch):
+    def moved(seed):
+        raise AssertionError("moved")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", moved)
+    build_model("import:tests.own_models:student", num_classes=4, seed=3)
+
+
+def test_arch_args_reach_the_builder():
+    model = build_model("torchvision/resnet18", num_classes=10, arch_args={"zero_init_residual": True})
+    assert model.layer1[0].bn2.weight.abs().sum() == 0
 
 
 @pytest.mark.parametrize(
     ("arch", "settings", "said"),
     [
+        ("torchvision/resnet81", {}, "did you mean torchvision/resnet18"),
+        ("timm/resnet81", {}, "did you mean timm/resnet18"),
         ("resnet18", {}, "bench.arch: 'resnet18' must start with torchvision/.*did you mean torchvision/resnet18"),
         ("keras/zzz", {}, "must start with torchvision/.*such as torchvision/resnet18"),
         ("timm/resnet18.nope", {}, "bench.arch: timm/resnet18.nope cannot be built .*nope"),
@@ -35,6 +64,10 @@ def small(num_classes=4, seed=0):
         ("timm/resnet18", {"arch_args": {"wings": 2}}, "bench.arch_args: .* does not take .'wings': 2"),
         ("import:tests.own_models:student", {"arch_args": {"wings": 2}}, "does not take the arguments wings, num_classes"),
         ("import:builtins:dict", {"stem": "cifar"}, "gave dict, not a torch.nn.Module"),
+        ("import:tests.own_models:nothing", {}, "has no function 'nothing'"),
+        ("import:nowhere.at_all:model", {}, "cannot import 'nowhere.at_all'"),
+        ("import:tests", {}, "must have the form import:package.module:function"),
+        ("torchvision/vgg11", {"stem": "cifar"}, "bench.stem: cifar is for ResNets .* torchvision/vgg11 is none: use imagenet"),
         ("timm/resnet18d", {"stem": "cifar"}, "is for ResNets"),
     ],
 )
@@ -56,159 +89,3 @@ def broken_model(num_classes):
 def test_a_fault_inside_own_code_keeps_its_traceback():
     with pytest.raises(TypeError, match="inside the user's own code"):
         build_model(f"import:{__name__}:broken_model", num_classes=10)
-
-
-def test_building_leaves_the_generators_of_gpus_alone(monkeypatch):
-    def moved(seed):
-        raise AssertionError("moved")
-
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", moved)
-    small(seed=3)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"arch": 3},
-        {"stem": "odd"},
-        {"arch_args": [1]},
-        {"label_names": None},
-        {"label_names": []},
-        {"label_names": [1, 2]},
-        {"mean": "grey"},
-        {"mean": [0.1, 0.2]},
-        {"std": [0.1, 0.2, 0.0]},
-        {"std": [0.1, 0.2, float("nan")]},
-        {"image_size": "32"},
-        {"image_size": 0},
-    ],
-)
-def test_a_card_with_a_damaged_value_names_it(tmp_path, change):
-    (tmp_path / "model.json").write_text(json.dumps({**dataclasses.asdict(CARD), **change}))
-    with pytest.raises(UserError, match=rf"model.json: damaged \({next(iter(change))} wrong or missing\)"):
-        load_card(tmp_path)
-
-
-def test_a_card_that_is_no_mapping(tmp_path):
-    (tmp_path / "model.json").write_text("[]")
-    with pytest.raises(UserError, match="is damaged .no JSON object"):
-        load_card(tmp_path)
-
-
-def test_a_run_without_its_weights(tmp_path):
-    save_model(tmp_path, small(), card=CARD)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model.weights: no file .*model.safetensors; check the path, or train the run again"):
-        load_run_model(tmp_path)
-
-
-def test_a_run_of_another_architecture_is_named(tmp_path):
-    save_model(tmp_path, small(), card=CARD)
-    for weights in (tmp_path, tmp_path / "model.safetensors"):
-        model = build_model("torchvision/resnet18", num_classes=4)
-        with pytest.raises(
-            UserError, match="does not fit torchvision/resnet18.*import:tests.own_models:student, stem imagenet$"
-        ):
-            load_weights(model, str(weights), arch="torchvision/resnet18", is_exact=False)
-
-
-def test_a_teachers_stem_must_fit_and_is_not_taken_for_its_classes(tmp_path):
-    save_file(build_model("torchvision/resnet18", num_classes=10).state_dict(), tmp_path / "w.safetensors")
-    model = build_model("torchvision/resnet18", num_classes=10, stem="cifar")
-    with pytest.raises(UserError, match="teacher.weights: .* 1 of another shape .conv1.weight"):
-        load_weights(model, str(tmp_path / "w.safetensors"), arch="torchvision/resnet18", is_exact=True, field="teacher")
-
-
-def test_weights_by_name_of_a_library_that_has_none():
-    with pytest.raises(UserError, match="'best' is no run directory and no .safetensors file"):
-        load_weights(small(), "best", arch=CARD.arch, is_exact=False)
-
-
-@pytest.fixture
-def downloaded(tmp_path, monkeypatch):
-    """Puts a state dict where torchvision keeps the weights that it has downloaded."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def put(name, tensors):
-        path = tmp_path / "hub/checkpoints" / Path(models.get_model_weights(name).DEFAULT.url).name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(tensors, path)
-
-    return put
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_weights_with_auxiliary_heads_by_name(name, downloaded, tmp_path):
-    arch, needed = f"torchvision/{name}", {"transform_input": True}
-    whole = models.get_model(name, weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
-    downloaded(name, whole.state_dict())
-    model = build_model(arch, num_classes=1000, arch_args=needed).eval()
-    state = torch.get_rng_state()
-    assert load_weights(model, "DEFAULT", arch=arch, is_exact=True) == []
-    assert torch.equal(torch.get_rng_state(), state)
-    images = torch.randn(1, 3, 96, 96)
-    assert torch.equal(model(images), whole(images))
-    save_file(whole.state_dict(), tmp_path / "w.safetensors")
-    other = build_model(arch, num_classes=4)
-    (notice,) = load_weights(other, str(tmp_path / "w.safetensors"), arch=arch, is_exact=False)
-    assert notice.startswith("fc: starts from random weights")
-    with pytest.raises(UserError, match=r"model.weights: DEFAULT .* set model.arch_args: \{transform_input: true\}"):
-        load_weights(other, "DEFAULT", arch=arch, is_exact=False)
-
-
-def test_weights_by_name_under_the_keys_of_older_files(downloaded):
-    whole = {name: tensor for name, tensor in models.densenet121().state_dict().items() if "tracked" not in name}
-    old_key = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")
-    downloaded("densenet121", {old_key.sub(r"\1.\2", name): tensor for name, tensor in whole.items()})
-    model = build_model("torchvision/densenet121", num_classes=1000, seed=1)
-    assert load_weights(model, "DEFAULT", arch="torchvision/densenet121", is_exact=True) == []
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.items())
-
-
-def test_batch_counters_may_be_missing(tmp_path):
-    arch = "import:tests.own_models:student_with_everything"
-    source = build_model(arch, num_classes=4, seed=1)
-    kept = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("num_batches_tracked")}
-    save_file(kept, tmp_path / "w.safetensors")
-    model = build_model(arch, num_classes=4)
-    assert load_weights(model, str(tmp_path / "w.safetensors"), arch=arch, is_exact=True) == []
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
-
-
-def test_tensors_that_two_modules_share_are_saved_under_both_names(tmp_path):
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
-    model[1].weight = model[0].weight
-    save_model(tmp_path, model, card=CARD)
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["1.weight"], model[0].weight)
-
-
-def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    save_model(tmp_path, small(seed=1), card=CARD)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(disk.os, "fsync", full_disk)
-    with pytest.raises(UserError, match="cannot write the model to .*No space left"):
-        save_model(tmp_path, small(seed=2), card=CARD)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_both_files_and_the_directory_reach_the_disk(tmp_path, monkeypatch):
-    flushed = []
-    flush = os.fsync
-
-    def record(descriptor):
-        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name.split(".tmp")[0])
-        flush(descriptor)
-
-    monkeypatch.setattr(disk.os, "fsync", record)
-    save_model(tmp_path, small(), card=CARD)
-    assert flushed == [".model.safetensors", tmp_path.name, ".model.json", tmp_path.name]
-
-
-def test_a_directory_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="cannot write the model"):
-        save_model(tmp_path / "nowhere", small(), card=CARD)
