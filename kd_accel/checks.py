@@ -89,8 +89,7 @@ def _signals(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
     """Where the teacher's answers come from."""
     yield from _at_least(teacher, "teacher", 1, "shard_mib", "cache_batch_size")
     if teacher.signals == "live":
-        unused = ("cache_dir", "shard_mib", "cache_batch_size")
-        yield from _no_effect(teacher, "teacher", unused, because="with signals live")
+        yield from _no_effect(teacher, "teacher", ("shard_mib", "cache_batch_size"), because="with signals live")
         if teacher.dtype == "int8":
             yield "teacher.dtype: int8 cannot be had live, since its scales belong to the files of a cache"
         return

@@ -85,6 +85,15 @@ def _cache(argv: list[str]) -> None:
         cache_report.run_cache_info(config, as_json=values["json"])
 
 
+def _plan(argv: list[str]) -> None:
+    parser = build_parser(RunConfig, prog="kd-accel plan", description="What live and cached signals would cost here.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    config, values = parse_config(RunConfig, argv, parser=parser)
+    from kd_accel.commands.plan import run_plan
+
+    run_plan(config, as_json=values["json"])
+
+
 def _evaluate(argv: list[str]) -> None:
     parser = _parser("evaluate", "RUN [--split test|val]", "Accuracy, loss and agreement with the teacher of a trained run.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
@@ -156,6 +165,7 @@ _CACHE_ACTIONS = {
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "train": ("train a teacher, a student, or a student with its teacher", _train),
     "cache": ("keep what a teacher says: build, verify, info", _cache),
+    "plan": ("what a live teacher and a cached one would cost here", _plan),
     "evaluate": ("accuracy, loss and agreement of a trained run", _evaluate),
     "bench": ("parameters, MACs and latency of runs or architectures", _bench),
     "report": ("table and pictures of several runs", _report),

@@ -114,7 +114,8 @@ def _sources(
             if not takes_arguments:
                 mistakes.append(f"{flag}: stands alone; a config file is given as --config FILE, a setting as --a.b VALUE")
             continue
-        if flag == "--print_config" or flag.endswith("+"):  # takes no value of its own; an addition to a list
+        is_switch = action is not None and action.nargs == 0
+        if flag == "--print_config" or is_switch or flag.endswith("+"):  # takes no value of its own; an addition to a list
             continue
         if not has_value and tokens and not tokens[0].startswith("--"):
             value = tokens.popleft()

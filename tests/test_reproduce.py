@@ -31,14 +31,17 @@ def write_chain(directory, runs, *, bench=BENCH):
 
 @pytest.mark.slow
 def test_reproduce_runs_the_chain_once_and_skips_what_is_done(tmp_path):
-    runs = {"teacher": {"role": "teacher"}, "student": {"teacher": {"run": str(tmp_path / "teacher")}}}
+    cached = {"run": str(tmp_path / "teacher"), "signals": "cached", "cache_dir": str(tmp_path / "cache")}
+    runs = {"teacher": {"role": "teacher"}, "student": {"teacher": cached}}
     chain = write_chain(tmp_path, runs)
-    first = run("reproduce", "--config", chain, "--", "--train.epochs=1")
+    flags = ["--train.epochs=1", "--data.views=2"]
+    first = run("reproduce", "--config", chain, "--", *flags)
+    assert "4 of 4 files to write" in first.stdout
     assert "| student (distilled) | import:tests.own_models:student |" in first.stdout
     assert summary(tmp_path / "student")["world_size"] == 2
     assert summary(tmp_path / "student")["steps"] == 8
     written = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
-    second = run("reproduce", "--config", chain, "--", "--train.epochs=1")
+    second = run("reproduce", "--config", chain, "--", *flags)
     assert second.stdout.count("finished already") == 2
     again = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
     assert again == written

@@ -1,4 +1,5 @@
-"""A chain of runs with one command: each training in a launch of its own, then bench and report. What is done is skipped.
+"""A chain of runs with one command: caches and trainings, each in a launch of its own, then bench and report. What is done is
+skipped.
 
 The configs of all trainings are parsed and checked before the first launch, so that a mistake in the last one does not show
 after hours. Imports no torch.
@@ -22,7 +23,10 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
     runs = _checked_runs(config, overrides)
     report_dir = Path(config.report_dir)
     for file, run in zip(config.runs, runs, strict=True):
-        _launch_training(file, run, launch=config.launch, overrides=overrides)
+        flags = ["--config", file, *overrides]
+        if _needs_its_cache(run):
+            _launch(["cache", "build", *flags], launch=config.launch, what=f"cache of {run.name}")
+        _launch(["train", *flags], launch=config.launch, what=f"training of {run.name}")
         if not (run.directory / "summary.json").is_file():
             raise UserError(f"{run.name}: paused (checkpoint.stop_after_steps); start the chain again without it to go on")
     directories = [str(run.directory) for run in runs]
@@ -52,11 +56,16 @@ def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConf
     return runs
 
 
-def _launch_training(file: str, run: RunConfig, *, launch: str, overrides: list[str]) -> None:
-    print(f"\n== {run.name} ({file})", flush=True)
+def _needs_its_cache(run: RunConfig) -> bool:
+    """Whether a training that is not finished reads a cache: a build writes what that cache lacks, and checks the rest."""
+    is_finished = (run.directory / "summary.json").is_file()
+    return run.teacher is not None and run.teacher.signals != "live" and not is_finished
+
+
+def _launch(arguments: list[str], *, launch: str, what: str) -> None:
+    print(f"\n== {what}", flush=True)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
-    command = [*launcher, "-m", "kd_accel", "train", "--config", file, *overrides]
-    _run(command, what=f"training of {run.name}")
+    _run([*launcher, "-m", "kd_accel", *arguments], what=what)
 
 
 def _call(arguments: list[str], *, what: str) -> None:
