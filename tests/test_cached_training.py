@@ -144,10 +144,13 @@ def test_a_resumed_run_reads_the_same_cache(tmp_path, teacher_run):
 def test_two_processes_read_what_one_wrote(tmp_path, teacher_run):
     common = flags(teacher_run, "both")
     common[0] = "--model.arch=import:tests.own_models:student"
-    build(*common, *cached(tmp_path / "cache"))
-    train(tmp_path / "one", *common, *cached(tmp_path / "cache"))
-    train(tmp_path / "two", *common, *cached(tmp_path / "cache"), processes=2)
+    use = cached(tmp_path / "cache")
+    build(*common, *use)
+    train(tmp_path / "one", *common, *use)
+    train(tmp_path / "two", *common, *use, processes=2)
+    train(tmp_path / "live", *common, processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "live"), rel=1e-5)
 
 
 def _reverse_rows(cache_dir, keep=()):

@@ -19,7 +19,9 @@ from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, build_projectors
 from kd_accel.models.student import StudentModule
 from kd_accel.models.zoo import build_model
+from kd_accel.teacher.cached import decoded_on
 from kd_accel.teacher.live import LiveTeacher
+from kd_accel.teacher.store.reader import StoredRows
 from kd_accel.types import Batch
 
 TAPS = ["layer1", "layer2", "layer3", "layer4"]
@@ -109,3 +111,14 @@ def test_the_check_can_fail():
         images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device="cuda")
         with pytest.raises(RuntimeError, match="device"):
             Normalize([0.5] * 3, [0.25] * 3)(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+def test_stored_answers_are_decoded_on_the_device(dtype):
+    with FakeTensorMode():
+        scale = torch.ones(4, 3) if dtype == torch.int8 else None
+        stored = StoredRows(torch.zeros(4, 3, 2, 2, dtype=dtype), scale)
+        answer = decoded_on(torch.device("cuda"), stored, torch.channels_last)
+        assert answer.device.type == "cuda"
+        assert answer.dtype == torch.float32
+        assert answer.is_contiguous(memory_format=torch.channels_last)

@@ -83,15 +83,16 @@ class CachedTeacher:
         """Signals on the device of the images, float32."""
         device = batch.images.device
         stored = self._reader.read(batch.view, batch.rows.numpy(), pin_memory=device.type == "cuda")
-        values = {name: self._decoded(rows, device) for name, rows in stored.items()}
+        values = {name: decoded_on(device, rows, self._map_layout) for name, rows in stored.items()}
         return Signals(values[LOGITS], {tap: values[name] for tap, name in self._taps.items()})
 
-    def _decoded(self, stored: StoredRows, device: torch.device) -> Tensor:
-        """Moved as it is kept, decoded on the device."""
-        values = stored.values.to(device, non_blocking=True)
-        layout = self._map_layout if values.ndim == 4 else torch.contiguous_format
-        scale = None if stored.scale is None else stored.scale.to(device, non_blocking=True)
-        return decode(values.contiguous(memory_format=layout), scale)
+
+def decoded_on(device: torch.device, stored: StoredRows, map_layout: torch.memory_format) -> Tensor:
+    """float32 [n, ...] on the device: moved as it is kept, decoded there."""
+    values = stored.values.to(device, non_blocking=True)
+    scale = None if stored.scale is None else stored.scale.to(device, non_blocking=True)
+    layout = map_layout if values.ndim == 4 else torch.contiguous_format
+    return decode(values.contiguous(memory_format=layout), scale)
 
 
 def open_cache(directory: Path, wanted: Wanted) -> OpenCache:
