@@ -76,7 +76,7 @@ def _refuse_mistakes(config_class: type, argv: Sequence[str], parser: ArgumentPa
     written = read_written(config_class, argv, parser=parser)
     mistakes, settings = list(written.mistakes), written.meant()
     missing = [name for name in missing_fields(config_class, settings) if name not in written.refused]
-    if missing and not any(token.startswith("--print_config") for token in argv):
+    if missing and not mistakes and not any(token.startswith("--print_config") for token in argv):
         mistakes.append(f"{', '.join(missing)}: missing, and without a default; set it in a file (--config FILE) or as a flag")
     if mistakes:
         raise UserError(_listed(mistakes + _broken_rules(config_class, settings, parser)))

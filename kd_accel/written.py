@@ -123,16 +123,26 @@ def _sources(
             mistakes.append(f"{flag}: has no value; write {flag} VALUE")
             continue
         if flag == "--config":
-            yield value, _read_yaml(value, mistakes)
+            yield value, _for_this_command(read_yaml(value, mistakes), value, known, mistakes)
         elif action is None and not flag.startswith("--"):
             mistakes.append(f"{flag}: no such option; a setting is given as --a.b VALUE")
         elif action is None or flag[2:].partition(".")[0] in known:
             yield _flag_setting(known, flag[2:], value, mistakes)
 
 
+def _for_this_command(settings: dict[str, Any], path: str, known: Mapping[str, Any], mistakes: list[str]) -> dict[str, Any]:
+    """Nothing where the file is one of another command, which is one mistake and not one for each key."""
+    if len(settings) < 3 or known.keys() & settings.keys():
+        return settings
+    mistakes.append(
+        f"config: {path} is written for another command: no setting in it ({', '.join(map(str, settings))}) is of this"
+    )
+    return {}
+
+
 def _flag_setting(known: Mapping[str, Any], key: str, value: str, mistakes: list[str]) -> tuple[str, dict[str, Any]]:
     if key in known and section_type(known[key]) and Path(value).is_file():  # the settings of one section in a file
-        return value, {key: _read_yaml(value, mistakes)}
+        return value, {key: read_yaml(value, mistakes)}
     try:
         loaded = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError):
@@ -155,20 +165,21 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str, mistakes: list[str]) -> dict[str, Any]:
+def read_yaml(path: str, mistakes: list[str], *, field: str = "config") -> dict[str, Any]:
+    """The settings in a file; empty, with a mistake that begins with `field`, where there are none that can be read."""
     try:
         loader = _OnceLoader(Path(path).read_text(encoding="utf-8"))
         content = loader.get_single_data()
     except OSError as error:
-        mistakes.append(f"config: cannot read {path} ({error.strerror}); name a YAML file")
+        mistakes.append(f"{field}: cannot read {path} ({error.strerror}); name a YAML file")
         return {}
     except (yaml.YAMLError, ValueError) as error:
-        mistakes.append(f"config: {path} is not YAML that can be read ({_place(error)}); mend the file")
+        mistakes.append(f"{field}: {path} is not YAML that can be read ({_place(error)}); mend the file")
         return {}
     if isinstance(content, dict):
         return content
     found = "nothing" if content is None else f"a {type(content).__name__}"
-    mistakes.append(f"config: {path} holds {found}; it must hold settings as `key: value`")
+    mistakes.append(f"{field}: {path} holds {found}; it must hold settings as `key: value`")
     return {}
 
 

@@ -170,6 +170,7 @@ def test_an_image_size_of_ones_own(saved):
         ("torchvision/resnet19", {}, "did you mean torchvision/resnet"),
         ("torchvision/vit_b_16", {}, "image_size: torchvision/vit_b_16 does not take images of 32x32 .*--image_size"),
         (STUDENT, {"device": "gpu0"}, "device: 'gpu0' is no device"),
+        (STUDENT, {"device": "meta"}, "device: 'meta' is no device to measure on; use auto, cpu"),
         (STUDENT, {"device": "cuda:99"}, "device: cuda:99 is not there"),
         (STUDENT, {"precision": "fp16"}, "precision: fp16 needs a GPU"),
     ],
@@ -203,6 +204,7 @@ def test_from_the_command_line(saved, tmp_path):
     assert f"{saved}: 0.01 M parameters" in done.stdout
     assert json.loads(out.read_text())["models"][0]["name"] == str(saved)
     assert "no run directory" in run("bench", tmp_path / "nowhere", code=2).stderr
+    assert "is a directory; name a JSON file" in run("bench", saved, f"--out={tmp_path}", code=2).stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -170,6 +170,15 @@ def test_a_value_of_the_wrong_kind_is_one_sentence(config_file, settings, told):
     assert mistakes("--config", path) == f"{told} (in {path})"
 
 
+@pytest.mark.parametrize("kind", [BenchConfig, ReproduceConfig])
+def test_a_file_of_another_command_is_one_sentence(config_file, kind):
+    path = config_file({"name": "x", "data": {}, "train": {"epochs": 3}})
+    with pytest.raises(UserError) as caught:
+        parse_config(kind, ["--config", path], parser=build_parser(kind, prog="x", description=""))
+    said = "is written for another command: no setting in it (data, name, train) is of this"
+    assert str(caught.value) == f"config: {path} {said}"
+
+
 def test_a_misspelt_key_of_a_schedule_is_one_sentence(config_file):
     schedule = {"start": 0.5, "flor": 0.3, "decay": 0.95}
     path = config_file({"teacher": {"run": "x"}, "distill": {"temperature": schedule}})
@@ -283,6 +292,7 @@ def run_program(*argv):
         (["evaluate", "a", "--split=vall"], "invalid choice: 'vall' (choose from 'test', 'val') (usage: kd-accel evaluate"),
         (["bench"], "missing: RUN_OR_ARCH (usage: kd-accel bench RUN_OR_ARCH ... [--out FILE] [--config FILE ...]"),
         (["bench", "x", "--batch_sizes", "many"], "batch_sizes: must be a list (of each item: a whole number), not 'many'"),
+        (["reproduce", "chain.yaml"], "chain.yaml: stands alone; a config file is given as --config FILE"),
         (["bench", "x", "--ot=y"], "--ot: no such option; did you mean --out?"),
     ],
 )

@@ -46,7 +46,15 @@ def test_reproduce_runs_the_chain_once_and_skips_what_is_done(tmp_path):
     again = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
     assert again == written
     wrong = run("reproduce", "--config", chain, "--", "--train.epoch=1", code=2)
-    assert wrong.stderr.count("did you mean train.epochs?") == 2
+    assert wrong.stderr.startswith("kd-accel: after --: train.epoch: no such setting; did you mean train.epochs?")
+    assert len(wrong.stderr.splitlines()) == 1
+
+
+def test_a_launch_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "launch.yaml").write_text("a: [")
+    done = run("reproduce", "--config", write_chain(tmp_path, {"first": {}}), f"--launch={tmp_path / 'launch.yaml'}", code=2)
+    assert done.stderr.startswith(f"kd-accel: launch: {tmp_path / 'launch.yaml'} is not YAML that can be read (line 1")
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
 
 
 @pytest.mark.slow

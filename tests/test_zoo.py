@@ -57,6 +57,7 @@ def test_arch_args_reach_the_builder():
         ("torchvision/resnet81", {}, "did you mean torchvision/resnet18"),
         ("timm/resnet81", {}, "did you mean timm/resnet18"),
         ("resnet18", {}, "bench.arch: 'resnet18' must start with torchvision/.*did you mean torchvision/resnet18"),
+        ("torchvision/zzz", {}, "torchvision has no classifier 'zzz'; name one that it has, such as torchvision/resnet18"),
         ("keras/zzz", {}, "must start with torchvision/.*such as torchvision/resnet18"),
         ("timm/resnet18.nope", {}, "bench.arch: timm/resnet18.nope cannot be built .*nope"),
         ("torchvision/resnet18", {"arch_args": {"num_classes": 5}}, "bench.arch_args: num_classes is set by the data"),

@@ -9,10 +9,13 @@ from typing import Any
 from kd_accel.bench.named import bench_models
 from kd_accel.config import BenchConfig
 from kd_accel.disk import write_json
+from kd_accel.types import UserError
 
 
 def run_bench(models: Sequence[str], config: BenchConfig, *, out: Path | None) -> None:
     """Print a line per model and batch size, and write the figures to `out`."""
+    if out is not None and out.is_dir():
+        raise UserError(f"--out: {out} is a directory; name a JSON file in it")
     figures = bench_models(models, config)
     for entry in figures["models"]:
         for latency in entry["latency"]:

@@ -16,6 +16,7 @@ from kd_accel.bench.identity import is_measured
 from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
 from kd_accel.parse import build_parser, parse_config
 from kd_accel.types import UserError
+from kd_accel.written import read_written, read_yaml
 
 
 def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
@@ -41,10 +42,14 @@ def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConf
         raise UserError(
             f"launch: no file {config.launch!r}; launch/ holds those that ship (paths are from the working directory)"
         )
-    mistakes, runs = [], []
+    parser = build_parser(RunConfig, prog="kd-accel train", description="")
+    mistakes = [f"after --: {mistake}" for mistake in read_written(RunConfig, overrides, parser=parser).mistakes]
+    read_yaml(config.launch, mistakes, field="launch")
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    runs = []
     for file in config.runs:
         try:
-            parser = build_parser(RunConfig, prog="kd-accel train", description="")
             runs.append(parse_config(RunConfig, ["--config", file, *overrides], parser=parser)[0])
         except UserError as error:
             mistakes.append(f"{file}: {error}")

@@ -112,7 +112,8 @@ _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
 def _unknown(arch: str, names: list[str], field: str) -> str:
     library, _, name = arch.partition("/")
     close = [f"{library}/{match}" for match in difflib.get_close_matches(name, names, n=3)]
-    return f"{field}: {library} has no classifier {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    advice = f"did you mean {' or '.join(close)}?" if close else f"name one that it has, such as {library}/resnet18"
+    return f"{field}: {library} has no classifier {name!r}; {advice}"
 
 
 def _replace_stem(model: nn.Module, stem: Stem, field: str, arch: str) -> None:

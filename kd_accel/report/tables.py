@@ -68,7 +68,7 @@ def write_report(directories: Sequence[Path], *, out: Path, bench_file: Path | N
         (out / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _plot(results, out)
     except OSError as error:
-        raise UserError(f"--out: cannot write to {out} ({error.strerror})") from None
+        raise UserError(f"--out: cannot write to {out} ({error.strerror}); name a directory that may be written") from None
     return text
 
 
