@@ -87,7 +87,9 @@ def _teacher(config: RunConfig) -> Iterator[str]:
 
 def _signals(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
     """Where the teacher's answers come from."""
-    yield from _at_least(teacher, "teacher", 1, "shard_mib", "cache_batch_size")
+    yield from _at_least(teacher, "teacher", 1, "cache_batch_size")
+    if not (math.isfinite(teacher.shard_mib) and teacher.shard_mib > 0):
+        yield f"teacher.shard_mib: {teacher.shard_mib} must be above 0"
     if teacher.signals == "live":
         yield from _no_effect(teacher, "teacher", ("shard_mib", "cache_batch_size"), because="with signals live")
         if teacher.dtype == "int8":

@@ -110,7 +110,7 @@ class TeacherConfig:
     signals: Literal["live", "cached", "logits_cached"] = "live"
     cache_dir: str | None = None
     dtype: StorageType | None = None
-    shard_mib: int = 64
+    shard_mib: float = 64.0
     cache_batch_size: int | None = None
 
 

@@ -8,7 +8,6 @@ safetensors reads these files like any other. Values are little-endian, rows con
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -84,9 +83,10 @@ def stored_checksum(directory: Path, plan: Plan, shard: Shard) -> str:
 
 
 def open_shard(directory: Path, plan: Plan, shard: Shard) -> memoryview:
-    """The whole file, mapped read-only. The view keeps the mapping alive."""
-    with (directory / shard.name).open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    """The whole file, mapped. The view keeps the mapping alive, and no file stays open for it (Python's own mmap keeps one)."""
+    path = directory / shard.name
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    return memoryview(mapped.numpy()).toreadonly()  # type: ignore[arg-type]
 
 
 def is_data_whole(file: memoryview, plan: Plan, shard: Shard) -> bool:
