@@ -147,7 +147,7 @@ def _flag_setting(known: Mapping[str, Any], key: str, value: str, mistakes: list
         loaded = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError):
         loaded = None
-    setting: Any = loaded if isinstance(loaded, dict) else value
+    setting: Any = loaded if isinstance(loaded, dict) or value == "null" else value
     for part in reversed(key.split(".")):
         setting = {part: setting}
     return _COMMAND_LINE, setting

@@ -74,3 +74,31 @@ def no_images(split: str, image_size: int) -> list[int]:
 
 def odd_images(split: str, image_size: int) -> dict[str, object]:
     return {"images": torch.zeros(2, 8, 8).numpy(), "labels": [0, 1], "label_names": ["a", "b"]}
+
+
+def wide_student(num_classes: int) -> nn.Module:
+    return SmallNet(num_classes, width=12)
+
+
+def swapped_images(split: str, image_size: int) -> dict[str, object]:
+    """Two training rows in each other's place."""
+    content = images(split, image_size)
+    if split == "train":
+        pixels, labels = content["images"].copy(), list(content["labels"])
+        pixels[[3, 5]] = pixels[[5, 3]]
+        labels[3], labels[5] = labels[5], labels[3]
+        content |= {"images": pixels, "labels": labels}
+    return content
+
+
+def touched_images(split: str, image_size: int) -> dict[str, object]:
+    """One channel of one pixel of one training row has changed by one."""
+    content = images(split, image_size)
+    pixels = content["images"].copy()
+    pixels[5, 0, 0, 0] ^= 1
+    return {**content, "images": pixels}
+
+
+def relabelled_images(split: str, image_size: int) -> dict[str, object]:
+    content = images(split, image_size)
+    return {**content, "labels": [2 if row == 5 else label for row, label in enumerate(content["labels"])]}
