@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from kd_accel.config import (
     BenchConfig,
+    DataConfig,
     DistillConfig,
     FeatureConfig,
     OptimConfig,
@@ -45,6 +46,8 @@ def _bench(bench: BenchConfig) -> Iterator[str]:
 
 
 def _name(config: RunConfig) -> Iterator[str]:
+    if not 0 <= config.seed < 2**32:
+        yield f"seed: {config.seed} must be at least 0 and below 2**32"
     if not config.run_dir and (not config.name or "/" in config.name or config.name.startswith(".")):
         yield f"name: {config.name!r} must be a plain directory name; give run_dir for a path"
     if config.role == "teacher" and config.teacher:
@@ -59,9 +62,24 @@ def _data(config: RunConfig) -> Iterator[str]:
     yield from _at_least(data, "data", 0, "crop_padding", "num_workers", "view_seed")
     if not 0 <= data.val_fraction < 1:
         yield f"data.val_fraction: {data.val_fraction} must be at least 0 and below 1"
+    yield from _data_without_effect(data)
     if (data.mean is None) != (data.std is None):
         yield "data.mean and data.std: give both or none"
     yield from _pixel_statistics("data", data.mean, data.std)
+
+
+def _data_without_effect(data: DataConfig) -> Iterator[str]:
+    columns, splits = ("image_column", "label_column"), ("train_split", "test_split")
+    if data.source == "digits":
+        yield from _no_effect(data, "data", (*columns, *splits), because="with source digits")
+    elif data.source.startswith(("imagefolder:", "import:")):
+        yield from _no_effect(data, "data", columns, because="with this source")
+    if data.augment == "none":
+        yield from _no_effect(data, "data", ("view_seed", "crop_padding"), because="with augment none")
+        if data.views not in (None, 1):
+            yield "data.views: has no effect (with augment none all views are the image itself); leave it out"
+    if data.augment == "resized_crop":
+        yield from _no_effect(data, "data", ("crop_padding",), because="with augment resized_crop")
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -74,6 +92,8 @@ def _teacher(config: RunConfig) -> Iterator[str]:
         if config.distill is not None:
             yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
         return
+    if teacher.taps is not None and (config.distill is None or config.distill.feature is None):
+        yield "teacher.taps: has no effect without distill.feature; leave it out"
     if (teacher.run is None) == (teacher.arch is None):
         yield "teacher: give either teacher.run (a run directory) or teacher.arch with teacher.weights"
     elif teacher.run is not None:
@@ -143,6 +163,8 @@ def _optim(config: RunConfig) -> Iterator[str]:
     if not (math.isfinite(optim.lr) and optim.lr > 0):
         yield f"optim.lr: {optim.lr} must be above 0"
     yield from _at_least(optim, "optim", 0, "weight_decay", "momentum")
+    if optim.momentum >= 1:
+        yield f"optim.momentum: {optim.momentum} must be below 1"
     if optim.clip_norm is not None and not optim.clip_norm > 0:
         yield f"optim.clip_norm: {optim.clip_norm} must be above 0, or null"
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
@@ -167,6 +189,10 @@ def _train(config: RunConfig) -> Iterator[str]:
     train = config.train
     yield from _at_least(train, "train", 1, "epochs", "max_steps", "batch_size", "grad_accum_steps", "eval_batch_size")
     yield from _at_least(train, "train", 1, "eval_every_epochs", "log_every_steps")
+    if config.data.val_fraction == 0:
+        yield from _no_effect(train, "train", ("eval_every_epochs",), because="with data.val_fraction 0 nothing is evaluated")
+    if config.optim.schedule == "step" and any(not 0 < epoch < train.epochs for epoch in config.optim.step_epochs):
+        yield f"optim.step_epochs: {config.optim.step_epochs} must lie above 0 and below train.epochs ({train.epochs})"
     if not 0 <= train.label_smoothing < 1:
         yield f"train.label_smoothing: {train.label_smoothing} must be at least 0 and below 1"
     if train.ema_decay is not None and not 0 < train.ema_decay < 1:

@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         _report_once(str(error))
         raise SystemExit(2) from None
+    except Exception:
+        if _is_another_rank():  # most likely rank 0 has left with a mistake, and the launcher will end this process as well
+            time.sleep(_OTHER_RANKS_WAIT_S)
+        raise
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -50,9 +54,13 @@ def _overview() -> str:
 
 def _report_once(message: str) -> None:
     """Print from one process. The others wait: rank 0 ends the launch before they speak, unless it had no mistake to report."""
-    if int(os.environ.get("RANK", "0")) != 0:
+    if _is_another_rank():
         time.sleep(_OTHER_RANKS_WAIT_S)
     print(f"kd-accel: {message}", file=sys.stderr, flush=True)
+
+
+def _is_another_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) != 0
 
 
 def _train(argv: list[str]) -> None:

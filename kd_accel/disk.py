@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -39,6 +41,36 @@ def remove_leftovers(directory: Path) -> None:
     """Temporary files, at any depth, of writers that were killed. The caller must be the only writer."""
     for path in directory.rglob(f".*{_TEMPORARY}*"):
         path.unlink(missing_ok=True)
+
+
+def refused_by_disk(error: OSError) -> str:
+    """What to tell of a file that cannot be written or read."""
+    place = error.filename or "a file"
+    return (
+        f"cannot write or read {place} ({error.strerror or error}): make room, see that it may be written, or name another "
+        "place; then start the same command again, which goes on from what is whole"
+    )
+
+
+def lock(path: Path, *, first: int = 0, count: int = 1) -> int:
+    """Hold bytes of a file until the returned descriptor is closed or the process dies. count: 0 = all from `first` on.
+
+    Raises BlockingIOError where another process holds one of them. Record locks, which network file systems know too.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(error.errno, "is held by another process", str(path)) from None
+        raise
+    return descriptor
+
+
+def unlock(descriptor: int, *, first: int) -> None:
+    """Let go of all bytes from `first` on."""
+    fcntl.lockf(descriptor, fcntl.LOCK_UN, 0, first)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

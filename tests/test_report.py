@@ -26,7 +26,7 @@ def finished(root, name, **changes):
         "accuracy": 0.7506,
         "parameters": 11_181_642,
         "is_scheduled": False,
-        "label_names": ["a", "b"],
+        "data": {"label_names": ["a", "b"]},
     }
     (directory / "summary.json").write_text(json.dumps({**summary, **changes}))
     lines = [{"step": step, "epoch": 0, "split": "train", "loss": 2.0 / step} for step in range(1, 5)]
@@ -76,7 +76,7 @@ def test_the_table_of_a_set_that_is_not_cifar10(tmp_path):
 
 
 def test_the_references_figures_beside_cifar10_only(tmp_path):
-    cifar10 = {"label_names": CIFAR10_CLASSES}
+    cifar10 = {"data": {"label_names": CIFAR10_CLASSES}}
     runs = [
         finished(tmp_path, "t", role="teacher", arch=RESNET50, **cifar10),
         finished(tmp_path, "s", **cifar10),

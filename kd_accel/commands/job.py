@@ -18,12 +18,12 @@ from kd_accel.engine.journal import Journal
 from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.progress import Progress
-from kd_accel.engine.setup import Accelerator
+from kd_accel.engine.setup import Accelerator, on_main_process
 from kd_accel.engine.state import Trainee, restore
 from kd_accel.engine.train import Job
 from kd_accel.models.student import StudentModule
 from kd_accel.report.tracking import WandbTracking
-from kd_accel.types import SignalSource, no_signals
+from kd_accel.types import SignalSource, UserError, no_signals
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,12 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
     config, accelerator = start.config, start.accelerator
     loader = training_loader(start.data, config, accelerator)
     course = build_course(config, steps_per_epoch=loader.steps_per_epoch)
+    _refuse_a_pause_beyond_the_end(config, course.total_steps)
     trainee, notices = _build_trainee(start)
     start.notices.extend(notices)
     journal = Journal(config.directory / "metrics.jsonl", is_main=accelerator.is_main_process, tracker=tracking)
-    journal.start(start.checkpoint.state["metrics_bytes"] if start.checkpoint else 0)
+    length_bytes = start.checkpoint.state["metrics_bytes"] if start.checkpoint else 0
+    on_main_process(accelerator, lambda: journal.start(length_bytes))
     feature = config.distill.feature if config.distill else None
     state, tensors = _checkpoint_extra(start, tracking)
     return Job(
@@ -95,6 +97,15 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
         validation=_validation(start),
         logs_target_variance=feature is not None and feature.teacher_projector == "learned",
     )
+
+
+def _refuse_a_pause_beyond_the_end(config: RunConfig, total_steps: int) -> None:
+    stop = config.checkpoint.stop_after_steps
+    if stop is not None and stop >= total_steps:
+        raise UserError(
+            f"checkpoint.stop_after_steps: {stop} has no effect, the training has {total_steps} steps; lower it, or leave it "
+            "out"
+        )
 
 
 def _build_trainee(start: Prepared) -> tuple[Trainee, list[str]]:

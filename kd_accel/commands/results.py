@@ -10,10 +10,12 @@ import torch
 import torchvision
 
 import kd_accel
+from kd_accel.commands.data import data_identity
 from kd_accel.commands.job import Prepared
 from kd_accel.commands.networks import card_of
 from kd_accel.config import RunConfig, Schedule
 from kd_accel.disk import write_json
+from kd_accel.engine.setup import on_main_process
 from kd_accel.engine.train import Job
 from kd_accel.models.files import save_model
 from kd_accel.report.tracking import WandbTracking
@@ -23,15 +25,17 @@ def save_results(start: Prepared, job: Job, *, test_metrics: dict[str, float], t
     """Write model.safetensors, model.json and, last, summary.json; print the result. The main process writes."""
     position = job.trainee.position
     job.journal.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
-    if start.accelerator.is_main_process:
-        average = job.trainee.average
-        network = start.module.student if average is None else average.module
-        save_model(start.config.directory, network, card=card_of(start.config, start.data))
-        summary = _summary(start, job, test_metrics)
-        write_json(summary, start.config.directory / "summary.json")
-        tracking.log_table("results", ["name", "role", "arch", "accuracy", "parameters"], [[summary[key] for key in _TABLE]])
-    start.accelerator.wait_for_everyone()
+    on_main_process(start.accelerator, lambda: _save(start, job, test_metrics, tracking))
     job.progress.say(f"{start.config.name}: test accuracy {100 * test_metrics['accuracy']:.2f} % ({start.config.directory})")
+
+
+def _save(start: Prepared, job: Job, test_metrics: dict[str, float], tracking: WandbTracking) -> None:
+    average = job.trainee.average
+    network = start.module.student if average is None else average.module
+    save_model(start.config.directory, network, card=card_of(start.config, start.data))
+    summary = _summary(start, job, test_metrics)
+    write_json(summary, start.config.directory / "summary.json")
+    tracking.log_table("results", list(_TABLE), [[summary[key] for key in _TABLE]])
 
 
 _TABLE = ("name", "role", "arch", "accuracy", "parameters")
@@ -57,7 +61,7 @@ def _summary(start: Prepared, job: Job, test_metrics: dict[str, float]) -> dict[
         "device": _device_name(start.accelerator.device),
         "is_scheduled": _is_scheduled(config),
         "source": config.data.source,
-        "label_names": list(start.data.label_names),
+        "data": data_identity(start.data),
         "teacher_digest": start.teaching.digest if start.teaching else None,
         "pca_explained": start.teaching.explained if start.teaching else {},
         "versions": {

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kd_accel.config import RunConfig
-from kd_accel.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
-from kd_accel.parse import flatten
+from kd_accel.disk import lock, read_json
+from kd_accel.engine.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
+from kd_accel.parse import save_config
 from kd_accel.types import UserError
+from kd_accel.written import flatten
 
 _MAY_CHANGE = (
     "name",
@@ -23,16 +29,37 @@ _MAY_CHANGE = (
     "teacher.shard_mib",
     "teacher.cache_batch_size",
 )
+_RESULTS = ("summary.json", "model.safetensors", "model.json")
+
+
+def finished_summary(config: RunConfig) -> dict[str, Any] | None:
+    """summary.json of a run that has left all its results, None of one that has not.
+
+    Raises UserError where it was another training than this config's.
+    """
+    directory = config.directory
+    if config.checkpoint.resume == "never" or not all((directory / name).is_file() for name in _RESULTS):
+        return None
+    remedy = "remove the directory, or name another run_dir"
+    summary = read_json(directory / "summary.json", remedy=remedy)
+    try:
+        stored = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise UserError(f"{directory / 'config.yaml'}: is missing or damaged: {remedy}")
+    _refuse_other_settings(stored, config, where=str(directory / "config.yaml"))
+    return summary
 
 
 def checkpoint_to_resume(config: RunConfig) -> Path | None:
     """The checkpoint from which this config may go on, None to start anew.
 
-    Raises UserError when the directory and `checkpoint.resume` do not fit, or a setting differs that may not.
+    Raises UserError when the directory and `checkpoint.resume` do not fit, a setting differs that may not, or the directory
+    cannot be written.
     """
     directory, resume = config.directory, config.checkpoint.resume
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"run_dir: {directory} is a file; name a directory")
+    _refuse_unwritable(directory)
     found = find_checkpoint(directory / "checkpoints")
     if resume == "must" and found is None:
         raise UserError(f"checkpoint.resume: must, but {directory} holds no whole checkpoint; use auto to start anew")
@@ -41,23 +68,35 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     if found is None:
         _refuse_a_damaged_run(directory)
         return None
-    _refuse_other_settings(load_checkpoint(found), config)
+    checkpoint = load_checkpoint(found)
+    _refuse_other_settings(checkpoint.state["config"], config, where=str(found))
+    _refuse_a_pause_that_is_past(checkpoint, config)
     return found
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run has left all its results."""
-    return all((config.directory / name).is_file() for name in ("summary.json", "model.safetensors", "model.json"))
+def claim(config: RunConfig) -> int:
+    """Make the directory, write config.yaml, and hold the directory until the returned descriptor is closed."""
+    directory = config.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = lock(directory / ".lock")
+    except BlockingIOError:
+        raise UserError(f"run_dir: another training is at work in {directory}; wait for it, or name another run_dir") from None
+    save_config(config, directory / "config.yaml")
+    return descriptor
 
 
-def refuse_other_teacher(checkpoint: Checkpoint, digest: str | None, *, cache: str | None) -> None:
-    """A run goes on with the teacher and the cache it began with, whatever stands under their paths today."""
-    stored = checkpoint.state["teacher_digest"]
-    if stored != digest:
+def refuse_other_teacher(stored: Mapping[str, Any], digest: str | None, *, where: str) -> None:
+    """A run goes on with the teacher it began with, whatever stands under that teacher's path today."""
+    if stored.get("teacher_digest") != digest:
         raise UserError(
-            f"teacher: {checkpoint.path} was trained with the teacher {stored}, the one here is {digest}; bring the first one "
-            "back, or start anew in another run_dir"
+            f"teacher: {where} was trained with the teacher {stored.get('teacher_digest')}, the one here is {digest}; bring "
+            "the first one back, or start anew in another run_dir"
         )
+
+
+def refuse_other_cache(checkpoint: Checkpoint, cache: str | None) -> None:
+    """The same for a cache, whatever its path."""
     if checkpoint.state["cache"] != cache:
         raise UserError(
             f"teacher.cache_dir: {checkpoint.path} was trained from the cache {checkpoint.state['cache']}, the one here is "
@@ -65,34 +104,56 @@ def refuse_other_teacher(checkpoint: Checkpoint, digest: str | None, *, cache: s
         )
 
 
-def refuse_other_data(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """A run goes on with the data it began with: same classes, rows, labels and pixels (a sample of them)."""
-    stored = checkpoint.state["data"]
-    changed = [f"{name}: {stored[name]} there, {value} here" for name, value in identity.items() if stored[name] != value]
+def refuse_other_data(stored: Mapping[str, Any], identity: Mapping[str, Any], *, where: str) -> None:
+    """A run goes on with the data it began with: same classes, rows, labels and images (a sample of them)."""
+    changed = [
+        f"{name}: {stored.get(name)} there, {value} here" for name, value in identity.items() if stored.get(name) != value
+    ]
     if changed:
         raise UserError(
-            f"data: {checkpoint.path} was trained on other data ({'; '.join(changed)}); bring it back, or start anew in "
-            "another run_dir"
+            f"data: {where} was trained on other data ({'; '.join(changed)}); bring it back, or start anew in another run_dir"
         )
 
 
+def _refuse_unwritable(directory: Path) -> None:
+    """Before anything that takes time; a full disk shows only later."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"run_dir: {existing} is a file; name a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir: {existing} may not be written; name another run_dir")
+
+
 def _refuse_a_damaged_run(directory: Path) -> None:
+    if has_checkpoints(directory / "checkpoints"):
+        raise UserError(
+            f"{directory / 'checkpoints'}: holds no whole checkpoint (what is wrong with each stands above), so the training "
+            "cannot go on; remove the directory to start anew, or name another run_dir"
+        )
     if (directory / "summary.json").exists():
         raise UserError(
-            f"{directory}: holds a summary.json but no whole checkpoint, so the training cannot go on; "
+            f"{directory}: holds a summary.json but neither all results nor a whole checkpoint, so the training cannot go on; "
             "remove the directory, or name another run_dir"
         )
 
 
-def _refuse_other_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
-    stored = flatten(checkpoint.state["config"])
+def _refuse_a_pause_that_is_past(checkpoint: Checkpoint, config: RunConfig) -> None:
+    stop, step = config.checkpoint.stop_after_steps, checkpoint.state["position"]["step"]
+    if stop is not None and stop <= step:
+        raise UserError(
+            f"checkpoint.stop_after_steps: {stop}, but {checkpoint.path} is at step {step} already; raise it, or leave it out "
+            "to train to the end"
+        )
+
+
+def _refuse_other_settings(stored: Mapping[str, Any], config: RunConfig, *, where: str) -> None:
+    before = flatten(stored)
     wanted = flatten(json.loads(json.dumps(asdict(config))))
-    keys = [key for key in {**stored, **wanted} if not key.startswith(_MAY_CHANGE)]
+    keys = [key for key in {**before, **wanted} if not key.startswith(_MAY_CHANGE)]
     changed = [
-        f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} here" for key in keys if stored.get(key) != wanted.get(key)
+        f"{key}: {before.get(key)!r} there, {wanted.get(key)!r} here" for key in keys if before.get(key) != wanted.get(key)
     ]
     if changed:
         raise UserError(
-            f"{checkpoint.path} was written with other settings: {'; '.join(changed)}. "
-            "Set them back, or start anew in another run_dir"
+            f"{where} was written with other settings: {'; '.join(changed)}. Set them back, or start anew in another run_dir"
         )

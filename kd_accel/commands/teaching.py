@@ -23,6 +23,7 @@ from kd_accel.commands.teacher import (
 )
 from kd_accel.commands.wanted import refuse_other_answers, used_views, wanted_from_cache
 from kd_accel.config import FeatureConfig, RunConfig
+from kd_accel.disk import write_json
 from kd_accel.engine.checkpoint import Checkpoint
 from kd_accel.engine.evaluate import HeldOut, teacher_accuracy
 from kd_accel.engine.setup import Accelerator, on_main_process
@@ -91,9 +92,7 @@ def check_teacher_accuracy(config: RunConfig, data: Data, held_out: HeldOut, *, 
     if remembered is not None:
         return remembered
     accuracy = teacher_accuracy(held_out, accelerator=accelerator)
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"accuracy": accuracy}), encoding="utf-8")
+    on_main_process(accelerator, lambda: write_json({"accuracy": accuracy}, path))
     return accuracy
 
 

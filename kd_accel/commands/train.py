@@ -6,19 +6,28 @@ written last, so that its presence means that the run is finished.
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
+from typing import Any
 
-from kd_accel.commands.data import data_identity, held_out, load_data
+from kd_accel.commands.data import Data, data_identity, held_out, load_data
 from kd_accel.commands.job import Prepared, build_job, start_tracking
 from kd_accel.commands.networks import build_network, wrap_student
 from kd_accel.commands.results import save_results
-from kd_accel.commands.run_directory import checkpoint_to_resume, is_finished, refuse_other_data, refuse_other_teacher
+from kd_accel.commands.run_directory import (
+    checkpoint_to_resume,
+    claim,
+    finished_summary,
+    refuse_other_cache,
+    refuse_other_data,
+    refuse_other_teacher,
+)
+from kd_accel.commands.teacher import load_teacher
 from kd_accel.commands.teaching import build_teaching, check_teacher_accuracy
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import load_checkpoint
 from kd_accel.engine.setup import Accelerator, leave_processes, on_main_process, set_kernel_choice, start_processes
 from kd_accel.engine.train import measure, train
-from kd_accel.parse import save_config
 
 
 def run_training(config: RunConfig) -> None:
@@ -30,11 +39,16 @@ def run_training(config: RunConfig) -> None:
 
 
 def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
-    resumed_from = on_main_process(accelerator, lambda: checkpoint_to_resume(config))
+    finished = on_main_process(accelerator, lambda: finished_summary(config))
+    resumed_from = None if finished else on_main_process(accelerator, lambda: checkpoint_to_resume(config))
     checkpoint = load_checkpoint(resumed_from) if resumed_from else None
     data = load_data(config.data)
+    if finished is not None:
+        _refuse_another_run(finished, config, data)
+        accelerator.print(f"{config.name}: finished already ({config.directory}); nothing to do")
+        return
     if checkpoint is not None:
-        refuse_other_data(checkpoint, data_identity(data))
+        refuse_other_data(checkpoint.state["data"], data_identity(data), where=str(checkpoint.path))
     network, notices = build_network(config, data)
     with ExitStack() as stack:
         teaching = None
@@ -43,22 +57,27 @@ def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
             stack.callback(teaching.close)
             notices = [*notices, *teaching.notices]
         if checkpoint is not None:
-            refuse_other_teacher(checkpoint, teaching.digest if teaching else None, cache=teaching.cache if teaching else None)
-        if on_main_process(accelerator, lambda: is_finished(config)):
-            accelerator.print(f"{config.name}: finished already ({config.directory}); nothing to do")
-            return
+            refuse_other_teacher(checkpoint.state, teaching.digest if teaching else None, where=str(checkpoint.path))
+            refuse_other_cache(checkpoint, teaching.cache if teaching else None)
         module = wrap_student(network, config, data, projectors=teaching.projectors if teaching else None)
         module.open_taps()
         stack.callback(module.close_taps)
         _train_and_save(Prepared(config, data, module, teaching, checkpoint, accelerator, notices), stack)
 
 
+def _refuse_another_run(finished: dict[str, Any], config: RunConfig, data: Data) -> None:
+    """What was trained on other data, or by another teacher, is not what this config asks for."""
+    where = str(config.directory)
+    refuse_other_data(finished.get("data", {}), data_identity(data), where=where)
+    digest = load_teacher(config.teacher, data).digest if config.teacher else None
+    refuse_other_teacher(finished, digest, where=where)
+
+
 def _train_and_save(start: Prepared, stack: ExitStack) -> None:
     config, accelerator = start.config, start.accelerator
+    held = on_main_process(accelerator, lambda: claim(config))
     if accelerator.is_main_process:
-        config.directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.directory / "config.yaml")
-    accelerator.wait_for_everyone()
+        stack.callback(os.close, held)
     signals = start.teaching.held_out("test") if start.teaching else None
     test = held_out(start.data, config, accelerator, split="test", signals=signals)
     if start.teaching:

@@ -84,6 +84,11 @@ def find_checkpoint(directory: Path) -> Path | None:
     return None
 
 
+def has_checkpoints(directory: Path) -> bool:
+    """Whether any stands there, whole or not."""
+    return bool(_step_directories(directory))
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint that `find_checkpoint` found whole."""
     content = json.loads((path / "state.json").read_text(encoding="utf-8"))

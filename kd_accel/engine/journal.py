@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
+from kd_accel.disk import refused_by_disk
 from kd_accel.types import UserError
 
 
@@ -44,8 +45,11 @@ class Journal:
         refuse_not_finite(values)
         if not self._is_main:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(refused_by_disk(error)) from None
         if self._tracker is not None:
             numbers = {key: value for key, value in values.items() if key not in ("split", "step")}
             self._tracker.log({_axis_name(values["split"], key): value for key, value in numbers.items()}, step=values["step"])

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object, set_seed
 
 from kd_accel.config import Precision, TrainConfig
+from kd_accel.disk import refused_by_disk
 from kd_accel.types import UserError
 
 __all__ = [
@@ -61,13 +62,18 @@ def _joined(precision: Precision, track_with: str | None) -> Accelerator:
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """Call `function` on rank 0 alone and give every rank its (picklable) result, or its UserError."""
+    """Call `function` on rank 0 alone and give every rank its (picklable) result, or its UserError.
+
+    What the disk refuses is the user's to mend as well.
+    """
     outcome: list[object] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
         except UserError as error:
             outcome[1] = str(error)
+        except OSError as error:
+            outcome[1] = refused_by_disk(error)
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise UserError(str(outcome[1]))

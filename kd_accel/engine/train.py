@@ -24,6 +24,7 @@ from kd_accel.engine.evaluate import HeldOut, evaluate, synchronise_buffers
 from kd_accel.engine.journal import Journal, refuse_not_finite
 from kd_accel.engine.optim import learning_rate, set_learning_rate
 from kd_accel.engine.progress import Progress
+from kd_accel.engine.setup import on_main_process
 from kd_accel.engine.state import Trainee, capture
 from kd_accel.losses.feature import target_variance
 from kd_accel.types import Batch, LossFunction, LossTerms, Signals, SignalSource, StudentOutput, UserError
@@ -188,16 +189,16 @@ def save(job: Job) -> None:
     assert isinstance(sums, Tensor)
     refuse_not_finite({"step": position.step, "split": "train", "the loss": sums.sum().item()})
     tensors, state = capture(job.trainee, job.accelerator)
-    if job.accelerator.is_main_process:
-        state = {**state, **job.checkpoint_extra, "metrics_bytes": job.journal.length_bytes()}
-        save_checkpoint(
+    on_main_process(
+        job.accelerator,
+        lambda: save_checkpoint(
             job.checkpoint_dir,
             step=job.trainee.position.step,
             tensors={**tensors, **job.checkpoint_tensors},
-            state=state,
+            state={**state, **job.checkpoint_extra, "metrics_bytes": job.journal.length_bytes()},
             keep=job.checkpoint.keep,
-        )
-    job.accelerator.wait_for_everyone()
+        ),
+    )
 
 
 def _log(job: Job, values: dict[str, float], clock: _Clock) -> None:

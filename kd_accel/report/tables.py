@@ -134,7 +134,7 @@ def _reference(result: RunResult) -> str:
 
 
 def _is_cifar10(result: RunResult) -> bool:
-    return result.summary.get("label_names") == CIFAR10_CLASSES
+    return result.summary.get("data", {}).get("label_names") == CIFAR10_CLASSES
 
 
 def _latency(bench: dict[str, Any]) -> float | None:

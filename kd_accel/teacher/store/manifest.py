@@ -7,8 +7,6 @@ checked against the digests in the plan.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kd_accel.disk import flush, read_json, write_json, write_whole
+from kd_accel.disk import flush, lock, read_json, unlock, write_json, write_whole
 from kd_accel.teacher.identity import arrays_digest, tensors_digest
 from kd_accel.teacher.store.layout import SPLITS, VERSION, Plan, Shard, Split, plan_from_json, plan_to_json
 from kd_accel.types import UserError
@@ -169,22 +167,18 @@ def lock_for_building(directory: Path, rank: int) -> int:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = lock(directory / ".lock", first=rank, count=0 if rank == 0 else 1)
+    except BlockingIOError:
+        raise UserError(
+            f"teacher.cache_dir: {directory} is being written by another build; wait until it ends, or stop it"
+        ) from None
     except OSError as error:
         raise UserError(
             f"teacher.cache_dir: cannot write to {directory} ({error.strerror}); see that it is a directory that may be "
             "written, or name another"
         ) from None
-    try:
-        length = 0 if rank == 0 else 1  # 0: from here to the end of the file
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, rank)
-        if rank == 0:
-            fcntl.lockf(descriptor, fcntl.LOCK_UN, 0, 1)
-    except OSError:
-        os.close(descriptor)
-        raise UserError(
-            f"teacher.cache_dir: {directory} is being written by another build; wait until it ends, or stop it"
-        ) from None
+    if rank == 0:
+        unlock(descriptor, first=1)
     return descriptor
 
 

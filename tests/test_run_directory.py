@@ -1,0 +1,153 @@
+"""A run directory: who may go on in it, what a finished run is worth, and what is said where the disk refuses."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from kd_accel.engine.checkpoint import find_checkpoint
+from tests import in_process
+from tests.launching import ROOT, SMALL, command, environment, metrics, train
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run of one epoch that no test here changes."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    in_process.train(run_dir, "--train.epochs=1", "--checkpoint.every_steps=3", "--checkpoint.keep=9")
+    return run_dir
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    shutil.copytree(done, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def again(run_dir, *flags, code=0):
+    return in_process.train(run_dir, "--train.epochs=1", "--checkpoint.every_steps=3", "--checkpoint.keep=9", *flags, code=code)
+
+
+def contents(run_dir):
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_needs_no_checkpoints(copied):
+    shutil.rmtree(copied / "checkpoints")
+    before = contents(copied)
+    assert "finished already" in again(copied)
+    assert contents(copied) == before
+
+
+def test_a_finished_run_of_another_training_is_refused(copied, monkeypatch):
+    shutil.rmtree(copied / "checkpoints")
+    before = contents(copied)
+    assert "optim.lr: 0.05 there, 0.06 here" in again(copied, "--optim.lr=0.06", code=2)
+    monkeypatch.setenv("KD_TEST_NOISE_SEED", "9")
+    assert "was trained on other data (digest:" in again(copied, code=2)
+    monkeypatch.delenv("KD_TEST_NOISE_SEED")
+    (copied / "config.yaml").unlink()
+    assert "config.yaml: is missing or damaged" in again(copied, code=2)
+    assert contents(copied).keys() == before.keys() - {copied / "config.yaml"}
+
+
+def test_a_finished_student_of_another_teacher_is_refused(tmp_path, teacher_run):
+    shutil.copytree(teacher_run, tmp_path / "teacher")
+    flags = [f"--teacher.run={tmp_path / 'teacher'}", "--train.max_steps=2"]
+    in_process.train(tmp_path / "run", *flags)
+    data = bytearray((tmp_path / "teacher/model.safetensors").read_bytes())
+    data[-2] ^= 1
+    (tmp_path / "teacher/model.safetensors").write_bytes(data)
+    assert "was trained with the teacher" in in_process.train(tmp_path / "run", *flags, code=2)
+
+
+def test_a_finished_student_needs_its_cache_no_more(tmp_path, teacher_run):
+    flags = [f"--teacher.run={teacher_run}", "--teacher.signals=cached", f"--teacher.cache_dir={tmp_path / 'cache'}"]
+    flags += ["--data.views=1", "--train.max_steps=2"]
+    in_process.cache("build", *flags)
+    in_process.train(tmp_path / "run", *flags)
+    shutil.rmtree(tmp_path / "cache")
+    assert "finished already" in in_process.train(tmp_path / "run", *flags)
+
+
+def test_damaged_checkpoints_do_not_start_anew(copied):
+    for name in ("summary.json", "model.safetensors"):
+        (copied / name).unlink()
+    for path in (copied / "checkpoints").iterdir():
+        (path / "state.json").write_text("{")
+    before = contents(copied)
+    with pytest.warns(UserWarning, match=r"step-00000008 is passed over: state.json is damaged"):
+        text = again(copied, code=2)
+    assert "holds no whole checkpoint" in text
+    assert contents(copied) == before
+
+
+def test_a_pause_that_is_past_or_beyond_the_end_is_refused(tmp_path):
+    run_dir = tmp_path / "run"
+    assert "stop_after_steps: 8 has no effect" in again(run_dir, "--checkpoint.stop_after_steps=8", code=2)
+    assert "paused after step 5" in again(run_dir, "--checkpoint.stop_after_steps=5")
+    assert "is at step 5 already; raise it" in again(run_dir, "--checkpoint.stop_after_steps=5", code=2)
+    assert "is at step 5 already" in again(run_dir, "--checkpoint.stop_after_steps=4", code=2)
+    again(run_dir, "--checkpoint.stop_after_steps=7")
+    again(run_dir)
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 8
+
+
+@pytest.mark.parametrize("place", ["/proc/kd_accel/run", "/dev/null/run", "file/run", "file"])
+def test_a_place_that_cannot_be_a_run_directory(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    text = in_process.train(tmp_path / place, code=2)
+    assert text.count("kd-accel: ") == 1
+    assert (
+        "is a file; name a directory" in text or "cannot write or read /proc/kd_accel" in text or "may not be written" in text
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, processes):
+    """A small file system: metrics and checkpoints grow until it is full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    flags = ["--train.epochs=10", "--checkpoint.every_steps=2", "--checkpoint.keep=99"]
+    try:
+        ended = train(disk / "run", *flags, processes=processes, code=None)
+        said = [line for line in ended.stderr.splitlines() if line.startswith("kd-accel: ")]
+        assert len(said) == 1, ended.stderr[-3000:]
+        assert "cannot write" in said[0] and "No space left" in said[0]
+        assert "kd_accel/" not in ended.stderr.replace(str(disk), "")  # no traceback of this program from any rank
+        assert find_checkpoint(disk / "run/checkpoints") is not None
+        shutil.move(disk / "run", tmp_path / "run")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    train(tmp_path / "run", *flags, processes=processes)
+    train(tmp_path / "straight", *flags, processes=processes)
+    for name in ("model.safetensors",):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_two_trainings_in_one_place(tmp_path):
+    run_dir = tmp_path / "run"
+    first = subprocess.Popen(
+        command("train", f"--run_dir={run_dir}", *SMALL, "--train.epochs=200"),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while "step 2/" not in first.stdout.readline():
+            assert first.poll() is None
+        text = train(run_dir, "--train.epochs=200", code=2).stderr
+        assert "another training is at work in" in text
+    finally:
+        first.kill()
+        first.wait()
+    assert (
+        "another training" not in train(run_dir, "--train.epochs=200", "--checkpoint.stop_after_steps=100000", code=None).stderr
+    )
