@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check fix clean
+.PHONY: demo test faults check fix clean
 
 demo: $(INSTALLED)  ## train, measure and compare the four models on the embedded digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_accel reproduce --config configs/digits/reproduce.yaml
 
 test: $(INSTALLED)  ## all tests
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+faults: $(INSTALLED)  ## kills and damages at length
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s -m faults
 
 check: $(INSTALLED)  ## lint, format, types, layers; edits nothing
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
@@ -53,6 +55,15 @@ def run(*argv, processes=1, code=0, **environment_changes):
 
 def train(run_dir, *flags, processes=1, code=0, **environment_changes):
     return run("train", f"--run_dir={run_dir}", *SMALL, *flags, processes=processes, code=code, **environment_changes)
+
+
+def kill_all(process):
+    """kill -9 for a process and all that it started: a launcher's workers are in sessions of their own."""
+    everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in everybody:
+        one.kill()
+    process.wait()
+    psutil.wait_procs(everybody, timeout=30)
 
 
 def metrics(run_dir, split=None):

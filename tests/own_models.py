@@ -1,6 +1,7 @@
 """Small models that tests name as `import:tests.own_models:...`: the models of a user with code of their own."""
 
 import os
+import time
 
 import torch
 from torch import Tensor, nn
@@ -102,3 +103,15 @@ def touched_images(split: str, image_size: int) -> dict[str, object]:
 def relabelled_images(split: str, image_size: int) -> dict[str, object]:
     content = images(split, image_size)
     return {**content, "labels": [2 if row == 5 else label for row, label in enumerate(content["labels"])]}
+
+
+class SlowNet(SmallNet):
+    """A teacher that takes its time, so that a build can be killed in the middle."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(float(os.environ.get("KD_TEST_FORWARD_S", "0")))
+        return super().forward(images)
+
+
+def slow_teacher(num_classes: int) -> nn.Module:
+    return SlowNet(num_classes, width=16, norm=True)

@@ -1,14 +1,12 @@
 """A training that was stopped, in the middle of an epoch or by a kill, ends as one that never was: bit for bit."""
 
 import json
-import os
-import signal
 import subprocess
 import time
 
 import pytest
 
-from tests.launching import ROOT, command, environment, metrics, run, summary, train
+from tests.launching import ROOT, command, environment, kill_all, metrics, run, summary, train
 from tests.launching import SMALL as SMALL_FLAGS
 
 pytestmark = pytest.mark.slow
@@ -51,15 +49,13 @@ def test_kill_and_go_on(tmp_path, distilled, processes):
         command("train", f"--run_dir={killed}", *SMALL_FLAGS, *flags, processes=processes),
         cwd=ROOT,
         env=environment(),
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints/step-00000003").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
     assert not (killed / "summary.json").exists(), "it was faster than the kill"
     train(killed, *flags, processes=processes)
     assert_same_run(tmp_path / "straight", killed)
