@@ -27,6 +27,7 @@ from kd_accel.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data.sources import MemoryImages
 from kd_accel.data.views import ViewFunction
+from kd_accel.engine.interruption import Interruption
 from kd_accel.engine.journal import Journal
 from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
@@ -120,6 +121,7 @@ def plain_job(directory: Path, *, epochs: int) -> Job:
         course=build_course(config, steps_per_epoch=loader.steps_per_epoch),
         journal=Journal(directory / "metrics.jsonl", is_main=True),
         progress=Progress("plain", total_steps=epochs * STEPS_PER_BLOCK, done_steps=0, is_main=False),
+        interruption=Interruption(accelerator),
         checkpoint_dir=directory / "checkpoints",
         checkpoint_extra={},
         checkpoint_tensors={},

@@ -1,6 +1,7 @@
 """The command line: parse and check, then hand over to the command. torch is imported only once the input is known to be good.
 
-Exit codes: 0 done; 2 the user's mistake, one paragraph on stderr from one process; 1 a fault of the program (traceback).
+Exit codes: 0 done; 2 the user's mistake, one paragraph on stderr from one process; 1 a fault of the program (traceback);
+128 + N stopped by signal N, after a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jsonargparse import ArgumentParser
 from kd_accel import __version__
 from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
 from kd_accel.parse import build_parser, nearest, parse_arguments, parse_config
-from kd_accel.types import UserError
+from kd_accel.types import Interrupted, UserError
 
 _OTHER_RANKS_WAIT_S = 5.0
 
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         _report_once(str(error))
         raise SystemExit(2) from None
+    except Interrupted as stop:
+        if not _is_another_rank():
+            print(f"kd-accel: {stop}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stop.number) from None
     except Exception:
         if _is_another_rank():  # most likely rank 0 has left with a mistake, and the launcher will end this process as well
             time.sleep(_OTHER_RANKS_WAIT_S)

@@ -17,6 +17,14 @@ class UserError(Exception):
     """The user's mistake: one paragraph that says field, value, rule and remedy. The program exits with 2."""
 
 
+class Interrupted(Exception):  # noqa: N818  (it is no error)
+    """A signal has ended the work at a place from which it can go on. The program exits with 128 + number."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 @dataclass(frozen=True)
 class Batch:
     """One view of some rows.

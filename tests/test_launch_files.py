@@ -2,7 +2,9 @@
 
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,28 @@ def test_the_slurm_script_starts_a_launcher_on_every_node(tmp_path):
         }
         assert arguments[-7:] == ["-m", "kd_accel", "train", "--config", "my config.yaml", "--optim.lr", "0.2"]
     assert len(nodes) == 2
+
+
+def test_the_slurm_script_ends_its_tasks_and_requeues_before_its_time_is_over(tmp_path):
+    """USR1 comes to the script, TERM goes to srun, and the job goes back into the queue once srun has ended."""
+    program(tmp_path / "bin/scontrol", 'case $1 in show) echo node7;; *) echo "$@" >> calls;; esac')
+    program(
+        tmp_path / "bin/srun",
+        "trap 'sleep 0.3; echo stopped >> calls; exit 143' TERM\necho started >> calls\nwhile :; do sleep 0.05; done",
+    )
+    slurm = {"SLURM_JOB_NODELIST": "node7", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64"}
+    process = subprocess.Popen(
+        ["bash", ROOT / "launch/slurm.sbatch", "config.yaml"],
+        cwd=tmp_path,
+        env={**slurm, "SLURM_JOB_ID": "77", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "calls").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == 143
+    assert (tmp_path / "calls").read_text().split("\n")[:-1] == ["started", "stopped", "requeue 77"]
 
 
 def test_the_slurm_script_wants_a_config(tmp_path):

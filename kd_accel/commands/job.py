@@ -14,6 +14,7 @@ from kd_accel.commands.teaching import Teaching
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import Checkpoint, module_tensors
 from kd_accel.engine.evaluate import HeldOut
+from kd_accel.engine.interruption import Interruption
 from kd_accel.engine.journal import Journal
 from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
@@ -91,6 +92,7 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
             done_steps=trainee.position.step,
             is_main=accelerator.is_main_process,
         ),
+        interruption=Interruption(accelerator),
         checkpoint_dir=config.directory / "checkpoints",
         checkpoint_extra=state,
         checkpoint_tensors=tensors,

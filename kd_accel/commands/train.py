@@ -28,13 +28,18 @@ from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import load_checkpoint
 from kd_accel.engine.setup import Accelerator, leave_processes, on_main_process, set_kernel_choice, start_processes
 from kd_accel.engine.train import measure, train
+from kd_accel.types import Interrupted
 
 
 def run_training(config: RunConfig) -> None:
     """Train what the config says, or go on where it stopped. Raises UserError for what the user can mend."""
     set_kernel_choice(config.train)  # before CUDA starts: it reads CUBLAS_WORKSPACE_CONFIG then
     accelerator = start_processes(config.train.precision, seed=config.seed, track_with="wandb")
-    _resume_or_start(config, accelerator)
+    try:
+        _resume_or_start(config, accelerator)
+    except Interrupted:
+        leave_processes(accelerator)
+        raise
     leave_processes(accelerator)
 
 
@@ -89,7 +94,8 @@ def _train_and_save(start: Prepared, stack: ExitStack) -> None:
     stack.callback(job.progress.close)
     for notice in start.notices:
         job.progress.say(f"{config.name}: {notice}")
-    train(job)
+    with job.interruption.listening():
+        train(job)
     if not job.is_done:
         job.progress.say(f"{config.name}: paused after step {job.trainee.position.step}; start it again to go on")
         return

@@ -21,6 +21,7 @@ from kd_accel.config import CheckpointConfig, OptimConfig, TrainConfig
 from kd_accel.data.loader import TrainLoader
 from kd_accel.engine.checkpoint import save_checkpoint
 from kd_accel.engine.evaluate import HeldOut, evaluate, synchronise_buffers
+from kd_accel.engine.interruption import Interruption, interrupted
 from kd_accel.engine.journal import Journal, refuse_not_finite
 from kd_accel.engine.optim import learning_rate, set_learning_rate
 from kd_accel.engine.progress import Progress
@@ -59,6 +60,7 @@ class Job:
     course: Course
     journal: Journal
     progress: Progress
+    interruption: Interruption
     checkpoint_dir: Path
     checkpoint_extra: dict[str, Any]
     checkpoint_tensors: dict[str, dict[str, Tensor]]
@@ -83,6 +85,8 @@ def train(job: Job) -> None:
         train_epoch(job)
         if position.step_in_epoch == job.course.steps_per_epoch or job.is_done:
             finish_epoch(job)
+            if not job.is_done:
+                _stop_if_asked(job)
 
 
 def train_step(
@@ -132,12 +136,23 @@ def train_epoch(job: Job) -> None:
         if is_last or position.step % job.train.log_every_steps == 0:
             _log(job, {**values, "lr": lr}, clock)
         position.elapsed_s = clock.elapsed_s
-        if not is_last and (job.must_stop or _is_due(position.step, job.checkpoint.every_steps)):
-            save(job)
         job.progress.advance()
+        if is_last:
+            break
+        if job.must_stop or _is_due(position.step, job.checkpoint.every_steps):
+            save(job)
         if job.must_stop:
             break
+        _stop_if_asked(job)
     position.elapsed_s = clock.elapsed_s
+
+
+def _stop_if_asked(job: Job) -> None:
+    """Raises Interrupted, after a checkpoint, on all ranks at the same step."""
+    number = job.interruption.requested()
+    if number is not None:
+        save(job)
+        raise interrupted(number, step=job.trainee.position.step)
 
 
 def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction, lr: float) -> None:
