@@ -112,6 +112,21 @@ def test_feature_distance(student_size, target_size):
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-14)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_feature_gradient_lies_as_the_feature_does(layout):
+    """Otherwise each backward would bring it into the other layout, and that costs as much as the loss itself."""
+    student, target = (torch.randn(2, 3, 4, 4).contiguous(memory_format=layout) for _ in range(2))
+    given = []
+    leaf = student.requires_grad_()
+    feature = leaf * 1  # a leaf's gradient is stored in the leaf's own layout: look at one further on
+    feature.register_hook(given.append)
+    value = feature_mse(feature, target)
+    value.backward()
+    assert given[0].is_contiguous(memory_format=layout)
+    assert torch.equal(value, functional.mse_loss(student, target))
+    assert torch.equal(given[0], torch.autograd.grad(functional.mse_loss(leaf, target), leaf)[0])
+
+
 def test_taps_are_summed():
     pairs = {
         "a": (torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)),

@@ -17,6 +17,9 @@ def feature_mse(student_map: Tensor, target_map: Tensor) -> Tensor:
     """Mean squared error over all elements; the larger map is average-pooled to the smaller's height and width."""
     with torch.autocast(student_map.device.type, enabled=False):
         student, target = _meet(full_precision(student_map), full_precision(target_map))
+        if student.is_contiguous(memory_format=torch.channels_last):
+            # its gradient is contiguous whatever came in; so the axes stand as they lie, or each gradient is laid out anew
+            student, target = student.movedim(1, -1), target.movedim(1, -1)
         return functional.mse_loss(student, target)
 
 

@@ -100,10 +100,10 @@ class _View:
         length, values = self._row_bytes, self._values
         target = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         shards, offsets = np.divmod(positions, self._rows_per_shard)
-        end = 0
-        for shard, start in zip(shards.tolist(), (offsets * length).tolist(), strict=True):
+        starts, end = offsets * length, 0
+        for shard, start, stop in zip(shards.tolist(), starts.tolist(), (starts + length).tolist(), strict=True):
             begin, end = end, end + length
-            target[begin:end] = values[shard][start : start + length]
+            target[begin:end] = values[shard][start:stop]
 
 
 def available_bytes() -> int:

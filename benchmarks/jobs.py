@@ -1,0 +1,249 @@
+"""What suites time: trainings of this program on random images, a live teacher, and a real cache of what it says.
+
+The networks are those of the reference job: ResNet-50 teaches ResNet-18, both with the ImageNet stem and 10 classes, on 32x32
+images in batches of 128, channels_last; features meet in the student's 64, 128, 256 and 512 channels (direction `both`: frozen
+projectors on the teacher's side, learned ones on the student's). Weights and images are random, since nothing here depends on
+what they show. Everything is built once, by `open_bench`, and shared by the cases of a suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from kd_accel.commands.course import build_course
+from kd_accel.config import (
+    CheckpointConfig,
+    DataConfig,
+    DistillConfig,
+    FeatureConfig,
+    OptimConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from kd_accel.data.loader import TrainLoader, load_batches
+from kd_accel.data.sources import MemoryImages
+from kd_accel.data.views import ViewFunction
+from kd_accel.engine.cache_pass import blocks_of, run_pass
+from kd_accel.engine.interruption import Interruption
+from kd_accel.engine.journal import Journal
+from kd_accel.engine.meters import Meters
+from kd_accel.engine.optim import build_optimizer
+from kd_accel.engine.progress import Progress
+from kd_accel.engine.setup import Accelerator, start_processes
+from kd_accel.engine.state import Trainee
+from kd_accel.engine.train import Job, train_epoch
+from kd_accel.models.preprocess import Normalize
+from kd_accel.models.projectors import FeatureProjector, build_projectors
+from kd_accel.models.student import StudentModule
+from kd_accel.models.zoo import build_model
+from kd_accel.teacher.cached import OpenCache, Wanted, open_cache
+from kd_accel.teacher.live import LiveTeacher
+from kd_accel.teacher.store.layout import LOGITS, Plan, Split, TensorSpec, rows_in_a_shard
+from kd_accel.teacher.store.manifest import CachedRows, write_manifest, write_plan, write_rows
+from kd_accel.types import Batch, SignalSource, no_signals
+
+CLASSES = 10
+IMAGE_SIZE = 32
+OPTIM = OptimConfig(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+MEAN, STD = [0.5] * 3, [0.25] * 3
+VIEWS = ViewFunction("crop_flip", IMAGE_SIZE)
+STUDENT = {"layer1": (64, 8, 8), "layer2": (128, 4, 4), "layer3": (256, 2, 2), "layer4": (512, 1, 1)}
+TEACHER = {"layer1": (256, 8, 8), "layer2": (512, 4, 4), "layer3": (1024, 2, 2), "layer4": (2048, 1, 1)}
+TAPS = {tap: tap for tap in STUDENT}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one block does: `steps` batches of `batch_size` rows."""
+
+    batch_size: int
+    steps: int
+
+    @property
+    def rows(self) -> int:
+        return self.batch_size * self.steps
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the cases of a suite share. images: as many as a block has rows."""
+
+    accelerator: Accelerator
+    size: Size
+    images: MemoryImages
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.arange(self.size.rows)
+
+    def batches(self, split: Split, shares: Sequence[tuple[np.ndarray, int]]) -> Iterator[Batch]:
+        """Views of these rows on the device, as a build of a cache loads them."""
+        batches = load_batches(self.images, VIEWS, shares, pin_memory=self.device.type == "cuda")
+        return (batch.to(self.device, non_blocking=True) for batch in batches)
+
+
+def open_bench(size: Size) -> Bench:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (size.rows, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    labels = generator.integers(0, CLASSES, size.rows)
+    images = MemoryImages(pixels, labels, [str(label) for label in range(CLASSES)])
+    return Bench(start_processes("no"), size, images)
+
+
+def epochs_of(job: Job) -> Callable[[], float]:
+    """A case: each call is an epoch of the program's own loop, with the next view. Returns the number of images."""
+
+    def block() -> float:
+        position = job.trainee.position
+        train_epoch(job)
+        position.epoch, position.step_in_epoch = position.epoch + 1, 0
+        return job.course.steps_per_epoch * job.train.batch_size
+
+    return block
+
+
+def training_config(size: Size, *, epochs: int, views: int | None = None, distill: DistillConfig | None = None) -> RunConfig:
+    """Without checkpoints and evaluation. distill: None = plain training."""
+    return RunConfig(
+        data=DataConfig(augment="crop_flip", val_fraction=0.0, views=views),
+        teacher=TeacherConfig(run="teacher") if distill else None,
+        distill=distill,
+        optim=OPTIM,
+        train=TrainConfig(epochs=epochs, batch_size=size.batch_size),
+        checkpoint=CheckpointConfig(every_epochs=None),
+    )
+
+
+def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: SignalSource = no_signals) -> Job:
+    """directory: for the lines of metrics; must be there. signals: whoever teaches where the config says how to listen."""
+    module = _student_module(config).to(memory_format=torch.channels_last).to(bench.device)
+    module.open_taps()
+    module, optimizer = bench.accelerator.prepare(module, build_optimizer(module.parameters(), config.optim))
+    loader = _loader(bench, config)
+    course = build_course(config, steps_per_epoch=loader.steps_per_epoch)
+    return Job(
+        accelerator=bench.accelerator,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        trainee=Trainee(module, optimizer, Meters(bench.device)),
+        loader=loader,
+        signals=signals,
+        course=course,
+        journal=Journal(directory / "metrics.jsonl", is_main=True),
+        progress=Progress("benchmark", total_steps=course.total_steps, done_steps=0, is_main=False),
+        interruption=Interruption(bench.accelerator),
+        checkpoint_dir=directory / "checkpoints",
+        checkpoint_extra={},
+        checkpoint_tensors={},
+    )
+
+
+def hybrid() -> DistillConfig:
+    """Response and feature term, direction `both`."""
+    return DistillConfig(feature=FeatureConfig())
+
+
+def build_student() -> nn.Module:
+    return build_model("torchvision/resnet18", num_classes=CLASSES)
+
+
+def build_teacher(device: torch.device) -> nn.Module:
+    """Its blocks begin as the identity, so that random weights give numbers of an ordinary size."""
+    model = build_model("torchvision/resnet50", num_classes=CLASSES, arch_args={"zero_init_residual": True})
+    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def frozen_projectors(device: torch.device) -> dict[str, FeatureProjector]:
+    """In place of a PCA, whose directions make no difference to the time."""
+    widths = {tap: (TEACHER[tap][0], STUDENT[tap][0]) for tap in TAPS}
+    projectors = {tap: FeatureProjector(teacher, student) for tap, (teacher, student) in widths.items()}
+    return {tap: projector.to(device).requires_grad_(False) for tap, projector in projectors.items()}
+
+
+def live_teacher(device: torch.device) -> LiveTeacher:
+    """Answers with logits and projected features; its recorder is open."""
+    normalize = Normalize(MEAN, STD).to(device)
+    return LiveTeacher(build_teacher(device), normalize, taps=TAPS, projectors=frozen_projectors(device))
+
+
+def write_cache(bench: Bench, directory: Path, teacher: LiveTeacher, *, views: int) -> OpenCache:
+    """What `kd-accel cache build` leaves, opened as a training opens it."""
+    plan, rows = cache_plan(bench, views=views), _covered(bench)
+    write_rows(directory, rows)
+    write_plan(directory, plan)
+    write_manifest(directory, plan, fill_cache(bench, directory, plan, teacher))
+    wanted = Wanted(_identity(bench), rows=rows, views=views, taps=TAPS, projected={}, dtype="float16")
+    return open_cache(directory, wanted)
+
+
+def fill_cache(bench: Bench, directory: Path, plan: Plan, teacher: LiveTeacher) -> dict[str, str]:
+    """The pass of the teacher alone: views, answers, encoding, writing. Returns {file name: checksum}."""
+    return run_pass(
+        blocks_of(plan.all_shards()),
+        directory=directory,
+        plan=plan,
+        rows={"train": bench.rows},
+        teacher=teacher,
+        batches_of=bench.batches,
+        advance=lambda rows: None,
+    )
+
+
+def cache_plan(bench: Bench, *, views: int) -> Plan:
+    """float16 in the shards of the default config, without a held-out split."""
+    tensors = {LOGITS: TensorSpec((CLASSES,), "float16")} | {tap: TensorSpec(STUDENT[tap], "float16") for tap in TAPS}
+    batch_rows = bench.size.batch_size
+    identity = _identity(bench)
+    identity["data"] = {**identity["data"], "contents": {split: cached.digest for split, cached in _covered(bench).items()}}
+    return Plan(
+        identity=identity,
+        rows={split: len(cached.rows) for split, cached in _covered(bench).items()},
+        views=views,
+        tensors=tensors,
+        rows_per_shard=rows_in_a_shard(tensors, shard_mib=TeacherConfig().shard_mib, batch_rows=batch_rows),
+        batch_rows=batch_rows,
+    )
+
+
+def _identity(bench: Bench) -> dict[str, dict[str, object]]:
+    return {"numeric": {"channels_last": True}, "data": {"train_size": bench.size.rows}}
+
+
+def _covered(bench: Bench) -> dict[Split, CachedRows]:
+    none = bench.rows[:0]
+    rows: dict[Split, np.ndarray] = {"train": bench.rows, "val": none, "test": none}
+    return {split: CachedRows(own, bench.images.digests(own)) for split, own in rows.items()}
+
+
+def _student_module(config: RunConfig) -> StudentModule:
+    normalize = Normalize(MEAN, STD)
+    if config.distill is None or config.distill.feature is None:
+        return StudentModule(build_student(), normalize)
+    projectors = build_projectors(STUDENT, TEACHER, direction=config.distill.feature.direction)
+    return StudentModule(build_student(), normalize, taps=list(TAPS), student_projectors=projectors.student)
+
+
+def _loader(bench: Bench, config: RunConfig) -> TrainLoader:
+    """On a GPU the images lie there, as in a training."""
+    stored = None
+    if bench.device.type == "cuda":
+        stored = torch.from_numpy(bench.images.pixels(bench.rows)).permute(0, 3, 1, 2).to(bench.device)
+    return TrainLoader(
+        bench.images,
+        VIEWS,
+        rows=bench.rows,
+        batch_size=config.train.batch_size,
+        views=config.data.views,
+        device_images=stored,
+    )

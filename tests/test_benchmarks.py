@@ -1,0 +1,52 @@
+"""Each suite runs from beginning to end in small, and its last line is the JSON that scripts read. No speed is judged here."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from tests.launching import ROOT, environment
+
+SMALL = ["--repeats=1", "--batch_size=4", "--steps=1"]
+SUITES = {
+    "training-quick": (["benchmarks.training", "--suite=quick"], ["plain/bare"]),
+    "training-cached": (
+        ["benchmarks.training", "--suite=cached"],
+        ["cached_logits/plain", "cached_hybrid/plain", "live_hybrid/limit"],
+    ),
+    "cache-io": (
+        ["benchmarks.cache_io", "--rows=300", "--file_rows=20"],
+        ["reader/index_select", "reader/files", "build/forward"],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_ends_with_its_ratios(name, tmp_path):
+    (module, *flags), ratios = SUITES[name]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags, *SMALL],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["benchmark"] == name
+    assert {"commit", "hardware", "versions"} <= line.keys()
+    assert list(line["ratios"]) == ratios
+    cases = {case for ratio in ratios for case in ratio.split("/")}
+    assert line["medians"].keys() == line["spread"].keys() == cases
+    assert all(math.isfinite(rate) and rate > 0 for rate in [*line["medians"].values(), *line["ratios"].values()])
+    for ratio in ratios:
+        numerator, denominator = ratio.split("/")
+        assert line["ratios"][ratio] == pytest.approx(line["medians"][numerator] / line["medians"][denominator])
+    assert not list(tmp_path.glob("tmp*")), "what the suite worked on is removed"
+    (dated,) = (tmp_path / "runs" / "benchmarks").iterdir()
+    assert dated.name.endswith(f"-{name}.json") and json.loads(dated.read_text()) == line
