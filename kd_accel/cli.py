@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the user's mistake, one paragraph on stderr from one proce
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -24,20 +25,38 @@ _OTHER_RANKS_WAIT_S = 5.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and leave the process with its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave_at_once(code)
+    if code:
+        raise SystemExit(code)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         _dispatch(arguments)
     except UserError as error:
         _report_once(str(error))
-        raise SystemExit(2) from None
+        return 2
     except Interrupted as stop:
         if not _is_another_rank():
             print(f"kd-accel: {stop}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + stop.number) from None
+        return 128 + stop.number
     except Exception:
         if _is_another_rank():  # most likely rank 0 has left with a mistake, and the launcher will end this process as well
             time.sleep(_OTHER_RANKS_WAIT_S)
         raise
+    return 0
+
+
+def _leave_at_once(code: int) -> None:
+    """One of several processes ends without the interpreter's own clean-up: threads of the communication library can still be
+    there, and were seen to abort, then, a process that had done all its work.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _dispatch(arguments: list[str]) -> None:
