@@ -12,7 +12,9 @@ from kd_accel.config import DataConfig
 from kd_accel.data.cuts import cut_rows
 from kd_accel.teacher.store.manifest import read_manifest, read_plan, write_manifest
 from kd_accel.teacher.store.shards import write_shard
-from tests.launching import SMALL, losses, metrics, run, train
+from tests import launching
+from tests.in_process import cache, train
+from tests.launching import losses, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -41,8 +43,8 @@ def cached(cache_dir, *, signals="cached", dtype="float32"):
     return [f"--teacher.signals={signals}", f"--teacher.cache_dir={cache_dir}", f"--teacher.dtype={dtype}"]
 
 
-def build(*arguments, processes=1):
-    return run("cache", "build", *SMALL, *arguments, processes=processes)
+def build(*arguments):
+    return cache("build", *arguments)
 
 
 def weights(run_dir):
@@ -100,11 +102,8 @@ def test_answers_for_other_rows_are_noticed(tmp_path, teacher_run):
     use = cached(tmp_path / "cache")
     build(*common, *use)
     _reverse_rows(tmp_path / "cache")
-    for refused in (
-        train(tmp_path / "run", *common, *use, code=2),
-        run("cache", "verify", *SMALL, *common, *use, code=2),
-    ):
-        assert "does not hold what the teacher says here" in refused.stderr
+    for refused in (train(tmp_path / "run", *common, *use, code=2), cache("verify", *common, *use, code=2)):
+        assert "does not hold what the teacher says here" in refused
 
 
 def test_answers_for_other_rows_make_another_student(teacher_run, tmp_path):
@@ -147,8 +146,8 @@ def test_two_processes_read_what_one_wrote(tmp_path, teacher_run):
     use = cached(tmp_path / "cache")
     build(*common, *use)
     train(tmp_path / "one", *common, *use)
-    train(tmp_path / "two", *common, *use, processes=2)
-    train(tmp_path / "live", *common, processes=2)
+    launching.train(tmp_path / "two", *common, *use, processes=2)
+    launching.train(tmp_path / "live", *common, processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "live"), rel=1e-5)
 
