@@ -23,8 +23,8 @@ def encode(values: Tensor, dtype: StorageType, *, name: str) -> tuple[Tensor, Te
     """
     if dtype == "int8":
         largest = values.abs().transpose(0, 1).flatten(1).amax(1)
+        _refuse_not_finite(largest, name, dtype)
         scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-        _refuse_not_finite(scale, name, dtype)
         return torch.round(values / _by_channel(scale, values)).clamp(-127, 127).to(torch.int8), scale
     stored = values.to(TORCH_TYPE[dtype])
     _refuse_not_finite(stored, name, dtype)
