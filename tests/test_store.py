@@ -82,7 +82,7 @@ def test_rounding_stays_within_what_is_said(dtype):
         assert scale.shape == (6,)
     else:
         assert (error <= values.abs() * RELATIVE_ERROR[dtype] + 1e-7).all()
-        assert torch.equal(rounded(values, dtype, name="layer1"), decode(stored, scale))
+        assert torch.equal(rounded(values, dtype), decode(stored, scale))
     assert (error.max() == 0) == (dtype == "float32")
 
 

@@ -56,8 +56,8 @@ class LiveTeacher:
             features = {tap: self._project(tap, recorded[name]) for tap, name in self.taps.items()}
         if self.rounding is None:
             return Signals(logits.float(), features)
-        features = {tap: rounded(feature, self.rounding, name=tap) for tap, feature in features.items()}
-        return Signals(rounded(logits, self.rounding, name="logits"), features)
+        features = {tap: rounded(feature, self.rounding) for tap, feature in features.items()}
+        return Signals(rounded(logits, self.rounding), features)
 
     def _project(self, tap: str, feature: torch.Tensor) -> torch.Tensor:
         return self.projectors[tap](feature) if tap in self.projectors else feature
