@@ -38,7 +38,7 @@ def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def rounded(values: Tensor, dtype: StorageType) -> Tensor:
-    """What a cache of that type gives back, without a look at the numbers. Not for int8: its scale depends on a shard's rows."""
+    """What a cache of that type gives back, without a look at the numbers. Not for int8, whose scale depends on a shard."""
     return values.to(TORCH_TYPE[dtype]).float()
 
 
