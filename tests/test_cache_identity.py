@@ -165,6 +165,14 @@ def test_more_taps_are_named_and_added_without_touching_what_is_there(tmp_path, 
     assert {name.relative_to(directory): content for name, (_, content) in after.items()} == at_once
 
 
+def test_a_tap_that_is_added_is_stored_as_the_others_are(tmp_path, teacher_run):
+    flags = asking(teacher_run, tmp_path / "cache", FEATURE.replace("layer1, layer2", "layer2"))
+    cache("build", *flags, "--teacher.dtype=float32")
+    cache("build", *asking(teacher_run, tmp_path / "cache"))
+    tensors = json.loads((tmp_path / "cache/plan.json").read_text())["tensors"]
+    assert {spec["dtype"] for spec in tensors.values()} == {"float32"}
+
+
 def test_more_rows_are_named(tmp_path, teacher_run):
     flags = asking(teacher_run, tmp_path / "cache")
     few = [*flags, "--data.limit_train=64", "--data.limit_test=20"]

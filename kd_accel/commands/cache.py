@@ -29,7 +29,7 @@ from kd_accel.commands.teacher import (
     ready_teacher,
 )
 from kd_accel.commands.wanted import covered_rows, wanted_from_cache
-from kd_accel.config import RunConfig
+from kd_accel.config import RunConfig, StorageType
 from kd_accel.data.cuts import Rows
 from kd_accel.data.loader import load_batches
 from kd_accel.disk import remove_leftovers
@@ -68,7 +68,7 @@ _TIMED_BATCHES = 2
 
 @dataclass(frozen=True)
 class Asked:
-    """A config's cache, and the teacher who answers for it. frozen: fitted when the cache is built."""
+    """A config's cache, and the teacher who answers for it."""
 
     config: RunConfig
     directory: Path
@@ -172,7 +172,7 @@ def _kept_projectors(directory: Path, plan: Plan) -> dict[str, dict[str, torch.T
 
 def _planned(asked: Asked, found: Plan | None, frozen: FrozenProjectors) -> tuple[Plan, dict[Split, np.ndarray]]:
     """The plan with what this config asks for, and the rows; both on the disk."""
-    specs = _specs(asked, frozen)
+    specs = _specs(asked, frozen, dtype=_storage_type(asked, found))
     if found is None:
         plan, rows = _new_plan(asked, specs), dict(asked.wanted.rows)
     else:
@@ -189,9 +189,14 @@ def _planned(asked: Asked, found: Plan | None, frozen: FrozenProjectors) -> tupl
     return plan, {split: cached.rows for split, cached in rows.items()}
 
 
-def _specs(asked: Asked, frozen: FrozenProjectors) -> dict[str, TensorSpec]:
+def _storage_type(asked: Asked, found: Plan | None) -> StorageType:
+    """What the config says, else that of the cache which is there, else float16."""
     assert asked.config.teacher is not None
-    dtype = asked.config.teacher.dtype or "float16"
+    stored = [spec.dtype for _, spec in sorted(found.tensors.items(), key=lambda item: item[0] == LOGITS)] if found else []
+    return asked.config.teacher.dtype or (stored[0] if stored else "float16")
+
+
+def _specs(asked: Asked, frozen: FrozenProjectors, *, dtype: StorageType) -> dict[str, TensorSpec]:
     feature = asked.config.distill.feature if asked.config.distill else None
     specs = {LOGITS: TensorSpec((len(asked.data.label_names),), stored_type(dtype, is_logits=True))}
     for tap in wanted_tensors(asked.wanted)[1:]:
