@@ -104,6 +104,14 @@ def test_a_place_that_cannot_be_a_run_directory(tmp_path, place):
     )
 
 
+def test_a_place_beside_the_run_directory_is_not_needed(tmp_path, teacher_run):
+    (tmp_path / ".teacher_accuracy").write_text("not a directory")
+    with pytest.warns(UserWarning, match="will measure the teacher's accuracy again: cannot write"):
+        text = in_process.train(tmp_path / "run", f"--teacher.run={teacher_run}", "--train.max_steps=2")
+    assert "the teacher's accuracy on the test rows is" in text
+    assert (tmp_path / "run/summary.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, processes):
