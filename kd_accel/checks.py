@@ -238,6 +238,8 @@ def _schedule(name: str, value: float | Schedule, *, above: float | None = None,
 def _schedule_fields(name: str, schedule: Schedule) -> Iterator[str]:
     needed = {"exponential": ("floor", "decay"), "linear": ("end",), "cosine": ("end",), "constant": ()}[schedule.kind]
     allowed = (*needed, "length") if needed == ("end",) else needed
+    if schedule.kind == "constant" and schedule.unit != "epoch":
+        yield f"{name}.unit: has no effect with kind constant; leave it out"
     for field_name in ("floor", "decay", "end", "length"):
         is_given = getattr(schedule, field_name) is not None
         if field_name in needed and not is_given:
