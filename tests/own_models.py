@@ -115,3 +115,19 @@ class SlowNet(SmallNet):
 
 def slow_teacher(num_classes: int) -> nn.Module:
     return SlowNet(num_classes, width=16, norm=True)
+
+
+class BreakingNet(SmallNet):
+    """Its gradient is not finite, though its loss is, in the training step that KD_TEST_BREAKING_STEP names."""
+
+    forwards = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.forwards += self.training
+        broken = self.forwards == int(os.environ.get("KD_TEST_BREAKING_STEP", "0"))
+        logits = super().forward(images)
+        return logits + (0 * logits).sum().sqrt() if broken and self.training else logits
+
+
+def breaking(num_classes: int) -> nn.Module:
+    return BreakingNet(num_classes, width=8)

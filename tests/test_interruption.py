@@ -70,6 +70,16 @@ def test_two_processes_stop_at_the_same_step(tmp_path, straight, number):
     assert_same_run(straight[2], tmp_path / "run")
 
 
+def test_the_workers_that_load_data_are_signalled_too(tmp_path, straight):
+    """A launcher signals whole process groups."""
+    code, said = signalled(tmp_path / "run", signal.SIGTERM, "--data.num_workers=1", processes=2)
+    assert code != 0
+    assert said.count("stopped by SIGTERM after step") == 1
+    assert "DataLoader worker" not in said
+    train(tmp_path / "run", *FLAGS, processes=2)
+    assert_same_run(straight[2], tmp_path / "run")
+
+
 def test_a_signal_in_the_first_step(tmp_path, straight):
     process = start(tmp_path / "run")
     deadline = time.monotonic() + 60

@@ -116,6 +116,26 @@ def test_numbers_that_go_wrong_stop_the_training(tmp_path):
     check_message(done, "the training has diverged", "lower optim.lr")
 
 
+def test_the_steps_in_which_numbers_went_wrong_are_named(tmp_path):
+    flags = ["--optim.lr=1e30", "--optim.schedule=constant", "--checkpoint.every_steps=7"]
+    done = train(tmp_path / "line", *flags, "--train.log_every_steps=5", code=2)
+    check_message(done, "loss is nan in one of the steps 1 to 5 (train)")
+    done = train(tmp_path / "checkpoint", *flags, "--train.log_every_steps=20", code=2)
+    check_message(done, "the loss is nan in one of the steps 1 to 7 (train)")
+
+
+@pytest.mark.parametrize(("processes", "code"), [(1, 2), (2, None)])
+def test_weights_that_go_wrong_do_not_push_out_the_good_ones(tmp_path, processes, code):
+    """The loss of the step that breaks them is finite."""
+    flags = ["--model.arch=import:tests.own_models:breaking", "--checkpoint.every_steps=3", "--checkpoint.keep=1"]
+    done = train(tmp_path / "run", *flags, processes=processes, code=code, KD_TEST_BREAKING_STEP="6")
+    assert done.stderr.count("kd-accel: layer1.0.weight is not finite after step 6: the training has diverged") == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    train(tmp_path / "run", *flags, processes=processes)
+    train(tmp_path / "straight", *flags, processes=processes)
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
+
+
 def test_a_precision_that_this_machine_has_not(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

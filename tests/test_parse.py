@@ -98,6 +98,10 @@ def test_all_mistakes_come_together_with_the_nearest_key(config_file):
             "distill.alpha.decay: has no effect with kind linear",
         ),
         (
+            ["--teacher.run", "x", "--distill.alpha", '{"kind": "constant", "start": 1, "unit": "step"}'],
+            "distill.alpha.unit: has no effect with kind constant",
+        ),
+        (
             ["--teacher.run", "x", "--distill.feature.weight", "0"],
             "distill.feature.weight: 0, so the term has no effect",
         ),

@@ -1,12 +1,19 @@
 """A run directory: who may go on in it, what a finished run is worth, and what is said where the disk refuses."""
 
 import json
+import os
+import resource
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
+from kd_accel.commands.run_directory import claim
+from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import find_checkpoint
+from kd_accel.parse import load_config_file
+from kd_accel.types import UserError
 from tests import in_process
 from tests.launching import ROOT, SMALL, command, environment, metrics, train
 
@@ -104,6 +111,14 @@ def test_a_place_that_cannot_be_a_run_directory(tmp_path, place):
     )
 
 
+def test_a_place_beside_the_run_directory_is_not_needed(tmp_path, teacher_run):
+    (tmp_path / ".teacher_accuracy").write_text("not a directory")
+    with pytest.warns(UserWarning, match="will measure the teacher's accuracy again: cannot write"):
+        text = in_process.train(tmp_path / "run", f"--teacher.run={teacher_run}", "--train.max_steps=2")
+    assert "the teacher's accuracy on the test rows is" in text
+    assert (tmp_path / "run/summary.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, processes):
@@ -128,6 +143,37 @@ def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, processes):
     for name in ("model.safetensors",):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+
+
+def test_a_training_that_ended_while_another_started(done, copied):
+    """The second one has looked at the directory before the lock was free."""
+    for name in ("summary.json", "model.safetensors"):
+        (copied / name).unlink()
+    config, newest = load_config_file(RunConfig, copied / "config.yaml"), find_checkpoint(copied / "checkpoints")
+    config = replace(config, run_dir=str(copied))
+    os.close(claim(config, resumed_from=newest))
+    for name in ("summary.json", "model.safetensors"):
+        shutil.copy(done / name, copied / name)
+    before = contents(copied)
+    for seen in (newest, None):
+        with pytest.raises(UserError, match="another training has worked in .* while this one started; start it again"):
+            claim(config, resumed_from=seen)
+    assert contents(copied) == before
+
+
+def test_a_full_disk_leaves_the_config_of_the_run(copied):
+    for name in ("summary.json", "model.safetensors"):
+        (copied / name).unlink()
+    before = contents(copied)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = replace(load_config_file(RunConfig, copied / "config.yaml"), run_dir=str(copied))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            claim(config, resumed_from=find_checkpoint(copied / "checkpoints"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert contents(copied) == before
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from kd_accel.config import RunConfig
-from kd_accel.disk import lock, read_json
+from kd_accel.disk import lock, read_json, write_whole
 from kd_accel.engine.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
 from kd_accel.parse import save_config
 from kd_accel.types import UserError
@@ -74,15 +74,24 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     return found
 
 
-def claim(config: RunConfig) -> int:
-    """Make the directory, write config.yaml, and hold the directory until the returned descriptor is closed."""
+def claim(config: RunConfig, *, resumed_from: Path | None) -> int:
+    """Make the directory, write config.yaml, and hold the directory until the returned descriptor is closed.
+
+    resumed_from: the newest checkpoint when it was looked at. Raises UserError where a training has worked there since.
+    """
     directory = config.directory
     directory.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = lock(directory / ".lock")
     except BlockingIOError:
         raise UserError(f"run_dir: another training is at work in {directory}; wait for it, or name another run_dir") from None
-    save_config(config, directory / "config.yaml")
+    try:
+        if find_checkpoint(directory / "checkpoints") != resumed_from or finished_summary(config) is not None:
+            raise UserError(f"run_dir: another training has worked in {directory} while this one started; start it again")
+        write_whole(directory / "config.yaml", lambda temporary: save_config(config, temporary))
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

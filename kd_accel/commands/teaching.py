@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from kd_accel.teacher.identity import rows_digest, settings_digest
 from kd_accel.teacher.live import LiveTeacher
 from kd_accel.teacher.store.layout import Split
 from kd_accel.teacher.store.manifest import read_projectors
-from kd_accel.types import Batch, Signals, SignalSource
+from kd_accel.types import Batch, Signals, SignalSource, UserError
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,17 @@ def check_teacher_accuracy(config: RunConfig, data: Data, held_out: HeldOut, *, 
     if remembered is not None:
         return remembered
     accuracy = teacher_accuracy(held_out, accelerator=accelerator)
-    on_main_process(accelerator, lambda: write_json({"accuracy": accuracy}, path))
+    if accelerator.is_main_process:
+        _remember(accuracy, path)
     return accuracy
+
+
+def _remember(accuracy: float, path: Path) -> None:
+    """Beside the run directory, which may be the only place that may be written."""
+    try:
+        write_json({"accuracy": accuracy}, path)
+    except UserError as refusal:
+        warnings.warn(f"the next run will measure the teacher's accuracy again: {refusal}", stacklevel=2)
 
 
 def _remembered(path: Path) -> float | None:

@@ -80,7 +80,8 @@ def _refuse_another_run(finished: dict[str, Any], config: RunConfig, data: Data)
 
 def _train_and_save(start: Prepared, stack: ExitStack) -> None:
     config, accelerator = start.config, start.accelerator
-    held = on_main_process(accelerator, lambda: claim(config))
+    resumed_from = start.checkpoint.path if start.checkpoint else None
+    held = on_main_process(accelerator, lambda: claim(config, resumed_from=resumed_from))
     if accelerator.is_main_process:
         stack.callback(os.close, held)
     signals = start.teaching.held_out("test") if start.teaching else None

@@ -35,6 +35,8 @@ class Interruption:
         self._signalled_at = 0.0
         self._group: Any = None
         self._exchange: tuple[Any, torch.Tensor] | None = None
+        self._is_listening = False
+        os.register_at_fork(after_in_child=self._spare_worker)
         if accelerator.num_processes > 1:
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=30))
 
@@ -42,10 +44,12 @@ class Interruption:
     def listening(self) -> Iterator[Interruption]:
         """Handle the signals inside the block, as before outside of it."""
         before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._is_listening = True
         try:
             yield self
             self._agreed()
         finally:
+            self._is_listening = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -74,6 +78,11 @@ class Interruption:
         else:
             work.wait()
         return int(number)
+
+    def _spare_worker(self) -> None:
+        """In a process that was forked to load data: a launcher signals it too, and the last steps still need its batches."""
+        if self._is_listening:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

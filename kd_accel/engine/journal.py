@@ -59,11 +59,20 @@ def _axis_name(split: str, key: str) -> str:
     return key if key == "epoch" else f"{split}/{key}"
 
 
-def refuse_not_finite(values: dict[str, Any]) -> None:
-    """Raises UserError that names the first number which is none. values: those of a line, with step and split."""
+def refuse_not_finite(values: dict[str, Any], *, first_step: int | None = None) -> None:
+    """Raises UserError that names the first number which is none. values: those of a line, with step and split.
+
+    first_step: where they are means over several steps, the first of these.
+    """
+    last_step = values["step"]
+    where = f"at step {last_step}" if first_step in (None, last_step) else f"in one of the steps {first_step} to {last_step}"
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(
-                f"{name} is {value} at step {values['step']} ({values['split']}): the training has diverged; lower optim.lr, "
-                "set optim.clip_norm, or use train.precision 'no'. The last checkpoint is untouched"
-            )
+            raise diverged(f"{name} is {value} {where} ({values['split']})")
+
+
+def diverged(what: str) -> UserError:
+    return UserError(
+        f"{what}: the training has diverged; lower optim.lr, set optim.clip_norm, or use train.precision 'no'. "
+        "The last checkpoint is untouched"
+    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,7 +23,7 @@ from kd_accel.data.loader import TrainLoader
 from kd_accel.engine.checkpoint import save_checkpoint
 from kd_accel.engine.evaluate import HeldOut, evaluate, synchronise_buffers
 from kd_accel.engine.interruption import Interruption, interrupted
-from kd_accel.engine.journal import Journal, refuse_not_finite
+from kd_accel.engine.journal import Journal, diverged, refuse_not_finite
 from kd_accel.engine.optim import learning_rate, set_learning_rate
 from kd_accel.engine.progress import Progress
 from kd_accel.engine.setup import on_main_process
@@ -202,7 +203,9 @@ def save(job: Job) -> None:
     position = job.trainee.position
     sums = job.accelerator.reduce(job.trainee.meters.sums, "sum")
     assert isinstance(sums, Tensor)
-    refuse_not_finite({"step": position.step, "split": "train", "the loss": sums.sum().item()})
+    line = {"step": position.step, "split": "train", "the loss": sums.sum().item()}
+    refuse_not_finite(line, first_step=_first_step_of_line(job))
+    _refuse_broken_weights(job)
     tensors, state = capture(job.trainee, job.accelerator)
     on_main_process(
         job.accelerator,
@@ -216,6 +219,21 @@ def save(job: Job) -> None:
     )
 
 
+def _refuse_broken_weights(job: Job) -> None:
+    """The loss of a step is that of the weights before it. What is saved must be fit to go on from."""
+    trained = [(name, weight.detach()) for name, weight in job.trainee.module.named_parameters() if weight.requires_grad]
+    if not torch.stack([weight.isfinite().all() for _, weight in trained]).all():
+        name = next(name for name, weight in trained if not weight.isfinite().all())
+        raise diverged(f"{_own_name(name)} is not finite after step {job.trainee.position.step}")
+
+
+def _first_step_of_line(job: Job) -> int:
+    """Of those behind the line of metrics that is written at this step, or would be."""
+    position, every = job.trainee.position, job.train.log_every_steps
+    epoch_start = position.step - (position.step_in_epoch or job.course.steps_per_epoch)
+    return max(epoch_start, (position.step - 1) // every * every) + 1
+
+
 def _log(job: Job, values: dict[str, float], clock: _Clock) -> None:
     position, meters = job.trainee.position, job.trainee.meters
     sums = job.accelerator.reduce(meters.sums, "sum")
@@ -223,6 +241,7 @@ def _log(job: Job, values: dict[str, float], clock: _Clock) -> None:
     means = meters.read(sums)
     rate = float(sums[0]) / clock.lap_s() if clock.has_lap else None
     line = {"step": position.step, "epoch": position.epoch, "split": "train", **means, **values}
+    refuse_not_finite(line, first_step=_first_step_of_line(job))
     job.journal.write({**line, **({"images_per_second": rate} if rate else {})})
     job.progress.note(position.epoch, {**means, **({"images_per_second": rate} if rate else {})})
 
@@ -244,9 +263,7 @@ def _refuse_single_rows(job: Job) -> None:
 def _refuse_idle_parameters(module: nn.Module) -> None:
     """Checked once: where ranks exchange gradients, a parameter without one would make them hang or drift."""
     idle = [
-        name.removeprefix("module.").removeprefix("student.")
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and parameter.grad is None
+        _own_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
     if idle:
         more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
@@ -254,6 +271,11 @@ def _refuse_idle_parameters(module: nn.Module) -> None:
             f"model.arch: no gradient reaches {', '.join(idle[:5])}{more}; every trained parameter must take part in the "
             "output: remove the idle layer, use it, or set requires_grad to False"
         )
+
+
+def _own_name(name: str) -> str:
+    """Of a parameter, as the user's model has it."""
+    return name.removeprefix("module.").removeprefix("student.")
 
 
 class _Clock:
