@@ -55,6 +55,7 @@ from kd_accel.teacher.store.manifest import (
     lock_for_building,
     read_projectors,
     read_rows,
+    refuse_other_owner,
     write_manifest,
     write_plan,
     write_projectors,
@@ -96,9 +97,12 @@ def run_cache_build(config: RunConfig) -> None:
         if missing:
             on_main_process(accelerator, lambda: remove_leftovers(asked.directory))
             whole |= _write(asked, plan, frozen, rows, missing)
-        elif manifest.keys() == whole.keys():
-            accelerator.print(f"{asked.directory}: complete, {len(whole)} files checked; nothing to do")
-        on_main_process(accelerator, lambda: _finish(asked.directory, plan, whole, [shard.name for shard in missing]))
+        else:
+            is_listed = manifest.keys() == whole.keys()
+            remark = "nothing to do" if is_listed else "manifest.json written"
+            accelerator.print(f"{asked.directory}: complete, {len(whole)} files checked; {remark}")
+        new = [name for name in whole if name not in manifest] + [shard.name for shard in missing]
+        on_main_process(accelerator, lambda: _finish(asked.directory, plan, whole, new))
     leave_processes(accelerator)
 
 
@@ -149,18 +153,29 @@ def _frozen(asked: Asked, found: Plan | None) -> FrozenProjectors:
     if found is not None:
         kept = projectors_from(on_main_process(asked.accelerator, lambda: _kept_projectors(asked.directory, found)))
     lacking = {tap: width for tap, width in asked.wanted.projected.items() if tap not in kept}
+    _refuse_lost_projectors(asked.directory, specs, {*kept, *lacking})
     fitted = fit_projectors(asked.config, asked.data, asked.model, asked.normalize, lacking, asked.accelerator)
     for tap, module in fitted.modules.items():
         if tap in specs and specs[tap].projector != tensors_digest(module.state_dict()):
             raise UserError(
                 f"teacher.cache_dir: projectors.safetensors of {asked.directory} is damaged, and the PCA at {tap} fitted again "
-                "on this machine is not the same; remove the directory and build it anew"
+                "here is not the same; build with the config and on the machine of the first build, or remove the directory "
+                "and build it anew"
             )
     explained = {tap: spec.explained for tap, spec in specs.items() if spec.explained is not None}
     for notice in fitted.notices:
         asked.accelerator.print(notice)
     both = FrozenProjectors({**kept, **fitted.modules}, {**explained, **fitted.explained})
     return both.to(asked.accelerator.device)
+
+
+def _refuse_lost_projectors(directory: Path, specs: Mapping[str, TensorSpec], at_hand: set[str]) -> None:
+    lost = [tap for tap, spec in specs.items() if spec.projector is not None and tap not in at_hand]
+    if lost:
+        raise UserError(
+            f"teacher.cache_dir: projectors.safetensors of {directory} is missing or damaged, and this config does not ask for "
+            f"all that it held ({', '.join(lost)}); build with a config that has these taps, which fits them again"
+        )
 
 
 def _kept_projectors(directory: Path, plan: Plan) -> dict[str, dict[str, torch.Tensor]]:
@@ -175,6 +190,7 @@ def _planned(asked: Asked, found: Plan | None, frozen: FrozenProjectors) -> tupl
     specs = _specs(asked, frozen, dtype=_storage_type(asked, found))
     if found is None:
         plan, rows = _new_plan(asked, specs), dict(asked.wanted.rows)
+        refuse_other_owner(asked.directory, plan)
     else:
         plan, rows = found.extended(views=asked.wanted.views, tensors=specs), _known_rows(asked, found)
     if found != plan:

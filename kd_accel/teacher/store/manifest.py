@@ -69,6 +69,20 @@ def find_plan(directory: Path) -> Plan | None:
         return None
 
 
+def refuse_other_owner(directory: Path, plan: Plan) -> None:
+    """Where plan.json is gone, a build must not write a plan of its own over the cache of another config."""
+    try:
+        owner = read_json(directory / "manifest.json", remedy="").get("cache")
+    except UserError:
+        return
+    if owner != plan.digest:
+        raise UserError(
+            f"teacher.cache_dir: plan.json of {directory} is missing or damaged, and manifest.json beside it belongs to a "
+            f"cache of something else ({owner} stored, {plan.digest} wanted); build with the config of the first build, name another "
+            "cache_dir, or remove that directory first"
+        )
+
+
 def write_plan(directory: Path, plan: Plan) -> None:
     write_json(plan_to_json(plan), directory / "plan.json")
 
@@ -130,7 +144,7 @@ def read_rows(directory: Path, plan: Plan) -> dict[Split, CachedRows]:
         }
         stored = plan.identity["data"]["contents"]
         is_whole = all(cached.digest == stored[split] for split, cached in rows.items())
-    except KeyError:
+    except (KeyError, ValueError):
         is_whole = False
     if not is_whole:
         raise UserError(f"{directory / 'rows.safetensors'}: does not match plan.json: {_REBUILD}")
