@@ -188,9 +188,9 @@ def test_a_full_disk_keeps_what_is_whole_and_a_read_only_one_can_be_read(built, 
 def test_two_builders_at_once(tmp_path, slow_teacher_run):
     """Also when only one process of the first build is left."""
     flags = [*asking(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
-    first = start_build(flags, processes=2, forward_s=1.0)
+    first = start_build(flags, processes=2, forward_s=3.0)
     try:
-        wait_for(tmp_path / "cache/train/view-0000", first)
+        wait_for(tmp_path / "cache/plan.json", first)
         for text in (
             in_process.cache("build", *flags, code=2),
             run("cache", "build", *SMALL, *flags, processes=2, code=None).stderr,
