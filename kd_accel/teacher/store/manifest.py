@@ -78,8 +78,8 @@ def refuse_other_owner(directory: Path, plan: Plan) -> None:
     if owner != plan.digest:
         raise UserError(
             f"teacher.cache_dir: plan.json of {directory} is missing or damaged, and manifest.json beside it belongs to a "
-            f"cache of something else ({owner} stored, {plan.digest} wanted); build with the config of the first build, name another "
-            "cache_dir, or remove that directory first"
+            f"cache of something else ({owner} stored, {plan.digest} wanted); build with the config of the first build, name "
+            "another cache_dir, or remove that directory first"
         )
 
 

@@ -42,14 +42,19 @@ class Reader:
 
     def read(self, view: int, rows: np.ndarray, *, pin_memory: bool = False) -> dict[str, StoredRows]:
         """Each tensor of these rows, in new memory. rows: int64 [n], each one that the cache covers."""
-        positions = np.searchsorted(self._rows, rows)
+        positions = self._positions(rows)
         self._open(view)
         return {name: self._files[name].read(positions, pin_memory=pin_memory) for name in self._tensors}
 
     def read_into(self, view: int, rows: np.ndarray, tensor: str, out: Tensor) -> None:
         """The same for one tensor, into memory that is there: `out` [n, ...], contiguous, of the stored type, on the CPU."""
         self._open(view)
-        self._files[tensor].copy(np.searchsorted(self._rows, rows), out)
+        self._files[tensor].copy(self._positions(rows), out)
+
+    def _positions(self, rows: np.ndarray) -> np.ndarray:
+        positions = np.searchsorted(self._rows, rows)
+        assert np.array_equal(self._rows.take(positions, mode="clip"), rows), "asked for rows that the cache does not cover"
+        return positions
 
     def _open(self, view: int) -> None:
         if view == self._view:
