@@ -35,7 +35,9 @@ class Reader:
     def __init__(self, directory: Path, plan: Plan, split: Split, rows: np.ndarray, tensors: Sequence[str]) -> None:
         """rows: int64 [N], ascending, the rows that the cache covers. tensors: which of its tensors are read."""
         self._directory, self._plan, self._split = directory, plan, split
-        self._rows, self._tensors = rows, tuple(tensors)
+        self._tensors = tuple(tensors)
+        self._position = np.full(rows.max(initial=-1) + 1, -1)  # of each row; a look-up costs a tenth of a search
+        self._position[rows] = np.arange(len(rows))
         self._files: dict[str, _View] = {}
         self._view: int | None = None
         self._checked: set[str] = set()
@@ -52,8 +54,8 @@ class Reader:
         self._files[tensor].copy(self._positions(rows), out)
 
     def _positions(self, rows: np.ndarray) -> np.ndarray:
-        positions = np.searchsorted(self._rows, rows)
-        assert np.array_equal(self._rows.take(positions, mode="clip"), rows), "asked for rows that the cache does not cover"
+        positions = self._position.take(rows)
+        assert positions.min(initial=0) >= 0, "asked for rows that the cache does not cover"
         return positions
 
     def _open(self, view: int) -> None:
