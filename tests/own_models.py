@@ -131,3 +131,28 @@ class BreakingNet(SmallNet):
 
 def breaking(num_classes: int) -> nn.Module:
     return BreakingNet(num_classes, width=8)
+
+
+def images_with_an_outlier(split: str, image_size: int) -> dict[str, object]:
+    """Images of little contrast, and one that is a chequerboard: its features are many times larger than all others."""
+    content = images(split, image_size)
+    pixels = (content["images"] // 32 + 112).astype("uint8")
+    pixels[0] = 0
+    pixels[0, ::8] = pixels[0, 1::8] = pixels[0, 2::8] = pixels[0, 3::8] = 255
+    return {**content, "images": pixels}
+
+
+class NamedLogits(SmallNet):
+    """Its second stage is called as the answers are."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, width=8)
+        self.logits = self.layer2
+        del self.layer2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.logits(self.layer1(images)).mean((2, 3)))
+
+
+def named_logits(num_classes: int) -> nn.Module:
+    return NamedLogits(num_classes)

@@ -233,5 +233,8 @@ def test_the_sample_is_not_empty():
 
     live = Signals(torch.ones(4, 3), {"a": torch.ones(4, 2, 1, 1)})
     wrong = Signals(torch.ones(4, 3), {"a": torch.full((4, 2, 1, 1), 1.1)})
-    assert largest_difference(wrong, live) == ("a", pytest.approx(0.1))
-    assert largest_difference(wrong, live)[1] > tolerance("float16", "bf16") > tolerance("float32", "no") > 0
+    assert largest_difference(wrong, live, {}) == ("a", pytest.approx(0.1))
+    assert largest_difference(wrong, live, {})[1] > tolerance("float16", "bf16") > tolerance("float32", "no") > 0
+    assert largest_difference(wrong, live, {"a": 10.0}) == ("a", pytest.approx(0.01))
+    no_number = Signals(torch.ones(4, 3), {"a": torch.full((4, 2, 1, 1), torch.nan)})
+    assert largest_difference(live, no_number, {}) == ("a", torch.inf)

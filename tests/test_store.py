@@ -156,6 +156,15 @@ def test_rows_come_back_by_their_number(tmp_path, dtype):
     assert torch.equal(out, found["logits"].values)
 
 
+@pytest.mark.parametrize("row", [0, 3, 299])
+def test_a_row_that_is_not_covered_is_never_answered_for(tmp_path, row):
+    plan = plan_of()
+    written(tmp_path, plan)
+    reader = Reader(tmp_path, plan, "train", np.arange(100) * 3 + 1, ["logits"])
+    with pytest.raises((AssertionError, IndexError)):
+        reader.read(0, np.array([1, row, 4]))
+
+
 def test_a_damaged_file_is_named_when_its_view_is_first_read(tmp_path):
     plan = plan_of()
     written(tmp_path, plan)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kd_accel.commands.cache import Asked, ask, cache_directory, checked, readable_size
 from kd_accel.commands.teacher import FrozenProjectors, live_teacher, projectors_from
-from kd_accel.commands.wanted import refuse_other_answers
+from kd_accel.commands.wanted import refuse_other_answers, used_views
 from kd_accel.config import RunConfig
 from kd_accel.engine.setup import leave_processes, set_kernel_choice, start_processes
-from kd_accel.teacher.cached import OpenCache, refuse_other_identity, refuse_other_rows
+from kd_accel.teacher.cached import OpenCache, refuse_lacking, refuse_other_identity, refuse_other_rows
 from kd_accel.teacher.store.layout import SPLITS, Plan
 from kd_accel.teacher.store.manifest import read_manifest, read_plan, read_projectors, read_rows
 from kd_accel.teacher.store.shards import damage
@@ -26,6 +27,7 @@ def run_cache_verify(config: RunConfig, *, as_json: bool) -> None:
     asked = ask(config, accelerator)
     plan = read_plan(asked.directory)
     refuse_other_identity(asked.directory, plan, asked.wanted)
+    refuse_lacking(asked.directory, plan, replace(asked.wanted, views=used_views(config)))
     files = read_manifest(asked.directory, plan)
     wrong = _wrong_parts(asked.directory, plan)
     _, missing = checked(asked, plan, files)

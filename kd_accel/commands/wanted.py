@@ -23,6 +23,11 @@ def wanted_from_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pa
     """What a training (or a build) with this config asks for. views: how many of the first ones."""
     assert config.teacher is not None
     has_features = config.teacher.signals == "cached" and bool(pairs.teacher)
+    if has_features and LOGITS in {*pairs.teacher, *pairs.teacher.values()}:
+        raise UserError(
+            f"distill.feature.taps: a module called {LOGITS} cannot be cached, since a cache keeps the logits under that name; "
+            "tap a module inside it, or use teacher.signals live or logits_cached"
+        )
     feature = config.distill.feature if config.distill else None
     channels = pairs.pca_channels() if has_features else {}
     return Wanted(
@@ -69,7 +74,7 @@ def refuse_other_answers(
     source, worst = cache.source("train"), 0.0
     for view in {0, used_views(config) - 1}:
         batch = view_batch(config, data, rows, view).to(device)
-        name, difference = largest_difference(source(batch), live(batch))
+        name, difference = largest_difference(source(batch), live(batch), source.ranges(batch))
         spec = cache.plan.tensors[cache.taps.get(name, LOGITS)]
         allowed = tolerance(spec.dtype, config.train.precision)
         if not difference <= allowed:

@@ -6,10 +6,11 @@ may be less than the cache holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from kd_accel.parse import flatten
 from kd_accel.teacher.identity import settings_digest
-from kd_accel.teacher.store.codec import RELATIVE_ERROR, decode
+from kd_accel.teacher.store.codec import INT8_LARGEST, RELATIVE_ERROR, decode
 from kd_accel.teacher.store.layout import LOGITS, Plan, Split
 from kd_accel.teacher.store.manifest import CachedRows, read_manifest, read_plan, read_rows
 from kd_accel.teacher.store.reader import Reader, StoredRows
+from kd_accel.teacher.store.shards import damage
 from kd_accel.types import Batch, Signals, UserError
 
 _BUILD = "`kd-accel cache build` with this config"
@@ -86,6 +88,12 @@ class CachedTeacher:
         values = {name: decoded_on(device, rows, self._map_layout) for name, rows in stored.items()}
         return Signals(values[LOGITS], {tap: values[name] for tap, name in self._taps.items()})
 
+    def ranges(self, batch: Batch) -> dict[str, float]:
+        """By student tap: the largest magnitude in the files of these rows, where it decides how coarse the values are."""
+        stored = self._reader.read(batch.view, batch.rows.numpy())
+        scales = {tap: stored[name].scale for tap, name in self._taps.items()}
+        return {tap: INT8_LARGEST * scale.max().item() for tap, scale in scales.items() if scale is not None}
+
 
 def decoded_on(device: torch.device, stored: StoredRows, map_layout: torch.memory_format) -> Tensor:
     """float32 [n, ...] on the device: moved as it is kept, decoded there."""
@@ -105,6 +113,7 @@ def open_cache(directory: Path, wanted: Wanted) -> OpenCache:
     files = read_manifest(directory, plan)
     if not files:
         raise UserError(f"teacher.cache_dir: the build of {directory} has not ended; run {_BUILD}, which goes on with it")
+    refuse_lacking(directory, plan, wanted)
     _refuse_missing(directory, plan, files, wanted)
     return OpenCache(directory, plan, rows, wanted.taps)
 
@@ -141,12 +150,15 @@ def differing_rows(stored: CachedRows, wanted: CachedRows) -> tuple[np.ndarray, 
     return missing, wanted.rows[is_other]
 
 
-def largest_difference(cached: Signals, live: Signals) -> tuple[str, float]:
-    """(tensor, largest difference relative to the live tensor's largest magnitude), of the tensor where that is worst."""
+def largest_difference(cached: Signals, live: Signals, ranges: Mapping[str, float]) -> tuple[str, float]:
+    """(tensor, largest difference relative to the largest magnitude of the live tensor), of the tensor where that is worst.
+
+    ranges: larger magnitudes to take instead, by tap. The difference from what is not a number is infinite.
+    """
     assert cached.logits is not None and live.logits is not None
     pairs = {LOGITS: (cached.logits, live.logits)}
     pairs |= {tap: (feature, live.features[tap]) for tap, feature in cached.features.items()}
-    differences = {name: _relative(stored, fresh.float()) for name, (stored, fresh) in pairs.items()}
+    differences = {name: _relative(stored, fresh.float(), ranges.get(name, 0.0)) for name, (stored, fresh) in pairs.items()}
     worst = max(differences, key=lambda name: differences[name])
     return worst, differences[worst]
 
@@ -156,8 +168,9 @@ def tolerance(dtype: str, precision: str) -> float:
     return 2 * RELATIVE_ERROR[dtype] + {"no": 5e-3, "fp16": 2e-2, "bf16": 6e-2}[precision]
 
 
-def _relative(stored: Tensor, fresh: Tensor) -> float:
-    return ((stored - fresh).abs().max() / fresh.abs().max().clamp(min=1e-12)).item()
+def _relative(stored: Tensor, fresh: Tensor, largest: float) -> float:
+    relative = (stored - fresh).abs().max() / fresh.abs().max().clamp(min=max(largest, 1e-12))
+    return relative.nan_to_num(nan=math.inf).item()
 
 
 def _other_tensors(plan: Plan, wanted: Wanted) -> list[str]:
@@ -205,29 +218,37 @@ def refuse_other_rows(directory: Path, split: Split, stored: CachedRows, wanted:
         )
 
 
-def _refuse_missing(directory: Path, plan: Plan, files: Mapping[str, str], wanted: Wanted) -> None:
-    absent = [name for name in wanted_tensors(wanted) if name not in plan.tensors]
-    lacking = [f"tensor {name}" for name in absent]
+def refuse_lacking(directory: Path, plan: Plan, wanted: Wanted) -> None:
+    """Tensors and views that the plan does not have."""
+    lacking = [f"tensor {name}" for name in wanted_tensors(wanted) if name not in plan.tensors]
     if plan.views < wanted.views:
         lacking.append(f"views {plan.views} to {wanted.views - 1} (data.views: {plan.views} stored, {wanted.views} wanted)")
-    if not lacking:
-        names = [
-            shard.name
-            for split in wanted.rows
-            for view in range(min(wanted.views, plan.views) if split == "train" else 1)
-            for name in (wanted_tensors(wanted) if split == "train" else (LOGITS,))
-            for shard in plan.shards(split, view, name)
-        ]
-        unlisted = [name for name in names if name not in files]
-        gone = [name for name in names if name in files and not (directory / name).is_file()]
-        if unlisted:
-            lacking.append(f"{len(unlisted)} files that no build has finished, such as {unlisted[0]}")
-        if gone:
-            lacking.append(f"{len(gone)} files that are gone, such as {gone[0]}")
     if lacking:
-        raise UserError(
-            f"teacher.cache_dir: {directory} lacks {'; '.join(lacking)}. Run {_BUILD}: it adds just what is missing"
-        )
+        _refuse(directory, "lacks", lacking)
+
+
+def _refuse_missing(directory: Path, plan: Plan, files: Mapping[str, str], wanted: Wanted) -> None:
+    """Files of the plan that are not there, not finished, or by their header not the ones that were built."""
+    shards = [
+        shard
+        for split in wanted.rows
+        for view in range(wanted.views if split == "train" else 1)
+        for name in (wanted_tensors(wanted) if split == "train" else (LOGITS,))
+        for shard in plan.shards(split, view, name)
+    ]
+    unlisted = [shard.name for shard in shards if shard.name not in files]
+    if unlisted:
+        _refuse(directory, "lacks", [f"{len(unlisted)} files that no build has finished, such as {unlisted[0]}"])
+    found = {shard.name: damage(directory, plan, shard, checksum=files[shard.name], reads_data=False) for shard in shards}
+    wrong = [f"{name} {reason}" for name, reason in found.items() if reason is not None]
+    if wrong:
+        _refuse(directory, f"has {len(wrong)} wrong files:", wrong[:_LISTED])
+
+
+def _refuse(directory: Path, verb: str, lacking: Sequence[str]) -> NoReturn:
+    raise UserError(
+        f"teacher.cache_dir: {directory} {verb} {'; '.join(lacking)}. Run {_BUILD}: it writes just what is missing or wrong"
+    )
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from kd_accel.config import StorageType
 from kd_accel.types import UserError
 
 TORCH_TYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+INT8_LARGEST = 127
 RELATIVE_ERROR = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 1 / 254}
 
 
@@ -24,8 +25,8 @@ def encode(values: Tensor, dtype: StorageType, *, name: str) -> tuple[Tensor, Te
     if dtype == "int8":
         largest = values.abs().transpose(0, 1).flatten(1).amax(1)
         _refuse_not_finite(largest, name, dtype)
-        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-        return torch.round(values / _by_channel(scale, values)).clamp(-127, 127).to(torch.int8), scale
+        scale = torch.where(largest > 0, largest / INT8_LARGEST, torch.ones_like(largest))
+        return torch.round(values / _by_channel(scale, values)).clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8), scale
     stored = values.to(TORCH_TYPE[dtype])
     _refuse_not_finite(stored, name, dtype)
     return stored, None

@@ -35,21 +35,28 @@ class Reader:
     def __init__(self, directory: Path, plan: Plan, split: Split, rows: np.ndarray, tensors: Sequence[str]) -> None:
         """rows: int64 [N], ascending, the rows that the cache covers. tensors: which of its tensors are read."""
         self._directory, self._plan, self._split = directory, plan, split
-        self._rows, self._tensors = rows, tuple(tensors)
+        self._tensors = tuple(tensors)
+        self._position = np.full(rows.max(initial=-1) + 1, -1)  # of each row; a look-up costs a tenth of a search
+        self._position[rows] = np.arange(len(rows))
         self._files: dict[str, _View] = {}
         self._view: int | None = None
         self._checked: set[str] = set()
 
     def read(self, view: int, rows: np.ndarray, *, pin_memory: bool = False) -> dict[str, StoredRows]:
         """Each tensor of these rows, in new memory. rows: int64 [n], each one that the cache covers."""
-        positions = np.searchsorted(self._rows, rows)
+        positions = self._positions(rows)
         self._open(view)
         return {name: self._files[name].read(positions, pin_memory=pin_memory) for name in self._tensors}
 
     def read_into(self, view: int, rows: np.ndarray, tensor: str, out: Tensor) -> None:
         """The same for one tensor, into memory that is there: `out` [n, ...], contiguous, of the stored type, on the CPU."""
         self._open(view)
-        self._files[tensor].copy(np.searchsorted(self._rows, rows), out)
+        self._files[tensor].copy(self._positions(rows), out)
+
+    def _positions(self, rows: np.ndarray) -> np.ndarray:
+        positions = self._position.take(rows)
+        assert positions.min(initial=0) >= 0, "asked for rows that the cache does not cover"
+        return positions
 
     def _open(self, view: int) -> None:
         if view == self._view:
