@@ -48,7 +48,12 @@ def straight(tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+AT_LENGTH = pytest.mark.faults
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=AT_LENGTH), pytest.param(signal.SIGUSR1, marks=AT_LENGTH)]
+)
 def test_one_process(tmp_path, straight, number):
     code, said = signalled(tmp_path / "run", number)
     assert code == 128 + number
@@ -58,7 +63,7 @@ def test_one_process(tmp_path, straight, number):
     assert_same_run(straight[1], tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=AT_LENGTH)])
 def test_two_processes_stop_at_the_same_step(tmp_path, straight, number):
     """The launcher handles the signals that it is told to, and passes them on."""
     handled = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
@@ -80,6 +85,7 @@ def test_the_workers_that_load_data_are_signalled_too(tmp_path, straight):
     assert_same_run(straight[2], tmp_path / "run")
 
 
+@AT_LENGTH
 def test_a_signal_in_the_first_step(tmp_path, straight):
     process = start(tmp_path / "run")
     deadline = time.monotonic() + 60
@@ -93,6 +99,7 @@ def test_a_signal_in_the_first_step(tmp_path, straight):
     assert_same_run(straight[1], tmp_path / "run")
 
 
+@AT_LENGTH
 def test_only_one_rank_is_signalled(tmp_path, straight):
     import psutil
 
