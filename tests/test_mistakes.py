@@ -106,7 +106,8 @@ def test_a_run_directory_that_is_empty_damaged_or_a_file(tmp_path, teacher_run):
     damaged = tmp_path / "damaged"
     shutil.copytree(teacher_run, damaged)
     shutil.rmtree(damaged / "checkpoints")
-    check_message(train(damaged, code=2), "holds a summary.json but no whole checkpoint")
+    (damaged / "model.safetensors").unlink()
+    check_message(train(damaged, code=2), "holds a summary.json but neither all results nor a whole checkpoint")
     (damaged / "summary.json").write_text("{")
     check_message(run("report", damaged, "--out", tmp_path / "report", code=2), "damaged")
 
