@@ -1,9 +1,11 @@
 """Caches of unusual shape: odd cuts, odd taps, odd numbers, links, and a config that asks for more than there is."""
 
+import json
 import shutil
 
 import pytest
 
+from kd_accel.teacher.cached import tolerance
 from tests.in_process import cache, train
 from tests.launching import losses, metrics
 from tests.test_cache_identity import FEATURE, asking, files_of
@@ -96,8 +98,11 @@ def test_an_outlier_coarsens_int8_and_is_no_other_teacher(tmp_path, teacher_run)
     flags = [*asking(teacher_run, tmp_path / "cache"), "--data.source=import:tests.own_models:images_with_an_outlier"]
     int8 = [*flags, "--teacher.dtype=int8"]
     cache("build", *int8)
-    cache("verify", *int8)
+    report = json.loads(cache("verify", *int8, "--json"))
+    assert report["is_whole"]
+    assert 0 < report["largest_difference"] < tolerance("int8", "no")
     train(tmp_path / "run", *int8, "--train.max_steps=1")
+    assert (tmp_path / "run/summary.json").is_file()
 
 
 def test_a_tap_called_as_the_answers_are(tmp_path, teacher_run):

@@ -232,12 +232,10 @@ def ranks_of(pid):
     return sorted(children, key=lambda child: int(child.environ()["RANK"]))
 
 
-def killed_builds(tmp_path, built, teacher, *, kills, processes, seed):
-    """Kill builds at random instants until `kills` were killed, and let the last one end. Returns what was lost each time."""
-    generator, lost = random.Random(seed), []
-    directory = tmp_path / "cache"
-    flags = [*asking(teacher, directory), *SMALL_FILES]
-    for number in range(kills):
+def kill_builds(directory, flags, *, kills, processes, seed):
+    """Kill builds at random instants. For each kill: (files whole before it, and after it, temporary files that it left)."""
+    generator = random.Random(seed)
+    for _ in range(kills):
         if (directory / "manifest.json").exists():
             shutil.rmtree(directory)
         before = files_of(directory)
@@ -247,29 +245,25 @@ def killed_builds(tmp_path, built, teacher, *, kills, processes, seed):
             wait_for(directory / "train", process)
         time.sleep(instant)
         kill_all(process)
-        after = files_of(directory)
-        assert before.items() <= after.items(), f"kill {number} (seed {seed}): what was whole was written again"
-        lost.append(len(list(directory.rglob(".*.tmp-*"))))
+        yield before, files_of(directory), list(directory.rglob(".*.tmp-*"))
+
+
+SHORT = [pytest.param(processes, 2, marks=pytest.mark.slow) for processes in (1, 2)]
+FULL = [pytest.param(processes, kills, marks=pytest.mark.faults) for processes, kills in ((1, 13), (2, 12))]
+
+
+@pytest.mark.parametrize(("processes", "kills"), [*SHORT, *FULL])
+def test_killed_builds_end_in_the_same_bytes(tmp_path, built, slow_teacher_run, processes, kills):
+    directory = tmp_path / "cache"
+    flags = [*asking(slow_teacher_run, directory), *SMALL_FILES]
+    for before, after, lost in kill_builds(directory, flags, kills=kills, processes=processes, seed=10 * kills + processes):
+        assert before.items() <= after.items(), "what was whole was written again"
+        assert len(lost) <= processes
     before = files_of(directory)
     in_process.cache("build", *flags)
-    after = files_of(directory)
-    assert before.items() <= after.items()
+    assert before.items() <= files_of(directory).items()
     assert whole(directory) == whole(built)
     assert not list(directory.rglob(".*.tmp-*"))
-    assert max(lost) <= processes
-    return lost
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_builds_end_in_the_same_bytes(tmp_path, built, slow_teacher_run, processes):
-    killed_builds(tmp_path, built, slow_teacher_run, kills=2, processes=processes, seed=processes)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize(("processes", "kills"), [(1, 13), (2, 12)])
-def test_25_killed_builds_end_in_the_same_bytes(tmp_path, built, slow_teacher_run, processes, kills):
-    print(killed_builds(tmp_path, built, slow_teacher_run, kills=kills, processes=processes, seed=10 + processes))
 
 
 @pytest.mark.slow

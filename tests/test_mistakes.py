@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.launching import run, train
+from tests.launching import run, summary, train
 from tests.test_sources import colour, encoded, write_parquet
 
 pytestmark = pytest.mark.slow
@@ -178,3 +178,4 @@ def test_one_row_for_batchnorm(tmp_path, processes, code, batch_size):
 
 def test_one_row_without_batchnorm_is_enough(tmp_path):
     train(tmp_path / "run", "--train.max_steps=1", "--train.batch_size=2", "--train.grad_accum_steps=2")
+    assert summary(tmp_path / "run")["steps"] == 1

@@ -220,15 +220,16 @@ def _anonymous_bytes():
 
 def test_a_cache_of_many_files_opens_with_few_open_files(tmp_path):
     plan = plan_of(rows_per_shard=1)
-    written(tmp_path, plan)
+    whole = written(tmp_path, plan)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(160, before[0]), before[1]))
     try:
         reader = Reader(tmp_path, plan, "train", np.arange(100), ["logits", "layer1"])
-        for view in (0, 1):
-            reader.read(view, np.arange(100))
+        found = [reader.read(view, np.arange(100))["layer1"] for view in (0, 1)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    for view, rows in enumerate(found):
+        assert torch.equal(decode(rows.values, rows.scale), whole["train", view, "layer1"])
 
 
 def test_names_and_cuts_follow_from_the_plan():

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kd_accel.commands.cache import Asked, ask, cache_directory, checked, readable_size
+from kd_accel.commands.cache import checked
 from kd_accel.commands.teacher import FrozenProjectors, live_teacher, projectors_from
-from kd_accel.commands.wanted import refuse_other_answers, used_views
+from kd_accel.commands.wanted import Asked, ask, cache_directory, refuse_other_answers, used_views
 from kd_accel.config import RunConfig
+from kd_accel.disk import readable_size
 from kd_accel.engine.setup import leave_processes, set_kernel_choice, start_processes
 from kd_accel.teacher.cached import OpenCache, refuse_lacking, refuse_other_identity, refuse_other_rows
 from kd_accel.teacher.store.layout import SPLITS, Plan

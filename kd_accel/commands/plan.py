@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_accel.commands.cache import readable_size
 from kd_accel.commands.course import build_course, total_steps
 from kd_accel.commands.data import Data, load_data, training_loader
 from kd_accel.commands.networks import build_network, wrap_student
 from kd_accel.commands.teacher import TapPairs, live_teacher, load_teacher, pair_taps, ready_teacher
 from kd_accel.config import RunConfig, StorageType
+from kd_accel.disk import readable_size
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.setup import Accelerator, leave_processes, set_kernel_choice, start_processes
 from kd_accel.engine.train import train_step

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from kd_accel.commands.data import Data, num_views, view_function
-from kd_accel.commands.teacher import TapPairs, TeacherNetwork, numeric_mode
+from kd_accel.commands.data import Data, load_data, num_views, view_function
+from kd_accel.commands.networks import build_network
+from kd_accel.commands.teacher import TapPairs, TeacherNetwork, load_teacher, numeric_mode, pair_taps, ready_teacher
 from kd_accel.config import RunConfig
 from kd_accel.data.hashing import hashed_order
+from kd_accel.engine.setup import Accelerator
+from kd_accel.models.preprocess import Normalize
 from kd_accel.teacher.cached import OpenCache, Wanted, largest_difference, tolerance
 from kd_accel.teacher.live import LiveTeacher
 from kd_accel.teacher.store.layout import LOGITS, Split
@@ -17,6 +23,44 @@ from kd_accel.types import Batch, UserError
 
 _SAMPLE = 41
 _SAMPLE_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A config's cache, and the teacher who answers for it."""
+
+    config: RunConfig
+    directory: Path
+    data: Data
+    teacher: TeacherNetwork
+    model: torch.nn.Module
+    normalize: Normalize
+    pairs: TapPairs
+    wanted: Wanted
+    accelerator: Accelerator
+
+
+def cache_directory(config: RunConfig) -> Path:
+    if config.teacher is None or config.teacher.signals == "live" or config.teacher.cache_dir is None:
+        raise UserError(
+            "teacher.signals: this config uses no cache; set teacher.signals to cached or logits_cached, and teacher.cache_dir"
+        )
+    return Path(config.teacher.cache_dir)
+
+
+def ask(config: RunConfig, accelerator: Accelerator) -> Asked:
+    """Read the data and the teacher, and pair its taps. Raises UserError for what does not fit together."""
+    assert config.teacher is not None
+    directory = cache_directory(config)
+    data = load_data(config.data)
+    network, _ = build_network(config, data)
+    teacher = load_teacher(config.teacher, data)
+    pairs = pair_taps(config, network, teacher.model) if config.teacher.signals == "cached" else TapPairs()
+    views = num_views(config.data)
+    assert views is not None, "checked by checks.problems"
+    wanted = wanted_from_cache(config, data, teacher, pairs, views=views)
+    model, normalize = ready_teacher(config, teacher, accelerator)
+    return Asked(config, directory, data, teacher, model, normalize, pairs, wanted, accelerator)
 
 
 def wanted_from_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pairs: TapPairs, *, views: int) -> Wanted:
