@@ -31,14 +31,16 @@ from kd_accel.data.loader import TrainLoader, load_batches
 from kd_accel.data.sources import MemoryImages
 from kd_accel.data.views import ViewFunction
 from kd_accel.engine.cache_pass import blocks_of, run_pass
+from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.interruption import Interruption
+from kd_accel.engine.job import Job
 from kd_accel.engine.journal import Journal
 from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.progress import Progress
 from kd_accel.engine.setup import Accelerator, start_processes
 from kd_accel.engine.state import Trainee
-from kd_accel.engine.train import Job, train_epoch
+from kd_accel.engine.train import train_epoch
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, build_projectors
 from kd_accel.models.student import StudentModule
@@ -137,6 +139,7 @@ def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: Sign
         train=config.train,
         checkpoint=config.checkpoint,
         trainee=Trainee(module, optimizer, Meters(bench.device)),
+        watch=FiniteWatch(bench.accelerator, module, optimizer),
         loader=loader,
         signals=signals,
         course=course,

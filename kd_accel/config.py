@@ -227,6 +227,9 @@ class TrainConfig:
         eval_every_epochs: evaluate on the validation rows after every so many epochs.
         log_every_steps: write a line of metrics after every so many steps.
         deterministic: only deterministic GPU kernels; slower.
+        skip_non_finite: how many steps in a row may be left out (by all processes, counted in the metrics) because a loss or
+            gradient is not finite; one more stops the training. fp16 overflows are the loss scaler's and count apart.
+        sync_batchnorm: BatchNorm layers see the rows of all processes (GPUs only), not each process its own.
     """
 
     epochs: int = 10
@@ -242,6 +245,8 @@ class TrainConfig:
     eval_every_epochs: int = 1
     log_every_steps: int = 20
     deterministic: bool = False
+    skip_non_finite: int = 0
+    sync_batchnorm: bool = False
 
 
 @dataclass(frozen=True)

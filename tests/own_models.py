@@ -118,15 +118,28 @@ def slow_teacher(num_classes: int) -> nn.Module:
 
 
 class BreakingNet(SmallNet):
-    """Its gradient is not finite, though its loss is, in the training step that KD_TEST_BREAKING_STEP names."""
+    """Goes wrong in the steps of KD_TEST_BREAKING_STEPS, counted in this process, on rank KD_TEST_BREAKING_RANK alone.
+
+    KD_TEST_BREAKS: `gradient`, behind a loss that is finite; `logits` of the third row of the batch; `weights`, changed a bit.
+    """
 
     forwards = 0
 
     def forward(self, images: Tensor) -> Tensor:
-        self.forwards += self.training
-        broken = self.forwards == int(os.environ.get("KD_TEST_BREAKING_STEP", "0"))
         logits = super().forward(images)
-        return logits + (0 * logits).sum().sqrt() if broken and self.training else logits
+        self.forwards += self.training
+        steps = os.environ.get("KD_TEST_BREAKING_STEPS", "").split(",")
+        rank = os.environ.get("RANK", "0")
+        if not self.training or str(self.forwards) not in steps or os.environ.get("KD_TEST_BREAKING_RANK", rank) != rank:
+            return logits
+        match os.environ["KD_TEST_BREAKS"]:
+            case "gradient":
+                return logits + (0 * logits).sum().sqrt()
+            case "logits":
+                return logits.index_fill(0, torch.tensor([2]), torch.nan)
+            case "weights":
+                self.layer2[0].weight.data.add_(1e-6)
+        return logits
 
 
 def breaking(num_classes: int) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kd_accel.config import DistillConfig, RunConfig
-from kd_accel.engine.train import Course
+from kd_accel.engine.job import Course
 from kd_accel.losses.combine import DistillationLoss, plain_loss
 from kd_accel.losses.schedules import schedule_value
 from kd_accel.types import LossFunction

@@ -14,14 +14,15 @@ from kd_accel.commands.teaching import Teaching
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import Checkpoint, module_tensors
 from kd_accel.engine.evaluate import HeldOut
+from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.interruption import Interruption
+from kd_accel.engine.job import Job
 from kd_accel.engine.journal import Journal
 from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.progress import Progress
 from kd_accel.engine.setup import Accelerator, on_main_process
 from kd_accel.engine.state import Trainee, restore
-from kd_accel.engine.train import Job
 from kd_accel.models.student import StudentModule
 from kd_accel.report.tracking import WandbTracking
 from kd_accel.types import SignalSource, UserError, no_signals
@@ -82,6 +83,13 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
         train=config.train,
         checkpoint=config.checkpoint,
         trainee=trainee,
+        watch=FiniteWatch(
+            accelerator,
+            trainee.module,
+            trainee.optimizer,
+            average=trainee.average,
+            may_skip=config.train.skip_non_finite,
+        ),
         loader=loader,
         signals=start.signals,
         course=course,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_accel.commands.data import Data
 from kd_accel.config import RunConfig
@@ -13,6 +14,7 @@ from kd_accel.models.projectors import Projectors
 from kd_accel.models.student import StudentModule
 from kd_accel.models.taps import probe_logits
 from kd_accel.models.zoo import build_model
+from kd_accel.types import UserError
 
 
 def build_network(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
@@ -31,6 +33,8 @@ def build_network(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
 def wrap_student(network: nn.Module, config: RunConfig, data: Data, *, projectors: Projectors | None) -> StudentModule:
     """The one module that is trained, its taps not yet open."""
     feature = config.distill.feature if config.distill else None
+    if config.train.sync_batchnorm:
+        network = _with_sync_batchnorm(network)
     module = StudentModule(
         network,
         Normalize(data.mean, data.std),
@@ -39,6 +43,15 @@ def wrap_student(network: nn.Module, config: RunConfig, data: Data, *, projector
         teacher_projectors=projectors.teacher if projectors else None,
     )
     return module.to(memory_format=memory_format(config))
+
+
+def _with_sync_batchnorm(network: nn.Module) -> nn.Module:
+    """Same names and numbers in its state; the statistics of a step are those of all processes."""
+    if not torch.cuda.is_available():
+        raise UserError("train.sync_batchnorm: torch has it on GPUs only, and there is none here; leave it out")
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise UserError(f"train.sync_batchnorm: has no effect, {type(network).__name__} has no BatchNorm layer; leave it out")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def memory_format(config: RunConfig) -> torch.memory_format:

@@ -15,8 +15,8 @@ from kd_accel.commands.job import Prepared
 from kd_accel.commands.networks import card_of
 from kd_accel.config import RunConfig, Schedule
 from kd_accel.disk import write_json
+from kd_accel.engine.job import Job
 from kd_accel.engine.setup import on_main_process
-from kd_accel.engine.train import Job
 from kd_accel.models.files import save_model
 from kd_accel.report.tracking import WandbTracking
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kd_accel.disk import refused_by_disk
+from kd_accel.engine.finite import diverged
 from kd_accel.types import UserError
 
 
@@ -42,7 +43,7 @@ class Journal:
 
     def write(self, values: dict[str, Any]) -> None:
         """One line: step, epoch, split and plain numbers."""
-        refuse_not_finite(values)
+        _refuse_not_finite(values)
         if not self._is_main:
             return
         try:
@@ -59,20 +60,8 @@ def _axis_name(split: str, key: str) -> str:
     return key if key == "epoch" else f"{split}/{key}"
 
 
-def refuse_not_finite(values: dict[str, Any], *, first_step: int | None = None) -> None:
-    """Raises UserError that names the first number which is none. values: those of a line, with step and split.
-
-    first_step: where they are means over several steps, the first of these.
-    """
-    last_step = values["step"]
-    where = f"at step {last_step}" if first_step in (None, last_step) else f"in one of the steps {first_step} to {last_step}"
+def _refuse_not_finite(values: dict[str, Any]) -> None:
+    """A split that was evaluated; what goes wrong in a training step is told by engine/finite.py."""
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise diverged(f"{name} is {value} {where} ({values['split']})")
-
-
-def diverged(what: str) -> UserError:
-    return UserError(
-        f"{what}: the training has diverged; lower optim.lr, set optim.clip_norm, or use train.precision 'no'. "
-        "The last checkpoint is untouched"
-    )
+            raise diverged(f"{name} is {value} at step {values['step']} ({values['split']})")

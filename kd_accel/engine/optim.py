@@ -30,7 +30,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> t
     if optim.name == "adamw":
         first, second = optim.betas
         return torch.optim.AdamW(trained, lr=optim.lr, betas=(first, second), weight_decay=optim.weight_decay, fused=True)
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         trained,
         lr=optim.lr,
         momentum=optim.momentum,
@@ -38,6 +38,11 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> t
         weight_decay=optim.weight_decay,
         fused=True,
     )
+    if optim.momentum:
+        # as torch would in the first step; but where that step is left out, its fused kernel goes on from memory never written
+        for weight in trained:
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
 
 
 def learning_rate(optim: OptimConfig, *, step: int, total_steps: int, steps_per_epoch: int) -> float:

@@ -9,73 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd_accel.config import CheckpointConfig, OptimConfig, TrainConfig
-from kd_accel.data.loader import TrainLoader
-from kd_accel.engine.checkpoint import save_checkpoint
 from kd_accel.engine.evaluate import HeldOut, evaluate, synchronise_buffers
-from kd_accel.engine.interruption import Interruption, interrupted
-from kd_accel.engine.journal import Journal, diverged, refuse_not_finite
-from kd_accel.engine.optim import learning_rate, set_learning_rate
-from kd_accel.engine.progress import Progress
-from kd_accel.engine.setup import on_main_process
-from kd_accel.engine.state import Trainee, capture
+from kd_accel.engine.interruption import interrupted
+from kd_accel.engine.job import Job
+from kd_accel.engine.optim import set_learning_rate
+from kd_accel.engine.saving import look, save
+from kd_accel.engine.state import Trainee
 from kd_accel.losses.feature import target_variance
 from kd_accel.types import Batch, LossFunction, LossTerms, Signals, SignalSource, StudentOutput, UserError
-
-
-@dataclass(frozen=True)
-class Course:
-    """What changes with the position: rate, loss and the values to log with it, all pure functions.
-
-    loss_at(epoch, step) -> (loss function, {"temperature": ..., ...}).
-    """
-
-    optim: OptimConfig
-    steps_per_epoch: int
-    total_steps: int
-    loss_at: Callable[[int, int], tuple[LossFunction, dict[str, float]]]
-
-    def lr_at(self, step: int) -> float:
-        return learning_rate(self.optim, step=step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that a training needs, built by the command. The checkpoint_ fields go into each checkpoint as they are."""
-
-    accelerator: Accelerator
-    train: TrainConfig
-    checkpoint: CheckpointConfig
-    trainee: Trainee
-    loader: TrainLoader
-    signals: SignalSource
-    course: Course
-    journal: Journal
-    progress: Progress
-    interruption: Interruption
-    checkpoint_dir: Path
-    checkpoint_extra: dict[str, Any]
-    checkpoint_tensors: dict[str, dict[str, Tensor]]
-    validation: HeldOut | None = None
-    logs_target_variance: bool = False
-
-    @property
-    def is_done(self) -> bool:
-        return self.trainee.position.step >= self.course.total_steps
-
-    @property
-    def must_stop(self) -> bool:
-        """Done, or at the step where the user asked for a pause."""
-        return self.is_done or self.trainee.position.step == self.checkpoint.stop_after_steps
 
 
 def train(job: Job) -> None:
@@ -123,13 +69,10 @@ def train_epoch(job: Job) -> None:
     position, trainee = job.trainee.position, job.trainee
     trainee.module.train()
     clock = _Clock(position.elapsed_s)
-    first_step = position.step
     for micro_batches in job.loader.epoch(position.epoch, start_step=position.step_in_epoch):
         loss, values = job.course.loss_at(position.epoch, position.step)
         lr = job.course.lr_at(position.step)
         _optimizer_step(job, micro_batches, loss, lr)
-        if position.step == first_step:
-            _refuse_idle_parameters(trainee.module)
         trainee.optimizer.zero_grad(set_to_none=True)
         position.step += 1
         position.step_in_epoch += 1
@@ -158,14 +101,15 @@ def _stop_if_asked(job: Job) -> None:
 
 def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction, lr: float) -> None:
     """One update from all micro-batches; the ranks exchange gradients in the last backward only."""
-    accelerator, trainee = job.accelerator, job.trainee
+    accelerator, trainee, watch, clip_norm = job.accelerator, job.trainee, job.watch, job.course.optim.clip_norm
+    watch.begin()
     for index, batch in enumerate(micro_batches):
         on_device = batch.to(accelerator.device, non_blocking=True)
         is_last = index == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(trainee.module):
             with accelerator.autocast():
                 terms, output, answer = train_step(trainee.module, job.signals, loss, on_device)
-            accelerator.backward(terms.total / len(micro_batches))
+            accelerator.backward(watch.watched(terms, output, answer, batch.rows) / len(micro_batches))
         trainee.meters.update(
             terms,
             output.logits,
@@ -173,12 +117,17 @@ def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction
             teacher_logits_BC=answer.logits,
             target_variance=target_variance(output.pairs) if job.logs_target_variance else None,
         )
-    if job.course.optim.clip_norm is not None:
-        accelerator.clip_grad_norm_(trainee.module.parameters(), job.course.optim.clip_norm)
+    _refuse_idle_parameters(watch.without_gradient())
+    if clip_norm is not None:
+        accelerator.unscale_gradients(trainee.optimizer)
+    norm = watch.gradient_norm(trainee.position.step + 1)
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(trainee.module.parameters(), clip_norm, norm)
     set_learning_rate(trainee.optimizer, lr)
     trainee.optimizer.step()
     if trainee.average is not None:
         trainee.average.update_parameters(accelerator.unwrap_model(trainee.module).student)
+    watch.settle()
 
 
 def finish_epoch(job: Job) -> None:
@@ -198,51 +147,19 @@ def finish_epoch(job: Job) -> None:
         save(job)
 
 
-def save(job: Job) -> None:
-    """Write a checkpoint at the present position. Every rank must call it. Raises UserError for numbers that went wrong."""
-    position = job.trainee.position
-    sums = job.accelerator.reduce(job.trainee.meters.sums, "sum")
-    assert isinstance(sums, Tensor)
-    line = {"step": position.step, "split": "train", "the loss": sums.sum().item()}
-    refuse_not_finite(line, first_step=_first_step_of_line(job))
-    _refuse_broken_weights(job)
-    tensors, state = capture(job.trainee, job.accelerator)
-    on_main_process(
-        job.accelerator,
-        lambda: save_checkpoint(
-            job.checkpoint_dir,
-            step=job.trainee.position.step,
-            tensors={**tensors, **job.checkpoint_tensors},
-            state={**state, **job.checkpoint_extra, "metrics_bytes": job.journal.length_bytes()},
-            keep=job.checkpoint.keep,
-        ),
-    )
-
-
-def _refuse_broken_weights(job: Job) -> None:
-    """The loss of a step is that of the weights before it. What is saved must be fit to go on from."""
-    trained = [(name, weight.detach()) for name, weight in job.trainee.module.named_parameters() if weight.requires_grad]
-    if not torch.stack([weight.isfinite().all() for _, weight in trained]).all():
-        name = next(name for name, weight in trained if not weight.isfinite().all())
-        raise diverged(f"{_own_name(name)} is not finite after step {job.trainee.position.step}")
-
-
-def _first_step_of_line(job: Job) -> int:
-    """Of those behind the line of metrics that is written at this step, or would be."""
-    position, every = job.trainee.position, job.train.log_every_steps
-    epoch_start = position.step - (position.step_in_epoch or job.course.steps_per_epoch)
-    return max(epoch_start, (position.step - 1) // every * every) + 1
-
-
 def _log(job: Job, values: dict[str, float], clock: _Clock) -> None:
+    look(job)
     position, meters = job.trainee.position, job.trainee.meters
     sums = job.accelerator.reduce(meters.sums, "sum")
     assert isinstance(sums, Tensor)
     means = meters.read(sums)
     rate = float(sums[0]) / clock.lap_s() if clock.has_lap else None
-    line = {"step": position.step, "epoch": position.epoch, "split": "train", **means, **values}
-    refuse_not_finite(line, first_step=_first_step_of_line(job))
-    job.journal.write({**line, **({"images_per_second": rate} if rate else {})})
+    job.journal.write(
+        {
+            **{"step": position.step, "epoch": position.epoch, "split": "train", **means, **values},
+            **({"images_per_second": rate} if rate else {}),
+        }
+    )
     job.progress.note(position.epoch, {**means, **({"images_per_second": rate} if rate else {})})
 
 
@@ -260,22 +177,14 @@ def _refuse_single_rows(job: Job) -> None:
         )
 
 
-def _refuse_idle_parameters(module: nn.Module) -> None:
-    """Checked once: where ranks exchange gradients, a parameter without one would make them hang or drift."""
-    idle = [
-        _own_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
-    ]
+def _refuse_idle_parameters(idle: Sequence[str]) -> None:
+    """Where ranks exchange gradients, a parameter without one would make them hang or drift."""
     if idle:
         more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
         raise UserError(
             f"model.arch: no gradient reaches {', '.join(idle[:5])}{more}; every trained parameter must take part in the "
             "output: remove the idle layer, use it, or set requires_grad to False"
         )
-
-
-def _own_name(name: str) -> str:
-    """Of a parameter, as the user's model has it."""
-    return name.removeprefix("module.").removeprefix("student.")
 
 
 class _Clock:

@@ -25,14 +25,20 @@ Shape = tuple[int, int, int]
 
 
 class FeatureProjector(nn.Module):
-    """A 1x1 convolution with bias: [B, in_channels, H, W] -> [B, out_channels, H, W]."""
+    """A 1x1 convolution with bias: [B, in_channels, H, W] -> [B, out_channels, H, W].
+
+    That is one matrix product over the channels, and where these lie innermost it is computed as one: a convolution of few
+    pixels takes up to three times as long on a CPU.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, feature: Tensor) -> Tensor:
-        return self.conv(feature)
+        if not feature.is_contiguous(memory_format=torch.channels_last):
+            return self.conv(feature)
+        return functional.linear(feature.movedim(1, -1), self.conv.weight.flatten(1), self.conv.bias).movedim(-1, 1)
 
 
 class NormalizedProjector(FeatureProjector):
@@ -43,7 +49,7 @@ class NormalizedProjector(FeatureProjector):
     """
 
     def forward(self, feature: Tensor) -> Tensor:
-        projected = self.conv(feature).float()
+        projected = super().forward(feature).float()
         return functional.batch_norm(projected, None, None, training=True, eps=1e-12)
 
 

@@ -1,0 +1,67 @@
+"""A checkpoint at the present position, once it is sure that it is one to go on from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kd_accel.engine.checkpoint import save_checkpoint
+from kd_accel.engine.finite import diverged, own_name
+from kd_accel.engine.job import Job
+from kd_accel.engine.setup import gathered, on_main_process
+from kd_accel.engine.state import capture
+from kd_accel.teacher.identity import tensors_digest
+from kd_accel.types import UserError
+
+
+def save(job: Job) -> None:
+    """Write a checkpoint. Every rank must call it. Raises UserError for numbers that went wrong, on any rank."""
+    look(job)
+    weights = {
+        own_name(name): weight.detach() for name, weight in job.trainee.module.named_parameters() if weight.requires_grad
+    }
+    _refuse_broken(weights, step=job.trainee.position.step)
+    _refuse_drifted(weights, step=job.trainee.position.step)
+    tensors, state = capture(job.trainee, job.accelerator)
+    on_main_process(
+        job.accelerator,
+        lambda: save_checkpoint(
+            job.checkpoint_dir,
+            step=job.trainee.position.step,
+            tensors={**tensors, **job.checkpoint_tensors},
+            state={**state, **job.checkpoint_extra, "metrics_bytes": job.journal.length_bytes()},
+            keep=job.checkpoint.keep,
+        ),
+    )
+
+
+def look(job: Job) -> None:
+    """Steps that were left out since the last look: into the sums behind the next line of metrics, and told."""
+    position = job.trainee.position
+    seen = job.watch.look(streak=position.skipped_in_a_row)
+    position.skipped_in_a_row = seen.streak
+    if job.accelerator.is_main_process:
+        job.trainee.meters.count(seen.counts)
+    for notice in seen.notices:
+        job.progress.say(notice)
+
+
+def _refuse_broken(weights: dict[str, Tensor], *, step: int) -> None:
+    """An update of finite numbers may be too large for the weights."""
+    if not torch.stack([weight.isfinite().all() for weight in weights.values()]).all():
+        name = next(name for name, weight in weights.items() if not weight.isfinite().all())
+        raise diverged(f"{name} is not finite after step {step}")
+
+
+def _refuse_drifted(weights: dict[str, Tensor], *, step: int) -> None:
+    """Ranks start from the same weights and apply the same gradients; what differs was changed by something else."""
+    digests = gathered([tensors_digest(weights)])
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        own = gathered([{name: tensors_digest({name: weight}) for name, weight in weights.items()}])
+        names = [name for name in weights if own[others[0]][name] != own[0][name]]
+        raise UserError(
+            f"the weights of rank {', '.join(map(str, others))} differ from those of rank 0 after step {step} (first in "
+            f"{names[0]}): the model changes its own weights, or a device, driver or network has computed wrongly. Mend that "
+            "and start again: the last checkpoint is from before, and is untouched"
+        )

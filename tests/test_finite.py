@@ -1,0 +1,201 @@
+"""Losses and gradients that are not finite: told with step, term, rank and rows, or left out without a trace."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kd_accel.config import DataConfig, OptimConfig
+from kd_accel.data.cuts import cut_rows
+from kd_accel.data.loader import epoch_order
+from kd_accel.engine.finite import FiniteWatch
+from kd_accel.engine.optim import build_optimizer
+from kd_accel.engine.setup import start_processes
+from kd_accel.types import LossTerms, Signals, StudentOutput, UserError
+from tests import in_process
+from tests.launching import metrics, train
+from tests.own_models import SmallNet
+from tests.test_mistakes import check_message
+
+BREAKING = ["--model.arch=import:tests.own_models:breaking", "--checkpoint.every_steps=3", "--checkpoint.keep=1"]
+
+
+def row_at(place, *, step):
+    """The row at a place of the global batch of a step of the first epoch."""
+    rows = cut_rows(160, 41, DataConfig(val_fraction=0.2)).train
+    return epoch_order(rows, seed=0, epoch=0)[16 * (step - 1) + place]
+
+
+class Bench:
+    """The parts of a training around one watch, and what they hold."""
+
+    def __init__(self, *, optimizer="sgd", may_skip=0, scaler=None):
+        torch.manual_seed(0)
+        self.model = SmallNet(4, width=4, norm=True)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=False)
+        self.accelerator = start_processes("no")
+        self.accelerator.scaler = scaler
+        module, own = self.accelerator.prepare(
+            self.model,
+            build_optimizer(self.model.parameters(), OptimConfig(name=optimizer, lr=0.05, nesterov=optimizer == "sgd")),
+        )
+        self.optimizer = own
+        self.watch = FiniteWatch(self.accelerator, module, own, average=self.average, may_skip=may_skip)
+
+    def step(self, number, *, factor=1.0, rows=(7, 8, 9, 10)):
+        """One step on images that depend on `number`; the loss is multiplied by `factor`."""
+        generator = torch.Generator().manual_seed(number)
+        images = torch.rand(4, 3, 32, 32, generator=generator)
+        self.watch.begin()
+        logits = self.model(images)
+        hard = nn.functional.cross_entropy(logits, torch.arange(4)) * factor
+        loss = self.watch.watched(LossTerms(hard, hard), StudentOutput(logits), Signals(), torch.tensor(rows))
+        self.accelerator.backward(loss)
+        norm = self.watch.gradient_norm(number)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.watch.settle()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @property
+    def state(self):
+        optimizer = {
+            f"{index}.{name}": value
+            for index, values in self.optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+        }
+        return copy.deepcopy(
+            {**self.model.state_dict(), **optimizer, **{f"a.{k}": v for k, v in self.average.state_dict().items()}}
+        )
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("bad_step", [1, 3])
+def test_a_step_left_out_leaves_no_trace(optimizer, bad_step):
+    """Weights, momentum, statistics of BatchNorm, moving average: as if it had not been; in the first step too."""
+    clean, broken = Bench(optimizer=optimizer, may_skip=1), Bench(optimizer=optimizer, may_skip=1)
+    for number in (1, 2, 3, 4):
+        if number == bad_step:
+            broken.step(99, factor=torch.inf)
+        clean.step(number)
+        broken.step(number)
+    assert_same(clean.state, broken.state)
+    seen = broken.watch.look(streak=0)
+    assert seen.counts == {"skipped_steps": 1} and seen.streak == 0
+    assert seen.notices == ["loss_hard is not finite on rank 0 (rows 7, 8, 9, 10) at step 99: the step was left out"]
+
+
+def test_a_watch_changes_nothing_where_all_is_well():
+    watched, bare = Bench(), Bench()
+    for number in (1, 2, 3):
+        norm = watched.step(number)
+        images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(number))
+        nn.functional.cross_entropy(bare.model(images), torch.arange(4)).backward()
+        expected = torch.cat([weight.grad.flatten() for weight in bare.model.parameters()]).double().norm()
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+        bare.optimizer.step()
+        bare.average.update_parameters(bare.model)
+        bare.optimizer.zero_grad()
+    assert_same(watched.state, bare.state)
+
+
+def test_more_in_a_row_than_may_be():
+    bench = Bench(may_skip=2)
+    bench.step(1)
+    bench.step(2, factor=torch.nan)
+    bench.step(3, factor=torch.nan)
+    bench.step(4)
+    bench.step(5, factor=torch.nan)
+    seen = bench.watch.look(streak=0)
+    assert (seen.counts, seen.streak) == ({"skipped_steps": 3}, 1)
+    bench.step(6, factor=torch.nan)
+    assert bench.watch.look(streak=1).streak == 2
+    bench.step(7, factor=torch.nan)
+    with pytest.raises(UserError, match="at step 7, step 3 of such steps in a row"):
+        bench.watch.look(streak=2)
+
+
+def test_an_overflow_under_fp16_is_the_scalers():
+    """torch's scaler for CPUs does what that of a GPU does."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    bench = Bench(scaler=scaler)
+    before = {name: tensor.clone() for name, tensor in bench.model.named_parameters()}
+    bench.step(1, factor=16.0)
+    assert scaler.get_scale() == 2.0**126
+    assert all(torch.equal(before[name], tensor) for name, tensor in bench.model.named_parameters())
+    seen = bench.watch.look(streak=0)
+    assert (seen.counts, seen.notices, seen.streak) == ({"overflowed_steps": 1}, [], 0)
+    bench.step(2, factor=torch.nan)
+    with pytest.raises(UserError, match=r"loss_hard is not finite on rank 0 .* at step 2: the training has diverged"):
+        bench.watch.look(streak=0)
+
+
+@pytest.mark.slow
+def test_term_step_and_rows_are_named_and_the_checkpoint_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "5")
+    monkeypatch.setenv("KD_TEST_BREAKS", "logits")
+    said = in_process.train(tmp_path / "run", *BREAKING, "--train.log_every_steps=20", code=2)
+    where = f"loss_hard is not finite on rank 0 (the student's logits of row {row_at(2, step=5)}) at step 5: "
+    assert f"kd-accel: {where}the training has diverged; lower optim.lr" in said and "Traceback" not in said
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    monkeypatch.setenv("KD_TEST_BREAKS", "gradient")
+    said = in_process.train(tmp_path / "other", *BREAKING, code=2)
+    assert "the gradient of layer1.0.weight is not finite (rank 0 had rows " in said and "at step 5" in said
+
+
+@pytest.mark.slow
+def test_a_learning_rate_far_too_high(tmp_path):
+    done = train(tmp_path / "run", "--optim.lr=1e30", "--optim.schedule=constant", "--train.log_every_steps=7", code=2)
+    check_message(done, "loss_hard is not finite on rank 0", "at step 2: the training has diverged", "lower optim.lr")
+    done = train(tmp_path / "weights", "--optim.lr=1e40", "--optim.schedule=constant", "--checkpoint.every_steps=1", code=2)
+    check_message(done, "is not finite after step 1: the training has diverged")
+
+
+@pytest.mark.slow
+def test_one_rank_goes_wrong(tmp_path):
+    """All ranks leave out the step of which one has seen what is wrong; the same steps are counted once."""
+    environment = {"KD_TEST_BREAKING_STEPS": "5,6", "KD_TEST_BREAKING_RANK": "1", "KD_TEST_BREAKS": "logits"}
+    done = train(tmp_path / "stopped", *BREAKING, processes=2, code=None, **environment)
+    row = row_at(10, step=5)
+    assert done.stderr.count(f"loss_hard is not finite on rank 1 (the student's logits of row {row}) at step 5: ") == 1
+    assert "kd_accel/engine" not in done.stderr
+    flags = [*BREAKING, "--train.skip_non_finite=2", "--train.log_every_steps=8"]
+    done = train(tmp_path / "skipped", *flags, processes=2, **environment)
+    assert f"of row {row_at(10, step=6)}) at step 6: the step was left out" in done.stdout
+    lines = metrics(tmp_path / "skipped", "train")
+    assert [line["skipped_steps"] for line in lines] == [2, 0, 0]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.slow
+def test_steps_left_out_in_a_row_are_counted_over_a_resume(tmp_path, monkeypatch):
+    """The sums behind a line of metrics too."""
+    monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "6,7")
+    monkeypatch.setenv("KD_TEST_BREAKS", "logits")
+    flags = [*BREAKING, "--train.log_every_steps=8"]
+    in_process.train(tmp_path / "run", *flags, "--train.skip_non_finite=2", "--checkpoint.stop_after_steps=7")
+    monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "1")
+    said = in_process.train(tmp_path / "run", *flags, "--train.skip_non_finite=2", code=2)
+    assert "at step 8, step 3 of such steps in a row: the training has diverged" in said
+    monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "")
+    in_process.train(tmp_path / "run", *flags, "--train.skip_non_finite=2")
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run", "train")] == [2, 0, 0]
+
+
+@pytest.mark.slow
+def test_weights_that_differ_between_ranks_are_not_saved(tmp_path):
+    environment = {"KD_TEST_BREAKING_STEPS": "5", "KD_TEST_BREAKING_RANK": "1", "KD_TEST_BREAKS": "weights"}
+    done = train(tmp_path / "run", *BREAKING, processes=2, code=None, **environment)
+    told = "kd-accel: the weights of rank 1 differ from those of rank 0 after step 6 (first in layer2.0.weight)"
+    assert done.stderr.count(told) == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    train(tmp_path / "run", *BREAKING, processes=2)
