@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from kd_accel.commands.course import build_course
+from kd_accel.commands.networks import weights_layout
 from kd_accel.config import (
     CheckpointConfig,
     DataConfig,
@@ -129,7 +130,7 @@ def training_config(size: Size, *, epochs: int, views: int | None = None, distil
 
 def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: SignalSource = no_signals) -> Job:
     """directory: for the lines of metrics; must be there. signals: whoever teaches where the config says how to listen."""
-    module = _student_module(config).to(memory_format=torch.channels_last).to(bench.device)
+    module = _student_module(config).to(bench.device).to(memory_format=weights_layout(config, bench.device))
     module.open_taps()
     module, optimizer = bench.accelerator.prepare(module, build_optimizer(module.parameters(), config.optim))
     loader = _loader(bench, config)

@@ -9,7 +9,8 @@ at the end of a block. `cached_...` read a real cache, with another view in each
 view, which in a training an epoch of hundreds of steps does. `bare` and `limit` (bare.py) do nothing but forward, backward and
 step on normalised tensors in memory, the latter after a forward of the teacher.
 
-One unit is an image; a block is an epoch of a few steps; the cases take turns. Run it alone: on two cores any other load shows.
+One unit is an image; a block is an epoch of a few steps; the cases take turns. In each round all students are built anew: where
+their weights happen to lie in memory makes up to 3 % of a step. Run it alone: on two cores any other load shows.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ RATIOS = {
     "cached": [("cached_logits", "plain"), ("cached_hybrid", "plain"), ("live_hybrid", "limit")],
 }
 Cases = dict[str, Callable[[], float]]
+BuildCases = Callable[[Path, int], Cases]
+"""(directory of this round, blocks of each case) -> cases."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=list(RATIOS), default="quick")
-    parser.add_argument("--repeats", type=int, default=9, help="blocks of each case")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
+    parser.add_argument("--repeats", type=int, default=3, help="blocks of each case in a round")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; several of them wait for each other")
     parser.add_argument("--batch_size", type=int, default=128, help="smaller ones for a trial of the suite")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a block")
@@ -47,20 +51,27 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     size = Size(arguments.batch_size, arguments.steps)
     with tempfile.TemporaryDirectory() as directory:
-        cases = SUITES[arguments.suite](open_bench(size), Path(directory), arguments.repeats)
-        rates = measure_in_turns(cases, repeats=arguments.repeats)
-    notes = {"batch_size": size.batch_size, "steps_per_block": size.steps}
+        build_cases = SUITES[arguments.suite](open_bench(size), Path(directory))
+        rounds = [
+            measure_in_turns(build_cases(Path(directory) / str(number), arguments.repeats), repeats=arguments.repeats)
+            for number in range(arguments.rounds)
+        ]
+    rates = {name: [rate for measured in rounds for rate in measured[name]] for name in rounds[0]}
+    notes = {"batch_size": size.batch_size, "steps_per_block": size.steps, "rounds": arguments.rounds}
     result = Result(f"training-{arguments.suite}", rates, notes=notes)
     for numerator, denominator in RATIOS[arguments.suite]:
         result.add_ratio(numerator, denominator)
     finish(result)
 
 
-def quick_cases(bench: Bench, directory: Path, repeats: int) -> Cases:
-    return {"bare": bare_case(bench.device, bench.size), "plain": _program(bench, directory / "plain", repeats)}
+def quick_suite(bench: Bench, directory: Path) -> BuildCases:
+    def build(directory: Path, repeats: int) -> Cases:
+        return {"bare": bare_case(bench.device, bench.size), "plain": _program(bench, directory / "plain", repeats)}
+
+    return build
 
 
-def cached_cases(bench: Bench, directory: Path, repeats: int) -> Cases:
+def cached_suite(bench: Bench, directory: Path) -> BuildCases:
     teacher = live_teacher(bench.device)
     cache = write_cache(bench, directory / "cache", teacher, views=CACHED_VIEWS)
     distilled: dict[str, tuple[DistillConfig, SignalSource]] = {
@@ -68,11 +79,16 @@ def cached_cases(bench: Bench, directory: Path, repeats: int) -> Cases:
         "cached_hybrid": (hybrid(), cache.source("train")),
         "live_hybrid": (hybrid(), teacher),
     }
-    programs = {
-        name: _program(bench, directory / name, repeats, distill=distill, signals=signals)
-        for name, (distill, signals) in distilled.items()
-    }
-    return {"plain": _program(bench, directory / "plain", repeats), **programs, "limit": limit_case(bench.device, bench.size)}
+
+    def build(directory: Path, repeats: int) -> Cases:
+        programs = {
+            name: _program(bench, directory / name, repeats, distill=distill, signals=signals)
+            for name, (distill, signals) in distilled.items()
+        }
+        limit = limit_case(bench.device, bench.size)
+        return {"plain": _program(bench, directory / "plain", repeats), **programs, "limit": limit}
+
+    return build
 
 
 def _program(
@@ -84,12 +100,12 @@ def _program(
     signals: SignalSource = no_signals,
 ) -> Callable[[], float]:
     """Epochs of the program's own loop, enough for all repeats."""
-    directory.mkdir()
+    directory.mkdir(parents=True)
     config = training_config(bench.size, epochs=repeats + 2, views=CACHED_VIEWS if distill else None, distill=distill)
     return epochs_of(build_job(bench, config, directory, signals=signals))
 
 
-SUITES: dict[str, Callable[[Bench, Path, int], Cases]] = {"quick": quick_cases, "cached": cached_cases}
+SUITES: dict[str, Callable[[Bench, Path], BuildCases]] = {"quick": quick_suite, "cached": cached_suite}
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from tests.launching import ROOT, environment
 
 SMALL = ["--repeats=1", "--batch_size=4", "--steps=1"]
 SUITES = {
-    "training-quick": (["benchmarks.training", "--suite=quick"], ["plain/bare"]),
+    "training-quick": (["benchmarks.training", "--suite=quick", "--rounds=2"], ["plain/bare"]),
     "training-cached": (
-        ["benchmarks.training", "--suite=cached"],
+        ["benchmarks.training", "--suite=cached", "--rounds=1"],
         ["cached_logits/plain", "cached_hybrid/plain", "live_hybrid/limit"],
     ),
     "cache-io": (

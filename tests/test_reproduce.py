@@ -1,15 +1,13 @@
-"""The whole chain with one command, and the benchmark of training: real processes to their end."""
+"""The whole chain with one command: real processes to their end."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.launching import ROOT, SMALL, environment, run, summary
+from tests.launching import SMALL, run, summary
 
 BENCH = {"batch_sizes": [1], "threads": 1, "min_iterations": 20, "min_time_s": 0.01}
 
@@ -70,19 +68,3 @@ def test_a_finished_chain_is_measured_again_when_its_bench_or_its_runs_change(tm
     run("reproduce", "--config", changed, "--", "--train.max_steps=1")
     for entry in json.loads(figures.read_text())["models"]:
         assert [latency["batch_size"] for latency in entry["latency"]] == [1, 2]
-
-
-@pytest.mark.slow
-def test_the_training_benchmark_ends_with_a_line_of_json(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.training", "--suite", "quick", "--repeats", "2"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    line = json.loads(done.stdout.splitlines()[-1])
-    assert {"benchmark", "commit", "hardware", "versions", "medians", "spread", "ratios"} <= line.keys()
-    assert 0.3 < line["ratios"]["plain/bare"] < 2

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_accel.commands.course import build_course
 from kd_accel.commands.data import Data, data_identity, held_out, training_loader
+from kd_accel.commands.networks import weights_layout
 from kd_accel.commands.teaching import Teaching
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import Checkpoint, module_tensors
@@ -126,7 +127,8 @@ def _build_trainee(start: Prepared) -> tuple[Trainee, list[str]]:
         average.to(accelerator.device)
     if config.train.compile:
         module.student.compile()
-    optimizer = build_optimizer(module.to(accelerator.device).parameters(), config.optim)
+    module.to(accelerator.device).to(memory_format=weights_layout(config, accelerator.device))
+    optimizer = build_optimizer(module.parameters(), config.optim)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     trainee = Trainee(wrapped, optimizer, Meters(accelerator.device), average)
     if start.checkpoint is None:

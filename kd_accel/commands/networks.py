@@ -35,14 +35,13 @@ def wrap_student(network: nn.Module, config: RunConfig, data: Data, *, projector
     feature = config.distill.feature if config.distill else None
     if config.train.sync_batchnorm:
         network = _with_sync_batchnorm(network)
-    module = StudentModule(
+    return StudentModule(
         network,
-        Normalize(data.mean, data.std),
+        Normalize(data.mean, data.std, layout=maps_layout(config)),
         taps=feature.taps if feature and projectors else (),
         student_projectors=projectors.student if projectors else None,
         teacher_projectors=projectors.teacher if projectors else None,
     )
-    return module.to(memory_format=memory_format(config))
 
 
 def _with_sync_batchnorm(network: nn.Module) -> nn.Module:
@@ -54,8 +53,15 @@ def _with_sync_batchnorm(network: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
-def memory_format(config: RunConfig) -> torch.memory_format:
+def maps_layout(config: RunConfig) -> torch.memory_format:
+    """Of images, and so of all feature maps."""
     return torch.channels_last if config.train.channels_last else torch.contiguous_format
+
+
+def weights_layout(config: RunConfig, device: torch.device) -> torch.memory_format:
+    """Of trained weights. A CPU's kernels give the gradients of weights contiguous, whatever the maps are: the weights lie
+    likewise, or each gradient is laid out anew (a twentieth of a ResNet's training step)."""
+    return maps_layout(config) if device.type == "cuda" else torch.contiguous_format
 
 
 def card_of(config: RunConfig, data: Data) -> ModelCard:

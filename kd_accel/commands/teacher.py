@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_accel.commands.data import Data, view_function
-from kd_accel.commands.networks import memory_format
+from kd_accel.commands.networks import maps_layout
 from kd_accel.config import FeatureConfig, RunConfig, TeacherConfig
 from kd_accel.data.hashing import hashed_order
 from kd_accel.engine.setup import Accelerator, on_main_process
@@ -135,8 +135,9 @@ def pair_taps(config: RunConfig, network: nn.Module, teacher: nn.Module) -> TapP
 
 def ready_teacher(config: RunConfig, teacher: TeacherNetwork, accelerator: Accelerator) -> tuple[nn.Module, Normalize]:
     """(model, normalisation) on the device and in the memory layout in which it answers."""
-    model = teacher.model.to(accelerator.device).to(memory_format=memory_format(config))
-    return model, Normalize(teacher.mean, teacher.std).to(accelerator.device)
+    layout = maps_layout(config)
+    model = teacher.model.to(accelerator.device).to(memory_format=layout)
+    return model, Normalize(teacher.mean, teacher.std, layout=layout).to(accelerator.device)
 
 
 def live_teacher(

@@ -9,24 +9,26 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """Images [B, 3, H, W] in 0..255 (uint8 or float) -> (image / 255 - mean) / std in float32, in the layout they came in.
+    """Images [B, 3, H, W] in 0..255 (uint8 or float) -> (image / 255 - mean) / std in float32, in a memory layout.
 
     mean and std are fractions of 1 per channel. They are no part of the state dict: a model file holds the model's own keys.
+    layout: of what it gives, and so of every map behind it; by default the one of the images.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], *, layout: torch.memory_format = torch.preserve_format
+    ) -> None:
         super().__init__()
+        self._layout = layout
         mean_3 = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
         std_3 = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
         self.register_buffer("scale", (1 / (255 * std_3)).float(), persistent=False)
         self.register_buffer("shift", (-mean_3 / std_3).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return (
-            images.float().mul_(self.scale).add_(self.shift)
-            if images.dtype == torch.uint8
-            else images * self.scale + self.shift
-        )
+        if images.dtype == torch.uint8:
+            return images.to(torch.float32, memory_format=self._layout).mul_(self.scale).add_(self.shift)
+        return images.to(memory_format=self._layout) * self.scale + self.shift
