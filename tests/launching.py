@@ -1,4 +1,4 @@
-"""Starting the program as a user does: real processes, through `accelerate launch` where there are two."""
+"""Starting the program: real processes, through `accelerate launch` where there are two."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import psutil
+
+from tests.warm import WarmProcess
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -37,17 +39,30 @@ def command(*argv, processes=1, launch_file="launch/cpu2.yaml"):
     return [*LAUNCH, "--config_file", launch_file, "--num_processes", str(processes), *program]
 
 
-def run(*argv, processes=1, code=0, **environment_changes):
-    """Run the program to its end; `code` None accepts any failure."""
-    done = subprocess.run(
+def start(*argv, processes=1, quiet=False, **environment_changes):
+    """A process with text streams that runs the program: several through the launcher, one forked from a warm interpreter."""
+    if processes == 1:
+        return WarmProcess(argv, env=environment(**environment_changes), quiet=quiet)
+    stream = subprocess.DEVNULL if quiet else subprocess.PIPE
+    return subprocess.Popen(
         command(*argv, processes=processes),
         cwd=ROOT,
         env=environment(**environment_changes),
-        capture_output=True,
+        stdout=stream,
+        stderr=stream,
         text=True,
-        timeout=300,
-        check=False,
     )
+
+
+def run(*argv, processes=1, code=0, **environment_changes):
+    """Run the program to its end; `code` None accepts any failure."""
+    process = start(*argv, processes=processes, **environment_changes)
+    try:
+        stdout, stderr = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+    done = subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
     is_expected = done.returncode == code if code is not None else done.returncode != 0
     assert is_expected, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
