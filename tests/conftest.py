@@ -1,8 +1,16 @@
-"""Models that several tests distil from: trained once per session, by the program itself."""
+"""What a session has once: models that several tests distil from, trained by the program itself, and the record of faults."""
 
 import pytest
 
+from tests.fault_record import FaultRecord
 from tests.launching import train
+
+
+@pytest.fixture(scope="session")
+def fault_record():
+    record = FaultRecord()
+    yield record
+    record.finish()
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,25 @@ class BreakingNet(SmallNet):
         return logits
 
 
+class MortalNet(SmallNet):
+    """Sends its process the signal KD_TEST_SIGNAL where KD_TEST_SIGNAL_AT says: `train:5` = in the forward of this process's
+    fifth step, `eval:5` = in an evaluation after as many. BatchNorm and dropout; the average has the same counter.
+    """
+
+    steps = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        MortalNet.steps += self.training
+        here = f"{'train' if self.training else 'eval'}:{MortalNet.steps}"
+        if here == os.environ.get("KD_TEST_SIGNAL_AT") and len(images) > 2:  # not where the model is probed
+            os.kill(os.getpid(), int(os.environ["KD_TEST_SIGNAL"]))
+        return super().forward(images)
+
+
+def mortal(num_classes: int) -> nn.Module:
+    return MortalNet(num_classes, width=8, norm=True, dropout=0.2)
+
+
 def breaking(num_classes: int) -> nn.Module:
     return BreakingNet(num_classes, width=8)
 

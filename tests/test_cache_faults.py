@@ -1,7 +1,6 @@
 """What happens to a cache that is killed, cut, flipped, exchanged, forbidden or full: told by file, mended by a build."""
 
 import json
-import random
 import shutil
 import subprocess
 import time
@@ -10,7 +9,7 @@ import psutil
 import pytest
 
 from tests import in_process
-from tests.launching import ROOT, SMALL, command, environment, kill_all, losses, run, train
+from tests.launching import SMALL, kill_all, losses, run, start, train
 from tests.test_cache_identity import asking, files_of
 
 SMALL_FILES = ["--teacher.cache_batch_size=16", "--teacher.shard_mib=0.04"]
@@ -160,9 +159,7 @@ def test_a_full_disk_keeps_what_is_whole_and_a_read_only_one_can_be_read(built, 
         text = in_process.cache("build", *flags, *SMALL_FILES, code=2)
         assert "would need another" in text and "are free there" in text
         (disk / "ballast").write_bytes(b"x" * 200_000)
-        slow = environment(KD_TEST_FORWARD_S="0.3")
-        argv = command("cache", "build", *SMALL, *flags, *SMALL_FILES)
-        process = subprocess.Popen(argv, cwd=ROOT, env=slow, stderr=subprocess.PIPE, text=True)
+        process = start("cache", "build", *SMALL, *flags, *SMALL_FILES, KD_TEST_FORWARD_S="0.3")
         while not (disk / "cache/train/view-0000").is_dir():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
@@ -209,13 +206,7 @@ def test_two_builders_at_once(tmp_path, slow_teacher_run):
 
 
 def start_build(flags, *, processes, forward_s):
-    return subprocess.Popen(
-        command("cache", "build", *SMALL, *flags, processes=processes),
-        cwd=ROOT,
-        env=environment(KD_TEST_FORWARD_S=str(forward_s)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return start("cache", "build", *SMALL, *flags, processes=processes, quiet=True, KD_TEST_FORWARD_S=str(forward_s))
 
 
 def wait_for(path, process):
@@ -232,9 +223,8 @@ def ranks_of(pid):
     return sorted(children, key=lambda child: int(child.environ()["RANK"]))
 
 
-def kill_builds(directory, flags, *, kills, processes, seed):
+def kill_builds(directory, flags, *, kills, processes, generator):
     """Kill builds at random instants. For each kill: (files whole before it, and after it, temporary files that it left)."""
-    generator = random.Random(seed)
     for _ in range(kills):
         if (directory / "manifest.json").exists():
             shutil.rmtree(directory)
@@ -253,17 +243,20 @@ FULL = [pytest.param(processes, kills, marks=pytest.mark.faults) for processes, 
 
 
 @pytest.mark.parametrize(("processes", "kills"), [*SHORT, *FULL])
-def test_killed_builds_end_in_the_same_bytes(tmp_path, built, slow_teacher_run, processes, kills):
+def test_killed_builds_end_in_the_same_bytes(tmp_path, fault_record, built, slow_teacher_run, processes, kills):
     directory = tmp_path / "cache"
     flags = [*asking(slow_teacher_run, directory), *SMALL_FILES]
-    for before, after, lost in kill_builds(directory, flags, kills=kills, processes=processes, seed=10 * kills + processes):
-        assert before.items() <= after.items(), "what was whole was written again"
-        assert len(lost) <= processes
-    before = files_of(directory)
-    in_process.cache("build", *flags)
-    assert before.items() <= files_of(directory).items()
-    assert whole(directory) == whole(built)
-    assert not list(directory.rglob(".*.tmp-*"))
+    generator = fault_record.generator("build", processes, kills)
+    for before, after, lost in kill_builds(directory, flags, kills=kills, processes=processes, generator=generator):
+        with fault_record.trial(f"SIGKILL of a cache build, {processes} process{'es' if processes > 1 else ''}"):
+            assert before.items() <= after.items(), "what was whole was written again"
+            assert len(lost) <= processes
+    with fault_record.trial("cache builds that go on after all kills"):
+        before = files_of(directory)
+        in_process.cache("build", *flags)
+        assert before.items() <= files_of(directory).items()
+        assert whole(directory) == whole(built)
+        assert not list(directory.rglob(".*.tmp-*"))
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 """A signal ends a training after a step and a checkpoint, on all ranks at the same step; going on, nothing can be told."""
 
 import signal
-import subprocess
 import time
 
 import pytest
 
-from tests.launching import ROOT, SMALL, command, environment, kill_all, train
+from tests import launching
+from tests.launching import SMALL, kill_all, train
 from tests.test_resume import assert_same_run
 
 pytestmark = pytest.mark.slow
@@ -15,14 +15,8 @@ FLAGS = ["--train.epochs=40", "--model.arch=import:tests.own_models:student_with
 
 
 def start(run_dir, *flags, processes=1, **environment_changes):
-    return subprocess.Popen(
-        command("train", f"--run_dir={run_dir}", *SMALL, *FLAGS, *flags, processes=processes),
-        cwd=ROOT,
-        env=environment(**environment_changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    argv = ["train", f"--run_dir={run_dir}", *SMALL, *FLAGS, *flags]
+    return launching.start(*argv, processes=processes, **environment_changes)
 
 
 def signalled(run_dir, number, *flags, processes=1, at_step=10, **environment_changes):

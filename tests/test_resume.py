@@ -1,13 +1,10 @@
 """A training that was stopped, in the middle of an epoch or by a kill, ends as one that never was: bit for bit."""
 
 import json
-import subprocess
-import time
 
 import pytest
 
-from tests.launching import ROOT, command, environment, kill_all, metrics, run, summary, train
-from tests.launching import SMALL as SMALL_FLAGS
+from tests.launching import metrics, run, summary, train
 
 pytestmark = pytest.mark.slow
 
@@ -37,28 +34,6 @@ def test_stop_after_7_of_20_steps_and_go_on(tmp_path, distilled, processes):
     train(tmp_path / "stopped", *flags, "--checkpoint.resume=must", processes=processes)
     assert metrics(tmp_path / "straight")[-1]["step"] == 20
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_kill_and_go_on(tmp_path, distilled, processes):
-    flags = [*EVERYTHING, *distilled, "--optim.name=adamw", "--optim.nesterov=false", "--optim.lr=0.01"]
-    flags.append("--checkpoint.every_steps=3")
-    train(tmp_path / "straight", *flags, processes=processes)
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("train", f"--run_dir={killed}", *SMALL_FLAGS, *flags, processes=processes),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoints/step-00000003").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    kill_all(process)
-    assert not (killed / "summary.json").exists(), "it was faster than the kill"
-    train(killed, *flags, processes=processes)
-    assert_same_run(tmp_path / "straight", killed)
 
 
 def test_one_step_more_is_not_the_same(tmp_path):

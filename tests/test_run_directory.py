@@ -15,7 +15,7 @@ from kd_accel.engine.checkpoint import find_checkpoint
 from kd_accel.parse import load_config_file
 from kd_accel.types import UserError
 from tests import in_process
-from tests.launching import ROOT, SMALL, command, environment, metrics, train
+from tests.launching import SMALL, metrics, start, train
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +179,7 @@ def test_a_full_disk_leaves_the_config_of_the_run(copied):
 @pytest.mark.slow
 def test_two_trainings_in_one_place(tmp_path):
     run_dir = tmp_path / "run"
-    first = subprocess.Popen(
-        command("train", f"--run_dir={run_dir}", *SMALL, "--train.epochs=200"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    first = start("train", f"--run_dir={run_dir}", *SMALL, "--train.epochs=200")
     try:
         while "step 2/" not in first.stdout.readline():
             assert first.poll() is None

@@ -1,4 +1,4 @@
-"""Trainees from one warm parent: a process that has imported everything and forks for each start, so that a start takes no seconds.
+"""Trainees from one warm parent: a process that has imported everything and forks for each start, which saves its seconds.
 
 What is forked is a process like any other: its own environment, files, signals, exit code; it runs `kd_accel.cli.main`, as
 `python -m kd_accel` does. The parent never computes, so no thread is there to be lost in a fork.

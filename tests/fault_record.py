@@ -1,0 +1,48 @@
+"""What the fault tests tried, and what was lost: counted by kind, printed at the end, written to faults.json."""
+
+import contextlib
+import json
+import os
+import random
+from pathlib import Path
+
+from tests.launching import ROOT
+
+
+class FaultRecord:
+    """One per session. seed: KD_FAULTS_SEED, for all instants that are drawn."""
+
+    def __init__(self):
+        self.seed = int(os.environ.get("KD_FAULTS_SEED", "0"))
+        self.kinds = {}
+
+    @contextlib.contextmanager
+    def trial(self, kind):
+        """Around a fault and the proof that nothing was lost by it: an error in between is a loss."""
+        count = self.kinds.setdefault(kind, {"tried": 0, "lost": 0})
+        count["tried"] += 1
+        try:
+            yield
+        except BaseException:
+            count["lost"] += 1
+            raise
+
+    def generator(self, *key):
+        """For the instants of one test, the same at each run."""
+        return random.Random(f"{self.seed}/{key}")
+
+    @property
+    def result(self):
+        totals = {name: sum(count[name] for count in self.kinds.values()) for name in ("tried", "lost")}
+        return {**totals, "kinds": self.kinds}
+
+    def finish(self):
+        """Nothing where no fault was tried."""
+        if not self.kinds:
+            return
+        path = Path(os.environ.get("KD_FAULTS_JSON", ROOT / "runs/faults.json"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.result, indent=1) + "\n")
+        print(f"\n\nfaults (seed {self.seed}), also in {path.name}")
+        for kind, count in [*self.kinds.items(), ("in all", self.result)]:
+            print(f"  {kind:44} {count['tried']:4} tried  {count['lost']:4} lost")
