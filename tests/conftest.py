@@ -1,8 +1,14 @@
 """Models that several tests distil from: trained once per session, by the program itself."""
 
+import os
+
 import pytest
 
+from kd_accel.imports import VARIABLE
 from tests.launching import train
+
+os.environ[VARIABLE] = "1"
+"""Runs that tests leave name `import:tests.own_models:...`; what happens without the allowance is in test_imports.py."""
 
 
 @pytest.fixture(scope="session")
