@@ -26,11 +26,23 @@ _OTHER_RANKS_WAIT_S = 5.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and leave the process with its exit code."""
+    try:
+        processes, _ = _of_launch("WORLD_SIZE", 1, "number of processes"), _of_launch("RANK", 0, "number of a process")
+    except UserError as error:
+        print(f"kd-accel: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     code = _run(list(sys.argv[1:] if argv is None else argv))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes > 1:
         _leave_at_once(code)
     if code:
         raise SystemExit(code)
+
+
+def _of_launch(variable: str, default: int, meaning: str) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{variable}: {text!r} is no {meaning}; start with one of the files in launch/, or unset it")
+    return int(text)
 
 
 def _run(arguments: list[str]) -> int:

@@ -26,13 +26,13 @@ _ALL = "1"
 def take_allowance(argv: Sequence[str]) -> list[str]:
     """The command line without `--allow_import`, which is no setting: no file can give it."""
     if ALLOW_FLAG in argv:
-        allow([_ALL])
+        os.environ[VARIABLE] = _ALL
     return [token for token in argv if token != ALLOW_FLAG]
 
 
-def allow(specs: Sequence[str]) -> None:
-    """From here on, in this process and in those that it starts."""
-    own = [spec for spec in specs if spec == _ALL or spec.startswith(PREFIX)]
+def allow(typed: Sequence[str]) -> None:
+    """From here on, in this process and in those that it starts. typed: texts of the command line, own code among them."""
+    own = [text for text in typed if text.startswith(PREFIX)]
     if own:
         os.environ[VARIABLE] = " ".join(sorted({*os.environ.get(VARIABLE, "").split(), *own}))
 

@@ -71,7 +71,7 @@ def parse_arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """What `argv` says to a parser. Raises UserError that ends in the line of usage."""
     try:
         return parser.instantiate(parser.parse_args(list(argv)))
-    except (ArgumentError, TypeError, ValueError, OSError) as error:
+    except (ArgumentError, TypeError, ValueError, OSError, RecursionError) as error:
         usage = " ".join(parser.format_usage().split())
         raise UserError(f"{_explained(' '.join(str(error).split()), parser)} ({usage})") from None
 
@@ -115,7 +115,7 @@ def _broken_rules(config_class: type, settings: dict[str, Any], parser: Argument
     try:
         values = vars(parser.instantiate(parser.parse_object(settings)))
         return problems(config_class(**{field.name: values[field.name] for field in fields(config_class)}))
-    except (ArgumentError, TypeError, ValueError, KeyError):
+    except (ArgumentError, TypeError, ValueError, KeyError, RecursionError):
         return []
 
 

@@ -238,7 +238,7 @@ def _refusal(annotation: Any, value: Any) -> str | None:
         try:
             _parser_of(functools.reduce(operator.or_, plain)).parse_object({"value": value})
             return None
-        except (ArgumentError, TypeError, ValueError):
+        except (ArgumentError, TypeError, ValueError, RecursionError):
             pass
     shown = "null" if value is None else repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."

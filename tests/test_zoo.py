@@ -63,7 +63,11 @@ def test_arch_args_reach_the_builder():
         ("torchvision/resnet18", {"arch_args": {"num_classes": 5}}, "bench.arch_args: num_classes is set by the data"),
         ("torchvision/resnet18", {"arch_args": {"width_per_group": 128}}, "bench.arch_args: .* does not take .*base_width=64"),
         ("timm/resnet18", {"arch_args": {"wings": 2}}, "bench.arch_args: .* does not take .'wings': 2"),
-        ("import:tests.own_models:student", {"arch_args": {"wings": 2}}, "does not take its arguments .*called with wings, num_classes"),
+        (
+            "import:tests.own_models:student",
+            {"arch_args": {"wings": 2}},
+            "does not take its arguments .*called with wings, num_classes",
+        ),
         ("import:builtins:dict", {"stem": "cifar"}, "gave dict, not a torch.nn.Module"),
         ("import:tests.own_models:nothing", {}, "has no function 'nothing'"),
         ("import:nowhere.at_all:model", {}, "cannot import 'nowhere.at_all'"),

@@ -120,7 +120,7 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
 
 
 def claim(config: RunConfig, *, resumed_from: Path | None) -> int:
-    """Make the directory, write config.yaml, and hold the directory until the returned descriptor is closed.
+    """Make the directory, and hold it until the returned descriptor is closed.
 
     resumed_from: the newest checkpoint when it was looked at. Raises UserError where a training has worked there since.
     """
@@ -133,11 +133,15 @@ def claim(config: RunConfig, *, resumed_from: Path | None) -> int:
     try:
         if find_checkpoint(directory / "checkpoints") != resumed_from or finished_summary(config) is not None:
             raise UserError(f"run_dir: another training has worked in {directory} while this one started; start it again")
-        write_whole(directory / "config.yaml", lambda temporary: save_config(config, temporary))
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def keep_config(config: RunConfig) -> None:
+    """config.yaml, once all that could be wrong with an earlier training there has been looked at."""
+    write_whole(config.directory / "config.yaml", lambda temporary: save_config(config, temporary))
 
 
 def refuse_other_teacher(stored: Mapping[str, Any], digest: str | None, *, where: str) -> None:
