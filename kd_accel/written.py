@@ -234,7 +234,7 @@ def _unknown(config_class: type, name: str, value: Any, where: str, *, meant: st
 def _refusal(annotation: Any, value: Any) -> str | None:
     """Why a value does not fit its type, or None."""
     plain = [option for option in _options(annotation) if not is_dataclass(option)]
-    if plain:
+    if plain and (value is not None or types.NoneType in plain):  # the parser takes null for "not given", whatever the type
         try:
             _parser_of(functools.reduce(operator.or_, plain)).parse_object({"value": value})
             return None

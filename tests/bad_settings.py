@@ -33,6 +33,8 @@ CONFIGS = [
     ("no number", config("optim: {step_gamma: .nan}"), PARSE, "optim.step_gamma: nan must be a finite number"),
     ("thousands of digits", config(f"seed: {'9' * 5000}"), PARSE, "Exceeds the limit"),
     ("a large whole number", config(f"train: {{epochs: {10**30}}}"), PARSE, "train.epochs: 10000000000000000000 is too large"),
+    ("null for a text", config("data: {source: null}"), PARSE, "data.source: must be text, not null"),
+    ("null for a number", config("seed: null"), PARSE, "seed: must be a whole number, not null"),
     ("a truth as a number", config("train: {epochs: true}"), PARSE, "train.epochs: must be a whole number, not True"),
     (
         "a zero byte",

@@ -18,7 +18,8 @@ HANGS_AFTER_S = 20
 MEMORY_BYTES = 2 * 2**30
 BATCH = 50
 
-ODD = [0, -1, 1, 2**31, 2**53, 2**63, 2**64, 10**30, 1e999, -1e999, math.nan, 1e-320, 0.5, True, None, "", ".", "..", "/", "\0"]
+ODD = [0, -1, 1, 2**31, 2**53, 2**63, 2**64, 10**30, 1e999, -1e999, math.nan, 1e-320, 0.5, True, None]
+ODD += ["", ".", "..", "/", "\0"]
 ODD += [
     "\ud800",
     "null",
@@ -71,7 +72,7 @@ def mutated(draw, content):
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(list(places(content))))
         if not path:
-            return draw(junk) if draw(st.integers(0, 9)) == 0 else content
+            return copy.deepcopy(draw(junk)) if draw(st.integers(0, 9)) == 0 else content
         *above, last = path
         parent = content
         for key in above:
@@ -87,7 +88,7 @@ def mutated(draw, content):
                 other = other[key]
             parent[last] = copy.deepcopy(other)
         else:
-            parent[last] = draw(junk)
+            parent[last] = copy.deepcopy(draw(junk))  # those of ODD are shared by all examples
     return content
 
 

@@ -5,8 +5,10 @@ A short form runs with all tests; `make faults` runs two minutes of it, from ano
 
 import json
 import random
+import shutil
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,10 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from kd_accel.commands.cache_report import _described
-from kd_accel.commands.run_directory import checkpoint_to_resume
-from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
+from kd_accel.commands.run_directory import checkpoint_to_resume, finished_summary
+from kd_accel.config import BenchConfig, CheckpointConfig, ReproduceConfig, RunConfig
+from kd_accel.models.files import load_card
 from kd_accel.models.tensor_files import read_tensors
 from kd_accel.parse import build_parser, load_config_file, parse_config
+from kd_accel.report.tables import load_result
 from kd_accel.teacher.store.layout import SPLITS, plan_to_json
 from kd_accel.teacher.store.manifest import (
     CachedRows,
@@ -40,8 +44,8 @@ from tests.in_process import train
 from tests.launching import ROOT
 from tests.test_store import plan_of, written
 
-LONG = pytest.param(20.0, marks=pytest.mark.faults)
-timed = pytest.mark.parametrize("seconds", [1.6, LONG])
+LONG = pytest.param(17.0, marks=pytest.mark.faults)
+timed = pytest.mark.parametrize("seconds", [1.5, LONG])
 
 
 def run(strategy, check, seconds):
@@ -53,14 +57,14 @@ def run(strategy, check, seconds):
 
 @pytest.fixture
 def parsed(tmp_path):
-    """Parse a file and flags as each command does; the parsers are made once."""
+    """Parse a file and flags as a training does, or as other commands do; the parsers are made once."""
     classes = (RunConfig, BenchConfig, ReproduceConfig)
     parsers = [(each, build_parser(each, prog="x", description="")) for each in classes]
 
-    def parse(data, flags=()):
+    def parse(data, flags=(), *, commands=1):
         path = tmp_path / "config.yaml"
         path.write_bytes(data)
-        for config_class, parser in parsers:
+        for config_class, parser in parsers[:commands]:
             with suppress(UserError):
                 parse_config(config_class, [f"--config={path}", *flags], parser=parser)
 
@@ -106,7 +110,11 @@ def _without_help(flags):
 @timed
 def test_texts_of_configs(parsed, seconds):
     texts = [path.read_bytes() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
-    run(st.one_of(st.sampled_from(texts).flatmap(mutated_bytes), st.binary(max_size=60)), parsed, seconds)
+    run(
+        st.one_of(st.sampled_from(texts).flatmap(mutated_bytes), st.binary(max_size=60)),
+        lambda data: parsed(data, commands=3),
+        seconds,
+    )
 
 
 @pytest.fixture
@@ -228,7 +236,7 @@ def paused(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
 def test_checkpoints(paused, seconds):
     """Reading one for a resume, with sizes and checksums that match what was mutated or do not."""
-    config = load_config_file(RunConfig, paused / "config.yaml")
+    config = replace(load_config_file(RunConfig, paused / "config.yaml"), checkpoint=CheckpointConfig())
     directory = max((paused / "checkpoints").iterdir())
     whole = {path.name: path.read_bytes() for path in directory.iterdir()}
     tensors = ("module.safetensors", "optimizer.safetensors")
@@ -252,4 +260,27 @@ def test_checkpoints(paused, seconds):
                 (directory / file).write_bytes(whole[file])
 
     assert checkpoint_to_resume(config) == directory
+    run(changes, check, seconds)
+
+
+@timed
+def test_what_a_finished_run_leaves(teacher_run, tmp_path, seconds):
+    """Its card for a teacher, its summary and metrics for a report, its config for another start."""
+    shutil.copytree(teacher_run, tmp_path / "run")
+    directory = tmp_path / "run"
+    config = replace(load_config_file(RunConfig, directory / "config.yaml"), run_dir=str(directory))
+    whole = {name: (directory / name).read_bytes() for name in ("model.json", "summary.json", "config.yaml", "metrics.jsonl")}
+    assert finished_summary(config) and load_result(directory, None) and load_card(directory)
+    changes = st.one_of(
+        *(st.tuples(st.just(name), mutations_of(directory / name)) for name in ("model.json", "summary.json")),
+        *(st.tuples(st.just(name), mutated_bytes(whole[name])) for name in ("config.yaml", "metrics.jsonl")),
+    )
+
+    def check(change):
+        (directory / change[0]).write_bytes(change[1])
+        for read in (lambda: load_card(directory), lambda: load_result(directory, None), lambda: finished_summary(config)):
+            with suppress(UserError):
+                read()
+        (directory / change[0]).write_bytes(whole[change[0]])
+
     run(changes, check, seconds)
