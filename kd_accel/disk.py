@@ -47,19 +47,14 @@ def remove_leftovers(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def refuse_links(directory: Path, *, field: str, is_deep: bool) -> None:
+def refuse_links(directory: Path, *, field: str) -> None:
     """Raises UserError for a symbolic link in a directory that is going to be written: its target would be.
 
-    is_deep: at any depth. The directory itself may be one.
+    The directory itself may be one, and what lies deeper is replaced, never written through.
     """
-    for place, folders, files in os.walk(directory):
-        for name in (*folders, *files):
-            if (path := Path(place, name)).is_symlink():
-                raise UserError(
-                    f"{field}: {path} is a link, and what it points to would be written; remove it, or put it there"
-                )
-        if not is_deep:
-            return
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.is_symlink():
+            raise UserError(f"{field}: {path} is a link, and what it points to would be written; remove it, or put it there")
 
 
 def refused_by_disk(error: OSError) -> str:

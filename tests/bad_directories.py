@@ -160,12 +160,11 @@ CACHES = [
         "another projector for layer1",
     ),
     (
-        "a directory that is a link",
-        link("cache/train", "elsewhere"),
+        "lock that is a link",
+        link("cache/.lock", "elsewhere"),
         BUILD,
-        "train is a link, and what it points to would be written",
+        "cannot write to ...cache (Too many levels of symbolic links)",
     ),
-    ("lock that is a link", link("cache/.lock", "elsewhere"), BUILD, ".lock is a link"),
 ]
 
 SETS = [

@@ -98,7 +98,7 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     """
     directory, resume = config.directory, config.checkpoint.resume
     _refuse_unwritable(directory)
-    refuse_links(directory, field="run_dir", is_deep=False)
+    refuse_links(directory, field="run_dir")
     found = find_checkpoint(directory / "checkpoints")
     if resume == "must" and found is None:
         raise UserError(f"checkpoint.resume: must, but {directory} holds no whole checkpoint; use auto to start anew")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd_accel.disk import flush, lock, read_json, refuse_links, unlock, write_json, write_whole
+from kd_accel.disk import flush, lock, read_json, unlock, write_json, write_whole
 from kd_accel.models.tensor_files import read_tensors
 from kd_accel.teacher.identity import arrays_digest, tensors_digest
 from kd_accel.teacher.store.layout import SPLITS, VERSION, Plan, Shard, Split, plan_from_json, plan_to_json
@@ -146,7 +146,7 @@ def read_rows(directory: Path, plan: Plan) -> dict[Split, CachedRows]:
         data = plan.identity["data"]
         is_whole = all(
             cached.digest == data["contents"][split]
-            and _are_rows(cached, plan.rows[split], size=data["test_size" if split == "test" else "train_size"])
+            and _are_rows(cached, plan.rows[split], size=data.get("test_size" if split == "test" else "train_size", 2**31))
             for split, cached in rows.items()
         )
     except (KeyError, ValueError, TypeError):
@@ -200,8 +200,6 @@ def lock_for_building(directory: Path, rank: int) -> int:
     Rank 0 must come first: it makes sure that no byte is held, so any process of another build is noticed. Raises UserError
     for a second build, and where the directory cannot be written to.
     """
-    if rank == 0:
-        refuse_links(directory, field="teacher.cache_dir", is_deep=True)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = lock(directory / ".lock", first=rank, count=0 if rank == 0 else 1)
