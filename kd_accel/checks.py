@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 from kd_accel.config import (
+    MAX_IMAGE_SIZE,
     BenchConfig,
     DataConfig,
     DistillConfig,
@@ -22,18 +25,42 @@ from kd_accel.config import (
 )
 
 SOURCES = ("hub:", "parquet:", "imagefolder:", "import:")
+_MAX_WORKERS = 1024
 ARCHS = ("torchvision/", "timm/", "import:")
 
 
 def problems(config: object) -> list[str]:
     """One sentence for each broken rule: field, value, rule and remedy. Empty when the config can run."""
     if isinstance(config, ReproduceConfig):
-        return [f"bench.{problem}" for problem in _bench(config.bench)]
+        return [*_values(config), *(f"bench.{problem}" for problem in _bench(config.bench))]
     if isinstance(config, BenchConfig):
-        return list(_bench(config))
+        return [*_values(config), *_bench(config)]
     assert isinstance(config, RunConfig)
-    checks = (_name, _data, _model, _teacher, _distill, _optim, _train, _checkpoint)
+    checks = (_values, _name, _data, _model, _teacher, _distill, _optim, _train, _checkpoint)
     return [problem for check in checks for problem in check(config)]
+
+
+def _values(config: object) -> Iterator[str]:
+    """What no setting can be, whatever its name."""
+    for name, value in _leaves("", asdict(config)):  # type: ignore[call-overload]
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name}: {value} must be a finite number"
+        elif isinstance(value, int) and not -(2**31) <= value < 2**32:
+            yield f"{name}: {str(value)[:20]} is too large a number"
+        elif isinstance(value, str) and any(ord(letter) < 32 or 0xD7FF < ord(letter) < 0xE000 for letter in value):
+            yield f"{name}: {ascii(value)[:60]} holds control characters, or halves of a character; leave them out"
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _leaves(f"{name}.{key}" if name else key, part)
+            yield f"a key of {name}", key
+    elif isinstance(value, list):
+        for part in value:
+            yield from _leaves(name, part)
+    else:
+        yield name, value
 
 
 def _bench(bench: BenchConfig) -> Iterator[str]:
@@ -41,6 +68,8 @@ def _bench(bench: BenchConfig) -> Iterator[str]:
         value = getattr(bench, name)
         if value is not None and value < 1:
             yield f"{name}: {value} must be at least 1"
+    if (bench.image_size or 0) > MAX_IMAGE_SIZE:
+        yield f"image_size: {bench.image_size} must be at most {MAX_IMAGE_SIZE}"
     if not bench.batch_sizes or min(bench.batch_sizes) < 1:
         yield f"batch_sizes: {bench.batch_sizes} must list at least one number, each at least 1"
 
@@ -50,6 +79,8 @@ def _name(config: RunConfig) -> Iterator[str]:
         yield f"seed: {config.seed} must be at least 0 and below 2**32"
     if not config.run_dir and (not config.name or "/" in config.name or config.name.startswith(".")):
         yield f"name: {config.name!r} must be a plain directory name; give run_dir for a path"
+    if (config.run_dir or "").startswith("-"):
+        yield f"run_dir: {config.run_dir!r} would be taken for an option; write ./{config.run_dir}"
     if config.role == "teacher" and config.teacher:
         yield "role: teacher has no effect where there is a teacher (the run is called distilled); leave it out"
 
@@ -60,6 +91,9 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.source: {data.source!r} must be digits or start with one of {', '.join(SOURCES)}"
     yield from _at_least(data, "data", 1, "image_size", "views", "limit_train", "limit_test", "memory_limit_mib")
     yield from _at_least(data, "data", 0, "crop_padding", "num_workers", "view_seed")
+    for name, most in (("image_size", MAX_IMAGE_SIZE), ("crop_padding", data.image_size), ("num_workers", _MAX_WORKERS)):
+        if getattr(data, name) > most:
+            yield f"data.{name}: {getattr(data, name)} must be at most {most}"
     if not 0 <= data.val_fraction < 1:
         yield f"data.val_fraction: {data.val_fraction} must be at least 0 and below 1"
     yield from _data_without_effect(data)

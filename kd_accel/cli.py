@@ -17,7 +17,8 @@ from jsonargparse import ArgumentParser
 
 from kd_accel import __version__
 from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
-from kd_accel.parse import build_parser, nearest, parse_arguments, parse_config
+from kd_accel.imports import allow, take_allowance
+from kd_accel.parse import HELP_OF_ALLOW, build_parser, nearest, parse_arguments, parse_config, plain_parser
 from kd_accel.types import Interrupted, UserError
 
 _OTHER_RANKS_WAIT_S = 5.0
@@ -25,16 +26,28 @@ _OTHER_RANKS_WAIT_S = 5.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and leave the process with its exit code."""
+    try:
+        processes, _ = _of_launch("WORLD_SIZE", 1, "number of processes"), _of_launch("RANK", 0, "number of a process")
+    except UserError as error:
+        print(f"kd-accel: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     code = _run(list(sys.argv[1:] if argv is None else argv))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes > 1:
         _leave_at_once(code)
     if code:
         raise SystemExit(code)
 
 
+def _of_launch(variable: str, default: int, meaning: str) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{variable}: {text!r} is no {meaning}; start with one of the files in launch/, or unset it")
+    return int(text)
+
+
 def _run(arguments: list[str]) -> int:
     try:
-        _dispatch(arguments)
+        _dispatch(take_allowance(arguments))
     except UserError as error:
         _report_once(str(error))
         return 2
@@ -73,14 +86,15 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _overview() -> str:
     lines = ["usage: kd-accel COMMAND ...", "", *(f"  {name:10} {text}" for name, (text, _) in _COMMANDS.items()), ""]
-    return "\n".join([*lines, "kd-accel COMMAND --help lists what a command takes."])
+    return "\n".join([*lines, HELP_OF_ALLOW, "kd-accel COMMAND --help lists what a command takes."])
 
 
 def _report_once(message: str) -> None:
     """Print from one process. The others wait: rank 0 ends the launch before they speak, unless it had no mistake to report."""
     if _is_another_rank():
         time.sleep(_OTHER_RANKS_WAIT_S)
-    print(f"kd-accel: {message}", file=sys.stderr, flush=True)
+    printable = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message)
+    print(f"kd-accel: {printable}", file=sys.stderr, flush=True)  # what a file says must not steer the terminal
 
 
 def _is_another_rank() -> bool:
@@ -146,6 +160,7 @@ def _bench(argv: list[str]) -> None:
     parser.add_argument("models", metavar="RUN_OR_ARCH", nargs="+", help="run directories or archs")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures; without it they are printed")
     config, values = parse_config(BenchConfig, argv, parser=parser)
+    allow([name for name in values["models"] if not Path(name).is_dir()])
     from kd_accel.commands.bench import run_bench
 
     run_bench(values["models"], config, out=values["out"])
@@ -185,7 +200,7 @@ def _split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _parser(command: str, arguments: str, description: str) -> ArgumentParser:
     prog, usage = f"kd-accel {command}", f"%(prog)s {arguments}"
-    return ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
+    return plain_parser(prog, usage, description)
 
 
 _CACHE_ACTIONS = {

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 Augment = Literal["none", "crop", "crop_flip", "resized_crop", "trivial_augment"]
 Stem = Literal["imagenet", "no_pool", "cifar"]
 Direction = Literal["student_to_teacher", "teacher_to_student", "both"]
 Precision = Literal["no", "fp16", "bf16"]
+MAX_IMAGE_SIZE = 4096
 StorageType = Literal["float32", "float16", "bfloat16", "int8"]
+ArchArgument = bool | int | float | str | None | list[bool | int | float | str | None]
+"""Not `Any`: the parser would import the class that a mapping with `class_path` names."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class ModelConfig:
     arch: str = "torchvision/resnet18"
     stem: Stem = "imagenet"
     weights: str | None = None
-    arch_args: dict[str, Any] = field(default_factory=dict)
+    arch_args: dict[str, ArchArgument] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class TeacherConfig:
     arch: str | None = None
     stem: Stem = "imagenet"
     weights: str | None = None
-    arch_args: dict[str, Any] = field(default_factory=dict)
+    arch_args: dict[str, ArchArgument] = field(default_factory=dict)
     mean: list[float] | None = None
     std: list[float] | None = None
     taps: list[str] | None = None

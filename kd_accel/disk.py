@@ -6,13 +6,16 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from kd_accel.types import UserError
 
 _TEMPORARY = ".tmp-"
+MAX_JSON_BYTES = 64 * 2**20
+"""The manifest of a cache of half a million files; everything else that is read here is far smaller."""
+_MAX_DEPTH = 64
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -40,7 +43,18 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
 def remove_leftovers(directory: Path) -> None:
     """Temporary files, at any depth, of writers that were killed. The caller must be the only writer."""
     for path in directory.rglob(f".*{_TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
+def refuse_links(directory: Path, *, field: str) -> None:
+    """Raises UserError for a symbolic link in a directory that is going to be written: its target would be.
+
+    The directory itself may be one, and what lies deeper is replaced, never written through.
+    """
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.is_symlink():
+            raise UserError(f"{field}: {path} is a link, and what it points to would be written; remove it, or put it there")
 
 
 def refused_by_disk(error: OSError) -> str:
@@ -57,7 +71,7 @@ def lock(path: Path, *, first: int = 0, count: int = 1) -> int:
 
     Raises BlockingIOError where another process holds one of them. Record locks, which network file systems know too.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
     except OSError as error:
@@ -86,14 +100,44 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     """Raises UserError, which ends in the remedy, for what is not there or no JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
-    except ValueError:
-        raise UserError(f"{path}: is damaged (no JSON): {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({_reason(error)}): {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: is damaged (no JSON object): {remedy}")
     return content
+
+
+def load_json(path: Path) -> Any:
+    """Raises OSError, or ValueError for what is no JSON, too long, or nested too deeply to be ours."""
+    if path.exists() and not path.is_file():
+        raise ValueError("no file")
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"longer than {readable_size(MAX_JSON_BYTES)}")
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except RecursionError:
+        content = None
+        raise ValueError("nested too deeply") from None
+    layer, depth = [content], 0
+    while layer:
+        layer = [part for whole in layer for part in _parts(whole)]
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise ValueError("nested too deeply")
+    return content
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _reason(error: ValueError) -> str:
+    return "no JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)[:100]
 
 
 def flush(path: Path) -> None:

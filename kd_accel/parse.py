@@ -6,6 +6,7 @@ over some (a section that is a number, a key that stands twice), so written.py r
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -16,12 +17,16 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from kd_accel.checks import problems
+from kd_accel.imports import ALLOW_FLAG, allow, import_problem
 from kd_accel.types import UserError
-from kd_accel.written import flatten, missing_fields, nearest, read_written
+from kd_accel.written import Written, flatten, missing_fields, nearest, read_written
 
 __all__ = ["build_parser", "flatten", "load_config_file", "nearest", "parse_arguments", "parse_config", "save_config"]
 
 Config = TypeVar("Config")
+HELP_OF_ALLOW = f"{ALLOW_FLAG}: run own code (import:...) that a file or a run names; what is typed as a flag runs without it"
+_OWN_CODE = ("data.source", "model.arch", "teacher.arch")
+_LISTED = 20
 
 
 def build_parser(config_class: type, *, prog: str, description: str, arguments: str = "") -> ArgumentParser:
@@ -30,10 +35,21 @@ def build_parser(config_class: type, *, prog: str, description: str, arguments: 
     arguments: these, as the line of usage shows them.
     """
     usage = f"%(prog)s {arguments} [--config FILE ...] [--setting VALUE ...]".replace("  ", " ")
-    parser = ArgumentParser(prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
+    parser = plain_parser(prog, usage, description)
     parser.add_argument("--config", action="config", help="YAML file; later files and then flags win")
     parser.add_class_arguments(config_class, as_group=False, fail_untyped=False)
     return parser
+
+
+def plain_parser(prog: str, usage: str, description: str) -> ArgumentParser:
+    return ArgumentParser(
+        prog=prog,
+        usage=usage,
+        description=description,
+        epilog=HELP_OF_ALLOW,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str], *, parser: ArgumentParser) -> tuple[Config, dict[str, Any]]:
@@ -41,12 +57,11 @@ def parse_config(config_class: type[Config], argv: Sequence[str], *, parser: Arg
 
     Raises UserError that lists every mistake: unknown keys with the nearest name, wrong types, broken rules.
     """
-    if not {"-h", "--help"} & set(argv):
-        _refuse_mistakes(config_class, argv, parser)
+    written = Written() if {"-h", "--help"} & set(argv) else _refuse_mistakes(config_class, argv, parser)
     values = dict(vars(parse_arguments(parser, argv)))
     own = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
     config = config_class(**{key: value for key, value in values.items() if key in own})
-    found = problems(config)
+    found = problems(config) + _foreign_code(config, written)
     if found:
         raise UserError(_listed(found))
     return config, {key: value for key, value in values.items() if key not in own}
@@ -56,7 +71,7 @@ def parse_arguments(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """What `argv` says to a parser. Raises UserError that ends in the line of usage."""
     try:
         return parser.instantiate(parser.parse_args(list(argv)))
-    except (ArgumentError, TypeError, ValueError, OSError) as error:
+    except (ArgumentError, TypeError, ValueError, OSError, RecursionError) as error:
         usage = " ".join(parser.format_usage().split())
         raise UserError(f"{_explained(' '.join(str(error).split()), parser)} ({usage})") from None
 
@@ -72,7 +87,19 @@ def save_config(config: Any, path: Path) -> None:
     path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
 
 
-def _refuse_mistakes(config_class: type, argv: Sequence[str], parser: ArgumentParser) -> None:
+def _foreign_code(config: object, written: Written) -> list[str]:
+    """Own code that stands in a file and that the user neither typed nor allowed."""
+    allow(written.typed)
+    named = {name: functools.reduce(lambda part, key: getattr(part, key, None), name.split("."), config) for name in _OWN_CODE}
+    found = (
+        import_problem(spec, field=name, where=written.origins.get(name, "a file"))
+        for name, spec in named.items()
+        if isinstance(spec, str)
+    )
+    return [problem for problem in found if problem]
+
+
+def _refuse_mistakes(config_class: type, argv: Sequence[str], parser: ArgumentParser) -> Written:
     written = read_written(config_class, argv, parser=parser)
     mistakes, settings = list(written.mistakes), written.meant()
     missing = [name for name in missing_fields(config_class, settings) if name not in written.refused]
@@ -80,6 +107,7 @@ def _refuse_mistakes(config_class: type, argv: Sequence[str], parser: ArgumentPa
         mistakes.append(f"{', '.join(missing)}: missing, and without a default; set it in a file (--config FILE) or as a flag")
     if mistakes:
         raise UserError(_listed(mistakes + _broken_rules(config_class, settings, parser)))
+    return written
 
 
 def _broken_rules(config_class: type, settings: dict[str, Any], parser: ArgumentParser) -> list[str]:
@@ -87,7 +115,7 @@ def _broken_rules(config_class: type, settings: dict[str, Any], parser: Argument
     try:
         values = vars(parser.instantiate(parser.parse_object(settings)))
         return problems(config_class(**{field.name: values[field.name] for field in fields(config_class)}))
-    except (ArgumentError, TypeError, ValueError, KeyError):
+    except (ArgumentError, TypeError, ValueError, KeyError, RecursionError):
         return []
 
 
@@ -110,4 +138,6 @@ def _shown(action: Any) -> str:
 
 def _listed(mistakes: list[str]) -> str:
     unique = list(dict.fromkeys(mistakes))
-    return unique[0] if len(unique) == 1 else "\n".join([f"{len(unique)} mistakes:", *(f"  {item}" for item in unique)])
+    more = [f"  and {len(unique) - _LISTED} more"] if len(unique) > _LISTED else []
+    listed = [f"  {item}" for item in unique[:_LISTED]]
+    return unique[0] if len(unique) == 1 else "\n".join([f"{len(unique)} mistakes:", *listed, *more])

@@ -22,19 +22,25 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from kd_accel.config import ReproduceConfig, RunConfig
+from kd_accel.safe_yaml import load_yaml, load_yaml_file, place
 
-_COMMAND_LINE = "the command line"
+COMMAND_LINE = "the command line"
+_SHOWN = 200
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
 @dataclass
 class Written:
-    """settings: nested, each valid by itself. guessed: misspelt ones, under the name that was meant. refused: dotted names."""
+    """settings: nested, each valid by itself. guessed: misspelt ones, under the name that was meant. refused: dotted names.
+    origins: where each valid one stands last, by dotted name. typed: the texts on the command line itself.
+    """
 
     mistakes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     guessed: dict[str, Any] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    origins: dict[str, str] = field(default_factory=dict)
+    typed: list[str] = field(default_factory=list)
 
     def meant(self) -> dict[str, Any]:
         """All that is usable; what was guessed gives way to what was written."""
@@ -50,7 +56,7 @@ def read_written(config_class: type, argv: Sequence[str], *, parser: ArgumentPar
     options = {option: action for action in parser._actions for option in action.option_strings}
     own = [option for option in options if option[2:] not in field_types(config_class) and "." not in option]
     for where, settings in _sources(config_class, argv, parser, options, written.mistakes):
-        _judge(written, config_class, settings, where, own=own if where == _COMMAND_LINE else ())
+        _judge(written, config_class, settings, where, own=own if where == COMMAND_LINE else ())
     return written
 
 
@@ -123,7 +129,7 @@ def _sources(
             mistakes.append(f"{flag}: has no value; write {flag} VALUE")
             continue
         if flag == "--config":
-            yield value, _for_this_command(read_yaml(value, mistakes), value, known, mistakes)
+            yield _file(value), _for_this_command(read_yaml(value, mistakes), value, known, mistakes)
         elif action is None and not flag.startswith("--"):
             mistakes.append(f"{flag}: no such option; a setting is given as --a.b VALUE")
         elif action is None or flag[2:].partition(".")[0] in known:
@@ -142,52 +148,37 @@ def _for_this_command(settings: dict[str, Any], path: str, known: Mapping[str, A
 
 def _flag_setting(known: Mapping[str, Any], key: str, value: str, mistakes: list[str]) -> tuple[str, dict[str, Any]]:
     if key in known and section_type(known[key]) and Path(value).is_file():  # the settings of one section in a file
-        return value, {key: read_yaml(value, mistakes)}
+        return _file(value), {key: read_yaml(value, mistakes)}
     try:
-        loaded = yaml.safe_load(value)
+        loaded = load_yaml(value)
     except (yaml.YAMLError, ValueError):
         loaded = None
     setting: Any = loaded if isinstance(loaded, dict) or value == "null" else value
     for part in reversed(key.split(".")):
         setting = {part: setting}
-    return _COMMAND_LINE, setting
+    return COMMAND_LINE, setting
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+def _file(path: str) -> str:
+    """Its name, which is never that of the command line."""
+    return f"./{path}" if path == COMMAND_LINE else path
 
 
 def read_yaml(path: str, mistakes: list[str], *, field: str = "config") -> dict[str, Any]:
     """The settings in a file; empty, with a mistake that begins with `field`, where there are none that can be read."""
     try:
-        loader = _OnceLoader(Path(path).read_text(encoding="utf-8"))
-        content = loader.get_single_data()
+        content = load_yaml_file(Path(path))
     except OSError as error:
         mistakes.append(f"{field}: cannot read {path} ({error.strerror}); name a YAML file")
         return {}
     except (yaml.YAMLError, ValueError) as error:
-        mistakes.append(f"{field}: {path} is not YAML that can be read ({_place(error)}); mend the file")
+        mistakes.append(f"{field}: {path} is not YAML that can be read ({place(error)}); mend the file")
         return {}
     if isinstance(content, dict):
         return content
     found = "nothing" if content is None else f"a {type(content).__name__}"
     mistakes.append(f"{field}: {path} holds {found}; it must hold settings as `key: value`")
     return {}
-
-
-def _place(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return " ".join(str(error).split())
-    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
 
 
 def _judge(
@@ -223,12 +214,15 @@ def _judge(
             written.refused.add(name)
         else:
             _merge(written.guessed if is_guessed else written.settings, _nested(name, value))
+            written.origins[name] = where
+            if where == COMMAND_LINE and isinstance(value, str):
+                written.typed.append(value)
 
 
 def _unknown(config_class: type, name: str, value: Any, where: str, *, meant: str | None, option: str | None) -> str:
     first = name.partition(".")[0]
     if config_class is ReproduceConfig and first in field_types(RunConfig):
-        if where != _COMMAND_LINE:
+        if where != COMMAND_LINE:
             return f"{name}: is a setting of a training, not of the chain; it belongs into the files that runs lists"
         flags = " ".join(f"--{key}={given}" for key, given in flatten({name: value}).items())
         return f"{name}: is a setting of the trainings, not of the chain; write it after --, as in: -- {flags}"
@@ -240,13 +234,14 @@ def _unknown(config_class: type, name: str, value: Any, where: str, *, meant: st
 def _refusal(annotation: Any, value: Any) -> str | None:
     """Why a value does not fit its type, or None."""
     plain = [option for option in _options(annotation) if not is_dataclass(option)]
-    if plain:
+    if plain and (value is not None or types.NoneType in plain):  # the parser takes null for "not given", whatever the type
         try:
             _parser_of(functools.reduce(operator.or_, plain)).parse_object({"value": value})
             return None
-        except (ArgumentError, TypeError, ValueError):
+        except (ArgumentError, TypeError, ValueError, RecursionError):
             pass
     shown = "null" if value is None else repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
     takes_text = any(option is str or typing.get_origin(option) is Literal for option in plain)
     is_misread = takes_text and not isinstance(value, str | list | dict | None)
     return f"must be {_words(annotation)}, not {shown}{'; put it in quotes' if is_misread else ''}"

@@ -1,9 +1,15 @@
 """What a session has once: models that several tests distil from, trained by the program itself, and the record of faults."""
 
+import os
+
 import pytest
 
+from kd_accel.imports import VARIABLE
 from tests.fault_record import FaultRecord
 from tests.launching import train
+
+os.environ[VARIABLE] = "1"
+"""Runs that tests leave name `import:tests.own_models:...`; what happens without the allowance is in test_imports.py."""
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kd_accel.config import OptimConfig
+from kd_accel.disk import remove_leftovers
 from kd_accel.engine.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -154,3 +155,39 @@ def test_the_optimizer_goes_on_exactly(name, tmp_path):
         assert torch.equal(before, after)
     momentum = next(iter(resumed_optimizer.state.values()))
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in momentum.values() if value.dim() == 4)
+
+
+def test_a_link_among_the_checkpoints_is_neither_read_nor_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    whole = save(elsewhere, 9)
+    directory = tmp_path / "checkpoints"
+    save(directory, 1)
+    for name in ("step-00000002", "step-00000009", ".step-00000003.tmp-1"):
+        (directory / name).symlink_to(whole)
+    assert find_checkpoint(directory).name == "step-00000001"
+    save(directory, 2, keep=1)
+    assert (directory / "step-00000002").is_dir() and not (directory / "step-00000002").is_symlink()
+    assert not (directory / "step-00000001").exists()
+    assert find_checkpoint(elsewhere) == whole
+
+
+def test_a_file_of_a_checkpoint_that_is_a_link(tmp_path):
+    save(tmp_path, 1)
+    file = save(tmp_path, 2) / "module.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="step-00000002 is passed over: module.safetensors is no file, or a link"):
+        assert find_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_leftovers_behind_a_link_are_not_ours(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("cache", "cache/train"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / ".x.tmp-1").write_text("")
+    (tmp_path / "elsewhere/.x.tmp-1").write_text("")
+    (tmp_path / "cache/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "cache/.folder.tmp-1").mkdir()
+    remove_leftovers(tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*")) == [".folder.tmp-1", "link", "train"]
+    assert (tmp_path / "elsewhere/.x.tmp-1").exists()

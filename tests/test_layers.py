@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "kd_accel"
 LAYERS = [
-    "config types",
-    "checks written",
-    "parse imports disk",
+    "config types safe_yaml",
+    "checks written imports",
+    "parse disk",
     "data",
     "models",
     "teacher",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kd_accel.config import BenchConfig
+from kd_accel.disk import load_json
 
 
 def model_digest(directory: Path) -> str | None:
@@ -27,7 +27,7 @@ def model_digest(directory: Path) -> str | None:
 def is_measured(file: Path, directories: Sequence[Path], config: BenchConfig) -> bool:
     """Whether `file` holds figures of just these runs, as they are now, taken with these settings."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load_json(file)
         measured = [(entry["name"], entry["digest"]) for entry in content["models"]]
         settings: Any = content["settings"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -107,7 +107,11 @@ def _latencies(loaded: Sequence[_Named], config: BenchConfig, device: torch.devi
 
 
 def _images(batch_size: int, image_size: int) -> torch.Tensor:
-    return torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    try:
+        return torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    except (RuntimeError, TypeError, OverflowError):
+        size = f"{image_size}x{image_size}"
+        raise UserError(f"batch_sizes: {batch_size} images of {size} do not fit in memory; measure fewer") from None
 
 
 def _device(name: str) -> torch.device:

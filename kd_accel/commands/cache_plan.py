@@ -29,7 +29,7 @@ from kd_accel.teacher.cached import (
     wanted_tensors,
 )
 from kd_accel.teacher.identity import tensors_digest
-from kd_accel.teacher.store.layout import LOGITS, Plan, Split, TensorSpec, rows_in_a_shard
+from kd_accel.teacher.store.layout import LOGITS, MAX_FILES, Plan, Split, TensorSpec, rows_in_a_shard
 from kd_accel.teacher.store.manifest import (
     CachedRows,
     find_manifest,
@@ -182,6 +182,11 @@ def _known_rows(asked: Asked, found: Plan) -> dict[Split, CachedRows]:
 
 
 def _refuse_too_large(directory: Path, plan: Plan) -> None:
+    if plan.num_files() > MAX_FILES:
+        raise UserError(
+            f"teacher.cache_dir: this cache would be {plan.num_files()} files, and {MAX_FILES} are the most; raise "
+            "teacher.shard_mib, or use fewer data.views"
+        )
     there = sum((directory / shard.name).stat().st_size for shard in plan.all_shards() if (directory / shard.name).is_file())
     needed, free = plan.total_bytes() - there, shutil.disk_usage(directory).free
     if needed > free:

@@ -134,11 +134,15 @@ def _print_report(directory: Path, plan: Plan, wrong: Mapping[str, str], differe
 
 
 def _described(about: Mapping[str, Any], plan: Plan) -> str:
-    teacher = plan.identity["teacher"]
+    teacher, views = (plan.identity.get(name) for name in ("teacher", "views"))
+    if not isinstance(teacher, dict):
+        raise UserError(
+            f"{about['directory']}/plan.json: is damaged (no teacher); run `kd-accel cache build` with the same config"
+        )
     lines = [
         f"{about['directory']}: {'complete' if about['is_complete'] else 'not complete'}, {about['files']} files, "
         f"{readable_size(about['bytes'])}",
-        f"teacher {teacher['arch']} ({teacher['weights']}), views {plan.identity['views']}",
+        f"teacher {teacher.get('arch')} ({teacher.get('weights')}), views {views}",
         f"rows: {', '.join(f'{plan.rows[split]} {split}' for split in SPLITS)}; {plan.views} views of the training rows",
         "bytes per row and view:",
     ]

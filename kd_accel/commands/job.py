@@ -133,7 +133,19 @@ def _build_trainee(start: Prepared) -> tuple[Trainee, list[str]]:
     trainee = Trainee(wrapped, optimizer, Meters(accelerator.device), average)
     if start.checkpoint is None:
         return trainee, []
-    return trainee, restore(trainee, start.checkpoint, accelerator)
+    return trainee, _restored(trainee, start.checkpoint, accelerator)
+
+
+def _restored(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator) -> list[str]:
+    """Its settings and data fit, so what does not is damage, of whatever kind."""
+    try:
+        return restore(trainee, checkpoint, accelerator)
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"{checkpoint.path}: does not fit the training that its own config describes ({said}); remove it to go on from an "
+            "earlier one, or start anew in another run_dir"
+        ) from error
 
 
 def _moving_average(student: nn.Module, config: RunConfig) -> AveragedModel | None:

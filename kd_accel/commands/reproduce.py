@@ -24,7 +24,7 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
     runs = _checked_runs(config, overrides)
     report_dir = Path(config.report_dir)
     for file, run in zip(config.runs, runs, strict=True):
-        flags = ["--config", file, *overrides]
+        flags = [f"--config={file}", *overrides]
         if _needs_its_cache(run):
             _launch(["cache", "build", *flags], launch=config.launch, what=f"cache of {run.name}")
         _launch(["train", *flags], launch=config.launch, what=f"training of {run.name}")
@@ -50,7 +50,7 @@ def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConf
     runs = []
     for file in config.runs:
         try:
-            runs.append(parse_config(RunConfig, ["--config", file, *overrides], parser=parser)[0])
+            runs.append(parse_config(RunConfig, [f"--config={file}", *overrides], parser=parser)[0])
         except UserError as error:
             mistakes.append(f"{file}: {error}")
     directories = [run.directory for run in runs]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kd_accel.config import RunConfig
-from kd_accel.disk import lock, read_json, write_whole
+from kd_accel.disk import lock, read_json, refuse_links, write_whole
 from kd_accel.engine.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
+from kd_accel.engine.state import Position
 from kd_accel.parse import save_config
+from kd_accel.safe_yaml import load_yaml_file
 from kd_accel.types import UserError
 from kd_accel.written import flatten
 
@@ -29,6 +32,39 @@ _MAY_CHANGE = (
     "teacher.shard_mib",
     "teacher.cache_batch_size",
 )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_position(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {field.name for field in fields(Position)}:
+        return False
+    numbers = (value["elapsed_s"], value["best_val_accuracy"] or 0.0)
+    is_finite = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    return is_finite and all(_is_count(value[name]) for name in ("epoch", "step_in_epoch", "step"))
+
+
+_STATE: dict[str, Callable[[Any], bool]] = {
+    "position": _is_position,
+    "metrics_bytes": _is_count,
+    "config": lambda value: isinstance(value, dict),
+    "data": lambda value: isinstance(value, dict),
+    "optimizer": lambda value: isinstance(value, dict),
+    "pca_explained": lambda value: isinstance(value, dict),
+    "ranks": lambda value: isinstance(value, list) and bool(value) and all(isinstance(rank, dict) for rank in value),
+    "meter_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "wandb_id": _is_name,
+    "teacher_digest": _is_name,
+    "cache": _is_name,
+}
+"""Of the plain state in a checkpoint, what is read before the training stands."""
+
 _RESULTS = ("summary.json", "model.safetensors", "model.json")
 
 
@@ -43,12 +79,14 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
     remedy = "remove the directory, or name another run_dir"
     summary = read_json(directory / "summary.json", remedy=remedy)
     try:
-        stored = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        stored = load_yaml_file(directory / "config.yaml")
+    except (OSError, ValueError, yaml.YAMLError):
         stored = None
     if not isinstance(stored, dict):
         raise UserError(f"{directory / 'config.yaml'}: is missing or damaged: {remedy}")
     _refuse_other_settings(stored, config, where=str(directory / "config.yaml"))
+    if not isinstance(summary.get("data"), dict):
+        raise UserError(f"{directory / 'summary.json'}: is damaged (no data): {remedy}")
     return summary
 
 
@@ -60,6 +98,7 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
     """
     directory, resume = config.directory, config.checkpoint.resume
     _refuse_unwritable(directory)
+    refuse_links(directory, field="run_dir")
     found = find_checkpoint(directory / "checkpoints")
     if resume == "must" and found is None:
         raise UserError(f"checkpoint.resume: must, but {directory} holds no whole checkpoint; use auto to start anew")
@@ -69,13 +108,19 @@ def checkpoint_to_resume(config: RunConfig) -> Path | None:
         _refuse_a_damaged_run(directory)
         return None
     checkpoint = load_checkpoint(found)
+    wrong = [name for name, is_valid in _STATE.items() if not is_valid(checkpoint.state.get(name))]
+    if wrong:
+        raise UserError(
+            f"{found}: is damaged ({', '.join(wrong)} wrong or missing); remove it to go on from an earlier one, or name "
+            "another run_dir"
+        )
     _refuse_other_settings(checkpoint.state["config"], config, where=str(found))
     _refuse_a_pause_that_is_past(checkpoint, config)
     return found
 
 
 def claim(config: RunConfig, *, resumed_from: Path | None) -> int:
-    """Make the directory, write config.yaml, and hold the directory until the returned descriptor is closed.
+    """Make the directory, and hold it until the returned descriptor is closed.
 
     resumed_from: the newest checkpoint when it was looked at. Raises UserError where a training has worked there since.
     """
@@ -88,11 +133,15 @@ def claim(config: RunConfig, *, resumed_from: Path | None) -> int:
     try:
         if find_checkpoint(directory / "checkpoints") != resumed_from or finished_summary(config) is not None:
             raise UserError(f"run_dir: another training has worked in {directory} while this one started; start it again")
-        write_whole(directory / "config.yaml", lambda temporary: save_config(config, temporary))
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def keep_config(config: RunConfig) -> None:
+    """config.yaml, once all that could be wrong with an earlier training there has been looked at."""
+    write_whole(config.directory / "config.yaml", lambda temporary: save_config(config, temporary))
 
 
 def refuse_other_teacher(stored: Mapping[str, Any], digest: str | None, *, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from kd_accel.commands.teacher import (
 )
 from kd_accel.commands.wanted import refuse_other_answers, used_views, wanted_from_cache
 from kd_accel.config import FeatureConfig, RunConfig
-from kd_accel.disk import write_json
+from kd_accel.disk import load_json, write_json
 from kd_accel.engine.checkpoint import Checkpoint
 from kd_accel.engine.evaluate import HeldOut, teacher_accuracy
 from kd_accel.engine.setup import Accelerator, on_main_process
@@ -108,7 +107,7 @@ def _remember(accuracy: float, path: Path) -> None:
 
 def _remembered(path: Path) -> float | None:
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["accuracy"])
+        return float(load_json(path)["accuracy"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

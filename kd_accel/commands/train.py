@@ -18,6 +18,7 @@ from kd_accel.commands.run_directory import (
     checkpoint_to_resume,
     claim,
     finished_summary,
+    keep_config,
     refuse_other_cache,
     refuse_other_data,
     refuse_other_teacher,
@@ -93,6 +94,7 @@ def _train_and_save(start: Prepared, stack: ExitStack) -> None:
     stack.callback(tracking.finish)
     job = build_job(start, tracking)
     stack.callback(job.progress.close)
+    on_main_process(accelerator, lambda: keep_config(config))
     for notice in start.notices:
         job.progress.say(f"{config.name}: {notice}")
     with job.interruption.listening():

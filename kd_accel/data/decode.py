@@ -13,6 +13,9 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+"""Pillow knows forty kinds; for EPS it would start another program, and many others have hardly been looked at."""
+
 MAX_PIXELS = 64_000_000
 """Larger images are refused: a small file can claim a size that fills the memory."""
 
@@ -20,8 +23,7 @@ MAX_PIXELS = 64_000_000
 def decode(data: bytes, image_size: int) -> np.ndarray:
     """Bytes of an image file -> uint8 [S, S, 3]. Raises ValueError that says why it cannot be."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             return _square(_rgb(ImageOps.exif_transpose(image)), image_size)

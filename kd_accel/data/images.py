@@ -6,6 +6,7 @@ process or in a worker, so an `EncodedImages` travels as the memory-mapped files
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,6 +20,7 @@ from kd_accel.types import UserError
 Used = TypeVar("Used")
 
 _CHUNK_ROWS = 1024
+MAX_FILE_BYTES = 512 * 2**20
 
 
 class ImageSet(Protocol):
@@ -71,11 +73,22 @@ class EncodedImages:
 
     is_in_memory = False
 
-    def __init__(self, column: Any, labels: np.ndarray, label_names: Sequence[str], *, split: str, image_size: int) -> None:
+    def __init__(
+        self,
+        column: Any,
+        labels: np.ndarray,
+        label_names: Sequence[str],
+        *,
+        split: str,
+        image_size: int,
+        roots: Sequence[Path],
+    ) -> None:
+        """roots: absolute directories in which image files may lie."""
         self._column = column
         self.labels = labels
         self.label_names = tuple(label_names)
         self._split = split
+        self._roots = tuple(roots)
         self._image_size = image_size
 
     @property
@@ -97,13 +110,26 @@ class EncodedImages:
         for row, cell in zip(rows, self._cells(rows), strict=True):
             yield self._tried(int(row), cell, lambda data: data)
 
+    def _read_file(self, path: str) -> bytes:
+        """A cell of a stranger's table may name any file of this machine."""
+        place = Path(os.path.abspath(path))  # noqa: PTH100  (a link inside the directory may lead where its owner wants)
+        if not any(place.is_relative_to(root) for root in self._roots):
+            raise ValueError("it names a file outside the data set")
+        if not place.is_file():
+            raise ValueError("there is no such file")
+        with place.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES // 2**20} MiB")
+        return data
+
     def _cells(self, rows: np.ndarray) -> Any:
         cells = self._column[rows.tolist()]
         return cells["image"] if isinstance(cells, dict) else cells
 
     def _tried(self, row: int, cell: Any, use: Callable[[bytes], Used]) -> Used:
         try:
-            return use(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes())
+            return use(cell["bytes"] if cell["bytes"] is not None else self._read_file(cell["path"]))
         except (ValueError, TypeError, KeyError, OSError) as error:
             path = cell.get("path") if isinstance(cell, dict) else None
             raise UserError(

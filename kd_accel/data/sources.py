@@ -8,6 +8,7 @@ whatever process asks. The labels of the training split say which classes there 
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kd_accel.data.decode import fit_array
 from kd_accel.data.images import EncodedImages as EncodedImages
 from kd_accel.data.images import ImageSet as ImageSet
 from kd_accel.data.images import MemoryImages as MemoryImages
-from kd_accel.imports import PREFIX, resolve_import
+from kd_accel.imports import PREFIX, call_import
 from kd_accel.types import UserError
 
 _CHUNK_ROWS = 1024
@@ -30,7 +31,7 @@ def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """(train, test). Raises UserError for whatever in the source does not fit the settings."""
     kind, _, place = config.source.partition(":")
     if kind == "digits":
-        return _digits(config.image_size)
+        return _digits(config)
     if config.source.startswith(PREFIX):
         return _own_code(config)
     train = _load_columns(kind, place, config, config.train_split)
@@ -39,15 +40,16 @@ def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     return _image_set(train, names, config, config.train_split), _image_set(test, names, config, config.test_split)
 
 
-def _digits(image_size: int) -> tuple[ImageSet, ImageSet]:
+def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     """8x8 grey digits of 16 levels as RGB; every fifth row (360 of 1,797) is held out."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError("data.source: digits needs scikit-learn; pip install 'kd-accel[demo]'") from None
     levels, labels = load_digits(return_X_y=True)
+    _refuse_large(len(labels), config)
     grey = np.rint(levels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = np.stack([fit_array(np.repeat(image[:, :, None], 3, axis=2), image_size) for image in grey])
+    images = np.stack([fit_array(np.repeat(image[:, :, None], 3, axis=2), config.image_size) for image in grey])
     is_test = np.arange(len(labels)) % 5 == 0
     names = [str(digit) for digit in range(10)]
     return tuple(  # type: ignore[return-value]
@@ -55,14 +57,30 @@ def _digits(image_size: int) -> tuple[ImageSet, ImageSet]:
     )
 
 
+def _refuse_large(rows: int, config: DataConfig) -> None:
+    """Of a source that is always held in memory."""
+    if (needed := rows * config.image_size**2 * 3) > config.memory_limit_mib * 2**20:
+        raise UserError(
+            f"data.image_size: {rows} images of {config.image_size} x {config.image_size} pixels take {needed // 2**20} MiB of "
+            f"memory, and data.memory_limit_mib is {config.memory_limit_mib}; lower the one or raise the other"
+        )
+
+
 def _own_code(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    function = resolve_import(config.source, field="data.source")
-    train, test = (
-        _own_split(function(name, config.image_size), config, name) for name in (config.train_split, config.test_split)
-    )
+    train, test = (_own_split(_called(config, name), config, name) for name in (config.train_split, config.test_split))
     if train.label_names != test.label_names:
         raise UserError(f"data.source: {config.source} gives other label_names for the test split than for the training split")
     return train, test
+
+
+def _called(config: DataConfig, split: str) -> Any:
+    return call_import(
+        config.source,
+        (split, config.image_size),
+        {},
+        field="data.source",
+        called_with="the name of the split and the image size, in this order",
+    )
 
 
 def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
@@ -82,6 +100,7 @@ def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
         )
     if not images.size:
         raise UserError(f"{where}: has no rows, or images without pixels: {list(images.shape)}")
+    _refuse_large(len(images), config)
     fitted = np.stack([fit_array(image, config.image_size) for image in images])
     return MemoryImages(fitted, _checked_labels(labels, len(names), where), names)
 
@@ -205,7 +224,9 @@ def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: 
     if own_names is not None and tuple(own_names) != names:
         raise UserError(f"{where} has other classes than the {config.train_split} split; both need the same, in the same order")
     labels = _checked_labels(_labels(dataset, where), len(names), where)
-    encoded = EncodedImages(dataset.select_columns(["image"]), labels, names, split=split, image_size=config.image_size)
+    encoded = EncodedImages(
+        dataset.select_columns(["image"]), labels, names, split=split, image_size=config.image_size, roots=_roots(config)
+    )
     decoded_bytes = len(labels) * config.image_size**2 * 3
     if decoded_bytes > config.memory_limit_mib * 2**20:
         return encoded
@@ -214,6 +235,16 @@ def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: 
     for start in range(0, len(rows), _CHUNK_ROWS):
         images[start : start + _CHUNK_ROWS] = encoded.pixels(rows[start : start + _CHUNK_ROWS])
     return MemoryImages(images, labels, names, encoded=encoded)
+
+
+def _roots(config: DataConfig) -> list[Path]:
+    """Where image files of a source may lie: in its own directory, or where `datasets` unpacks and downloads."""
+    import datasets.config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    own = Path(config.source.partition(":")[2]).expanduser()
+    kept = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
+    return [Path(os.path.abspath(path)) for path in (own, *kept)]  # noqa: PTH100  (as in EncodedImages)
 
 
 def _labels(dataset: Any, where: str) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -21,14 +22,16 @@ from typing import Any
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kd_accel.disk import flush, write_whole
+from kd_accel.disk import flush, load_json, write_whole
+from kd_accel.models.tensor_files import read_tensors
 from kd_accel.types import UserError
 
 VERSION = 1
 _PREFIX = "step-"
+_STEP = re.compile(r"step-[0-9]{8,18}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ def save_checkpoint(
         text = json.dumps({"version": VERSION, "files": files, "state": state})
         write_whole(temporary / "state.json", lambda path: path.write_text(text, encoding="utf-8"))
         flush(temporary)
-        if final.exists():
+        if final.is_symlink():
+            final.unlink()
+        elif final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
         flush(directory)
@@ -90,9 +95,12 @@ def has_checkpoints(directory: Path) -> bool:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that `find_checkpoint` found whole."""
-    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    tensors = {Path(name).stem: load_file(path / name) for name in content["files"]}
+    """Read a checkpoint that `find_checkpoint` found whole. Raises UserError where its files hold no tensors all the same."""
+    content = load_json(path / "state.json")
+    try:
+        tensors = {Path(name).stem: read_tensors(path / name) for name in content["files"]}
+    except ValueError as error:
+        raise UserError(f"{path}: a file of it is no safetensors file ({error}); remove this checkpoint") from None
     return Checkpoint(path, content["state"], tensors)
 
 
@@ -137,11 +145,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 def _step_directories(directory: Path) -> list[Path]:
-    """Newest first."""
+    """Newest first. A link is none: what it points to is not ours to read or to remove."""
     if not directory.is_dir():
         return []
-    found = (path for path in directory.iterdir() if path.is_dir() and path.name.startswith(_PREFIX))
-    return sorted((path for path in found if path.name[len(_PREFIX) :].isdigit()), reverse=True)
+    found = (path for path in directory.iterdir() if _STEP.fullmatch(path.name))
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), reverse=True)
 
 
 def _unwanted(directory: Path, newest: Path, *, keep: int) -> list[Path]:
@@ -153,9 +161,11 @@ def _unwanted(directory: Path, newest: Path, *, keep: int) -> list[Path]:
 def _damage(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content = load_json(path / "state.json")
         if content["version"] != VERSION:
-            return f"state.json has version {content['version']}, this program reads {VERSION}"
+            return f"state.json has version {str(content['version'])[:20]}, this program reads {VERSION}"
+        if not isinstance(content["state"], dict):
+            return "state.json is damaged"
         return next(_damaged_files(path, content["files"]), None)
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
@@ -167,6 +177,8 @@ def _damaged_files(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str
     for name, expected in files.items():
         if Path(name).name != name:
             yield f"state.json names a file outside the directory ({name!r})"
+        elif (path / name).exists() and (not (path / name).is_file() or (path / name).is_symlink()):
+            yield f"{name} is no file, or a link"
         elif (path / name).stat().st_size != expected["bytes"]:
             yield f"{name} has {(path / name).stat().st_size} bytes instead of {expected['bytes']}"
         elif _checksum(path / name) != expected["xxh3_128"]:

@@ -14,11 +14,13 @@ from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kd_accel.config import Stem
+from kd_accel.config import MAX_IMAGE_SIZE, Stem
 from kd_accel.disk import read_json, write_whole
+from kd_accel.imports import import_problem
+from kd_accel.models.tensor_files import read_tensors
 from kd_accel.models.zoo import build_model
 from kd_accel.types import UserError
 
@@ -75,13 +77,15 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "label_names": lambda value: isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value),
     "mean": lambda value: _are_three(value, above=float("-inf")),
     "std": lambda value: _are_three(value, above=0),
-    "image_size": lambda value: isinstance(value, int) and value > 0,
+    "image_size": lambda value: _is_number(value) and isinstance(value, int) and 0 < value <= MAX_IMAGE_SIZE,
 }
 
 
 def load_run_model(directory: Path, *, field: str = "model") -> tuple[nn.Module, ModelCard]:
     """The model of a finished run, in evaluation mode on the CPU, and its card."""
     card = load_card(directory)
+    if problem := import_problem(card.arch, field=field, where=str(directory / "model.json")):
+        raise UserError(problem)
     model = build_model(card.arch, num_classes=len(card.label_names), stem=card.stem, arch_args=card.arch_args, field=field)
     load_weights(model, str(directory), arch=card.arch, is_exact=True, field=field)
     return model.eval(), card
@@ -137,11 +141,15 @@ _AUXILIARY_HEADS = {"torchvision/googlenet": ("aux1.", "aux2."), "torchvision/in
 
 def _read_safetensors(path: Path, field: str) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = read_tensors(path)
     except FileNotFoundError:
         raise UserError(f"{field}: no file {path}; check the path, or train the run again") from None
-    except (SafetensorError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{field}: {path} is damaged or no safetensors file ({error})") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{field}: {name} of {path} holds numbers that are not finite; take other weights")
+    return tensors
 
 
 def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:

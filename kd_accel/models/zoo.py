@@ -7,7 +7,6 @@ generator that dropout draws from.
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from kd_accel.config import Stem
-from kd_accel.imports import PREFIX, resolve_import
+from kd_accel.imports import PREFIX, call_import
 from kd_accel.types import UserError
 
 
@@ -35,6 +34,9 @@ def build_model(
     """
     if "num_classes" in (arch_args or {}):
         raise UserError(f"{field}.arch_args: num_classes is set by the data; leave it out")
+    loading = sorted(_LOADING & (arch_args or {}).keys())
+    if loading and not arch.startswith(PREFIX):
+        raise UserError(f"{field}.arch_args: {', '.join(loading)} would load weights past all checks; use {field}.weights")
     arguments = {**(arch_args or {}), "num_classes": num_classes}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also move the generators of the GPUs
@@ -45,17 +47,14 @@ def build_model(
 
 
 def _own_model(arch: str, arguments: dict[str, Any], field: str) -> nn.Module:
-    function = resolve_import(arch, field=f"{field}.arch")
-    try:
-        inspect.signature(function).bind(**arguments)
-    except TypeError as error:
-        raise UserError(
-            f"{field}.arch_args: {arch} does not take the arguments {', '.join(arguments)} ({error}); it is called with "
-            "num_classes and what arch_args holds"
-        ) from None
-    except ValueError:  # some built-in functions do not tell their signature
-        pass
-    model = function(**arguments)
+    model = call_import(
+        arch,
+        (),
+        arguments,
+        field=f"{field}.arch",
+        called_with=f"{', '.join(arguments)}, by name: num_classes and what arch_args holds",
+        blame=f"{field}.arch_args",
+    )
     if not isinstance(model, nn.Module):
         raise UserError(f"{field}.arch: {arch} gave {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -67,10 +66,12 @@ def _library_model(arch: str, arguments: dict[str, Any], field: str) -> nn.Modul
         raise UserError(f"{field}.arch: {arch!r} must start with torchvision/, timm/ or {PREFIX}; {_suggestion(arch)}")
     try:
         return _LIBRARIES[library](name, arguments, f"{field}.arch")
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # each builder refuses in its own way
+    except UserError:
+        raise
+    except Exception as error:  # each builder refuses in its own way
         own = {key: value for key, value in arguments.items() if key != "num_classes"}
         said = f"{field}.arch_args: {arch} does not take {own}" if own else f"{field}.arch: {arch} cannot be built"
-        raise UserError(f"{said} ({error})") from None
+        raise UserError(f"{said} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
 
 
 def _suggestion(arch: str) -> str:
@@ -107,6 +108,16 @@ def _from_timm(name: str, arguments: dict[str, Any], field: str) -> nn.Module:
 
 
 _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
+_LOADING = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "weights",
+    "weights_backbone",
+}
+"""Arguments by which the libraries read files, pickles among them, or download."""
 
 
 def _unknown(arch: str, names: list[str], field: str) -> str:

@@ -44,7 +44,9 @@ def plot_accuracy_against_latency(points: Sequence[tuple[str, float, float]], pa
     axes = figure.subplots()
     for index, (name, latency_ms, accuracy) in enumerate(points):
         marker = _MARKERS[index % len(_MARKERS)]
-        axes.plot(latency_ms, 100 * accuracy, marker, label=name, markersize=9, markeredgewidth=2, markerfacecolor="none")
+        axes.plot(
+            latency_ms, 100 * accuracy, marker, label=_plain(name), markersize=9, markeredgewidth=2, markerfacecolor="none"
+        )
     axes.set(xlabel="latency at batch size 1 (ms)", ylabel="test accuracy (%)")
     axes.margins(0.15)
     axes.set_xlim(left=0)
@@ -67,4 +69,9 @@ def _draw(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]], *, split: s
     chosen = [line for line in lines if line["split"] == split and up in line]
     marker = "." if len(chosen) <= _MARKED_POINTS else ""
     across_values, up_values = [line[across] for line in chosen], [scale * line[up] for line in chosen]
-    axes.plot(across_values, up_values, label=name, marker=marker, linewidth=1.2)
+    axes.plot(across_values, up_values, label=_plain(name), marker=marker, linewidth=1.2)
+
+
+def _plain(name: str) -> str:
+    """No formula: matplotlib would read one between two dollars."""
+    return name.replace("$", r"\$")

@@ -26,6 +26,13 @@ _REFERENCE = {
     "scheduled": "78.6 / 11.18 / 3.90",
 }
 
+_ROLES: dict[str, Literal["teacher", "student", "distilled"]] = {
+    "teacher": "teacher",
+    "student": "student",
+    "distilled": "distilled",
+}
+_MAX_CURVE_BYTES = 512 * 2**20
+
 
 @dataclass(frozen=True)
 class Row:
@@ -89,15 +96,15 @@ def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
     summary = read_json(directory / "summary.json", remedy="no finished run there; train it first")
     try:
         row = Row(
-            name=summary["name"],
-            role=summary["role"],
-            arch=summary["arch"],
+            name=str(summary["name"]),
+            role=_ROLES[summary["role"]],
+            arch=str(summary["arch"]),
             accuracy=float(summary["accuracy"]),
             parameters=int(summary["parameters"]),
             macs=int(bench["macs"]) if bench else None,
             latency_ms=_latency(bench) if bench else None,
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{directory}/summary.json or its bench figures are damaged; train or bench the run again") from None
     return RunResult(row, summary, _read_curve(directory / "metrics.jsonl"))
 
@@ -157,11 +164,21 @@ def _has_figures(bench: dict[str, dict[str, Any]], directory: Path) -> bool:
 
 def _read_curve(path: Path) -> list[dict[str, Any]]:
     try:
+        if path.stat().st_size > _MAX_CURVE_BYTES:
+            raise UserError(f"{path}: is longer than {_MAX_CURVE_BYTES // 2**20} MiB, so no pictures are drawn of it")
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); train the run again") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: cannot be read (a line is no JSON); train the run again") from None
-    if not all(isinstance(line, dict) and {"step", "epoch", "split"} <= line.keys() for line in lines):
+    if not all(isinstance(line, dict) and _is_event(line) for line in lines):
         raise UserError(f"{path}: cannot be read (a line without step, epoch and split); train the run again")
     return lines
+
+
+def _is_event(line: dict[str, Any]) -> bool:
+    """What the pictures take from it are numbers."""
+    numbers = [line.get("step"), line.get("epoch"), *(line[key] for key in ("loss", "accuracy") if key in line)]
+    return isinstance(line.get("split"), str) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15 for value in numbers
+    )

@@ -14,6 +14,8 @@ All tensors of a split are cut at the same rows, so that one pass of the teacher
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -28,6 +30,9 @@ LOGITS = "logits"
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+MAX_FILES = 400_000
+"""As many as a manifest can list (MAX_JSON_BYTES in disk.py)."""
+_MOST = 2**40
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,11 @@ class Plan:
                 for tensor in self.tensors if is_train else (LOGITS,):
                     yield from self.shards(split, view, tensor)
 
+    def num_files(self) -> int:
+        """Of all shards, without making them."""
+        parts = {split: -(-rows // self.rows_per_shard) for split, rows in self.rows.items()}
+        return parts["train"] * self.views * len(self.tensors) + parts["val"] + parts["test"]
+
     def row_bytes(self) -> int:
         """Of one row and one training view, all tensors."""
         return sum(spec.row_bytes for spec in self.tensors.values())
@@ -145,19 +155,36 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 def plan_from_json(content: Mapping[str, Any]) -> Plan:
     """Raises KeyError, TypeError or ValueError for what no plan of this version says."""
-    tensors = {
-        name: TensorSpec(**{**spec, "shape": tuple(int(length) for length in spec["shape"])})
-        for name, spec in content["tensors"].items()
-    }
+    json.dumps(content, ensure_ascii=False).encode()  # a half of a character, which cannot be printed, is no ValueError later
     plan = Plan(
         identity=dict(content["identity"]),
-        rows={split: int(content["rows"][split]) for split in SPLITS},
-        views=int(content["views"]),
-        tensors=tensors,
-        rows_per_shard=int(content["rows_per_shard"]),
-        batch_rows=int(content["batch_rows"]),
+        rows={split: _whole(content["rows"][split], least=0) for split in SPLITS},
+        views=_whole(content["views"]),
+        tensors={name: _spec_from_json(spec) for name, spec in content["tensors"].items()},
+        rows_per_shard=_whole(content["rows_per_shard"]),
+        batch_rows=_whole(content["batch_rows"]),
         recorded=dict(content["recorded"]),
     )
+    if plan.tensors[LOGITS].projector is not None or plan.num_files() > MAX_FILES:
+        raise ValueError("is no plan that a build could have followed")
     if plan.digest != content["digest"] or settings_digest(asdict(plan)) != content["checksum"]:
         raise ValueError("contradicts itself")
     return plan
+
+
+def _spec_from_json(content: Mapping[str, Any]) -> TensorSpec:
+    spec = TensorSpec(**{**content, "shape": tuple(_whole(length) for length in content["shape"])})
+    texts = (spec.projector is None or isinstance(spec.projector, str), spec.dtype in BYTES_PER_VALUE)
+    counts = (_whole(value) for value in (spec.raw_channels, spec.pca_images) if value is not None)
+    if not all(texts) or not all(counts) or not spec.shape or spec.row_bytes > _MOST:
+        raise ValueError("is no tensor of a cache")
+    if spec.explained is not None and not (isinstance(spec.explained, int | float) and math.isfinite(spec.explained)):
+        raise ValueError("explains no share of the variance")
+    return spec
+
+
+def _whole(value: Any, *, least: int = 1) -> int:
+    """A whole number that something can have so many of."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+        raise ValueError(f"{value!r} is no such number")
+    return value

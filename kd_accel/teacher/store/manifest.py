@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kd_accel.disk import flush, lock, read_json, unlock, write_json, write_whole
+from kd_accel.models.tensor_files import read_tensors
 from kd_accel.teacher.identity import arrays_digest, tensors_digest
 from kd_accel.teacher.store.layout import SPLITS, VERSION, Plan, Shard, Split, plan_from_json, plan_to_json
 from kd_accel.types import UserError
@@ -49,7 +50,7 @@ def read_plan(directory: Path) -> Plan:
     _refuse_later_version(content, path)
     try:
         return plan_from_json(content)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{path}: is damaged: {_REBUILD}") from None
 
 
@@ -65,7 +66,7 @@ def find_plan(directory: Path) -> Plan | None:
     _refuse_later_version(content, path)
     try:
         return plan_from_json(content)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return None
 
 
@@ -142,13 +143,25 @@ def read_rows(directory: Path, plan: Plan) -> dict[Split, CachedRows]:
             split: CachedRows(tensors[f"{split}.rows"].numpy(), tensors[f"{split}.contents"].numpy().view(np.uint64))
             for split in SPLITS
         }
-        stored = plan.identity["data"]["contents"]
-        is_whole = all(cached.digest == stored[split] for split, cached in rows.items())
-    except (KeyError, ValueError):
+        data = plan.identity["data"]
+        is_whole = all(
+            cached.digest == data["contents"][split]
+            and _are_rows(cached, plan.rows[split], size=data.get("test_size" if split == "test" else "train_size", 2**31))
+            for split, cached in rows.items()
+        )
+    except (KeyError, ValueError, TypeError):
         is_whole = False
     if not is_whole:
         raise UserError(f"{directory / 'rows.safetensors'}: does not match plan.json: {_REBUILD}")
     return rows
+
+
+def _are_rows(cached: CachedRows, count: int, *, size: int) -> bool:
+    """So many different rows of a split of `size`, ascending: a reader makes room for each number up to the largest."""
+    rows, is_typed = cached.rows, cached.rows.dtype == np.int64 and cached.contents.dtype == np.uint64
+    if not is_typed or not rows.shape == cached.contents.shape == (count,):
+        return False
+    return bool((np.diff(rows) > 0).all()) and (not count or 0 <= int(rows[0]) <= int(rows[-1]) < size)
 
 
 def write_projectors(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -168,9 +181,17 @@ def read_projectors(directory: Path, plan: Plan) -> dict[str, dict[str, Tensor]]
         tap, _, name = key.rpartition("|")
         found.setdefault(tap, {})[name] = tensor
     for tap, digest in wanted.items():
-        if tap not in found or tensors_digest(found[tap]) != digest:
+        if tap not in found or tensors_digest(found[tap]) != digest or not _is_projector(found[tap]):
             raise UserError(f"{path}: holds another projector for {tap} than plan.json says ({digest}): {_REBUILD}")
     return {tap: found[tap] for tap in wanted}
+
+
+def _is_projector(named: Mapping[str, Tensor]) -> bool:
+    """A 1x1 convolution with a bias."""
+    if named.keys() != {"conv.weight", "conv.bias"}:
+        return False
+    weight, bias = named["conv.weight"], named["conv.bias"]
+    return weight.ndim == 4 and weight.shape[2:] == (1, 1) and bias.shape == weight.shape[:1] and 0 not in weight.shape
 
 
 def lock_for_building(directory: Path, rank: int) -> int:
@@ -227,10 +248,10 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return read_tensors(path)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing: {_REBUILD}") from None
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: is damaged ({error}): {_REBUILD}") from None
 
 

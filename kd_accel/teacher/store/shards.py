@@ -58,6 +58,8 @@ def damage(directory: Path, plan: Plan, shard: Shard, *, checksum: str | None = 
     reads_data: check every byte of the data as well; without it header and length alone.
     """
     path = directory / shard.name
+    if path.exists() and not path.is_file():
+        return "is no file"
     try:
         with path.open("rb") as file:
             found = _header_damage(file.read(data_offset(plan, shard)), plan, shard, checksum)
