@@ -58,7 +58,7 @@ def main() -> None:
         bench = open_bench(Size(arguments.batch_size, arguments.steps))
         rates |= measure_in_turns(building_cases(bench, Path(directory)), repeats=arguments.repeats)
     notes = {"rows": arguments.rows, "row_bytes": 2 * VALUES, "file_rows": arguments.file_rows, "built_rows": bench.size.rows}
-    result = Result("cache-io", rates, notes=notes)
+    result = Result.of_rates("cache-io", rates, notes=notes)
     for numerator, denominator in (("reader", "index_select"), ("reader", "files"), ("build", "forward")):
         result.add_ratio(numerator, denominator)
     finish(result)

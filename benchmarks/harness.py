@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -26,21 +26,20 @@ _LIBRARIES = ("torch", "torchvision", "accelerate", "safetensors", "datasets", "
 
 @dataclass
 class Result:
-    """Throughputs by case (units per second, one figure per repeat) and the ratios between their medians."""
+    """medians, spread (interquartile range over the median) by case, in `unit`, and ratios between medians."""
 
     benchmark: str
-    rates: dict[str, list[float]]
+    medians: dict[str, float]
+    spread: dict[str, float]
     ratios: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    unit: str = "/s"
 
-    @property
-    def medians(self) -> dict[str, float]:
-        return {name: statistics.median(values) for name, values in self.rates.items()}
-
-    @property
-    def spread(self) -> dict[str, float]:
-        """Interquartile range over the median."""
-        return {name: _relative_spread(values) for name, values in self.rates.items()}
+    @classmethod
+    def of_rates(cls, benchmark: str, rates: Mapping[str, Sequence[float]], *, notes: dict[str, Any]) -> Result:
+        """rates: throughputs by case, one figure per repeat."""
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        return cls(benchmark, medians, {name: _relative_spread(values) for name, values in rates.items()}, notes=notes)
 
     def add_ratio(self, numerator: str, denominator: str) -> None:
         self.ratios[f"{numerator}/{denominator}"] = self.medians[numerator] / self.medians[denominator]
@@ -67,7 +66,7 @@ def measure_in_turns(cases: Mapping[str, Callable[[], float]], *, repeats: int, 
 def finish(result: Result, *, out_dir: Path = Path("runs/benchmarks")) -> None:
     """Print a table and the closing line of JSON; write the same to a dated file (a directory that git ignores)."""
     for name, median in result.medians.items():
-        print(f"{name:32} {median:12.1f} /s   spread {100 * result.spread[name]:.1f} %")
+        print(f"{name:32} {median:12.1f} {result.unit}   spread {100 * result.spread[name]:.1f} %")
     for name, ratio in result.ratios.items():
         print(f"{name:32} {ratio:12.3f}")
     line = json.dumps(
@@ -87,7 +86,7 @@ def finish(result: Result, *, out_dir: Path = Path("runs/benchmarks")) -> None:
     print(line)
 
 
-def _relative_spread(values: list[float]) -> float:
+def _relative_spread(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
     lower, _, upper = statistics.quantiles(values, n=4)

@@ -58,7 +58,7 @@ def main() -> None:
         ]
     rates = {name: [rate for measured in rounds for rate in measured[name]] for name in rounds[0]}
     notes = {"batch_size": size.batch_size, "steps_per_block": size.steps, "rounds": arguments.rounds}
-    result = Result(f"training-{arguments.suite}", rates, notes=notes)
+    result = Result.of_rates(f"training-{arguments.suite}", rates, notes=notes)
     for numerator, denominator in RATIOS[arguments.suite]:
         result.add_ratio(numerator, denominator)
     finish(result)

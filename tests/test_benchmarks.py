@@ -16,6 +16,7 @@ SUITES = {
         ["benchmarks.training", "--suite=cached", "--rounds=1"],
         ["cached_logits/plain", "cached_hybrid/plain", "live_hybrid/limit"],
     ),
+    "input": (["benchmarks.input"], ["loader/v2", "loader/with_transform", "loader/gather", "loader/student"]),
     "cache-io": (
         ["benchmarks.cache_io", "--rows=300", "--file_rows=20"],
         ["reader/index_select", "reader/files", "build/forward"],
@@ -23,12 +24,9 @@ SUITES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SUITES)
-def test_a_suite_ends_with_its_ratios(name, tmp_path):
-    (module, *flags), ratios = SUITES[name]
+def last_line(tmp_path, module, *flags):
     done = subprocess.run(
-        [sys.executable, "-m", module, *flags, *SMALL],
+        [sys.executable, "-m", module, *flags],
         cwd=tmp_path,
         env=environment(PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path)),
         capture_output=True,
@@ -37,7 +35,23 @@ def test_a_suite_ends_with_its_ratios(name, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    line = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_latencies_of_the_models(tmp_path):
+    flags = ["--batch_sizes=1", "--modes=eager", "--iterations=2", "--min_time_s=0.01"]
+    line = last_line(tmp_path, "benchmarks.model_cost", *flags)
+    assert [case.split("/")[0] for case in line["medians"]] == list(line["notes"]) and len(line["notes"]) == 4
+    assert line["notes"]["resnet50-imagenet"]["parameters"] == 23_528_522
+    assert line["ratios"].keys() == {"latency/torch_benchmark"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_ends_with_its_ratios(name, tmp_path):
+    (module, *flags), ratios = SUITES[name]
+    line = last_line(tmp_path, module, *flags, *SMALL)
     assert line["benchmark"] == name
     assert {"commit", "hardware", "versions"} <= line.keys()
     assert list(line["ratios"]) == ratios

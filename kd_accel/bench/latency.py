@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def measure_latency(
     min_iterations: int,
     min_time_s: float,
     precision: Precision = "no",
-) -> dict[str, dict[str, float | int | None]]:
+) -> dict[str, dict[str, Any]]:
     """Per model: median_ms, p90_ms, p99_ms (null below 1,000 iterations), mean_ms, std_ms, spread_ms, iterations.
 
     images: each model's input [B, 3, H, W] on its device. Models take turns in ten rounds, so that a drift of the machine's
@@ -93,7 +94,7 @@ def _event_times(model: nn.Module, images: Tensor, iterations: int) -> list[floa
     return [begin.elapsed_time(end) for begin, end in pairs]
 
 
-def _summary(times_ms: list[float]) -> dict[str, float | int | None]:
+def _summary(times_ms: list[float]) -> dict[str, Any]:
     lower, median, upper, p90, p99 = np.percentile(times_ms, [25, 50, 75, 90, 99]).tolist()
     return {
         "median_ms": median,

@@ -1,0 +1,134 @@
+"""What it costs to bring images to the model: `python -m benchmarks.input`.
+
+All cases give batches of 128 normalised float images of 32x32 pixels, cropped and flipped at random, with their labels, from
+the same 1,024 images; the first four in one process without workers, as many threads as `--threads` says.
+    loader          the program's own: views of whole batches, from uint8 pixels in memory
+    v2              PIL images, torchvision.transforms.v2 for each of them, and a DataLoader: what most people write
+    with_transform  Hugging Face `datasets`: encoded images, decoded and transformed one by one in `with_transform`
+    gather          a gather from one uint8 tensor in memory and the normalisation, no augmentation: what the hardware gives
+    student         a training step of the student (ResNet-18), to see what share of it the loader takes
+
+One unit is an image; a block is an epoch; the cases take turns. Run it alone: on two cores any other load shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset as HuggingFaceDataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from benchmarks.harness import Result, finish, measure_in_turns
+from benchmarks.jobs import IMAGE_SIZE, MEAN, STD, VIEWS, Bench, Size, build_job, epochs_of, open_bench, training_config
+from kd_accel.data.loader import TrainLoader
+from kd_accel.models.preprocess import Normalize
+
+FAST_TURNS = 20
+"""Epochs of the cases that take milliseconds in one of their blocks."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9, help="blocks of each case")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--batch_size", type=int, default=128, help="smaller ones for a trial of the suite")
+    parser.add_argument("--steps", type=int, default=8, help="batches in an epoch")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bench = open_bench(Size(arguments.batch_size, arguments.steps))
+    with tempfile.TemporaryDirectory() as directory:
+        rates = measure_in_turns(cases(bench, Path(directory), arguments.repeats), repeats=arguments.repeats)
+    result = Result.of_rates("input", rates, notes={"batch_size": arguments.batch_size, "steps_per_block": arguments.steps})
+    for numerator, denominator in (("loader", "v2"), ("loader", "with_transform"), ("loader", "gather"), ("loader", "student")):
+        result.add_ratio(numerator, denominator)
+    finish(result)
+
+
+def cases(bench: Bench, directory: Path, repeats: int) -> dict[str, Callable[[], float]]:
+    pixels = bench.images.pixels(bench.rows)
+    pictures, labels = [Image.fromarray(image) for image in pixels], bench.images.labels[bench.rows].tolist()
+    config = training_config(bench.size, epochs=repeats + 1)
+    return {
+        "loader": _loader(bench),
+        "v2": _data_loader(bench, _Pictures(pictures, labels)),
+        "with_transform": _data_loader(bench, _hugging_face(pictures, labels)),
+        "gather": _gather(bench, torch.from_numpy(pixels).permute(0, 3, 1, 2)),
+        "student": epochs_of(build_job(bench, config, directory)),
+    }
+
+
+def _loader(bench: Bench) -> Callable[[], float]:
+    loader = TrainLoader(bench.images, VIEWS, rows=bench.rows, batch_size=bench.size.batch_size)
+    normalize, epochs = Normalize(MEAN, STD), iter(range(1 << 30))
+
+    def block() -> float:
+        for _ in range(FAST_TURNS):
+            for micro_batches in loader.epoch(next(epochs)):
+                for batch in micro_batches:
+                    normalize(batch.images)
+        return FAST_TURNS * bench.size.rows
+
+    return block
+
+
+def _gather(bench: Bench, stored: torch.Tensor) -> Callable[[], float]:
+    normalize, labels = Normalize(MEAN, STD), torch.from_numpy(bench.images.labels)
+
+    def block() -> float:
+        for _ in range(FAST_TURNS):
+            for rows in torch.randperm(bench.size.rows).split(bench.size.batch_size):
+                normalize(stored[rows])
+                labels[rows]
+        return FAST_TURNS * bench.size.rows
+
+    return block
+
+
+def _data_loader(bench: Bench, dataset: Any) -> Callable[[], float]:
+    loader = DataLoader(dataset, batch_size=bench.size.batch_size, shuffle=True, drop_last=True)
+    return lambda: float(sum(len(batch["labels"]) for batch in loader))
+
+
+def _transform() -> v2.Compose:
+    return v2.Compose(
+        [
+            v2.RandomCrop(IMAGE_SIZE, padding=4),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+class _Pictures(Dataset):
+    def __init__(self, pictures: list[Image.Image], labels: list[int]) -> None:
+        self._pictures, self._labels, self._transform = pictures, labels, _transform()
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"images": self._transform(self._pictures[index]), "labels": self._labels[index]}
+
+
+def _hugging_face(pictures: list[Image.Image], labels: list[int]) -> HuggingFaceDataset:
+    transform = _transform()
+
+    def transformed(examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {"images": [transform(image.convert("RGB")) for image in examples["image"]], "labels": examples["label"]}
+
+    assert np.asarray(pictures[0]).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    return HuggingFaceDataset.from_dict({"image": pictures, "label": labels}).with_transform(transformed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What the models cost to run: `python -m benchmarks.model_cost`.
+
+ResNet-50 and ResNet-18 with 10 classes on 32x32 images, each with the ImageNet stem and without its max-pool: parameters,
+multiply-adds, and latency at batch 1, 8, 32 and 128, eager, and compiled where torch finds a compiler. `kd-accel bench` does
+the measuring; `torch.utils.benchmark` measures some of the same forwards beside it, to see that they agree.
+
+Medians are milliseconds a forward; the ratio `latency/torch_benchmark` is time over time, the one that is furthest from 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from benchmarks.harness import Result, finish
+from benchmarks.jobs import CLASSES, IMAGE_SIZE
+from kd_accel.bench.latency import measure_latency
+from kd_accel.bench.params import count_macs, count_parameters
+from kd_accel.config import Stem
+from kd_accel.models.zoo import build_model
+
+STEMS: tuple[Stem, ...] = ("imagenet", "no_pool")
+MODELS = {f"{arch}-{stem}": (f"torchvision/{arch}", stem) for arch in ("resnet50", "resnet18") for stem in STEMS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32, 128], help="images in a forward")
+    parser.add_argument("--iterations", type=int, default=30, help="least number of timed forwards; more where they are short")
+    parser.add_argument("--min_time_s", type=float, default=0.5, help="least time for each model, batch size and mode")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--modes", choices=["eager", "compiled"], nargs="+", default=_modes(), help="as torch runs them")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {name: build_model(arch, num_classes=CLASSES, stem=stem).eval() for name, (arch, stem) in MODELS.items()}
+    notes = {name: {**count_parameters(model), "macs": count_macs(model, _images(1))} for name, model in models.items()}
+    result = Result("model-cost", {}, {}, notes=notes, unit="ms")
+    for model in models.values():
+        model.to(device).to(memory_format=torch.channels_last)
+    agreement = []
+    for mode in arguments.modes:
+        timed = models if mode == "eager" else {name: _compiled(model) for name, model in models.items()}
+        for batch_size in arguments.batch_sizes:
+            images = {name: _images(batch_size).to(device) for name in timed}
+            found = measure_latency(timed, images, min_iterations=arguments.iterations, min_time_s=arguments.min_time_s)
+            for name, figures in found.items():
+                case = f"{name}/{mode}/{batch_size}"
+                result.medians[case], result.spread[case] = figures["median_ms"], figures["spread_ms"] / figures["median_ms"]
+            if mode == "eager":
+                name = "resnet18-imagenet"
+                reference = torch_benchmark_ms(timed[name], images[name], min_time_s=arguments.min_time_s)
+                agreement.append(found[name]["median_ms"] / reference)
+    if agreement:
+        result.ratios["latency/torch_benchmark"] = max(agreement, key=lambda ratio: abs(ratio - 1))
+    finish(result)
+
+
+def torch_benchmark_ms(model: nn.Module, images: Tensor, *, min_time_s: float) -> float:
+    """Median of `torch.utils.benchmark` for the same forward, with as many threads."""
+    timer = Timer(
+        "with torch.inference_mode(): model(images)",
+        globals={"model": model, "images": images, "torch": torch},
+        num_threads=torch.get_num_threads(),
+    )
+    return 1000 * timer.blocked_autorange(min_run_time=min_time_s).median
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    own = copy.deepcopy(model)
+    own.compile()
+    return own
+
+
+def _modes() -> list[str]:
+    has_compiler = torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    return ["eager", "compiled"] if has_compiler else ["eager"]
+
+
+def _images(batch_size: int) -> Tensor:
+    images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+if __name__ == "__main__":
+    main()
