@@ -47,6 +47,12 @@ def test_latencies_of_the_models(tmp_path):
     assert line["ratios"].keys() == {"latency/torch_benchmark"}
 
 
+@pytest.mark.faults
+def test_one_process_and_two(tmp_path):
+    line = last_line(tmp_path, "benchmarks.processes", "--repeats=1", "--batch_size=8", "--steps=8")
+    assert line["medians"].keys() == {"one", "two"} and line["ratios"].keys() == {"two_processes/one"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_ends_with_its_ratios(name, tmp_path):

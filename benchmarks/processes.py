@@ -1,0 +1,67 @@
+"""What a second process is worth: `python -m benchmarks.processes`.
+
+The same plain training of ResNet-18 (digits, global batch 128, float32) through `accelerate launch` as a user starts it:
+    one    one process with `--devices` threads
+    two    `--devices` processes of one thread each, gradients exchanged over gloo
+On a machine with GPUs `one` has one GPU and `two` two of them, over NCCL.
+
+Rates are those that the trainings write themselves, line by line, without the first one, in which things warm up. The
+launches take turns. Run it alone: any other load shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Result, finish
+
+BATCH_SIZE = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=4, help="launches of each case")
+    parser.add_argument("--steps", type=int, default=32, help="optimizer steps of a launch")
+    parser.add_argument("--devices", type=int, default=2, help="CPU threads, or GPUs")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="smaller ones for a trial of the suite")
+    arguments = parser.parse_args()
+    rates: dict[str, list[float]] = {"one": [], "two": []}
+    with tempfile.TemporaryDirectory() as directory:
+        for number in range(arguments.repeats):
+            for name, processes in (("one", 1), ("two", arguments.devices)):
+                flags = ["--train.batch_size", str(arguments.batch_size), "--train.max_steps", str(arguments.steps)]
+                run_dir = Path(directory) / f"{name}-{number}"
+                rates[name] += launched_rates(run_dir, flags, processes=processes, threads=arguments.devices // processes)
+    notes = {"batch_size": arguments.batch_size, "steps": arguments.steps, "devices": arguments.devices}
+    result = Result.of_rates("processes", rates, notes=notes)
+    result.ratios["two_processes/one"] = result.medians["two"] / result.medians["one"]
+    finish(result)
+
+
+def launched_rates(run_dir: Path, flags: list[str], *, processes: int, threads: int) -> list[float]:
+    """Images per second of each line of metrics of a training, but the first."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher += ["--multi_gpu"] if processes > 1 else []
+    training = ["-m", "kd_accel", "train", "--run_dir", str(run_dir), "--data.source", "digits", "--data.val_fraction", "0"]
+    training += ["--train.epochs", "100", "--train.log_every_steps", "4", "--checkpoint.every_epochs", "null"]
+    training += ["--tracking.wandb", "disabled", *flags]
+    is_gpu = torch.cuda.is_available()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() if is_gpu else threads)}
+    done = subprocess.run([*launcher, *training], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["images_per_second"] for line in lines if line["split"] == "train"][1:]
+
+
+if __name__ == "__main__":
+    main()
