@@ -224,6 +224,7 @@ def _train(config: RunConfig) -> Iterator[str]:
     yield from _at_least(train, "train", 1, "epochs", "max_steps", "batch_size", "grad_accum_steps", "eval_batch_size")
     yield from _at_least(train, "train", 1, "eval_every_epochs", "log_every_steps")
     yield from _at_least(train, "train", 0, "skip_non_finite")
+    yield from _at_least(train, "train", 1, "timeout_s")
     if config.data.val_fraction == 0:
         yield from _no_effect(train, "train", ("eval_every_epochs",), because="with data.val_fraction 0 nothing is evaluated")
     if config.optim.schedule == "step" and any(not 0 < epoch < train.epochs for epoch in config.optim.step_epochs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from kd_accel import __version__
 from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
 from kd_accel.imports import allow, take_allowance
 from kd_accel.parse import HELP_OF_ALLOW, build_parser, nearest, parse_arguments, parse_config, plain_parser
-from kd_accel.types import Interrupted, UserError
+from kd_accel.types import Interrupted, PeerLost, UserError
 
 _OTHER_RANKS_WAIT_S = 5.0
 
@@ -55,8 +56,17 @@ def _run(arguments: list[str]) -> int:
         if not _is_another_rank():
             print(f"kd-accel: {stop}", file=sys.stderr, flush=True)
         return 128 + stop.number
-    except Exception:
+    except KeyboardInterrupt:
+        if not _is_another_rank():
+            print("kd-accel: stopped by SIGINT; what was written last is whole", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    except PeerLost as lost:
         if _is_another_rank():  # most likely rank 0 has left with a mistake, and the launcher will end this process as well
+            time.sleep(_OTHER_RANKS_WAIT_S)
+        print(f"kd-accel: {lost}", file=sys.stderr, flush=True)
+        return 1
+    except Exception:
+        if _is_another_rank():
             time.sleep(_OTHER_RANKS_WAIT_S)
         raise
     return 0

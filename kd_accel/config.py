@@ -232,6 +232,8 @@ class TrainConfig:
         deterministic: only deterministic GPU kernels; slower.
         skip_non_finite: how many steps in a row may be left out (by all processes, counted in the metrics) because a loss or
             gradient is not finite; one more stops the training. fp16 overflows are the loss scaler's and count apart.
+        timeout_s: how long a process waits for the others before it takes one for lost, in seconds; longer than what one does
+            alone (a download, a checkpoint). null = PyTorch's own, 600 with GPUs and 1800 without.
         sync_batchnorm: BatchNorm layers see the rows of all processes (GPUs only), not each process its own.
     """
 
@@ -249,6 +251,7 @@ class TrainConfig:
     log_every_steps: int = 20
     deterministic: bool = False
     skip_non_finite: int = 0
+    timeout_s: float | None = None
     sync_batchnorm: bool = False
 
 

@@ -25,6 +25,10 @@ class Interrupted(Exception):  # noqa: N818  (it is no error)
         self.number = number
 
 
+class PeerLost(Exception):  # noqa: N818  (the machine's fault, not the program's)
+    """Another process of the launch does not answer any more. The program exits with 1 and no traceback."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One view of some rows.

@@ -113,28 +113,3 @@ def test_a_launch_that_was_not_joined_is_refused():
 def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
     done = train(tmp_path / "run", "--train.batch_size=15", processes=2, code=None)
     assert done.stderr.count("kd-accel: train.batch_size: 15 does not divide by 2 processes x 1 accumulation steps") == 1
-
-
-def test_two_nodes_with_a_launcher_each(tmp_path):
-    nodes = [
-        subprocess.Popen(
-            [
-                *LAUNCH,
-                *("--config_file", "launch/multinode.yaml", "--num_machines", "2", "--num_processes", "2"),
-                *("--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", "29611"),
-                *("-m", "kd_accel", "train", f"--run_dir={tmp_path / 'run'}"),
-                *("--config", "tests/small.yaml"),
-            ],
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert summary(tmp_path / "run")["world_size"] == 2
-    train(tmp_path / "one")
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

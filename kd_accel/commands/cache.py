@@ -24,7 +24,15 @@ from kd_accel.data.loader import load_batches
 from kd_accel.disk import readable_size, remove_leftovers
 from kd_accel.engine.cache_pass import Block, blocks_of, run_pass
 from kd_accel.engine.progress import RowProgress
-from kd_accel.engine.setup import Accelerator, gathered, leave_processes, on_main_process, set_kernel_choice, start_processes
+from kd_accel.engine.setup import (
+    Accelerator,
+    gathered,
+    leave_processes,
+    on_main_process,
+    peers_needed,
+    set_kernel_choice,
+    start_processes,
+)
 from kd_accel.teacher.live import LiveTeacher
 from kd_accel.teacher.store.layout import LOGITS, Plan, Shard, Split
 from kd_accel.teacher.store.manifest import (
@@ -42,8 +50,9 @@ _TIMED_BATCHES = 2
 def run_cache_build(config: RunConfig) -> None:
     """Write what the cache of this config lacks: all of it, further views or taps, or files that are damaged."""
     set_kernel_choice(config.train)
-    accelerator = start_processes(config.train.precision, seed=config.seed)
+    accelerator = start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
     with ExitStack() as stack:
+        stack.enter_context(peers_needed(accelerator, lambda: "while it built a cache"))
         _lock(cache_directory(config), accelerator, stack)
         asked = ask(config, accelerator)
         found = on_main_process(accelerator, lambda: find_own_plan(asked))

@@ -24,7 +24,7 @@ from kd_accel.types import UserError
 def run_cache_verify(config: RunConfig, *, as_json: bool) -> None:
     """Check every byte, and let the teacher answer again for a few rows. Raises UserError when anything is wrong."""
     set_kernel_choice(config.train)
-    accelerator = start_processes(config.train.precision, seed=config.seed)
+    accelerator = start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
     asked = ask(config, accelerator)
     plan = read_plan(asked.directory)
     refuse_other_identity(asked.directory, plan, asked.wanted)

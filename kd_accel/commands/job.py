@@ -101,7 +101,7 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
             done_steps=trainee.position.step,
             is_main=accelerator.is_main_process,
         ),
-        interruption=Interruption(accelerator),
+        interruption=Interruption(accelerator, timeout_s=config.train.timeout_s),
         checkpoint_dir=config.directory / "checkpoints",
         checkpoint_extra=state,
         checkpoint_tensors=tensors,

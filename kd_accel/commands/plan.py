@@ -96,7 +96,7 @@ def run_plan(config: RunConfig, *, as_json: bool) -> None:
     if config.teacher is None:
         raise UserError("teacher: this config has none, so there is nothing to plan; give a config that distils")
     set_kernel_choice(config.train)
-    accelerator = start_processes(config.train.precision, seed=config.seed)
+    accelerator = start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
     data = load_data(config.data)
     network, _ = build_network(config, data)
     teacher = load_teacher(config.teacher, data)

@@ -27,7 +27,14 @@ from kd_accel.commands.teacher import load_teacher
 from kd_accel.commands.teaching import build_teaching, check_teacher_accuracy
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import load_checkpoint
-from kd_accel.engine.setup import Accelerator, leave_processes, on_main_process, set_kernel_choice, start_processes
+from kd_accel.engine.setup import (
+    Accelerator,
+    leave_processes,
+    on_main_process,
+    peers_needed,
+    set_kernel_choice,
+    start_processes,
+)
 from kd_accel.engine.train import measure, train
 from kd_accel.types import Interrupted
 
@@ -35,9 +42,12 @@ from kd_accel.types import Interrupted
 def run_training(config: RunConfig) -> None:
     """Train what the config says, or go on where it stopped. Raises UserError for what the user can mend."""
     set_kernel_choice(config.train)  # before CUDA starts: it reads CUBLAS_WORKSPACE_CONFIG then
-    accelerator = start_processes(config.train.precision, seed=config.seed, track_with="wandb")
+    accelerator = start_processes(
+        config.train.precision, seed=config.seed, track_with="wandb", timeout_s=config.train.timeout_s
+    )
     try:
-        _resume_or_start(config, accelerator)
+        with peers_needed(accelerator, lambda: "outside of the steps"):
+            _resume_or_start(config, accelerator)
     except Interrupted:
         leave_processes(accelerator)
         raise
@@ -97,7 +107,7 @@ def _train_and_save(start: Prepared, stack: ExitStack) -> None:
     on_main_process(accelerator, lambda: keep_config(config))
     for notice in start.notices:
         job.progress.say(f"{config.name}: {notice}")
-    with job.interruption.listening():
+    with job.interruption.listening(), peers_needed(accelerator, lambda: f"after step {job.trainee.position.step}"):
         train(job)
     if not job.is_done:
         job.progress.say(f"{config.name}: paused after step {job.trainee.position.step}; start it again to go on")

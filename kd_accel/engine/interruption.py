@@ -24,13 +24,14 @@ from kd_accel.types import Interrupted
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_REQUEST_S = 2.0
 _AGREEMENT_S = 20.0
+_TIMEOUT_S = 1800.0
 
 
 class Interruption:
     """Whether the ranks were asked to stop. A second signal, over two seconds after the first, ends the process at once."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        """Every rank must make one at the same place."""
+    def __init__(self, accelerator: Accelerator, *, timeout_s: float | None = None) -> None:
+        """Every rank must make one at the same place. timeout_s: how long a rank waits for the others' answers."""
         self._signal = 0
         self._signalled_at = 0.0
         self._group: Any = None
@@ -38,7 +39,7 @@ class Interruption:
         self._is_listening = False
         os.register_at_fork(after_in_child=self._spare_worker)
         if accelerator.num_processes > 1:
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=30))
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s or _TIMEOUT_S))
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Interruption]:

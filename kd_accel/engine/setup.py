@@ -7,23 +7,33 @@ was joined, and where there is no GPU the program says so to Accelerate itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 
 from kd_accel.config import Precision, TrainConfig
 from kd_accel.disk import refused_by_disk
-from kd_accel.types import UserError
+from kd_accel.types import PeerLost, UserError
 
 __all__ = [
     "Accelerator",
     "gathered",
     "leave_processes",
     "on_main_process",
+    "peers_needed",
     "refuse_unjoined",
     "set_kernel_choice",
     "start_processes",
@@ -34,22 +44,32 @@ Result = TypeVar("Result")
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-def start_processes(precision: Precision, *, seed: int = 0, track_with: str | None = None) -> Accelerator:
+def start_processes(
+    precision: Precision, *, seed: int = 0, track_with: str | None = None, timeout_s: float | None = None
+) -> Accelerator:
     """Join the launched processes; seed the global generators, differently on each rank (dropout).
 
     Raises UserError when the launch cannot do what the config says.
     """
     _refuse_contradictions(precision)
     try:
-        accelerator = _joined(precision, track_with)
+        accelerator = _joined(precision, track_with, timeout_s)
     except ValueError as error:  # what Accelerate raises where WORLD_SIZE is set and the rest of the launch is missing
         raise UserError(f"the launch is incomplete: {error}; start with one of the files in launch/") from None
+    except torch.distributed.DistError as error:
+        raise UserError(
+            f"the launch is incomplete: the processes have not found each other ({_first_line(error)}); start a launcher on "
+            "every node, each with its own machine_rank and the same address and port of node 0, which must be open"
+        ) from None
     refuse_unjoined(accelerator)
     set_seed(seed, device_specific=True)
     return accelerator
 
 
-def _joined(precision: Precision, track_with: str | None) -> Accelerator:
+def _joined(precision: Precision, track_with: str | None, timeout_s: float | None) -> Accelerator:
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=True)]
+    if timeout_s is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)))
     return Accelerator(
         mixed_precision=precision,
         cpu=not torch.cuda.is_available(),
@@ -57,8 +77,36 @@ def _joined(precision: Precision, track_with: str | None) -> Accelerator:
         dynamo_backend="no",
         log_with=track_with,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=True)],
+        kwargs_handlers=handlers,
     )
+
+
+@contextlib.contextmanager
+def peers_needed(accelerator: Accelerator, place: Callable[[], str]) -> Iterator[None]:
+    """Inside, an error of the communication between processes is told as what it means. place: how far this one has come.
+
+    Raises PeerLost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not _is_communication(error):
+            raise
+        raise PeerLost(
+            f"rank {accelerator.process_index} of {accelerator.num_processes} has lost the others {place()} "
+            f"({_first_line(error)}): a process or a node has died, has not answered within train.timeout_s, or the network "
+            "between them is cut. What was written last is whole: start the same command again to go on from it"
+        ) from None
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    """The CPUs' library raises plain RuntimeErrors, which name its files."""
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo/", "NCCL", "nccl"))
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip().partition("\n")[0]
+    return said.rpartition("] ")[2] if said.startswith("[") and "] " in said and ".cc:" in said.partition("] ")[0] else said
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
