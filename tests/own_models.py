@@ -1,5 +1,6 @@
 """Small models that tests name as `import:tests.own_models:...`: the models of a user with code of their own."""
 
+import contextlib
 import os
 import time
 
@@ -143,18 +144,28 @@ class BreakingNet(SmallNet):
 
 
 class MortalNet(SmallNet):
-    """Sends its process the signal KD_TEST_SIGNAL where KD_TEST_SIGNAL_AT says: `train:5` = in the forward of this process's
-    fifth step, `eval:5` = in an evaluation after as many. BatchNorm and dropout; the average has the same counter.
+    """Something happens to it at KD_TEST_AT: `train:5` = in the forward of this process's fifth step, `eval:5` or `test:5` =
+    in an evaluation of the validation rows, or of the 41 test rows, after as many. KD_TEST_HAPPENS: the number of a signal to
+    this process, or a file that grows until its disk is full. BatchNorm and dropout; the average has the same counter.
     """
 
     steps = 0
 
     def forward(self, images: Tensor) -> Tensor:
         MortalNet.steps += self.training
-        here = f"{'train' if self.training else 'eval'}:{MortalNet.steps}"
-        if here == os.environ.get("KD_TEST_SIGNAL_AT") and len(images) > 2:  # not where the model is probed
-            os.kill(os.getpid(), int(os.environ["KD_TEST_SIGNAL"]))
+        split = "train" if self.training else "test" if len(images) in (41, 21) else "eval"
+        if os.environ.get("KD_TEST_AT") == f"{split}:{MortalNet.steps}" and len(images) > 2:  # not where the model is probed
+            self.happen(os.environ["KD_TEST_HAPPENS"])
         return super().forward(images)
+
+    @staticmethod
+    def happen(what: str) -> None:
+        if what.isdecimal():
+            os.kill(os.getpid(), int(what))
+        else:
+            with contextlib.suppress(OSError), open(what, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(512))
 
 
 def mortal(num_classes: int) -> nn.Module:

@@ -136,9 +136,10 @@ PLACES = {
     "the first step": ("train:1", 128 + signal.SIGTERM),
     "the last step": ("train:40", 0),
     "an evaluation": ("eval:8", 128 + signal.SIGTERM),
-    "the last evaluation": ("eval:40", -signal.SIGTERM),
+    "the last evaluation": ("eval:40", 0),
+    "the evaluation of the results": ("test:40", -signal.SIGTERM),
 }
-"""Where the model signals its process, and how this ends after SIGTERM: no checkpoint is due after the last step's."""
+"""Where the model signals its process, and how this ends after SIGTERM; after the last step no checkpoint is due."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
@@ -150,7 +151,7 @@ def test_stopped_in(tmp_path, fault_record, straight, place, number, processes):
     with fault_record.trial(f"{number.name} in {place}"):
         at, code = PLACES[place]
         code = code if number == signal.SIGTERM else -number
-        changes = {"KD_TEST_SIGNAL_AT": at, "KD_TEST_SIGNAL": str(int(number))}
+        changes = {"KD_TEST_AT": at, "KD_TEST_HAPPENS": str(int(number))}
         codes, said = Trainees(tmp_path / "run", flags, processes=processes, **changes).end()
         assert codes == [code] * processes, said
         finish(tmp_path / "run", flags, processes)

@@ -138,6 +138,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
         while not (tmp_path / "run/metrics.jsonl").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
+        time.sleep(1)  # the file is there a moment before the training listens
         process.send_signal(signal.SIGTERM)
         time.sleep(2.5)
         assert process.poll() is None, "the first one waits for the step to end"

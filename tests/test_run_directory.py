@@ -145,6 +145,29 @@ def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, processes):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_is_full_when_the_results_are_due(tmp_path, processes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    flags = ["--model.arch=import:tests.own_models:mortal"]
+    happens = {"KD_TEST_AT": "test:24", "KD_TEST_HAPPENS": str(disk / "ballast")}
+    try:
+        ended = train(disk / "run", *flags, processes=processes, code=2 if processes == 1 else None, **happens)
+        assert ended.stderr.count("kd-accel: ") == 1 and "No space left" in ended.stderr
+        assert not (disk / "run/summary.json").exists() and not (disk / "run/model.safetensors").exists()
+        (disk / "ballast").unlink()
+        train(disk / "run", *flags, processes=processes)
+        train(tmp_path / "straight", *flags, processes=processes)
+        ours, straight = (path / "model.safetensors" for path in (disk / "run", tmp_path / "straight"))
+        assert ours.read_bytes() == straight.read_bytes()
+        assert metrics(disk / "run") == metrics(tmp_path / "straight")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_a_training_that_ended_while_another_started(done, copied):
     """The second one has looked at the directory before the lock was free."""
     for name in ("summary.json", "model.safetensors"):

@@ -1,10 +1,14 @@
 """W&B, by real offline runs read back from disk; and what happens when it does not answer."""
 
+import socket
+import time
+
+import psutil
 import pytest
 
 from kd_accel.config import TrackingConfig
 from kd_accel.report.tracking import WandbTracking, choose_mode
-from tests.launching import metrics, train
+from tests.launching import SMALL, kill_all, metrics, start, train
 from tests.wandb_reader import read_run
 
 
@@ -56,6 +60,44 @@ def test_a_key_without_a_network_goes_offline_and_the_training_goes_on(tmp_path)
     assert "online tracking failed" in done.stderr
     assert len(metrics(tmp_path / "run", "train")) == 2
     assert len([line for line in read_run(tmp_path / "run")["history"] if "train/loss" in line]) == 2
+
+
+@pytest.mark.slow
+def test_a_host_that_never_answers(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(16)
+        started_at = time.monotonic()
+        done = train(
+            tmp_path / "run",
+            "--tracking.timeout_s=3",
+            "--tracking.wandb=auto",
+            "--train.max_steps=2",
+            WANDB_API_KEY="0" * 40,
+            WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}",
+        )
+    assert time.monotonic() - started_at < 60
+    assert "online tracking failed" in done.stderr
+    assert len(metrics(tmp_path / "run", "train")) == 2
+
+
+@pytest.mark.slow
+def test_a_service_that_dies_stops_nothing(tmp_path):
+    process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, "--tracking.wandb=offline", "--train.epochs=40")
+    try:
+        while "step 20/" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        children = psutil.Process(process.pid).children(recursive=True)
+        services = [child for child in children if "wandb" in " ".join(child.cmdline())]
+        assert services
+        for service in services:
+            service.kill()
+        process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+    assert process.returncode == 0
+    assert len(metrics(tmp_path / "run", "train")) == 320
 
 
 def test_the_mode(monkeypatch, tmp_path):
