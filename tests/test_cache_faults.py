@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import time
 
@@ -202,6 +203,18 @@ def test_two_builders_at_once(tmp_path, slow_teacher_run):
     finally:
         first.kill()
         first.wait()
+    in_process.cache("build", *flags)
+
+
+@pytest.mark.slow
+def test_an_interrupted_build_says_so_in_a_line(tmp_path, slow_teacher_run):
+    flags = [*asking(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
+    process = start("cache", "build", *SMALL, *flags, KD_TEST_FORWARD_S="0.5")
+    wait_for(tmp_path / "cache/train", process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines() == ["kd-accel: stopped by SIGINT; what was written last is whole"]
     in_process.cache("build", *flags)
 
 

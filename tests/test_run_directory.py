@@ -15,7 +15,7 @@ from kd_accel.engine.checkpoint import find_checkpoint
 from kd_accel.parse import load_config_file
 from kd_accel.types import UserError
 from tests import in_process
-from tests.launching import SMALL, metrics, start, train
+from tests.launching import SMALL, kill_all, metrics, start, train
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,27 @@ def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, processes):
     train(tmp_path / "straight", *flags, processes=processes)
     for name in ("model.safetensors",):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["run/checkpoints", "run/metrics.jsonl"])
+def test_what_cannot_be_written_any_more(tmp_path, where):
+    """Immutable from the tenth step on, for root too."""
+    process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, "--train.epochs=20", "--checkpoint.every_steps=5")
+    try:
+        while "step 10/" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        if subprocess.run(["chattr", "+i", tmp_path / where], capture_output=True, check=False).returncode:
+            pytest.skip("files cannot be made immutable here")
+        _, said = process.communicate(timeout=60)
+    finally:
+        subprocess.run(["chattr", "-i", tmp_path / where], capture_output=True, check=False)
+        if process.poll() is None:
+            kill_all(process)
+    assert process.returncode == 2 and said.count("kd-accel: ") == 1 and "not permitted" in said and "Traceback" not in said
+    train(tmp_path / "run", "--train.epochs=20", "--checkpoint.every_steps=5")
+    train(tmp_path / "straight", "--train.epochs=20", "--checkpoint.every_steps=5")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
 
 
