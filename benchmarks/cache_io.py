@@ -58,7 +58,7 @@ def main() -> None:
         bench = open_bench(Size(arguments.batch_size, arguments.steps))
         rates |= measure_in_turns(building_cases(bench, Path(directory)), repeats=arguments.repeats)
     notes = {"rows": arguments.rows, "row_bytes": 2 * VALUES, "file_rows": arguments.file_rows, "built_rows": bench.size.rows}
-    result = Result.of_rates("cache-io", rates, notes=notes)
+    result = Result.of_repeats("cache-io", rates, notes=notes)
     for numerator, denominator in (("reader", "index_select"), ("reader", "files"), ("build", "forward")):
         result.add_ratio(numerator, denominator)
     finish(result)
@@ -132,7 +132,7 @@ def files_case(directory: Path, order: list[np.ndarray]) -> Callable[[], float]:
 
 def building_cases(bench: Bench, directory: Path) -> Cases:
     """Each call is a block of rows in view 0."""
-    plan, teacher, count = cache_plan(bench, views=1), live_teacher(bench.device), itertools.count()
+    plan, teacher, count = cache_plan(bench, views=1), live_teacher(bench), itertools.count()
     normalize = Normalize(MEAN, STD).to(bench.device)
     shares = [(share, 0) for share in np.split(bench.rows, bench.size.steps)]
     images = [normalize(batch.images) for batch in bench.batches("train", shares)]

@@ -36,10 +36,13 @@ class Result:
     unit: str = "/s"
 
     @classmethod
-    def of_rates(cls, benchmark: str, rates: Mapping[str, Sequence[float]], *, notes: dict[str, Any]) -> Result:
-        """rates: throughputs by case, one figure per repeat."""
-        medians = {name: statistics.median(values) for name, values in rates.items()}
-        return cls(benchmark, medians, {name: _relative_spread(values) for name, values in rates.items()}, notes=notes)
+    def of_repeats(
+        cls, benchmark: str, repeats: Mapping[str, Sequence[float]], *, notes: dict[str, Any], unit: str = "/s"
+    ) -> Result:
+        """repeats: throughputs (or times) by case, one figure per repeat."""
+        medians = {name: statistics.median(values) for name, values in repeats.items()}
+        spread = {name: _relative_spread(values) for name, values in repeats.items()}
+        return cls(benchmark, medians, spread, notes=notes, unit=unit)
 
     def add_ratio(self, numerator: str, denominator: str) -> None:
         self.ratios[f"{numerator}/{denominator}"] = self.medians[numerator] / self.medians[denominator]

@@ -46,7 +46,7 @@ def main() -> None:
     bench = open_bench(Size(arguments.batch_size, arguments.steps))
     with tempfile.TemporaryDirectory() as directory:
         rates = measure_in_turns(cases(bench, Path(directory), arguments.repeats), repeats=arguments.repeats)
-    result = Result.of_rates("input", rates, notes={"batch_size": arguments.batch_size, "steps_per_block": arguments.steps})
+    result = Result.of_repeats("input", rates, notes={"batch_size": arguments.batch_size, "steps_per_block": arguments.steps})
     for numerator, denominator in (("loader", "v2"), ("loader", "with_transform"), ("loader", "gather"), ("loader", "student")):
         result.add_ratio(numerator, denominator)
     finish(result)

@@ -24,6 +24,7 @@ from kd_accel.config import (
     DistillConfig,
     FeatureConfig,
     OptimConfig,
+    Precision,
     RunConfig,
     TeacherConfig,
     TrainConfig,
@@ -96,12 +97,12 @@ class Bench:
         return (batch.to(self.device, non_blocking=True) for batch in batches)
 
 
-def open_bench(size: Size) -> Bench:
+def open_bench(size: Size, *, precision: Precision = "no") -> Bench:
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (size.rows, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     labels = generator.integers(0, CLASSES, size.rows)
     images = MemoryImages(pixels, labels, [str(label) for label in range(CLASSES)])
-    return Bench(start_processes("no"), size, images)
+    return Bench(start_processes(precision), size, images)
 
 
 def epochs_of(job: Job) -> Callable[[], float]:
@@ -132,6 +133,8 @@ def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: Sign
     """directory: for the lines of metrics; must be there. signals: whoever teaches where the config says how to listen."""
     module = _student_module(config).to(bench.device).to(memory_format=weights_layout(config, bench.device))
     module.open_taps()
+    if config.train.compile:
+        module.student.compile()
     module, optimizer = bench.accelerator.prepare(module, build_optimizer(module.parameters(), config.optim))
     loader = _loader(bench, config)
     course = build_course(config, steps_per_epoch=loader.steps_per_epoch)
@@ -175,10 +178,11 @@ def frozen_projectors(device: torch.device) -> dict[str, FeatureProjector]:
     return {tap: projector.to(device).requires_grad_(False) for tap, projector in projectors.items()}
 
 
-def live_teacher(device: torch.device) -> LiveTeacher:
-    """Answers with logits and projected features; its recorder is open."""
-    normalize = Normalize(MEAN, STD).to(device)
-    return LiveTeacher(build_teacher(device), normalize, taps=TAPS, projectors=frozen_projectors(device))
+def live_teacher(bench: Bench) -> LiveTeacher:
+    """Answers with logits and projected features, in the precision of the bench; its recorder is open."""
+    normalize = Normalize(MEAN, STD).to(bench.device)
+    model, projectors = build_teacher(bench.device), frozen_projectors(bench.device)
+    return LiveTeacher(model, normalize, taps=TAPS, projectors=projectors, autocast=bench.accelerator.autocast)
 
 
 def write_cache(bench: Bench, directory: Path, teacher: LiveTeacher, *, views: int) -> OpenCache:

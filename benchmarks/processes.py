@@ -41,7 +41,7 @@ def main() -> None:
                 run_dir = Path(directory) / f"{name}-{number}"
                 rates[name] += launched_rates(run_dir, flags, processes=processes, threads=arguments.devices // processes)
     notes = {"batch_size": arguments.batch_size, "steps": arguments.steps, "devices": arguments.devices}
-    result = Result.of_rates("processes", rates, notes=notes)
+    result = Result.of_repeats("processes", rates, notes=notes)
     result.ratios["two_processes/one"] = result.medians["two"] / result.medians["one"]
     finish(result)
 

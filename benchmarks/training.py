@@ -58,7 +58,7 @@ def main() -> None:
         ]
     rates = {name: [rate for measured in rounds for rate in measured[name]] for name in rounds[0]}
     notes = {"batch_size": size.batch_size, "steps_per_block": size.steps, "rounds": arguments.rounds}
-    result = Result.of_rates(f"training-{arguments.suite}", rates, notes=notes)
+    result = Result.of_repeats(f"training-{arguments.suite}", rates, notes=notes)
     for numerator, denominator in RATIOS[arguments.suite]:
         result.add_ratio(numerator, denominator)
     finish(result)
@@ -72,7 +72,7 @@ def quick_suite(bench: Bench, directory: Path) -> BuildCases:
 
 
 def cached_suite(bench: Bench, directory: Path) -> BuildCases:
-    teacher = live_teacher(bench.device)
+    teacher = live_teacher(bench)
     cache = write_cache(bench, directory / "cache", teacher, views=CACHED_VIEWS)
     distilled: dict[str, tuple[DistillConfig, SignalSource]] = {
         "cached_logits": (DistillConfig(), replace(cache, taps={}).source("train")),

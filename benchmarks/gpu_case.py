@@ -1,0 +1,108 @@
+"""One precision of the GPU suite, in a process of its own: `python -m benchmarks.gpu_case --precision bf16 [--compile]`.
+
+Trainings of ResNet-18, plain, live and cached (hybrid, taught by ResNet-50; jobs.py says the rest), on images that lie on the
+device. Prints a line of JSON: images per second by case and block, peak memory by case, the time of a block by CUDA events over
+that by the host's clock, and what the device does in a block of live distillation (shares of the host's time).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.harness import measure_in_turns
+from benchmarks.jobs import Bench, Size, build_job, epochs_of, hybrid, live_teacher, open_bench, training_config, write_cache
+from kd_accel.config import DistillConfig
+from kd_accel.types import SignalSource, no_signals
+
+VIEWS = 2
+Cases = dict[str, Callable[[], float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], required=True)
+    parser.add_argument("--compile", action="store_true", help="torch.compile for student and teacher")
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps in a block")
+    parser.add_argument("--repeats", type=int, default=3, help="blocks of each case")
+    arguments = parser.parse_args()
+    bench = open_bench(Size(arguments.batch_size, arguments.steps), precision=arguments.precision)
+    with tempfile.TemporaryDirectory() as directory:
+        cases = build_cases(bench, Path(directory), repeats=arguments.repeats, compiles=arguments.compile)
+        memory = {name: _peak_mib(case, bench) for name, case in cases.items()}
+        found: dict[str, Any] = {"rates": measure_in_turns(cases, repeats=arguments.repeats), "peak_mib": memory}
+        if bench.device.type == "cuda":
+            found |= {"events/host": _events_over_host(cases["live"]), "shares": _shares(cases["live"])}
+    print(json.dumps(found))
+
+
+def build_cases(bench: Bench, directory: Path, *, repeats: int, compiles: bool) -> Cases:
+    teacher = live_teacher(bench)
+    cached = write_cache(bench, directory / "cache", teacher, views=VIEWS).source("train")
+    if compiles:
+        teacher.model.compile()
+    signals: dict[str, tuple[DistillConfig | None, SignalSource]] = {
+        "plain": (None, no_signals),
+        "cached": (hybrid(), cached),
+        "live": (hybrid(), teacher),
+    }
+    cases = {}
+    for name, (distill, source) in signals.items():
+        (directory / name).mkdir()
+        config = training_config(bench.size, epochs=repeats + 4, views=VIEWS if distill else None, distill=distill)
+        config = replace(config, train=replace(config.train, compile=compiles))
+        cases[name] = epochs_of(build_job(bench, config, directory / name, signals=source))
+    return cases
+
+
+def _peak_mib(case: Callable[[], float], bench: Bench) -> float | None:
+    """Of the device during a block; the first one, so compilation and the choice of kernels are in it."""
+    if bench.device.type != "cuda":
+        case()
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    case()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def _events_over_host(case: Callable[[], float]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    started_at = time.perf_counter()
+    begin.record()
+    case()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / (1000 * (time.perf_counter() - started_at))
+
+
+def _shares(case: Callable[[], float]) -> dict[str, float]:
+    """Copies between host and device, all other kernels, and the rest, in which the device waits."""
+    torch.cuda.synchronize()
+    started_at = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        case()
+        torch.cuda.synchronize()
+    elapsed_us = 1e6 * (time.perf_counter() - started_at)
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    copy_us = sum(event.time_range.elapsed_us() for event in kernels if "Memcpy" in event.name)
+    compute_us = sum(event.time_range.elapsed_us() for event in kernels if "Memcpy" not in event.name)
+    return {
+        "copy": copy_us / elapsed_us,
+        "compute": compute_us / elapsed_us,
+        "idle": max(0.0, 1 - (copy_us + compute_us) / elapsed_us),
+    }
+
+
+if __name__ == "__main__":
+    main()

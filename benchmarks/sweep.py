@@ -1,0 +1,95 @@
+"""What ten students cost that share one cache: `python -m benchmarks.sweep`.
+
+Each student (ResNet-18, jobs.py says the rest) is built anew and trained for `--epochs` epochs, with as many views:
+    plain    on labels alone
+    cached   hybrid, both logits and features from one cache
+    live     hybrid, the teacher (ResNet-50) answers for each batch
+    build    the pass of the teacher that fills such a cache, once in each turn, counted once in a sweep
+The cases take turns, one student of each a turn. Medians are seconds. The ratios are time over time (less is better):
+`sweep/plain` = (one build + all cached students) / all plain students, `live/plain` = all live students / all plain ones.
+
+Run it alone: on two cores any other load shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Result, finish
+from benchmarks.jobs import (
+    Bench,
+    Size,
+    build_job,
+    cache_plan,
+    epochs_of,
+    fill_cache,
+    hybrid,
+    live_teacher,
+    open_bench,
+    training_config,
+    write_cache,
+)
+from kd_accel.config import DistillConfig
+from kd_accel.teacher.live import LiveTeacher
+from kd_accel.types import SignalSource, no_signals
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--students", type=int, default=10, help="students of each kind")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of each student, and views of the cache")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--batch_size", type=int, default=128, help="smaller ones for a trial of the suite")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in an epoch")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bench, epochs = open_bench(Size(arguments.batch_size, arguments.steps)), arguments.epochs
+    teacher = live_teacher(bench)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        cached = write_cache(bench, directory / "cache", teacher, views=epochs).source("train")
+        cases: dict[str, Callable[[Path], None]] = {
+            "plain": lambda place: _train(bench, place, epochs, None, no_signals),
+            "cached": lambda place: _train(bench, place, epochs, hybrid(), cached),
+            "live": lambda place: _train(bench, place, epochs, hybrid(), teacher),
+            "build": lambda place: _build(bench, place, epochs, teacher),
+        }
+        seconds: dict[str, list[float]] = {case: [] for case in cases}
+        for turn in range(arguments.students + 1):
+            for case, run in cases.items():
+                place = directory / f"{case}-{turn}"
+                place.mkdir()
+                started_at = time.perf_counter()
+                run(place)
+                if turn:  # the first one warms up
+                    seconds[case].append(time.perf_counter() - started_at)
+                shutil.rmtree(place)
+    notes = {"students": arguments.students, "epochs": epochs, "rows": bench.size.rows, "batch_size": arguments.batch_size}
+    result = Result.of_repeats("sweep", seconds, notes=notes, unit="s")
+    build_s = statistics.median(seconds["build"])
+    result.ratios["sweep/plain"] = (build_s + sum(seconds["cached"])) / sum(seconds["plain"])
+    result.ratios["live/plain"] = sum(seconds["live"]) / sum(seconds["plain"])
+    finish(result)
+
+
+def _train(bench: Bench, directory: Path, epochs: int, distill: DistillConfig | None, signals: SignalSource) -> None:
+    config = training_config(bench.size, epochs=epochs, views=epochs, distill=distill)
+    epoch = epochs_of(build_job(bench, config, directory, signals=signals))
+    for _ in range(epochs):
+        epoch()
+
+
+def _build(bench: Bench, directory: Path, views: int, teacher: LiveTeacher) -> None:
+    fill_cache(bench, directory, cache_plan(bench, views=views), teacher)
+
+
+if __name__ == "__main__":
+    main()
