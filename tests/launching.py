@@ -1,5 +1,6 @@
 """Starting the program: real processes, through `accelerate launch` where there are two."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -73,10 +74,13 @@ def train(run_dir, *flags, processes=1, code=0, **environment_changes):
 
 
 def kill_all(process):
-    """kill -9 for a process and all that it started: a launcher's workers are in sessions of their own."""
-    everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    """kill -9 for a process, which may have ended, and all that it started: a launcher's workers have sessions of their own."""
+    everybody = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for one in everybody:
-        one.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
     psutil.wait_procs(everybody, timeout=30)
 

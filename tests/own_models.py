@@ -153,7 +153,7 @@ class MortalNet(SmallNet):
 
     def forward(self, images: Tensor) -> Tensor:
         MortalNet.steps += self.training
-        split = "train" if self.training else "test" if len(images) in (41, 21) else "eval"
+        split = "train" if self.training else "test" if len(images) in (41, 21, 20) else "eval"
         if os.environ.get("KD_TEST_AT") == f"{split}:{MortalNet.steps}" and len(images) > 2:  # not where the model is probed
             self.happen(os.environ["KD_TEST_HAPPENS"])
         return super().forward(images)

@@ -238,7 +238,7 @@ def ranks_of(pid):
 
 def kill_builds(directory, flags, *, kills, processes, generator):
     """Kill builds at random instants. For each kill: (files whole before it, and after it, temporary files that it left)."""
-    for _ in range(kills):
+    while kills:
         if (directory / "manifest.json").exists():
             shutil.rmtree(directory)
         before = files_of(directory)
@@ -247,7 +247,10 @@ def kill_builds(directory, flags, *, kills, processes, generator):
         if generator.random() < 0.8:  # most of them while answers are being written
             wait_for(directory / "train", process)
         time.sleep(instant)
+        if process.poll() is not None:  # it was faster
+            continue
         kill_all(process)
+        kills -= 1
         yield before, files_of(directory), list(directory.rglob(".*.tmp-*"))
 
 
