@@ -119,30 +119,36 @@ def test_a_place_beside_the_run_directory_is_not_needed(tmp_path, teacher_run):
     assert (tmp_path / "run/summary.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, processes):
-    """A small file system: metrics and checkpoints grow until it is full."""
+@pytest.fixture
+def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, check=False).returncode:
         pytest.skip("mounting is not permitted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, small_disk, processes):
+    """Metrics and checkpoints grow until it is full."""
     flags = ["--train.epochs=10", "--checkpoint.every_steps=2", "--checkpoint.keep=99"]
-    try:
-        ended = train(disk / "run", *flags, processes=processes, code=None)
-        said = [line for line in ended.stderr.splitlines() if line.startswith("kd-accel: ")]
-        assert len(said) == 1, ended.stderr[-3000:]
-        assert "cannot write" in said[0] and "No space left" in said[0]
-        assert "kd_accel/" not in ended.stderr.replace(str(disk), "")  # no traceback of this program from any rank
-        assert find_checkpoint(disk / "run/checkpoints") is not None
-        shutil.move(disk / "run", tmp_path / "run")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    ended = train(small_disk / "run", *flags, processes=processes, code=None)
+    said = [line for line in ended.stderr.splitlines() if line.startswith("kd-accel: ")]
+    assert len(said) == 1, ended.stderr[-3000:]
+    assert "cannot write" in said[0] and "No space left" in said[0]
+    assert "kd_accel/" not in ended.stderr.replace(str(small_disk), "")  # no traceback of this program from any rank
+    assert find_checkpoint(small_disk / "run/checkpoints") is not None
+    shutil.move(small_disk / "run", tmp_path / "run")
     train(tmp_path / "run", *flags, processes=processes)
     train(tmp_path / "straight", *flags, processes=processes)
-    for name in ("model.safetensors",):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    assert_same_training(tmp_path / "run", tmp_path / "straight")
+
+
+def assert_same_training(one, other):
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert metrics(one) == metrics(other)
 
 
 @pytest.mark.slow
@@ -168,25 +174,16 @@ def test_what_cannot_be_written_any_more(tmp_path, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_disk_that_is_full_when_the_results_are_due(tmp_path, processes):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    flags = ["--model.arch=import:tests.own_models:mortal"]
-    happens = {"KD_TEST_AT": "test:24", "KD_TEST_HAPPENS": str(disk / "ballast")}
-    try:
-        ended = train(disk / "run", *flags, processes=processes, code=2 if processes == 1 else None, **happens)
-        assert ended.stderr.count("kd-accel: ") == 1 and "No space left" in ended.stderr
-        assert not (disk / "run/summary.json").exists() and not (disk / "run/model.safetensors").exists()
-        (disk / "ballast").unlink()
-        train(disk / "run", *flags, processes=processes)
-        train(tmp_path / "straight", *flags, processes=processes)
-        ours, straight = (path / "model.safetensors" for path in (disk / "run", tmp_path / "straight"))
-        assert ours.read_bytes() == straight.read_bytes()
-        assert metrics(disk / "run") == metrics(tmp_path / "straight")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_disk_that_is_full_when_the_results_are_due(tmp_path, small_disk, processes):
+    run_dir, flags = small_disk / "run", ["--model.arch=import:tests.own_models:mortal"]
+    happens = {"KD_TEST_AT": "test:24", "KD_TEST_HAPPENS": str(small_disk / "ballast")}
+    ended = train(run_dir, *flags, processes=processes, code=2 if processes == 1 else None, **happens)
+    assert ended.stderr.count("kd-accel: ") == 1 and "No space left" in ended.stderr
+    assert not (run_dir / "summary.json").exists() and not (run_dir / "model.safetensors").exists()
+    (small_disk / "ballast").unlink()
+    train(run_dir, *flags, processes=processes)
+    train(tmp_path / "straight", *flags, processes=processes)
+    assert_same_training(run_dir, tmp_path / "straight")
 
 
 def test_a_training_that_ended_while_another_started(done, copied):

@@ -48,25 +48,12 @@ def test_a_resumed_run_goes_on_under_the_same_id(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_key_without_a_network_goes_offline_and_the_training_goes_on(tmp_path):
-    done = train(
-        tmp_path / "run",
-        "--tracking.timeout_s=3",
-        "--tracking.wandb=auto",
-        "--train.max_steps=2",
-        WANDB_API_KEY="0" * 40,
-        WANDB_BASE_URL="http://127.0.0.1:9",
-    )
-    assert "online tracking failed" in done.stderr
-    assert len(metrics(tmp_path / "run", "train")) == 2
-    assert len([line for line in read_run(tmp_path / "run")["history"] if "train/loss" in line]) == 2
-
-
-@pytest.mark.slow
-def test_a_host_that_never_answers(tmp_path):
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(16)
+@pytest.mark.parametrize("listens", [False, True], ids=["refuses", "never answers"])
+def test_a_key_without_a_network_goes_offline_and_the_training_goes_on(tmp_path, listens):
+    with socket.socket() as host:
+        host.bind(("127.0.0.1", 0))
+        if listens:
+            host.listen(16)
         started_at = time.monotonic()
         done = train(
             tmp_path / "run",
@@ -74,11 +61,12 @@ def test_a_host_that_never_answers(tmp_path):
             "--tracking.wandb=auto",
             "--train.max_steps=2",
             WANDB_API_KEY="0" * 40,
-            WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            WANDB_BASE_URL=f"http://127.0.0.1:{host.getsockname()[1]}",
         )
-    assert time.monotonic() - started_at < 60
+    assert time.monotonic() - started_at < 60  # W&B's own service takes half a minute to leave a silent host
     assert "online tracking failed" in done.stderr
     assert len(metrics(tmp_path / "run", "train")) == 2
+    assert len([line for line in read_run(tmp_path / "run")["history"] if "train/loss" in line]) == 2
 
 
 @pytest.mark.slow
