@@ -14,7 +14,6 @@ One unit is a row. The cases of each half take turns. Run it alone: on two cores
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bare import forward_case
-from benchmarks.harness import Result, finish, measure_in_turns
+from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
 from benchmarks.jobs import MEAN, STD, Bench, Size, cache_plan, fill_cache, live_teacher, open_bench
 from kd_accel.models.preprocess import Normalize
 from kd_accel.teacher.store.layout import Plan, TensorSpec, rows_in_a_shard
@@ -42,13 +41,9 @@ Cases = dict[str, Callable[[], float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="turns of each building case")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser = suite_parser(__doc__, repeats=9)
     parser.add_argument("--rows", type=int, default=50_000, help="rows to read from; fewer for a trial of the suite")
     parser.add_argument("--file_rows", type=int, default=512, help="rows that have a file of their own")
-    parser.add_argument("--batch_size", type=int, default=128, help="rows in one forward of the teacher")
-    parser.add_argument("--steps", type=int, default=8, help="such forwards in a block")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as directory:

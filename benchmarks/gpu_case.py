@@ -7,7 +7,6 @@ that by the host's clock, and what the device does in a block of live distillati
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import measure_in_turns
+from benchmarks.harness import measure_in_turns, suite_parser
 from benchmarks.jobs import Bench, Size, build_job, epochs_of, hybrid, live_teacher, open_bench, training_config, write_cache
 from kd_accel.config import DistillConfig
 from kd_accel.types import SignalSource, no_signals
@@ -29,12 +28,9 @@ Cases = dict[str, Callable[[], float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = suite_parser(__doc__, repeats=3, steps=20, batch_size=256, threads=None)
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], required=True)
     parser.add_argument("--compile", action="store_true", help="torch.compile for student and teacher")
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps in a block")
-    parser.add_argument("--repeats", type=int, default=3, help="blocks of each case")
     arguments = parser.parse_args()
     bench = open_bench(Size(arguments.batch_size, arguments.steps), precision=arguments.precision)
     with tempfile.TemporaryDirectory() as directory:

@@ -6,6 +6,7 @@ reported is the ratio of their medians; absolute times stand beside it for refer
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -46,6 +47,20 @@ class Result:
 
     def add_ratio(self, numerator: str, denominator: str) -> None:
         self.ratios[f"{numerator}/{denominator}"] = self.medians[numerator] / self.medians[denominator]
+
+
+def suite_parser(
+    description: str | None, *, repeats: int | None = None, steps: int = 8, batch_size: int = 128, threads: int | None = 1
+) -> argparse.ArgumentParser:
+    """What all suites take. repeats, threads: None for one that has no use for it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, default=repeats, help="blocks (or launches) of each case")
+    if threads is not None:
+        parser.add_argument("--threads", type=int, default=threads, help="CPU threads; several of them wait for each other")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="rows in a forward; fewer for a trial of the suite")
+    parser.add_argument("--steps", type=int, default=steps, help="such batches in a block, epoch or launch")
+    return parser
 
 
 def measure_in_turns(cases: Mapping[str, Callable[[], float]], *, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:

@@ -13,7 +13,6 @@ One unit is an image; a block is an epoch; the cases take turns. Run it alone: o
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from benchmarks.harness import Result, finish, measure_in_turns
+from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
 from benchmarks.jobs import IMAGE_SIZE, MEAN, STD, VIEWS, Bench, Size, build_job, epochs_of, open_bench, training_config
 from kd_accel.data.loader import TrainLoader
 from kd_accel.models.preprocess import Normalize
@@ -36,12 +35,7 @@ FAST_TURNS = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="blocks of each case")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--batch_size", type=int, default=128, help="smaller ones for a trial of the suite")
-    parser.add_argument("--steps", type=int, default=8, help="batches in an epoch")
-    arguments = parser.parse_args()
+    arguments = suite_parser(__doc__, repeats=9).parse_args()
     torch.set_num_threads(arguments.threads)
     bench = open_bench(Size(arguments.batch_size, arguments.steps))
     with tempfile.TemporaryDirectory() as directory:

@@ -11,7 +11,6 @@ launches take turns. Run it alone: any other load shows.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,17 +20,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Result, finish
-
-BATCH_SIZE = 128
+from benchmarks.harness import Result, finish, suite_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=4, help="launches of each case")
-    parser.add_argument("--steps", type=int, default=32, help="optimizer steps of a launch")
+    parser = suite_parser(__doc__, repeats=4, steps=32, threads=None)
     parser.add_argument("--devices", type=int, default=2, help="CPU threads, or GPUs")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="smaller ones for a trial of the suite")
     arguments = parser.parse_args()
     rates: dict[str, list[float]] = {"one": [], "two": []}
     with tempfile.TemporaryDirectory() as directory:

@@ -13,7 +13,6 @@ Run it alone: on two cores any other load shows.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Result, finish
+from benchmarks.harness import Result, finish, suite_parser
 from benchmarks.jobs import (
     Bench,
     Size,
@@ -43,12 +42,9 @@ from kd_accel.types import SignalSource, no_signals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = suite_parser(__doc__)
     parser.add_argument("--students", type=int, default=10, help="students of each kind")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of each student, and views of the cache")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--batch_size", type=int, default=128, help="smaller ones for a trial of the suite")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in an epoch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bench, epochs = open_bench(Size(arguments.batch_size, arguments.steps)), arguments.epochs

@@ -15,7 +15,6 @@ their weights happen to lie in memory makes up to 3 % of a step. Run it alone: o
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bare import bare_case, limit_case
-from benchmarks.harness import Result, finish, measure_in_turns
+from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
 from benchmarks.jobs import Bench, Size, build_job, epochs_of, hybrid, live_teacher, open_bench, training_config, write_cache
 from kd_accel.config import DistillConfig
 from kd_accel.types import SignalSource, no_signals
@@ -40,13 +39,9 @@ BuildCases = Callable[[Path, int], Cases]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = suite_parser(__doc__, repeats=3)
     parser.add_argument("--suite", choices=list(RATIOS), default="quick")
     parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
-    parser.add_argument("--repeats", type=int, default=3, help="blocks of each case in a round")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; several of them wait for each other")
-    parser.add_argument("--batch_size", type=int, default=128, help="smaller ones for a trial of the suite")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a block")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     size = Size(arguments.batch_size, arguments.steps)

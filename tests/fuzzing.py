@@ -163,12 +163,11 @@ def hangs(number, frame):
 
 
 def fuzz(strategy, check, *, seconds, first_seed=0):
-    """`check` of example after example until the time is over; returns how many there were."""
+    """`check` of example after example until the time is over; returns how many it has seen to their end."""
     count, ends_at = 0, time.monotonic() + seconds
 
     def tried(example):
         nonlocal count
-        count += 1
         if time.monotonic() > ends_at + HANGS_AFTER_S:  # a failure that is being made smaller may take longer
             return
         signal.setitimer(signal.ITIMER_REAL, HANGS_AFTER_S)
@@ -176,6 +175,7 @@ def fuzz(strategy, check, *, seconds, first_seed=0):
             check(example)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        count += 1
 
     options = settings(max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     old = signal.signal(signal.SIGALRM, hangs)

@@ -105,6 +105,7 @@ def stop_at_random(trainees, run_dir, generator, number, *, length_s):
 
 
 def stop_and_go_on(record, directory, straight, *, kind, number, times):
+    """How many trainings were stopped, went on, and ended as the one that never was."""
     (processes, signals), trials = kind, 0
     flags, expected, length_s = straight[kind]
     generator = record.generator("kill", kind, number)
@@ -118,18 +119,19 @@ def stop_and_go_on(record, directory, straight, *, kind, number, times):
         with record.trial(f"{name}, {signals} signals, {processes} process{'es' if processes > 1 else ''}"):
             finish(run_dir, flags, processes)
             assert_same_run(expected, run_dir)
+    return trials
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
 @pytest.mark.parametrize("times", [QUICK, pytest.param(FULL, marks=pytest.mark.faults)])
 def test_kill_9_at_any_instant(tmp_path, fault_record, straight, kind, times):
-    stop_and_go_on(fault_record, tmp_path, straight, kind=kind, number=signal.SIGKILL, times=times)
+    assert stop_and_go_on(fault_record, tmp_path, straight, kind=kind, number=signal.SIGKILL, times=times) == times
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
 @pytest.mark.parametrize("times", [1, pytest.param(FULL, marks=pytest.mark.faults)])
 def test_sigterm_at_any_instant(tmp_path, fault_record, straight, kind, times):
-    stop_and_go_on(fault_record, tmp_path, straight, kind=kind, number=signal.SIGTERM, times=times)
+    assert stop_and_go_on(fault_record, tmp_path, straight, kind=kind, number=signal.SIGTERM, times=times) == times
 
 
 PLACES = {

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import warnings
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ import yaml
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from kd_accel.checks import problems
 from kd_accel.commands.cache_report import _described
 from kd_accel.commands.run_directory import checkpoint_to_resume, finished_summary
 from kd_accel.config import BenchConfig, CheckpointConfig, ReproduceConfig, RunConfig
@@ -57,7 +59,7 @@ def run(strategy, check, seconds):
 
 @pytest.fixture
 def parsed(tmp_path):
-    """Parse a file and flags as a training does, or as other commands do; the parsers are made once."""
+    """Parse a file and flags as a training does, or as other commands do; says what came of it. The parsers are made once."""
     classes = (RunConfig, BenchConfig, ReproduceConfig)
     parsers = [(each, build_parser(each, prog="x", description="")) for each in classes]
 
@@ -65,9 +67,16 @@ def parsed(tmp_path):
         path = tmp_path / "config.yaml"
         path.write_bytes(data)
         for config_class, parser in parsers[:commands]:
-            with suppress(UserError):
-                parse_config(config_class, [f"--config={path}", *flags], parser=parser)
+            try:
+                config, _ = parse_config(config_class, [f"--config={path}", *flags], parser=parser)
+            except UserError as error:
+                assert str(error).strip() and "Traceback" not in str(error)
+                seen["refused"] += 1
+            else:
+                assert isinstance(config, config_class) and not problems(config)
+                seen["accepted"] += 1
 
+    seen = parse.seen = Counter()
     return parse
 
 
@@ -78,6 +87,7 @@ def dumped(settings):
 @timed
 def test_trees_of_settings(parsed, seconds):
     run(settings_of(RunConfig), lambda settings: parsed(dumped(settings)), seconds)
+    assert parsed.seen["refused"] and parsed.seen["accepted"]
 
 
 @timed
@@ -87,6 +97,7 @@ def test_flags(parsed, seconds):
     flag = st.tuples(st.sampled_from(names), junk).map(lambda pair: f"--{pair[0]}={_typed(pair[1])}")
     odd = st.text(max_size=20).map(lambda text: f"--{text}")
     run(st.lists(st.one_of(flag, flag, odd), max_size=5), lambda flags: parsed(b"seed: 1\n", _without_help(flags)), seconds)
+    assert parsed.seen["refused"] and parsed.seen["accepted"]
 
 
 def _leaves(config_class):
@@ -115,6 +126,7 @@ def test_texts_of_configs(parsed, seconds):
         lambda data: parsed(data, commands=3),
         seconds,
     )
+    assert parsed.seen["refused"] and parsed.seen["accepted"]
 
 
 @pytest.fixture

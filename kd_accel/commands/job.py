@@ -140,7 +140,7 @@ def _restored(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator
     """Its settings and data fit, so what does not is damage, of whatever kind."""
     try:
         return restore(trainee, checkpoint, accelerator)
-    except Exception as error:
+    except (KeyError, IndexError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
             f"{checkpoint.path}: does not fit the training that its own config describes ({said}); remove it to go on from an "
