@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,8 @@ def resolve_import(spec: str, *, field: str) -> Callable[..., Any]:
     module_name, _, function_name = spec.removeprefix(PREFIX).partition(":")
     if not module_name or module_name.startswith(".") or not function_name:
         raise UserError(f"{field}: {spec!r} must have the form import:package.module:function")
+    if not {"", os.getcwd()} & set(sys.path):  # noqa: PTH109  (as `python -m kd_accel` has it, and the `kd-accel` script has not)
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

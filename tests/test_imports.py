@@ -4,13 +4,16 @@ What is refused stands in test_bad_inputs.py; that `reproduce` hands the allowan
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from kd_accel.imports import VARIABLE, allow, import_problem, take_allowance
 from tests.in_process import say, train
-from tests.launching import SMALL, summary
+from tests.launching import SMALL, environment, summary
 
 FILE = {"data": {"source": "import:tests.own_models:images"}, "model": {"arch": "import:tests.own_models:student"}}
 OTHERS = [flag for flag in SMALL if "import:" not in flag]
@@ -75,6 +78,15 @@ def test_values_that_are_no_own_code_allow_nothing(monkeypatch):
     allow(["import:a:b"])
     assert import_problem("import:a:b", field="x", where="y") is None
     assert import_problem("import:a:c", field="x", where="y") is not None
+
+
+def test_the_script_looks_in_the_working_directory_too(tmp_path):
+    """As `python -m kd_accel` does. The function gives nothing that could be trained on, so the command ends there."""
+    (tmp_path / "mine.py").write_text("def images(split, image_size):\n    return 7\n")
+    script = Path(sys.executable).with_name("kd-accel")
+    command = [script, "train", "--data.source=import:mine:images"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "cannot import" not in done.stderr and "import:mine:images" in done.stderr
 
 
 def test_help_names_the_flag(capsys):
