@@ -39,6 +39,7 @@ from kd_accel.engine.job import Job
 from kd_accel.engine.journal import Journal
 from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
+from kd_accel.engine.profile import StepProfiler
 from kd_accel.engine.progress import Progress
 from kd_accel.engine.setup import Accelerator, start_processes
 from kd_accel.engine.state import Trainee
@@ -138,6 +139,7 @@ def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: Sign
     module, optimizer = bench.accelerator.prepare(module, build_optimizer(module.parameters(), config.optim))
     loader = _loader(bench, config)
     course = build_course(config, steps_per_epoch=loader.steps_per_epoch)
+    progress = Progress("benchmark", total_steps=course.total_steps, done_steps=0, is_main=False)
     return Job(
         accelerator=bench.accelerator,
         train=config.train,
@@ -148,7 +150,8 @@ def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: Sign
         signals=signals,
         course=course,
         journal=Journal(directory / "metrics.jsonl", is_main=True),
-        progress=Progress("benchmark", total_steps=course.total_steps, done_steps=0, is_main=False),
+        progress=progress,
+        profiler=StepProfiler(directory, steps=None, rank=0, say=progress.say),
         interruption=Interruption(bench.accelerator),
         checkpoint_dir=directory / "checkpoints",
         checkpoint_extra={},

@@ -81,6 +81,8 @@ def _name(config: RunConfig) -> Iterator[str]:
         yield f"name: {config.name!r} must be a plain directory name; give run_dir for a path"
     if (config.run_dir or "").startswith("-"):
         yield f"run_dir: {config.run_dir!r} would be taken for an option; write ./{config.run_dir}"
+    if config.profile is not None and config.profile < 1:
+        yield f"profile: {config.profile} must be at least 1"
     if config.role == "teacher" and config.teacher:
         yield "role: teacher has no effect where there is a teacher (the run is called distilled); leave it out"
 

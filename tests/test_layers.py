@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "kd_accel"
 LAYERS = [
-    "config types safe_yaml",
+    "config types safe_yaml stages",
     "checks written imports",
     "parse disk",
     "data",

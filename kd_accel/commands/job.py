@@ -21,6 +21,7 @@ from kd_accel.engine.job import Job
 from kd_accel.engine.journal import Journal
 from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
+from kd_accel.engine.profile import StepProfiler
 from kd_accel.engine.progress import Progress
 from kd_accel.engine.setup import Accelerator, on_main_process
 from kd_accel.engine.state import Trainee, restore
@@ -77,6 +78,12 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
     journal = Journal(config.directory / "metrics.jsonl", is_main=accelerator.is_main_process, tracker=tracking)
     length_bytes = start.checkpoint.state["metrics_bytes"] if start.checkpoint else 0
     on_main_process(accelerator, lambda: journal.start(length_bytes))
+    progress = Progress(
+        config.name,
+        total_steps=course.total_steps,
+        done_steps=trainee.position.step,
+        is_main=accelerator.is_main_process,
+    )
     feature = config.distill.feature if config.distill else None
     state, tensors = _checkpoint_extra(start, tracking)
     return Job(
@@ -95,11 +102,9 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
         signals=start.signals,
         course=course,
         journal=journal,
-        progress=Progress(
-            config.name,
-            total_steps=course.total_steps,
-            done_steps=trainee.position.step,
-            is_main=accelerator.is_main_process,
+        progress=progress,
+        profiler=StepProfiler(
+            config.directory / "profile", steps=config.profile, rank=accelerator.process_index, say=progress.say
         ),
         interruption=Interruption(accelerator, timeout_s=config.train.timeout_s),
         checkpoint_dir=config.directory / "checkpoints",

@@ -24,6 +24,7 @@ from kd_accel.written import flatten
 _MAY_CHANGE = (
     "name",
     "run_dir",
+    "profile",
     "checkpoint.",
     "tracking.",
     "data.num_workers",

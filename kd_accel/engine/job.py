@@ -17,6 +17,7 @@ from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.interruption import Interruption
 from kd_accel.engine.journal import Journal
 from kd_accel.engine.optim import learning_rate
+from kd_accel.engine.profile import StepProfiler
 from kd_accel.engine.progress import Progress
 from kd_accel.engine.state import Trainee
 from kd_accel.types import LossFunction, SignalSource
@@ -52,6 +53,7 @@ class Job:
     course: Course
     journal: Journal
     progress: Progress
+    profiler: StepProfiler
     interruption: Interruption
     checkpoint_dir: Path
     checkpoint_extra: dict[str, Any]

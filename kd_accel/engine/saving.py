@@ -10,12 +10,18 @@ from kd_accel.engine.finite import diverged, own_name
 from kd_accel.engine.job import Job
 from kd_accel.engine.setup import gathered, on_main_process
 from kd_accel.engine.state import capture
+from kd_accel.stages import stage
 from kd_accel.teacher.identity import tensors_digest
 from kd_accel.types import UserError
 
 
 def save(job: Job) -> None:
     """Write a checkpoint. Every rank must call it. Raises UserError for numbers that went wrong, on any rank."""
+    with stage("checkpoint"):
+        _save(job)
+
+
+def _save(job: Job) -> None:
     look(job)
     weights = {
         own_name(name): weight.detach() for name, weight in job.trainee.module.named_parameters() if weight.requires_grad

@@ -21,6 +21,7 @@ from kd_accel.engine.optim import set_learning_rate
 from kd_accel.engine.saving import look, save
 from kd_accel.engine.state import Trainee
 from kd_accel.losses.feature import target_variance
+from kd_accel.stages import stage, staged
 from kd_accel.types import Batch, LossFunction, LossTerms, Signals, SignalSource, StudentOutput, UserError
 
 
@@ -30,6 +31,8 @@ def train(job: Job) -> None:
     position = job.trainee.position
     while not job.must_stop:
         train_epoch(job)
+        if job.must_stop:
+            job.profiler.close()
         if position.step_in_epoch == job.course.steps_per_epoch or job.is_done:
             finish_epoch(job)
             if not job.is_done:
@@ -40,10 +43,13 @@ def train_step(
     student: nn.Module, signals: SignalSource, loss: LossFunction, batch: Batch
 ) -> tuple[LossTerms, StudentOutput, Signals]:
     """Forward of one micro-batch: the teacher's answer, the student's, and the loss between them and the labels."""
-    answer = signals(batch)
-    logits, pairs = student(batch.images, answer.features or None)
+    with stage("teacher"):
+        answer = signals(batch)
+    with stage("student"):
+        logits, pairs = student(batch.images, answer.features or None)
     output = StudentOutput(logits, pairs)
-    return loss(output, answer, batch.labels), output, answer
+    with stage("loss"):
+        return loss(output, answer, batch.labels), output, answer
 
 
 def student_logits(trainee: Trainee, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
@@ -69,18 +75,20 @@ def train_epoch(job: Job) -> None:
     position, trainee = job.trainee.position, job.trainee
     trainee.module.train()
     clock = _Clock(position.elapsed_s)
-    for micro_batches in job.loader.epoch(position.epoch, start_step=position.step_in_epoch):
+    steps = job.loader.epoch(position.epoch, start_step=position.step_in_epoch)
+    for micro_batches in staged("loader", steps):
         loss, values = job.course.loss_at(position.epoch, position.step)
         lr = job.course.lr_at(position.step)
         _optimizer_step(job, micro_batches, loss, lr)
-        trainee.optimizer.zero_grad(set_to_none=True)
         position.step += 1
         position.step_in_epoch += 1
         is_last = position.step_in_epoch == job.course.steps_per_epoch or job.is_done
         if is_last or position.step % job.train.log_every_steps == 0:
-            _log(job, {**values, "lr": lr}, clock)
+            with stage("logging"):
+                _log(job, {**values, "lr": lr}, clock)
         position.elapsed_s = clock.elapsed_s
         job.progress.advance()
+        job.profiler.step()
         if is_last:
             break
         if job.must_stop or _is_due(position.step, job.checkpoint.every_steps):
@@ -101,7 +109,7 @@ def _stop_if_asked(job: Job) -> None:
 
 def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction, lr: float) -> None:
     """One update from all micro-batches; the ranks exchange gradients in the last backward only."""
-    accelerator, trainee, watch, clip_norm = job.accelerator, job.trainee, job.watch, job.course.optim.clip_norm
+    accelerator, trainee, watch = job.accelerator, job.trainee, job.watch
     watch.begin()
     for index, batch in enumerate(micro_batches):
         on_device = batch.to(accelerator.device, non_blocking=True)
@@ -109,14 +117,23 @@ def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction
         with nullcontext() if is_last else accelerator.no_sync(trainee.module):
             with accelerator.autocast():
                 terms, output, answer = train_step(trainee.module, job.signals, loss, on_device)
-            accelerator.backward(watch.watched(terms, output, answer, batch.rows) / len(micro_batches))
-        trainee.meters.update(
-            terms,
-            output.logits,
-            on_device.labels,
-            teacher_logits_BC=answer.logits,
-            target_variance=target_variance(output.pairs) if job.logs_target_variance else None,
-        )
+            with stage("backward"):
+                accelerator.backward(watch.watched(terms, output, answer, batch.rows) / len(micro_batches))
+        with stage("logging"):
+            trainee.meters.update(
+                terms,
+                output.logits,
+                on_device.labels,
+                teacher_logits_BC=answer.logits,
+                target_variance=target_variance(output.pairs) if job.logs_target_variance else None,
+            )
+    with stage("optimizer"):
+        _update(job, lr)
+
+
+def _update(job: Job, lr: float) -> None:
+    """From the gradients that are there, unless one of them is not finite."""
+    accelerator, trainee, watch, clip_norm = job.accelerator, job.trainee, job.watch, job.course.optim.clip_norm
     _refuse_idle_parameters(watch.without_gradient())
     if clip_norm is not None:
         accelerator.unscale_gradients(trainee.optimizer)
@@ -128,6 +145,7 @@ def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction
     if trainee.average is not None:
         trainee.average.update_parameters(accelerator.unwrap_model(trainee.module).student)
     watch.settle()
+    trainee.optimizer.zero_grad(set_to_none=True)
 
 
 def finish_epoch(job: Job) -> None:
@@ -135,7 +153,8 @@ def finish_epoch(job: Job) -> None:
     position = job.trainee.position
     position.epoch, position.step_in_epoch = position.epoch + 1, 0
     if job.validation is not None and (job.is_done or _is_due(position.epoch, job.train.eval_every_epochs)):
-        result = measure(job, job.validation)
+        with stage("evaluation"):
+            result = measure(job, job.validation)
         position.best_val_accuracy = max(result["accuracy"], position.best_val_accuracy or 0.0)
         job.journal.write({"step": position.step, "epoch": position.epoch, "split": "val", **result})
         job.progress.note_epoch(position.epoch, result)

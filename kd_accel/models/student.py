@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from kd_accel.models.taps import TapRecorder
+from kd_accel.stages import stage
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
@@ -47,7 +48,8 @@ class StudentModule(nn.Module):
         recorded = self._recorder.take()
         if teacher_features is None:
             return logits, {}
-        return logits, {tap: self._pair(tap, recorded[tap], teacher_features[tap]) for tap in self._taps}
+        with stage("projector"):
+            return logits, {tap: self._pair(tap, recorded[tap], teacher_features[tap]) for tap in self._taps}
 
     def _pair(self, tap: str, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         key = _key(tap)
