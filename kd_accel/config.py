@@ -304,8 +304,8 @@ class RunConfig:
         seed: of initial weights, order of rows, dropout.
         teacher: who teaches; null = plain training.
         distill: how the teacher is listened to; null = the defaults, where there is a teacher.
-        profile: record so many steps after the first ones with torch.profiler: a trace for ui.perfetto.dev in profile/ of the run
-            directory, and the share of each part of a step.
+        profile: record so many steps after the first ones with torch.profiler: a trace for ui.perfetto.dev in profile/ of the
+            run directory, and the share of each part of a step.
     """
 
     name: str = "digits-student"
