@@ -33,6 +33,7 @@ from kd_accel.data.loader import TrainLoader, load_batches
 from kd_accel.data.sources import MemoryImages
 from kd_accel.data.views import ViewFunction
 from kd_accel.engine.cache_pass import blocks_of, run_pass
+from kd_accel.engine.checkpoint import CheckpointWriter
 from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.interruption import Interruption
 from kd_accel.engine.job import Job
@@ -153,6 +154,7 @@ def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: Sign
         progress=progress,
         profiler=StepProfiler(directory, steps=None, rank=0, say=progress.say),
         interruption=Interruption(bench.accelerator),
+        writer=CheckpointWriter(),
         checkpoint_dir=directory / "checkpoints",
         checkpoint_extra={},
         checkpoint_tensors={},

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from kd_accel.config import OptimConfig
 from kd_accel.disk import remove_leftovers
 from kd_accel.engine.checkpoint import (
+    CheckpointWriter,
     find_checkpoint,
     load_checkpoint,
     module_tensors,
@@ -20,6 +22,8 @@ from kd_accel.engine.checkpoint import (
 )
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.types import UserError
+from tests.in_process import train
+from tests.launching import metrics
 
 
 def save(directory, step, keep=3, value=1.0):
@@ -191,3 +195,37 @@ def test_leftovers_behind_a_link_are_not_ours(tmp_path):
     remove_leftovers(tmp_path / "cache")
     assert sorted(path.name for path in (tmp_path / "cache").rglob("*")) == [".folder.tmp-1", "link", "train"]
     assert (tmp_path / "elsewhere/.x.tmp-1").exists()
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    reached = {}
+
+    def slow(directory, *, step, **content):
+        deadline = time.monotonic() + 60
+        while step == 3 and metrics(tmp_path / "slow", "train")[-1]["step"] < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        reached[step] = metrics(tmp_path / "slow", "train")[-1]["step"]
+        return save_checkpoint(directory, step=step, **content)
+
+    flags = ["--checkpoint.every_steps=3", "--checkpoint.every_epochs=null", "--checkpoint.keep=20"]
+    train(tmp_path / "plain", *flags)
+    monkeypatch.setattr("kd_accel.engine.checkpoint.save_checkpoint", slow)
+    train(tmp_path / "slow", *flags)
+    assert reached[3] >= 6
+    assert list(reached) == list(range(3, 25, 3))  # in their order, none at the same time as another
+    for step in reached:
+        for file in ("module.safetensors", "optimizer.safetensors"):
+            one, other = (tmp_path / run / "checkpoints" / f"step-{step:08d}" / file for run in ("plain", "slow"))
+            assert one.read_bytes() == other.read_bytes()
+
+
+def test_what_the_disk_refuses_is_told_by_the_next_who_asks(tmp_path):
+    (tmp_path / "file").write_text("")
+    writer = CheckpointWriter()
+    writer.write(tmp_path / "file" / "checkpoints", step=1, tensors={}, state={}, keep=1)
+    with pytest.raises(UserError, match="cannot write"):
+        writer.write(tmp_path / "checkpoints", step=2, tensors={}, state={}, keep=1)
+    writer.write(tmp_path / "checkpoints", step=3, tensors={}, state={}, keep=1)
+    writer.wait()
+    writer.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]

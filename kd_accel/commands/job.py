@@ -13,7 +13,7 @@ from kd_accel.commands.data import Data, data_identity, held_out, training_loade
 from kd_accel.commands.networks import weights_layout
 from kd_accel.commands.teaching import Teaching
 from kd_accel.config import RunConfig
-from kd_accel.engine.checkpoint import Checkpoint, module_tensors
+from kd_accel.engine.checkpoint import Checkpoint, CheckpointWriter, module_tensors
 from kd_accel.engine.evaluate import HeldOut
 from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.interruption import Interruption
@@ -107,6 +107,7 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
             config.directory / "profile", steps=config.profile, rank=accelerator.process_index, say=progress.say
         ),
         interruption=Interruption(accelerator, timeout_s=config.train.timeout_s),
+        writer=CheckpointWriter(),
         checkpoint_dir=config.directory / "checkpoints",
         checkpoint_extra=state,
         checkpoint_tensors=tensors,

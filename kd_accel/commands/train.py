@@ -105,6 +105,7 @@ def _train_and_save(start: Prepared, stack: ExitStack) -> None:
     job = build_job(start, tracking)
     stack.callback(job.progress.close)
     stack.callback(job.profiler.close)
+    stack.callback(job.writer.close)
     on_main_process(accelerator, lambda: keep_config(config))
     for notice in start.notices:
         job.progress.say(f"{config.name}: {notice}")

@@ -15,6 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,29 @@ def save_checkpoint(
     return final
 
 
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one at a time: who asks for one waits for the one before it, not for the disk."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def write(self, directory: Path, **content: Any) -> None:
+        """`save_checkpoint` with these arguments, which nobody changes any more. Raises what the one before it raised."""
+        self.wait()
+        self._writing = self._thread.submit(save_checkpoint, directory, **content)
+
+    def wait(self) -> None:
+        """Until the last one is on the disk. Raises UserError when the disk has refused it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Without raising anything, for a training that ends with an error of its own."""
+        self._thread.shutdown(wait=True)
+
+
 def find_checkpoint(directory: Path) -> Path | None:
     """The newest whole checkpoint, or None. One that is damaged is named in a warning and passed over."""
     for path in _step_directories(directory):
@@ -105,8 +129,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module as plain tensors that own their memory, contiguous, as safetensors wants them."""
-    return {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}
+    """The state of a module as it is now, copied to the host, contiguous, as safetensors wants it."""
+    return {name: _copied(tensor) for name, tensor in module.state_dict().items()}
 
 
 def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -125,7 +149,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().contiguous().clone()
+                tensors[f"{index}.{name}"] = _copied(value)
             else:
                 numbers[f"{index}.{name}"] = value
     return tensors, numbers
@@ -142,6 +166,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _step_directories(directory: Path) -> list[Path]:
@@ -186,7 +214,7 @@ def _damaged_files(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path)
+    save_file(tensors, path)
     path.chmod(0o644)
     flush(path)
     return {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}

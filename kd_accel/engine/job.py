@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_accel.config import CheckpointConfig, OptimConfig, TrainConfig
 from kd_accel.data.loader import TrainLoader
+from kd_accel.engine.checkpoint import CheckpointWriter
 from kd_accel.engine.evaluate import HeldOut
 from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.interruption import Interruption
@@ -55,6 +56,7 @@ class Job:
     progress: Progress
     profiler: StepProfiler
     interruption: Interruption
+    writer: CheckpointWriter
     checkpoint_dir: Path
     checkpoint_extra: dict[str, Any]
     checkpoint_tensors: dict[str, dict[str, Tensor]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kd_accel.engine.checkpoint import save_checkpoint
 from kd_accel.engine.finite import diverged, own_name
 from kd_accel.engine.job import Job
 from kd_accel.engine.setup import gathered, on_main_process
@@ -16,7 +15,10 @@ from kd_accel.types import UserError
 
 
 def save(job: Job) -> None:
-    """Write a checkpoint. Every rank must call it. Raises UserError for numbers that went wrong, on any rank."""
+    """Begin to write a checkpoint of this moment. Every rank must call it.
+
+    Raises UserError for numbers that went wrong, on any rank, and where the disk has refused the checkpoint before.
+    """
     with stage("checkpoint"):
         _save(job)
 
@@ -31,7 +33,7 @@ def _save(job: Job) -> None:
     tensors, state = capture(job.trainee, job.accelerator)
     on_main_process(
         job.accelerator,
-        lambda: save_checkpoint(
+        lambda: job.writer.write(
             job.checkpoint_dir,
             step=job.trainee.position.step,
             tensors={**tensors, **job.checkpoint_tensors},
@@ -39,6 +41,12 @@ def _save(job: Job) -> None:
             keep=job.checkpoint.keep,
         ),
     )
+
+
+def settle(job: Job) -> None:
+    """Wait until the last checkpoint is on the disk. Every rank must call it. Raises UserError when the disk has refused it."""
+    with stage("checkpoint"):
+        on_main_process(job.accelerator, job.writer.wait)
 
 
 def look(job: Job) -> None:

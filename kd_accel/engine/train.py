@@ -18,7 +18,7 @@ from kd_accel.engine.evaluate import HeldOut, evaluate, synchronise_buffers
 from kd_accel.engine.interruption import interrupted
 from kd_accel.engine.job import Job
 from kd_accel.engine.optim import set_learning_rate
-from kd_accel.engine.saving import look, save
+from kd_accel.engine.saving import look, save, settle
 from kd_accel.engine.state import Trainee
 from kd_accel.losses.feature import target_variance
 from kd_accel.stages import stage, staged
@@ -37,6 +37,7 @@ def train(job: Job) -> None:
             finish_epoch(job)
             if not job.is_done:
                 _stop_if_asked(job)
+    settle(job)
 
 
 def train_step(
@@ -104,6 +105,7 @@ def _stop_if_asked(job: Job) -> None:
     number = job.interruption.requested()
     if number is not None:
         save(job)
+        settle(job)
         raise interrupted(number, step=job.trainee.position.step)
 
 
