@@ -1,15 +1,19 @@
 """Loops that anybody would write who wants to know what the hardware gives: torch and torchvision, tensors that lie in memory.
 
-Nothing of this program's own is used here but the projectors, which are 1x1 convolutions.
+Nothing of this program's own is used here but the projectors, which are 1x1 convolutions. In a launch of several processes
+each takes its share of the batch, and torch's DistributedDataParallel exchanges the gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ResNet, resnet18
 
 from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM, STUDENT, TAPS, Size, build_teacher, frozen_projectors
@@ -18,40 +22,56 @@ from kd_accel.models.projectors import FeatureProjector
 TEMPERATURE, ALPHA, FEATURE_WEIGHT = 4.0, 0.5, 0.1
 Batches = Sequence[tuple[Tensor, Tensor]]
 """[(normalised float images [B, 3, H, W], labels [B]), ...] on the device."""
+Answer = tuple[Tensor, dict[str, Tensor]]
+"""(the teacher's logits [B, C], {tap: its projected features})."""
 
 
-def bare_case(device: torch.device, size: Size) -> Callable[[], float]:
-    """Training on labels: forward, backward, step."""
-    student, batches = _student(device), random_batches(device, size)
-    optimizer = _optimizer(student)
+@dataclass(frozen=True)
+class Limit:
+    """teacher: none, one that answers for each batch, or answers that lie in memory. with_features: direction `both`."""
+
+    teacher: Literal["none", "live", "memory"] = "none"
+    with_features: bool = False
+
+
+LIMITS = {
+    "bare": Limit(),
+    "limit_live_logits": Limit("live"),
+    "limit": Limit("live", with_features=True),
+    "limit_cached_logits": Limit("memory"),
+    "limit_cached_hybrid": Limit("memory", with_features=True),
+}
+
+
+class _Student(nn.Module):
+    """ResNet-18 and its learned projectors, in one module for DistributedDataParallel."""
+
+    def __init__(self, taps: Sequence[str]) -> None:
+        super().__init__()
+        self.network = resnet18(num_classes=CLASSES)
+        self.learned = nn.ModuleDict({tap: FeatureProjector(STUDENT[tap][0], STUDENT[tap][0]) for tap in taps})
+
+    def forward(self, images: Tensor) -> Answer:
+        if not self.learned:
+            return self.network(images), {}
+        logits, maps = _with_maps(self.network, images)
+        return logits, {tap: projector(maps[tap]) for tap, projector in self.learned.items()}
+
+
+def limit_case(limit: Limit, device: torch.device, size: Size, *, world_size: int = 1) -> Callable[[], float]:
+    """A block of steps: the teacher's answer where there is one, forward, loss, backward, update, and nothing else."""
+    taps = list(TAPS) if limit.with_features else []
+    student, batches = _student(device, taps, world_size), random_batches(device, size, world_size)
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
+    )
+    answer = _teacher(limit, device, taps, batches)
 
     def block() -> float:
-        for images, labels in batches:
-            functional.cross_entropy(student(images), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return size.rows
-
-    return block
-
-
-def limit_case(device: torch.device, size: Size) -> Callable[[], float]:
-    """Hybrid distillation from a live teacher: its forward, then the student's step with projectors and losses."""
-    student, teacher, batches = _student(device), build_teacher(device), random_batches(device, size)
-    frozen = frozen_projectors(device)
-    learned = nn.ModuleDict({tap: FeatureProjector(shape[0], shape[0]) for tap, shape in STUDENT.items()})
-    optimizer = _optimizer(student, learned.to(device).to(memory_format=_weights_layout(device)))
-
-    def block() -> float:
-        for images, labels in batches:
-            with torch.no_grad():
-                target_logits, targets = projected(teacher, frozen, images)
-            logits, maps = _with_maps(student, images)
-            distances = [functional.mse_loss(learned[tap](maps[tap]), targets[tap]) for tap in TAPS]
-            soft, soft_target = (functional.log_softmax(answer / TEMPERATURE, dim=1) for answer in (logits, target_logits))
-            response = functional.kl_div(soft, soft_target, reduction="batchmean", log_target=True) * TEMPERATURE**2
-            hard = functional.cross_entropy(logits, labels)
-            (ALPHA * response + (1 - ALPHA) * hard + FEATURE_WEIGHT * torch.stack(distances).sum()).backward()
+        for number, (images, labels) in enumerate(batches):
+            target = answer(number, images)
+            logits, maps = student(images)
+            _loss(logits, maps, labels, target).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return size.rows
@@ -66,27 +86,63 @@ def forward_case(device: torch.device, images: Sequence[Tensor]) -> Callable[[],
     @torch.no_grad()
     def block() -> float:
         for batch in images:
-            projected(teacher, frozen, batch)
+            _projected(teacher, frozen, batch)
         return sum(len(batch) for batch in images)
 
     return block
 
 
-def projected(teacher: nn.Module, frozen: Mapping[str, nn.Module], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def random_batches(device: torch.device, size: Size, world_size: int = 1) -> Batches:
+    torch.manual_seed(0)
+    share = size.batch_size // world_size
+    images = torch.randn(size.steps, share, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    labels = torch.randint(0, CLASSES, (size.steps, share), device=device)
+    return [(batch.contiguous(memory_format=torch.channels_last), own) for batch, own in zip(images, labels, strict=True)]
+
+
+def _teacher(
+    limit: Limit, device: torch.device, taps: Sequence[str], batches: Batches
+) -> Callable[[int, Tensor], Answer | None]:
+    """(number of the batch, images) -> what the teacher says."""
+    if limit.teacher == "none":
+        return lambda number, images: None
+    model = build_teacher(device)
+    frozen = {tap: projector for tap, projector in frozen_projectors(device).items() if tap in taps}
+
+    @torch.no_grad()
+    def live(number: int, images: Tensor) -> Answer:
+        return _projected(model, frozen, images)
+
+    if limit.teacher == "live":
+        return live
+    answers = [live(number, images) for number, (images, _) in enumerate(batches)]
+    return lambda number, images: answers[number]
+
+
+def _loss(logits: Tensor, maps: dict[str, Tensor], labels: Tensor, target: Answer | None) -> Tensor:
+    hard = functional.cross_entropy(logits, labels)
+    if target is None:
+        return hard
+    target_logits, targets = target
+    soft, soft_target = (functional.log_softmax(answer / TEMPERATURE, dim=1) for answer in (logits, target_logits))
+    response = functional.kl_div(soft, soft_target, reduction="batchmean", log_target=True) * TEMPERATURE**2
+    loss = ALPHA * response + (1 - ALPHA) * hard
+    if not maps:
+        return loss
+    return loss + FEATURE_WEIGHT * torch.stack([functional.mse_loss(maps[tap], targets[tap]) for tap in maps]).sum()
+
+
+def _projected(teacher: nn.Module, frozen: Mapping[str, nn.Module], images: Tensor) -> Answer:
+    if not frozen:
+        return teacher(images), {}
     logits, maps = _with_maps(teacher, images)
     return logits, {tap: projector(maps[tap]) for tap, projector in frozen.items()}
 
 
-def random_batches(device: torch.device, size: Size) -> Batches:
+def _student(device: torch.device, taps: Sequence[str], world_size: int) -> nn.Module:
     torch.manual_seed(0)
-    images = torch.randn(size.steps, size.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
-    labels = torch.randint(0, CLASSES, (size.steps, size.batch_size), device=device)
-    return [(batch.contiguous(memory_format=torch.channels_last), own) for batch, own in zip(images, labels, strict=True)]
-
-
-def _student(device: torch.device) -> nn.Module:
-    torch.manual_seed(0)
-    return resnet18(num_classes=CLASSES).to(device).to(memory_format=_weights_layout(device)).train()
+    student = _Student(taps).to(device).to(memory_format=_weights_layout(device)).train()
+    return student if world_size == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
 
 
 def _weights_layout(device: torch.device) -> torch.memory_format:
@@ -94,14 +150,7 @@ def _weights_layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def _optimizer(*modules: nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    return torch.optim.SGD(
-        parameters, lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
-    )
-
-
-def _with_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _with_maps(model: nn.Module, images: Tensor) -> Answer:
     """The ResNet's own forward, its stages kept."""
     assert isinstance(model, ResNet)
     hidden, maps = model.maxpool(model.relu(model.bn1(model.conv1(images)))), {}

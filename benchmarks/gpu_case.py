@@ -11,7 +11,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import measure_in_turns, suite_parser
-from benchmarks.jobs import Bench, Size, build_job, epochs_of, hybrid, live_teacher, open_bench, training_config, write_cache
-from kd_accel.config import DistillConfig
-from kd_accel.types import SignalSource, no_signals
+from benchmarks.jobs import Bench, Size, open_bench
+from benchmarks.training_case import Programs
 
 VIEWS = 2
-Cases = dict[str, Callable[[], float]]
+CASES = {"plain": "plain", "cached": "cached_hybrid", "live": "live_hybrid"}
 
 
 def main() -> None:
@@ -34,31 +32,16 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = open_bench(Size(arguments.batch_size, arguments.steps), precision=arguments.precision)
     with tempfile.TemporaryDirectory() as directory:
-        cases = build_cases(bench, Path(directory), repeats=arguments.repeats, compiles=arguments.compile)
+        programs = Programs(bench, Path(directory), views=VIEWS, compiles=arguments.compile)
+        cases = {
+            name: programs.case(program, Path(directory) / name, blocks=arguments.repeats + 4)
+            for name, program in CASES.items()
+        }
         memory = {name: _peak_mib(case, bench) for name, case in cases.items()}
         found: dict[str, Any] = {"rates": measure_in_turns(cases, repeats=arguments.repeats), "peak_mib": memory}
         if bench.device.type == "cuda":
             found |= {"events/host": _events_over_host(cases["live"]), "shares": _shares(cases["live"])}
     print(json.dumps(found))
-
-
-def build_cases(bench: Bench, directory: Path, *, repeats: int, compiles: bool) -> Cases:
-    teacher = live_teacher(bench)
-    cached = write_cache(bench, directory / "cache", teacher, views=VIEWS).source("train")
-    if compiles:
-        teacher.model.compile()
-    signals: dict[str, tuple[DistillConfig | None, SignalSource]] = {
-        "plain": (None, no_signals),
-        "cached": (hybrid(), cached),
-        "live": (hybrid(), teacher),
-    }
-    cases = {}
-    for name, (distill, source) in signals.items():
-        (directory / name).mkdir()
-        config = training_config(bench.size, epochs=repeats + 4, views=VIEWS if distill else None, distill=distill)
-        config = replace(config, train=replace(config.train, compile=compiles))
-        cases[name] = epochs_of(build_job(bench, config, directory / name, signals=source))
-    return cases
 
 
 def _peak_mib(case: Callable[[], float], bench: Bench) -> float | None:

@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,12 +82,24 @@ def measure_in_turns(cases: Mapping[str, Callable[[], float]], *, repeats: int, 
     return rates
 
 
+def accelerate_launch(processes: int) -> list[str]:
+    """The command before `-m MODULE` that starts so many processes on this machine, each with a GPU where there are any."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return [*launcher, "--multi_gpu"] if processes > 1 else launcher
+
+
+def cpu_threads(threads: int) -> dict[str, str]:
+    """The environment in which each process has so many; with GPUs the number does not matter, and all have all."""
+    return {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() if torch.cuda.is_available() else threads)}
+
+
 def finish(result: Result, *, out_dir: Path = Path("runs/benchmarks")) -> None:
     """Print a table and the closing line of JSON; write the same to a dated file (a directory that git ignores)."""
     for name, median in result.medians.items():
-        print(f"{name:32} {median:12.1f} {result.unit}   spread {100 * result.spread[name]:.1f} %")
+        print(f"{name:42} {median:12.1f} {result.unit}   spread {100 * result.spread[name]:.1f} %")
     for name, ratio in result.ratios.items():
-        print(f"{name:32} {ratio:12.3f}")
+        print(f"{name:68} {ratio:.3f}")
     line = json.dumps(
         {
             "benchmark": result.benchmark,

@@ -1,9 +1,9 @@
 """What suites time: trainings of this program on random images, a live teacher, and a real cache of what it says.
 
 The networks are those of the reference job: ResNet-50 teaches ResNet-18, both with the ImageNet stem and 10 classes, on 32x32
-images in batches of 128, channels_last; features meet in the student's 64, 128, 256 and 512 channels (direction `both`: frozen
-projectors on the teacher's side, learned ones on the student's). Weights and images are random, since nothing here depends on
-what they show. Everything is built once, by `open_bench`, and shared by the cases of a suite.
+images in batches of 128, channels_last; features meet in the student's 64, 128, 256 and 512 channels (direction `both` unless
+said: frozen projectors on the teacher's side, learned ones on the student's). Weights and images are random, since nothing
+here depends on what they show. Everything is built once, by `open_bench`, and shared by the cases of a suite.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from kd_accel.commands.networks import weights_layout
 from kd_accel.config import (
     CheckpointConfig,
     DataConfig,
+    Direction,
     DistillConfig,
     FeatureConfig,
     OptimConfig,
@@ -63,6 +65,8 @@ VIEWS = ViewFunction("crop_flip", IMAGE_SIZE)
 STUDENT = {"layer1": (64, 8, 8), "layer2": (128, 4, 4), "layer3": (256, 2, 2), "layer4": (512, 1, 1)}
 TEACHER = {"layer1": (256, 8, 8), "layer2": (512, 4, 4), "layer3": (1024, 2, 2), "layer4": (2048, 1, 1)}
 TAPS = {tap: tap for tap in STUDENT}
+Features = Literal["none", "raw", "projected"]
+"""Of the teacher: as they come, or through the frozen projectors to the student's channels."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: Sign
         loader=loader,
         signals=signals,
         course=course,
-        journal=Journal(directory / "metrics.jsonl", is_main=True),
+        journal=Journal(directory / "metrics.jsonl", is_main=bench.accelerator.is_main_process),
         progress=progress,
         profiler=StepProfiler(directory, steps=None, rank=0, say=progress.say),
         interruption=Interruption(bench.accelerator),
@@ -161,9 +165,9 @@ def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: Sign
     )
 
 
-def hybrid() -> DistillConfig:
-    """Response and feature term, direction `both`."""
-    return DistillConfig(feature=FeatureConfig())
+def hybrid(direction: Direction = "both") -> DistillConfig:
+    """Response and feature term; frozen projectors on the teacher's side where the direction has any."""
+    return DistillConfig(feature=FeatureConfig(direction=direction))
 
 
 def build_student() -> nn.Module:
@@ -183,20 +187,29 @@ def frozen_projectors(device: torch.device) -> dict[str, FeatureProjector]:
     return {tap: projector.to(device).requires_grad_(False) for tap, projector in projectors.items()}
 
 
-def live_teacher(bench: Bench) -> LiveTeacher:
-    """Answers with logits and projected features, in the precision of the bench; its recorder is open."""
-    normalize = Normalize(MEAN, STD).to(bench.device)
-    model, projectors = build_teacher(bench.device), frozen_projectors(bench.device)
-    return LiveTeacher(model, normalize, taps=TAPS, projectors=projectors, autocast=bench.accelerator.autocast)
+def live_teacher(bench: Bench, features: Features = "projected") -> LiveTeacher:
+    """Answers with logits and such features, in the precision of the bench; its recorder is open."""
+    normalize, taps = Normalize(MEAN, STD).to(bench.device), {} if features == "none" else TAPS
+    projectors = frozen_projectors(bench.device) if features == "projected" else {}
+    return LiveTeacher(
+        build_teacher(bench.device), normalize, taps=taps, projectors=projectors, autocast=bench.accelerator.autocast
+    )
 
 
-def write_cache(bench: Bench, directory: Path, teacher: LiveTeacher, *, views: int) -> OpenCache:
-    """What `kd-accel cache build` leaves, opened as a training opens it."""
-    plan, rows = cache_plan(bench, views=views), _covered(bench)
-    write_rows(directory, rows)
-    write_plan(directory, plan)
-    write_manifest(directory, plan, fill_cache(bench, directory, plan, teacher))
-    wanted = Wanted(_identity(bench), rows=rows, views=views, taps=TAPS, projected={}, dtype="float16")
+def write_cache(
+    bench: Bench, directory: Path, teacher: LiveTeacher, *, views: int, features: Features = "projected"
+) -> OpenCache:
+    """What `kd-accel cache build` leaves, written by one process, opened as a training opens it."""
+    rows = _covered(bench)
+    if bench.accelerator.is_main_process:
+        plan = cache_plan(bench, views=views, features=features)
+        write_rows(directory, rows)
+        write_plan(directory, plan)
+        write_manifest(directory, plan, fill_cache(bench, directory, plan, teacher))
+    bench.accelerator.wait_for_everyone()
+    wanted = Wanted(
+        _identity(bench), rows=rows, views=views, taps={} if features == "none" else TAPS, projected={}, dtype="float16"
+    )
     return open_cache(directory, wanted)
 
 
@@ -213,9 +226,10 @@ def fill_cache(bench: Bench, directory: Path, plan: Plan, teacher: LiveTeacher) 
     )
 
 
-def cache_plan(bench: Bench, *, views: int) -> Plan:
+def cache_plan(bench: Bench, *, views: int, features: Features = "projected") -> Plan:
     """float16 in the shards of the default config, without a held-out split."""
-    tensors = {LOGITS: TensorSpec((CLASSES,), "float16")} | {tap: TensorSpec(STUDENT[tap], "float16") for tap in TAPS}
+    shapes = {"none": {}, "raw": TEACHER, "projected": STUDENT}[features]
+    tensors = {LOGITS: TensorSpec((CLASSES,), "float16")} | {tap: TensorSpec(shape, "float16") for tap, shape in shapes.items()}
     batch_rows = bench.size.batch_size
     identity = _identity(bench)
     identity["data"] = {**identity["data"], "contents": {split: cached.digest for split, cached in _covered(bench).items()}}
@@ -257,6 +271,8 @@ def _loader(bench: Bench, config: RunConfig) -> TrainLoader:
         VIEWS,
         rows=bench.rows,
         batch_size=config.train.batch_size,
+        rank=bench.accelerator.process_index,
+        world_size=bench.accelerator.num_processes,
         views=config.data.views,
         device_images=stored,
     )

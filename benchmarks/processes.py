@@ -12,15 +12,11 @@ launches take turns. Run it alone: any other load shows.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-from benchmarks.harness import Result, finish, suite_parser
+from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, suite_parser
 
 
 def main() -> None:
@@ -42,15 +38,11 @@ def main() -> None:
 
 def launched_rates(run_dir: Path, flags: list[str], *, processes: int, threads: int) -> list[float]:
     """Images per second of each line of metrics of a training, but the first."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launcher += ["--multi_gpu"] if processes > 1 else []
     training = ["-m", "kd_accel", "train", "--run_dir", str(run_dir), "--data.source", "digits", "--data.val_fraction", "0"]
     training += ["--train.epochs", "100", "--train.log_every_steps", "4", "--checkpoint.every_epochs", "null"]
     training += ["--tracking.wandb", "disabled", *flags]
-    is_gpu = torch.cuda.is_available()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() if is_gpu else threads)}
-    done = subprocess.run([*launcher, *training], env=environment, capture_output=True, text=True, check=False)
+    command = [*accelerate_launch(processes), *training]
+    done = subprocess.run(command, env=cpu_threads(threads), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -12,9 +12,14 @@ from tests.launching import ROOT, environment
 SMALL = ["--repeats=1", "--batch_size=4", "--steps=1"]
 SUITES = {
     "training-quick": (["benchmarks.training", "--suite=quick", "--rounds=2"], ["plain/bare"]),
-    "training-cached": (
-        ["benchmarks.training", "--suite=cached", "--rounds=1"],
-        ["cached_logits/plain", "cached_hybrid/plain", "live_hybrid/limit"],
+    "training-all": (
+        ["benchmarks.training", "--rounds=1", "--processes=1"],
+        [
+            *("plain/bare", "cached_logits/plain", "cached_hybrid/plain", "live_hybrid/limit", "live_logits/limit_live_logits"),
+            *("cached_logits/limit_cached_logits", "cached_hybrid/limit_cached_hybrid"),
+            *(f"cached_hybrid_{direction}/plain" for direction in ("student_to_teacher", "teacher_to_student")),
+            *(f"live_hybrid_{direction}/live_hybrid" for direction in ("student_to_teacher", "teacher_to_student")),
+        ],
     ),
     "input": (["benchmarks.input"], ["loader/v2", "loader/with_transform", "loader/gather", "loader/student"]),
     "cache-io": (
@@ -74,6 +79,19 @@ def test_the_gpu_suite_in_small(tmp_path):
 def test_one_process_and_two(tmp_path):
     line = last_line(tmp_path, "benchmarks.processes", "--repeats=1", "--batch_size=8", "--steps=8")
     assert line["medians"].keys() == {"one", "two"} and line["ratios"].keys() == {"two_processes/one"}
+
+
+@pytest.mark.faults
+def test_two_processes_and_the_parts_of_a_step(tmp_path):
+    flags = ["--suite=cached", "--processes=2", "--rounds=1", *SMALL]
+    line = last_line(tmp_path, "benchmarks.training", *flags)
+    assert list(line["ratios"]) == ["cached_logits@2/plain@2", "cached_hybrid@2/plain@2", "live_hybrid@2/limit@2"]
+    shares = line["notes"]["shares"]
+    assert shares.keys() == {"plain@2", "cached_logits@2", "cached_hybrid@2", "live_hybrid@2"}
+    for case, parts in shares.items():
+        assert parts.pop("step_ms") > 0
+        assert sum(parts.values()) == pytest.approx(1, abs=0.01)
+        assert parts["teacher"] > 0.05 if case == "live_hybrid@2" else parts["backward"] > 0.05
 
 
 @pytest.mark.slow

@@ -60,17 +60,17 @@ class StepProfiler:
         self._say(f"profile: {step_ms:.1f} ms a step: {told} ({path})")
 
 
-def stage_shares(events: Iterable[Any] | None) -> tuple[float, dict[str, float]]:
-    """(milliseconds a step, share of the steps' time by stage) from the events of a profile that was told of each step.
+def stage_shares(events: Iterable[Any] | None, *, whole: str = "ProfilerStep") -> tuple[float, dict[str, float]]:
+    """(milliseconds a step, share of the time by stage) from the events of a profile.
+
+    whole: what the names of the ranges begin with that make up the time; as they are where a profiler is told of each step.
 
     On a GPU these are times of the device, and `rest` holds the backward too: its kernels are started by a thread of
     autograd's own, outside of any mark.
     """
     events = list(events or ())
     on_device = any(event.device_type == DeviceType.CUDA for event in events)
-    in_all_us = sum(
-        event.time_range.elapsed_us() for event in events if event.name.startswith("ProfilerStep") and _is_host(event)
-    )
+    in_all_us = sum(event.time_range.elapsed_us() for event in events if event.name.startswith(whole) and _is_host(event))
     steps = sum(event.name == PREFIX + "optimizer" and _is_host(event) for event in events)
     spent_us: Counter[str] = Counter()
     for event in events:

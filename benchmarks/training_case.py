@@ -1,0 +1,148 @@
+"""The cases of `benchmarks.training`, in the processes of one launch; rank 0 prints a line of JSON.
+
+    python -m benchmarks.training_case --cases plain bare
+    accelerate launch --num_processes 2 ... -m benchmarks.training_case     (benchmarks.training does it)
+
+A case is built anew for each round and gives images per second of each of its blocks, over all processes. Of the program's own
+cases one more block is recorded by torch.profiler, for the share that each part of a step takes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.bare import LIMITS, limit_case
+from benchmarks.harness import measure_in_turns, suite_parser
+from benchmarks.jobs import (
+    Bench,
+    Features,
+    Size,
+    build_job,
+    epochs_of,
+    hybrid,
+    live_teacher,
+    open_bench,
+    training_config,
+    write_cache,
+)
+from kd_accel.config import DistillConfig
+from kd_accel.engine.profile import stage_shares
+from kd_accel.types import SignalSource, no_signals
+
+CACHED_VIEWS = 4
+BLOCK = "block"
+Cases = dict[str, Callable[[], float]]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One way of training. distill: None = on labels alone. features: what the teacher gives beside its logits."""
+
+    distill: DistillConfig | None = None
+    signals: Literal["live", "cached"] = "live"
+    features: Features = "none"
+
+
+_HYBRID = Program(hybrid(), features="projected")
+_UP = Program(hybrid("student_to_teacher"), features="raw")
+_DOWN = Program(hybrid("teacher_to_student"), features="projected")
+
+PROGRAMS = {
+    "plain": Program(),
+    "live_logits": Program(DistillConfig()),
+    "live_hybrid": _HYBRID,
+    "cached_logits": Program(DistillConfig(), "cached"),
+    "cached_hybrid": replace(_HYBRID, signals="cached"),
+    "live_hybrid_student_to_teacher": _UP,
+    "live_hybrid_teacher_to_student": _DOWN,
+    "cached_hybrid_student_to_teacher": replace(_UP, signals="cached"),
+    "cached_hybrid_teacher_to_student": replace(_DOWN, signals="cached"),
+}
+
+
+class Programs:
+    """Builds trainings of this program; teachers and caches are made once, when one is asked for."""
+
+    def __init__(self, bench: Bench, directory: Path, *, views: int = CACHED_VIEWS, compiles: bool = False) -> None:
+        self._bench, self._directory, self._views, self._compiles = bench, directory, views, compiles
+        self._signals = cache(self._make_signals)
+
+    def case(self, name: str, directory: Path, *, blocks: int) -> Callable[[], float]:
+        """Epochs of the program's own loop, up to `blocks` of them."""
+        program = PROGRAMS[name]
+        directory.mkdir(parents=True, exist_ok=True)
+        views = self._views if program.distill else None
+        config = training_config(self._bench.size, epochs=blocks, views=views, distill=program.distill)
+        config = replace(config, train=replace(config.train, compile=self._compiles))
+        signals = self._signals(program.signals, program.features) if program.distill else no_signals
+        return epochs_of(build_job(self._bench, config, directory, signals=signals))
+
+    def _make_signals(self, kind: str, features: Features) -> SignalSource:
+        if kind == "live":
+            teacher = live_teacher(self._bench, features)
+            if self._compiles:
+                teacher.model.compile()
+            return teacher
+        place = self._directory / f"cache-{features}"
+        writer = live_teacher(self._bench, features)
+        return write_cache(self._bench, place, writer, views=self._views, features=features).source("train")
+
+
+def main() -> None:
+    parser = suite_parser(__doc__, repeats=3)
+    parser.add_argument("--cases", nargs="+", choices=[*PROGRAMS, *LIMITS], default=[*PROGRAMS, *LIMITS])
+    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bench = open_bench(Size(arguments.batch_size, arguments.steps))
+    with tempfile.TemporaryDirectory() as own:
+        directory = _shared(own)
+        programs = Programs(bench, directory)
+        rates: dict[str, list[float]] = {name: [] for name in arguments.cases}
+        for number in range(arguments.rounds):
+            cases = build_cases(bench, programs, arguments.cases, directory / str(number), blocks=arguments.repeats + 2)
+            for name, measured in measure_in_turns(cases, repeats=arguments.repeats).items():
+                rates[name] += measured
+        shares = {name: _shares(case) for name, case in cases.items() if name in PROGRAMS}
+        bench.accelerator.wait_for_everyone()
+    if bench.accelerator.is_main_process:
+        print(json.dumps({"rates": rates, "shares": shares}))
+
+
+def build_cases(bench: Bench, programs: Programs, names: Sequence[str], directory: Path, *, blocks: int) -> Cases:
+    world_size = bench.accelerator.num_processes
+    return {
+        name: programs.case(name, directory / name, blocks=blocks)
+        if name in PROGRAMS
+        else limit_case(LIMITS[name], bench.device, bench.size, world_size=world_size)
+        for name in names
+    }
+
+
+def _shares(case: Callable[[], float]) -> dict[str, float]:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as profiler, record_function(BLOCK):
+        case()
+    step_ms, shares = stage_shares(profiler.events(), whole=BLOCK)
+    return {"step_ms": round(step_ms, 2), **{name: round(share, 4) for name, share in shares.items()}}
+
+
+def _shared(directory: str) -> Path:
+    """Rank 0's."""
+    names = [directory]
+    broadcast_object_list(names)
+    return Path(names[0])
+
+
+if __name__ == "__main__":
+    main()
