@@ -47,6 +47,7 @@ from kd_accel.engine.progress import Progress
 from kd_accel.engine.setup import Accelerator, start_processes
 from kd_accel.engine.state import Trainee
 from kd_accel.engine.train import train_epoch
+from kd_accel.models.folding import folded
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, build_projectors
 from kd_accel.models.student import StudentModule
@@ -191,9 +192,10 @@ def live_teacher(bench: Bench, features: Features = "projected") -> LiveTeacher:
     """Answers with logits and such features, in the precision of the bench; its recorder is open."""
     normalize, taps = Normalize(MEAN, STD).to(bench.device), {} if features == "none" else TAPS
     projectors = frozen_projectors(bench.device) if features == "projected" else {}
-    return LiveTeacher(
-        build_teacher(bench.device), normalize, taps=taps, projectors=projectors, autocast=bench.accelerator.autocast
-    )
+    model = folded(build_teacher(bench.device), taps=taps, image_size=IMAGE_SIZE)
+    assert model is not None
+    model.to(memory_format=torch.channels_last)
+    return LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=bench.accelerator.autocast)
 
 
 def write_cache(

@@ -51,6 +51,7 @@ def files_of(directory):
         ("--data.crop_padding=2", r"views.crop_padding: 4 stored, 2 wanted"),
         ("--data.image_size=24", r"views.image_size: 32 stored, 24 wanted"),
         ("--train.precision=bf16", r"numeric.precision: no stored, bf16 wanted"),
+        ("--distill.feature.taps=[layer1.0, layer2]", r"numeric.batchnorm: folded stored, apart wanted"),
         ("--train.channels_last=false", r"numeric.channels_last: True stored, False wanted"),
         ("--teacher.dtype=float32", r"teacher.dtype: logits is float16 stored, float32 wanted"),
         ("--model.arch=import:tests.own_models:wide_student", r"projectors.layer1: a PCA to 8 channels stored, a PCA to 12"),

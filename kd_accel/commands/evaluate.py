@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kd_accel.commands.data import HeldOutSplit, held_out, load_data
-from kd_accel.commands.teacher import load_teacher
+from kd_accel.commands.teacher import load_teacher, ready_teacher
 from kd_accel.config import RunConfig
 from kd_accel.engine.evaluate import evaluate
 from kd_accel.engine.setup import leave_processes, start_processes
@@ -39,9 +39,8 @@ def run_evaluation(directory: Path, *, split: HeldOutSplit) -> None:
         signals = None
         if config.teacher is not None:
             teacher = load_teacher(config.teacher, data)
-            teacher.model.to(accelerator.device)
-            teacher_input = Normalize(teacher.mean, teacher.std).to(accelerator.device)
-            signals = LiveTeacher(teacher.model, teacher_input, autocast=accelerator.autocast)
+            model, teacher_input = ready_teacher(config, teacher, accelerator, taps={})
+            signals = LiveTeacher(model, teacher_input, autocast=accelerator.autocast)
             stack.callback(signals.close)
         rows = held_out(data, config, accelerator, split=split, signals=signals)
         result = evaluate(forward, rows, accelerator=accelerator)

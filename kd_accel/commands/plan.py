@@ -156,7 +156,7 @@ def _measure(
     batches = _batches(config, data, accelerator)
     view_s = _seconds(lambda: next(batches), accelerator)
     batch = next(batches)
-    model, normalize = ready_teacher(config, teacher, accelerator)
+    model, normalize = ready_teacher(config, teacher, accelerator, taps=pairs.teacher)
     projectors = {
         tap: FeatureProjector(pairs.shapes[pairs.teacher[tap]][0], width).to(accelerator.device)
         for tap, width in pairs.projectors.pca_channels.items()

@@ -17,6 +17,7 @@ from kd_accel.config import FeatureConfig, RunConfig, TeacherConfig
 from kd_accel.data.hashing import hashed_order
 from kd_accel.engine.setup import Accelerator, on_main_process
 from kd_accel.models.files import load_run_model, load_weights
+from kd_accel.models.folding import folded
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, PcaFit, Projectors, Shape, build_projectors
 from kd_accel.models.taps import TapRecorder, probe_taps
@@ -40,6 +41,14 @@ class TeacherNetwork:
     mean: list[float]
     std: list[float]
     label_names: tuple[str, ...] | None
+    _folded: dict[tuple[str, ...], nn.Module | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def folded(self, taps: Mapping[str, str], *, image_size: int) -> nn.Module | None:
+        """With BatchNorm inside the convolutions, None where that cannot be. taps: {...: teacher's tap} that are recorded."""
+        names = tuple(sorted(taps.values()))
+        if names not in self._folded:
+            self._folded[names] = folded(self.model, taps=names, image_size=image_size)
+        return self._folded[names]
 
     def identity(self) -> dict[str, Any]:
         """What decides its answers: weights and buffers, architecture, normalisation."""
@@ -133,10 +142,13 @@ def pair_taps(config: RunConfig, network: nn.Module, teacher: nn.Module) -> TapP
     return TapPairs(pairs, shapes, projectors)
 
 
-def ready_teacher(config: RunConfig, teacher: TeacherNetwork, accelerator: Accelerator) -> tuple[nn.Module, Normalize]:
-    """(model, normalisation) on the device and in the memory layout in which it answers."""
+def ready_teacher(
+    config: RunConfig, teacher: TeacherNetwork, accelerator: Accelerator, *, taps: Mapping[str, str]
+) -> tuple[nn.Module, Normalize]:
+    """(model, normalisation) as it answers: on the device, in the memory layout of the config, BatchNorm folded."""
     layout = maps_layout(config)
-    model = teacher.model.to(accelerator.device).to(memory_format=layout)
+    own = teacher.folded(taps, image_size=config.data.image_size) or teacher.model
+    model = own.to(accelerator.device).to(memory_format=layout)
     return model, Normalize(teacher.mean, teacher.std, layout=layout).to(accelerator.device)
 
 
@@ -158,10 +170,12 @@ def live_teacher(
     return signals
 
 
-def numeric_mode(config: RunConfig) -> dict[str, Any]:
+def numeric_mode(config: RunConfig, teacher: TeacherNetwork, taps: Mapping[str, str]) -> dict[str, Any]:
     """How the teacher computes: part of a cache's identity."""
     train = config.train
-    return {"precision": train.precision, "channels_last": train.channels_last, "compile": train.compile}
+    is_folded = teacher.folded(taps, image_size=config.data.image_size) is not None
+    switches = {"precision": train.precision, "channels_last": train.channels_last, "compile": train.compile}
+    return {**switches, "batchnorm": "folded" if is_folded else "apart"}
 
 
 def fit_projectors(

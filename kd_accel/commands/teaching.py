@@ -129,7 +129,7 @@ def _from_cache(  # noqa: PLR0913  (what build_teaching has put together)
 ) -> Teaching:
     """The network answers for a few rows, to be compared with the cache, and is then let go."""
     digest, device = teacher.digest, accelerator.device
-    model, normalize = ready_teacher(config, teacher, accelerator)
+    model, normalize = ready_teacher(config, teacher, accelerator, taps=cache.taps)
     frozen = FrozenProjectors(projectors_from(read_projectors(cache.directory, cache.plan))).to(device)
     projectors = frozen.by_student_tap(cache.taps)
     live = live_teacher(config, model, normalize, accelerator, taps=cache.taps, projectors=projectors)
@@ -162,7 +162,7 @@ def _from_network(  # noqa: PLR0913  (what build_teaching has put together)
 ) -> Teaching:
     """The network answers; where there is a cache of its logits, only for the features."""
     digest = teacher.digest
-    model, normalize = ready_teacher(config, teacher, accelerator)
+    model, normalize = ready_teacher(config, teacher, accelerator, taps=pairs.teacher)
     if checkpoint is not None:
         frozen = FrozenProjectors(_saved_projectors(checkpoint), checkpoint.state["pca_explained"])
     else:

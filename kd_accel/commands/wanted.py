@@ -59,7 +59,7 @@ def ask(config: RunConfig, accelerator: Accelerator) -> Asked:
     views = num_views(config.data)
     assert views is not None, "checked by checks.problems"
     wanted = wanted_from_cache(config, data, teacher, pairs, views=views)
-    model, normalize = ready_teacher(config, teacher, accelerator)
+    model, normalize = ready_teacher(config, teacher, accelerator, taps=pairs.teacher)
     return Asked(config, directory, data, teacher, model, normalize, pairs, wanted, accelerator)
 
 
@@ -74,10 +74,11 @@ def wanted_from_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pa
         )
     feature = config.distill.feature if config.distill else None
     channels = pairs.pca_channels() if has_features else {}
+    taps = pairs.teacher if has_features else {}
     return Wanted(
         identity={
             "teacher": teacher.identity(),
-            "numeric": numeric_mode(config),
+            "numeric": numeric_mode(config, teacher, taps),
             "data": {
                 "label_names": list(data.label_names),
                 "train_size": data.train.num_rows,
@@ -87,7 +88,7 @@ def wanted_from_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pa
         },
         rows=covered_rows(data),
         views=views,
-        taps=pairs.teacher if has_features else {},
+        taps=taps,
         projected=channels,
         pca_images=feature.pca_images if feature and channels else None,
         dtype=config.teacher.dtype,
