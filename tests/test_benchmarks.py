@@ -82,6 +82,14 @@ def test_one_process_and_two(tmp_path):
 
 
 @pytest.mark.faults
+def test_the_first_step(tmp_path):
+    line = last_line(tmp_path, "benchmarks.startup", "--repeats=1", "--processes=1", "--batch_size=8")
+    medians = line["medians"]
+    assert medians.keys() == {"program", "libraries"} and min(medians.values()) > 0.5
+    assert line["notes"]["own_s"] == pytest.approx(medians["program"] - medians["libraries"])
+
+
+@pytest.mark.faults
 def test_two_processes_and_the_parts_of_a_step(tmp_path):
     flags = ["--suite=cached", "--processes=2", "--rounds=1", *SMALL]
     line = last_line(tmp_path, "benchmarks.training", *flags)

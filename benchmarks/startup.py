@@ -1,0 +1,77 @@
+"""From the launch to the end of the first step: `python -m benchmarks.startup`.
+
+    program    `accelerate launch -m kd_accel train`, a student (ResNet-18) on the digits, until its first line of metrics
+    libraries  a script that is launched alike and does the same with torch, torchvision, scikit-learn and Accelerate alone
+               (startup_bare.py): what they and the launcher cost by themselves
+
+Medians are seconds; `own` is the difference of the two. The launches take turns. Run it alone: any other load shows.
+"""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, suite_parser
+from benchmarks.startup_bare import FIRST_STEP
+
+_POLL_S = 0.005
+
+
+def main() -> None:
+    parser = suite_parser(__doc__, repeats=5, steps=1)
+    parser.add_argument("--processes", type=int, default=2, help="of each launch, with --threads threads each")
+    arguments = parser.parse_args()
+    seconds: dict[str, list[float]] = {"program": [], "libraries": []}
+    launcher, size = accelerate_launch(arguments.processes), f"{arguments.batch_size}"
+    for turn in range(arguments.repeats + 1):
+        with tempfile.TemporaryDirectory() as directory:
+            run_dir, first_step = Path(directory) / "run", Path(directory) / FIRST_STEP
+            program = [
+                "kd_accel",
+                "train",
+                "--run_dir",
+                str(run_dir),
+                "--train.batch_size",
+                size,
+                "--train.log_every_steps",
+                "1",
+            ]
+            program += ["--tracking.wandb", "disabled"]
+            cases = {
+                "program": (program, run_dir / "metrics.jsonl"),
+                "libraries": (["benchmarks.startup_bare", size, str(first_step)], first_step),
+            }
+            for name, (module, sign) in cases.items():
+                taken_s = until_written([*launcher, "-m", *module], sign, threads=arguments.threads)
+                if turn:  # the first one warms the page cache
+                    seconds[name].append(taken_s)
+    notes = {"processes": arguments.processes, "batch_size": arguments.batch_size}
+    result = Result.of_repeats("startup", seconds, notes=notes, unit="s")
+    result.notes["own_s"] = statistics.median(seconds["program"]) - statistics.median(seconds["libraries"])
+    print(f"own share {result.notes['own_s']:.2f} s")
+    finish(result)
+
+
+def until_written(command: list[str], sign: Path, *, threads: int) -> float:
+    """Seconds until the file `sign` holds something; then the launch is ended."""
+    started_at = time.perf_counter()
+    process = subprocess.Popen(command, env=cpu_threads(threads), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (sign.is_file() and sign.stat().st_size):
+            if process.poll() not in (None, 0):
+                assert process.stderr is not None
+                raise SystemExit(process.stderr.read()[-4000:])
+            time.sleep(_POLL_S)
+        return time.perf_counter() - started_at
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+
+
+if __name__ == "__main__":
+    main()
