@@ -20,6 +20,7 @@ from kd_accel.config import (
     OptimConfig,
     ReproduceConfig,
     RunConfig,
+    ScaleConfig,
     Schedule,
     TeacherConfig,
 )
@@ -35,6 +36,8 @@ def problems(config: object) -> list[str]:
         return [*_values(config), *(f"bench.{problem}" for problem in _bench(config.bench))]
     if isinstance(config, BenchConfig):
         return [*_values(config), *_bench(config)]
+    if isinstance(config, ScaleConfig):
+        return [*_values(config), *_scale(config)]
     assert isinstance(config, RunConfig)
     checks = (_values, _name, _data, _model, _teacher, _distill, _optim, _train, _checkpoint)
     return [problem for check in checks for problem in check(config)]
@@ -61,6 +64,15 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(name, part)
     else:
         yield name, value
+
+
+def _scale(scale: ScaleConfig) -> Iterator[str]:
+    for name, value in vars(scale).items():
+        for number in value if isinstance(value, list) else [value]:
+            if not number > 0:
+                yield f"{name}: {number} must be above 0"
+    if not scale.processes:
+        yield "processes: [] must list at least one number"
 
 
 def _bench(bench: BenchConfig) -> Iterator[str]:

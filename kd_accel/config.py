@@ -357,6 +357,35 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
+class ScaleConfig:
+    """`plan --scale`: what is to be reckoned for other machines and more data than stand here; nothing is measured or loaded.
+
+    Args:
+        rows: training rows.
+        num_classes: classes.
+        processes: sizes of the launch, one GPU each.
+        processes_per_node: of these, on one machine.
+        student_images_per_s: forward, backward and step of the student on one GPU, nothing else holding it up.
+        teacher_images_per_s: forward of the teacher on one GPU.
+        decoded_images_per_s: views that the CPU cores of a node can make.
+        disk_gb_per_s: reading of a node, 1e9 bytes.
+        copy_gb_per_s: from host to device, each GPU.
+        network_gb_per_s: each node to the others, one way.
+    """
+
+    rows: int
+    num_classes: int
+    student_images_per_s: float
+    teacher_images_per_s: float
+    decoded_images_per_s: float
+    disk_gb_per_s: float
+    copy_gb_per_s: float
+    network_gb_per_s: float
+    processes: list[int] = field(default_factory=lambda: [8, 64])
+    processes_per_node: int = 8
+
+
+@dataclass(frozen=True)
 class ReproduceConfig:
     """A chain of trainings, each its own `accelerate launch`, then bench and report. Paths from the working directory.
 

@@ -104,8 +104,8 @@ def run_plan(config: RunConfig, *, as_json: bool) -> None:
     directory = _existing(Path(config.teacher.cache_dir or config.directory))
     measured = _measure(config, data, network, teacher, pairs, accelerator, directory)
     dtype = config.teacher.dtype or "float16"
-    kinds = _row_bytes(data, pairs, dtype)
-    chosen = LOGITS if config.teacher.signals == "logits_cached" or not pairs.teacher else _chosen_kind(pairs)
+    kinds = row_bytes(len(data.label_names), pairs, dtype)
+    chosen = kind_of(config, pairs)
     views = config.data.views or config.train.epochs
     epochs = math.ceil(total_steps(config, _steps(config, data)) / _steps(config, data))
     job = Job(len(data.rows.train), views, epochs, accelerator.num_processes, kinds[chosen])
@@ -246,9 +246,9 @@ def _existing(directory: Path) -> Path:
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
 
 
-def _row_bytes(data: Data, pairs: TapPairs, dtype: StorageType) -> dict[str, int]:
+def row_bytes(num_classes: int, pairs: TapPairs, dtype: StorageType) -> dict[str, int]:
     """Bytes of one row and view by what is kept: logits alone, with raw features, with projected ones."""
-    logits = TensorSpec((len(data.label_names),), stored_type(dtype, is_logits=True)).row_bytes
+    logits = TensorSpec((num_classes,), stored_type(dtype, is_logits=True)).row_bytes
     sizes = {LOGITS: logits}
     if not pairs.teacher:
         return sizes
@@ -261,7 +261,10 @@ def _row_bytes(data: Data, pairs: TapPairs, dtype: StorageType) -> dict[str, int
     return sizes
 
 
-def _chosen_kind(pairs: TapPairs) -> str:
+def kind_of(config: RunConfig, pairs: TapPairs) -> str:
+    """Which of these a cache of this config keeps."""
+    if (config.teacher is not None and config.teacher.signals == "logits_cached") or not pairs.teacher:
+        return LOGITS
     return "logits and projected features" if pairs.projectors.pca_channels else "logits and raw features"
 
 
