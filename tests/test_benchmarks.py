@@ -82,6 +82,16 @@ def test_one_process_and_two(tmp_path):
 
 
 @pytest.mark.faults
+def test_how_cost_grows(tmp_path):
+    flags = ["--repeats=1", "--batch_size=32", "--steps=1", "--cases", "base", "views_2", "classes_100", "taps_1"]
+    line = last_line(tmp_path, "benchmarks.growth", *flags)
+    bytes_of = {name: figures["row_bytes"] for name, figures in line["notes"].items()}
+    assert bytes_of == {"base": 15_380, "views_2": 15_380, "classes_100": 15_380 + 180, "taps_1": 20 + 1024}
+    assert line["medians"].keys() == {f"{name}/{what}" for name in bytes_of for what in ("build_us", "train_us")}
+    assert min(line["medians"].values()) > 0 and all(figures["train_mib"] > 100 for figures in line["notes"].values())
+
+
+@pytest.mark.faults
 def test_the_first_step(tmp_path):
     line = last_line(tmp_path, "benchmarks.startup", "--repeats=1", "--processes=1", "--batch_size=8")
     medians = line["medians"]
