@@ -81,6 +81,14 @@ def test_one_process_and_two(tmp_path):
     assert line["medians"].keys() == {"one", "two"} and line["ratios"].keys() == {"two_processes/one"}
 
 
+@pytest.mark.slow
+def test_peers_without_an_environment_for_the_other_library(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    line = last_line(tmp_path, "benchmarks.peers", f"--environment={tmp_path / 'file'}", "--rounds=1", *SMALL)
+    assert line["medians"].keys() == {"live", "live_up", "cached", "common_loop"}
+    assert line["ratios"].keys() == {"cached/common_loop"} and line["notes"]["torchdistill"] is None
+
+
 @pytest.mark.faults
 def test_how_cost_grows(tmp_path):
     flags = ["--repeats=1", "--batch_size=32", "--steps=1", "--cases", "base", "views_2", "classes_100", "taps_1"]

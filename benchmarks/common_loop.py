@@ -1,0 +1,104 @@
+"""The distillation loop that most people write: torchvision's transforms for each picture, a DataLoader, hooks, `for x, y in`.
+
+Nothing of this program's own, and nothing tuned: contiguous layout, the optimizer as torch has it, and the loss read in each
+step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import resnet18, resnet50
+from torchvision.transforms import v2
+
+from benchmarks.bare import ALPHA, FEATURE_WEIGHT, TEMPERATURE
+from benchmarks.jobs import CLASSES, IMAGE_SIZE, MEAN, OPTIM, STD, STUDENT, TEACHER, Bench
+
+STAGES = list(STUDENT)
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Pictures that lie in memory, transformed one by one."""
+
+    def __init__(self, pictures: list[Image.Image], labels: list[int]) -> None:
+        self._pictures, self._labels = pictures, labels
+        self._transform = v2.Compose(
+            [
+                v2.RandomCrop(IMAGE_SIZE, padding=4),
+                v2.RandomHorizontalFlip(),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self._pictures[index]), self._labels[index]
+
+
+def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
+    """Each call is an epoch of hybrid distillation from a live teacher. Returns the number of images."""
+    torch.manual_seed(0)
+    device = bench.device
+    student = resnet18(num_classes=CLASSES).to(device)
+    teacher = resnet50(num_classes=CLASSES, zero_init_residual=True).to(device).eval()
+    projectors = nn.ModuleDict({stage: nn.Conv2d(STUDENT[stage][0], TEACHER[stage][0], 1) for stage in STAGES}).to(device)
+    parameters = [*student.parameters(), *projectors.parameters()]
+    optimizer = torch.optim.SGD(
+        parameters, lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay
+    )
+    kept, targets = _keep(student), _keep(teacher)
+    pixels = bench.images.pixels(bench.rows)
+    pictures = Pictures([Image.fromarray(image) for image in pixels], bench.images.labels[bench.rows].tolist())
+    loader = DataLoader(pictures, batch_size=bench.size.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+
+    def block() -> float:
+        student.train()
+        images_seen, running = 0, 0.0
+        for batch, targets_of_batch in loader:
+            images, labels = batch.to(device), targets_of_batch.to(device)
+            with torch.no_grad():
+                teacher_logits = teacher(images)
+            logits = student(images)
+            soft = functional.kl_div(
+                functional.log_softmax(logits / TEMPERATURE, dim=1),
+                functional.softmax(teacher_logits / TEMPERATURE, dim=1),
+                reduction="batchmean",
+            )
+            loss = ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * functional.cross_entropy(logits, labels)
+            for stage in STAGES:
+                loss = loss + FEATURE_WEIGHT * functional.mse_loss(projectors[stage](kept[stage]), targets[stage])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            running += loss.item()
+            images_seen += len(images)
+        assert math.isfinite(running)
+        return images_seen
+
+    return block
+
+
+def _keep(model: nn.Module) -> dict[str, Tensor]:
+    """{stage: what it gave in the latest forward}."""
+    kept: dict[str, Tensor] = {}
+
+    def keeper(stage: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            kept[stage] = output
+
+        return keep
+
+    for stage in STAGES:
+        getattr(model, stage).register_forward_hook(keeper(stage))
+    return kept
