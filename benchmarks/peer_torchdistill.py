@@ -1,9 +1,9 @@
 """Hybrid distillation by torchdistill, block by block: started by `benchmarks.peers` with torchdistill's own interpreter.
 
 Driven as its documentation has it (https://yoshitomo-matsubara.net/torchdistill/, version 1.1.5): a DistillationBox from a
-config, forward hooks on both models, an auxiliary wrapper that gives the student a 1x1 convolution at each stage, KDLoss and MSELoss as
-terms of a WeightedSumLoss, a DataLoader over PIL images with torchvision's transforms, and the loop of its examples: forward
-process, post-forward process, and a logger that is told the loss after each step.
+config, forward hooks on both models, an auxiliary wrapper that gives the student a 1x1 convolution at each stage, KDLoss and
+MSELoss as terms of a WeightedSumLoss, a DataLoader over PIL images with torchvision's transforms, and the loop of its examples:
+forward process, post-forward process, and a logger that is told the loss after each step.
 
 Each line on stdin asks for an epoch; the answer is a line of JSON {"images", "seconds"}. The first line out says how it works.
 Nothing of this project is imported: it does not exist in that environment.

@@ -7,9 +7,8 @@ Hybrid distillation of ResNet-18 by ResNet-50 (random 32x32 pictures, crop and f
     common_loop         the loop that most people write (common_loop.py)
 
 Same images in number and size, threads and batch; the notes say layout, optimizer and workers of each. The cases take turns,
-and the
-other interpreter waits while it is not asked. Its environment is made at the first run (some minutes, some GB) and kept; where
-that fails, its ratios are left out, and a line says so. Run it alone: any other load shows.
+and the other interpreter waits while it is not asked. Its environment is made at the first run (some minutes, some GB) and
+kept; where that fails, its ratios are left out, and a line says so. Run it alone: any other load shows.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ def peer_python(environment: Path) -> Path | None:
         if not python.exists():
             venv.create(environment, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True, stderr=subprocess.DEVNULL)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         print(f"{PEER} is left out: its environment cannot be made ({error})", file=sys.stderr)
         return None
     return python.absolute()
