@@ -51,6 +51,7 @@ from kd_accel.models.folding import folded
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, build_projectors
 from kd_accel.models.student import StudentModule
+from kd_accel.models.taps import compile_tapped
 from kd_accel.models.zoo import build_model
 from kd_accel.teacher.cached import OpenCache, Wanted, open_cache
 from kd_accel.teacher.live import LiveTeacher
@@ -141,7 +142,7 @@ def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: Sign
     module = _student_module(config).to(bench.device).to(memory_format=weights_layout(config, bench.device))
     module.open_taps()
     if config.train.compile:
-        module.student.compile()
+        compile_tapped(module.student)
     module, optimizer = bench.accelerator.prepare(module, build_optimizer(module.parameters(), config.optim))
     loader = _loader(bench, config)
     course = build_course(config, steps_per_epoch=loader.steps_per_epoch)

@@ -37,6 +37,7 @@ from benchmarks.jobs import (
 )
 from kd_accel.config import DistillConfig
 from kd_accel.engine.profile import stage_shares
+from kd_accel.models.taps import compile_tapped
 from kd_accel.types import SignalSource, no_signals
 
 CACHED_VIEWS = 4
@@ -91,7 +92,7 @@ class Programs:
         if kind == "live":
             teacher = live_teacher(self._bench, features)
             if self._compiles:
-                teacher.model.compile()
+                compile_tapped(teacher.model)
             return teacher
         place = self._directory / f"cache-{features}"
         writer = live_teacher(self._bench, features)

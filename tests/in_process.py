@@ -4,8 +4,6 @@ import contextlib
 import io
 import os
 
-import torch
-import torch._dynamo
 from accelerate.state import AcceleratorState
 
 from kd_accel.cli import main
@@ -15,7 +13,6 @@ from tests.launching import SMALL, environment
 def say(*argv, code=0):
     """What the command printed, on both streams; it must end with `code`."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    torch._dynamo.reset()  # compiled code of another run knows nothing of this one's taps
     out, before = io.StringIO(), dict(os.environ)
     os.environ.update(environment())
     try:

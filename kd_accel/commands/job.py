@@ -26,6 +26,7 @@ from kd_accel.engine.progress import Progress
 from kd_accel.engine.setup import Accelerator, on_main_process
 from kd_accel.engine.state import Trainee, restore
 from kd_accel.models.student import StudentModule
+from kd_accel.models.taps import compile_tapped
 from kd_accel.report.tracking import WandbTracking
 from kd_accel.types import SignalSource, UserError, no_signals
 
@@ -132,7 +133,7 @@ def _build_trainee(start: Prepared) -> tuple[Trainee, list[str]]:
     if average is not None:
         average.to(accelerator.device)
     if config.train.compile:
-        module.student.compile()
+        compile_tapped(module.student)
     module.to(accelerator.device).to(memory_format=weights_layout(config, accelerator.device))
     optimizer = build_optimizer(module.parameters(), config.optim)
     wrapped, optimizer = accelerator.prepare(module, optimizer)

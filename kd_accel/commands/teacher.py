@@ -20,7 +20,7 @@ from kd_accel.models.files import load_run_model, load_weights
 from kd_accel.models.folding import folded
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, PcaFit, Projectors, Shape, build_projectors
-from kd_accel.models.taps import TapRecorder, probe_taps
+from kd_accel.models.taps import TapRecorder, compile_tapped, probe_taps
 from kd_accel.models.zoo import build_model
 from kd_accel.teacher.identity import settings_digest, tensors_digest
 from kd_accel.teacher.live import LiveTeacher
@@ -166,7 +166,7 @@ def live_teacher(
     dtype = config.teacher.dtype if config.teacher.signals == "live" else None
     signals = LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=accelerator.autocast, rounding=dtype)
     if config.train.compile:
-        model.compile()
+        compile_tapped(model)
     return signals
 
 

@@ -60,6 +60,18 @@ class TapRecorder:
         return record
 
 
+def compile_tapped(model: nn.Module) -> None:
+    """`model.compile()` for a model whose recorder is open.
+
+    torch takes it for granted that hooks do not change, and runs what it compiled for one model for another of the same class,
+    whose hooks would be passed over; this makes it look.
+    """
+    from torch._dynamo import config  # heavy, and not needed otherwise
+
+    config.skip_nnmodule_hook_guards = False
+    model.compile()
+
+
 @dataclass(frozen=True)
 class _Seen:
     """An output as its module gave it; torch counts in `_version` how often a tensor has been written to."""
