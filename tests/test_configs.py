@@ -8,7 +8,7 @@ from kd_accel.config import ReproduceConfig, RunConfig, Schedule
 from kd_accel.parse import load_config_file
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem != "reproduce")
+RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in ("reproduce", "nodes"))
 CHAINS = sorted(CONFIGS.glob("*/reproduce.yaml"))
 
 
