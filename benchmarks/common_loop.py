@@ -11,39 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.models import resnet18, resnet50
-from torchvision.transforms import v2
 
 from benchmarks.bare import ALPHA, FEATURE_WEIGHT, TEMPERATURE
-from benchmarks.jobs import CLASSES, IMAGE_SIZE, MEAN, OPTIM, STD, STUDENT, TEACHER, Bench
+from benchmarks.jobs import CLASSES, OPTIM, STUDENT, TEACHER, Bench
+from benchmarks.pictures import Pictures
 
 STAGES = list(STUDENT)
-
-
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures that lie in memory, transformed one by one."""
-
-    def __init__(self, pictures: list[Image.Image], labels: list[int]) -> None:
-        self._pictures, self._labels = pictures, labels
-        self._transform = v2.Compose(
-            [
-                v2.RandomCrop(IMAGE_SIZE, padding=4),
-                v2.RandomHorizontalFlip(),
-                v2.ToImage(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(MEAN, STD),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(self._pictures[index]), self._labels[index]
 
 
 def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
@@ -58,9 +35,7 @@ def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
         parameters, lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay
     )
     kept, targets = _keep(student), _keep(teacher)
-    pixels = bench.images.pixels(bench.rows)
-    pictures = Pictures([Image.fromarray(image) for image in pixels], bench.images.labels[bench.rows].tolist())
-    loader = DataLoader(pictures, batch_size=bench.size.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    loader = DataLoader(Pictures(bench), batch_size=bench.size.batch_size, shuffle=True, drop_last=True, num_workers=workers)
 
     def block() -> float:
         student.train()

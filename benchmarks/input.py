@@ -18,15 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset as HuggingFaceDataset
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
 
 from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
-from benchmarks.jobs import IMAGE_SIZE, MEAN, STD, VIEWS, Bench, Size, build_job, epochs_of, open_bench, training_config
+from benchmarks.jobs import MEAN, STD, VIEWS, Bench, Size, build_job, epochs_of, open_bench, training_config
+from benchmarks.pictures import Pictures, pictures_of, transform
 from kd_accel.data.loader import TrainLoader
 from kd_accel.models.preprocess import Normalize
 
@@ -48,12 +46,11 @@ def main() -> None:
 
 def cases(bench: Bench, directory: Path, repeats: int) -> dict[str, Callable[[], float]]:
     pixels = bench.images.pixels(bench.rows)
-    pictures, labels = [Image.fromarray(image) for image in pixels], bench.images.labels[bench.rows].tolist()
     config = training_config(bench.size, epochs=repeats + 1)
     return {
         "loader": _loader(bench),
-        "v2": _data_loader(bench, _Pictures(pictures, labels)),
-        "with_transform": _data_loader(bench, _hugging_face(pictures, labels)),
+        "v2": _v2(bench),
+        "with_transform": _with_transform(bench),
         "gather": _gather(bench, torch.from_numpy(pixels).permute(0, 3, 1, 2)),
         "student": epochs_of(build_job(bench, config, directory)),
     }
@@ -86,42 +83,21 @@ def _gather(bench: Bench, stored: torch.Tensor) -> Callable[[], float]:
     return block
 
 
-def _data_loader(bench: Bench, dataset: Any) -> Callable[[], float]:
-    loader = DataLoader(dataset, batch_size=bench.size.batch_size, shuffle=True, drop_last=True)
-    return lambda: float(sum(len(batch["labels"]) for batch in loader))
+def _v2(bench: Bench) -> Callable[[], float]:
+    loader = DataLoader(Pictures(bench), batch_size=bench.size.batch_size, shuffle=True, drop_last=True)
+    return lambda: float(sum(len(labels) for _, labels in loader))
 
 
-def _transform() -> v2.Compose:
-    return v2.Compose(
-        [
-            v2.RandomCrop(IMAGE_SIZE, padding=4),
-            v2.RandomHorizontalFlip(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
-
-
-class _Pictures(Dataset):
-    def __init__(self, pictures: list[Image.Image], labels: list[int]) -> None:
-        self._pictures, self._labels, self._transform = pictures, labels, _transform()
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"images": self._transform(self._pictures[index]), "labels": self._labels[index]}
-
-
-def _hugging_face(pictures: list[Image.Image], labels: list[int]) -> HuggingFaceDataset:
-    transform = _transform()
+def _with_transform(bench: Bench) -> Callable[[], float]:
+    own = transform()
+    pictures, labels = pictures_of(bench)
 
     def transformed(examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {"images": [transform(image.convert("RGB")) for image in examples["image"]], "labels": examples["label"]}
+        return {"images": [own(image.convert("RGB")) for image in examples["image"]], "labels": examples["label"]}
 
-    assert np.asarray(pictures[0]).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
-    return HuggingFaceDataset.from_dict({"image": pictures, "label": labels}).with_transform(transformed)
+    dataset: Any = HuggingFaceDataset.from_dict({"image": pictures, "label": labels}).with_transform(transformed)
+    loader = DataLoader(dataset, batch_size=bench.size.batch_size, shuffle=True, drop_last=True)
+    return lambda: float(sum(len(batch["labels"]) for batch in loader))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""Images as most trainings have them: PIL pictures, torchvision's transforms for each of them, one item after the other."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from benchmarks.jobs import IMAGE_SIZE, MEAN, STD, Bench
+
+
+def transform() -> v2.Compose:
+    """Crop and flip, to normalised float."""
+    return v2.Compose(
+        [
+            v2.RandomCrop(IMAGE_SIZE, padding=4),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def pictures_of(bench: Bench) -> tuple[list[Image.Image], list[int]]:
+    return [Image.fromarray(image) for image in bench.images.pixels(bench.rows)], bench.images.labels[bench.rows].tolist()
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """They lie in memory and are transformed when they are asked for."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._pictures, self._labels = pictures_of(bench)
+        self._transform = transform()
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self._pictures[index]), self._labels[index]
