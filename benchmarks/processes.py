@@ -3,6 +3,7 @@
 The same plain training of ResNet-18 (digits, global batch 128, float32) through `accelerate launch` as a user starts it:
     one    one process with `--devices` threads
     two    `--devices` processes of one thread each, gradients exchanged over gloo
+    bare_one, bare_two    the same split of the loop of bare.py with torch's DistributedDataParallel: what two can be worth
 On a machine with GPUs `one` has one GPU and `two` two of them, over NCCL.
 
 Rates are those that the trainings write themselves, line by line, without the first one, in which things warm up. The
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, suite_parser
+from benchmarks.training import run_cases
 
 
 def main() -> None:
@@ -30,9 +32,14 @@ def main() -> None:
                 flags = ["--train.batch_size", str(arguments.batch_size), "--train.max_steps", str(arguments.steps)]
                 run_dir = Path(directory) / f"{name}-{number}"
                 rates[name] += launched_rates(run_dir, flags, processes=processes, threads=arguments.devices // processes)
+        for name, processes in (("bare_one", 1), ("bare_two", arguments.devices)):
+            threads = arguments.devices // processes
+            numbers = {"batch_size": arguments.batch_size, "steps": 8, "repeats": 3, "rounds": arguments.repeats}
+            rates[name] = run_cases(["bare"], processes, threads=threads, **numbers)["rates"]["bare"]
     notes = {"batch_size": arguments.batch_size, "steps": arguments.steps, "devices": arguments.devices}
     result = Result.of_repeats("processes", rates, notes=notes)
     result.ratios["two_processes/one"] = result.medians["two"] / result.medians["one"]
+    result.add_ratio("bare_two", "bare_one")
     finish(result)
 
 

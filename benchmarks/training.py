@@ -19,10 +19,10 @@ a step takes, from one more block under torch.profiler. Run it alone: on two cor
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, suite_parser
@@ -44,6 +44,7 @@ RATIOS = {
         ("live_hybrid_teacher_to_student", "live_hybrid"),
     ],
 }
+NUMBERS = ("batch_size", "steps", "threads", "repeats", "rounds")
 PROCESSES = {"quick": [1], "cached": [1], "all": [1, 2]}
 
 
@@ -53,12 +54,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
     parser.add_argument("--processes", type=int, nargs="+", help="as many, one after the other; default: as the suite has them")
     arguments = parser.parse_args()
+    cases = list(dict.fromkeys(case for ratio in RATIOS[arguments.suite] for case in ratio))
     rates: dict[str, list[float]] = {}
     shares: dict[str, dict[str, float]] = {}
     ratios = []
     for processes in arguments.processes or PROCESSES[arguments.suite]:
         suffix = f"@{processes}" if processes > 1 else ""
-        found = run_cases(arguments, processes)
+        found = run_cases(cases, processes, **{name: getattr(arguments, name) for name in NUMBERS})
         rates |= {name + suffix: measured for name, measured in found["rates"].items()}
         shares |= {name + suffix: share for name, share in found["shares"].items()}
         ratios += [(numerator + suffix, denominator + suffix) for numerator, denominator in RATIOS[arguments.suite]]
@@ -76,19 +78,15 @@ def main() -> None:
     finish(result)
 
 
-def run_cases(arguments: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """{"rates": images per second by case, "shares": parts of a step by case}, from a launch of its own."""
-    numbers = ("batch_size", "steps", "threads", "repeats", "rounds")
-    flags = [f"--{name}={getattr(arguments, name)}" for name in numbers]
-    cases = list(dict.fromkeys(case for ratio in RATIOS[arguments.suite] for case in ratio))
+def run_cases(cases: Sequence[str], processes: int, *, threads: int, **numbers: int) -> dict[str, Any]:
+    """{"rates": images per second by case, "shares": parts of a step by case}, from a launch of its own.
+
+    threads: of each process. numbers: batch_size, steps, repeats, rounds.
+    """
+    flags = [f"--{name}={number}" for name, number in {"threads": threads, **numbers}.items()]
     launcher = [sys.executable] if processes == 1 else accelerate_launch(processes)
-    done = subprocess.run(
-        [*launcher, "-m", "benchmarks.training_case", *flags, "--cases", *cases],
-        env=cpu_threads(arguments.threads),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [*launcher, "-m", "benchmarks.training_case", *flags, "--cases", *cases]
+    done = subprocess.run(command, env=cpu_threads(threads), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
     return json.loads(done.stdout.splitlines()[-1])

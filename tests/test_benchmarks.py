@@ -78,7 +78,8 @@ def test_the_gpu_suite_in_small(tmp_path):
 @pytest.mark.faults
 def test_one_process_and_two(tmp_path):
     line = last_line(tmp_path, "benchmarks.processes", "--repeats=1", "--batch_size=8", "--steps=8")
-    assert line["medians"].keys() == {"one", "two"} and line["ratios"].keys() == {"two_processes/one"}
+    assert line["medians"].keys() == {"one", "two", "bare_one", "bare_two"}
+    assert line["ratios"].keys() == {"two_processes/one", "bare_two/bare_one"}
 
 
 @pytest.mark.slow
