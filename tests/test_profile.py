@@ -57,3 +57,11 @@ def test_a_training_shorter_than_asked_for(tmp_path):
 def test_a_mark_does_nothing_while_nothing_is_recorded():
     with stage("loss") as mark:
         assert mark is None
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_training(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "profile").write_text("in the way")
+    said = train(tmp_path / "run", "--train.max_steps=12", "--profile=3")
+    assert "profile: " in said and "in the way" not in said and "ms a step" in said
+    assert (tmp_path / "run" / "summary.json").exists()

@@ -12,11 +12,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from kd_accel.disk import refused_by_disk
 from kd_accel.stages import PREFIX, Stage
 
 WARM_UP_STEPS = 5
 """Steps before those that are recorded; the profiler itself is warm in the last of them."""
-
 
 _SILENT = "99"
 """Kineto reports a machine without a GPU as an error."""
@@ -29,7 +29,7 @@ class StepProfiler:
     """
 
     def __init__(self, directory: Path, *, steps: int | None, rank: int, say: Callable[[str], None]) -> None:
-        self._directory, self._steps, self._rank, self._say = directory, steps, rank, say
+        self._directory, self._rank, self._say = directory, rank, say
         self._profiler: Any = None
         self._is_written = False
         if steps is not None:
@@ -52,9 +52,12 @@ class StepProfiler:
 
     def _write(self, profiler: profile) -> None:
         self._is_written = True
-        self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"rank-{self._rank}.json"
-        profiler.export_chrome_trace(str(path))
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+        except OSError as error:  # no reason to end a training
+            self._say(f"profile: {refused_by_disk(error)}")
         step_ms, shares = stage_shares(profiler.events())
         told = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
         self._say(f"profile: {step_ms:.1f} ms a step: {told} ({path})")
