@@ -1,14 +1,15 @@
 """Every config that ships loads, keeps the rules, and its models can be built."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kd_accel.config import ReproduceConfig, RunConfig, Schedule
-from kd_accel.parse import load_config_file
+from kd_accel.parse import build_parser, load_config_file, parse_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in ("reproduce", "nodes"))
+RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in ("reproduce", "nodes", "by_resnet50"))
 CHAINS = sorted(CONFIGS.glob("*/reproduce.yaml"))
 
 
@@ -25,6 +26,17 @@ def test_a_run_config_loads_and_its_model_is_built(path):
     if config.model.stem == "cifar":
         expected += 64 * 3 * (3 * 3 - 7 * 7)
     assert parameters == expected
+
+
+def test_the_teacher_of_a_short_run_can_be_the_resnet50_from_scratch():
+    teacher = load_config_file(RunConfig, CONFIGS / "cifar10/teacher_scratch.yaml")
+    parser = build_parser(RunConfig, prog="kd-accel train", description="")
+    for path in (CONFIGS / "cifar10_short").glob("hybrid*.yaml"):
+        alone = load_config_file(RunConfig, path)
+        files = [f"--config={path}", f"--config={CONFIGS / 'cifar10_short/by_resnet50.yaml'}"]
+        both, _ = parse_config(RunConfig, files, parser=parser)
+        assert both.teacher.run == str(teacher.directory) and both.teacher.cache_dir != alone.teacher.cache_dir
+        assert replace(both, teacher=alone.teacher) == alone
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.parent.name)
