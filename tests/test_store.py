@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from kd_accel.engine.cache_pass import blocks_of
+from kd_accel.engine.cache_pass import balanced_share, blocks_of
 from kd_accel.teacher.store.codec import RELATIVE_ERROR, decode, encode, rounded
 from kd_accel.teacher.store.layout import Plan, TensorSpec, plan_from_json, plan_to_json, rows_in_a_shard
 from kd_accel.teacher.store.reader import Reader
@@ -248,6 +248,17 @@ def test_names_and_cuts_follow_from_the_plan():
     assert len(blocks) == 2 * 4 + 2
     odd = replace(plan, tensors={**plan.tensors, "../a b": plan.tensors["layer1"]})
     assert odd.shards("train", 0, "../a b")[0].name == "train/view-0000/..%2Fa%20b-00000-of-00004.safetensors"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_a_build_is_cut_into_shares_of_about_as_many_rows(world_size):
+    """A full file and a short one in each view: dealt out in turns, two processes would get 517 and 135 rows."""
+    blocks = blocks_of(plan_of(rows=40, views=16, rows_per_shard=32).all_shards())
+    shares = [balanced_share(blocks, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(block.place for share in shares for block in share) == sorted(block.place for block in blocks)
+    rows = [sum(block.place[3] for block in share) for share in shares]
+    assert max(rows) - min(rows) <= 32
+    assert all([blocks.index(block) for block in share] == sorted(map(blocks.index, share)) for share in shares)
 
 
 def test_shards_are_whole_batches_of_about_the_size_asked_for():

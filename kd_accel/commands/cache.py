@@ -22,7 +22,7 @@ from kd_accel.commands.wanted import Asked, ask, cache_directory
 from kd_accel.config import RunConfig
 from kd_accel.data.loader import load_batches
 from kd_accel.disk import readable_size, remove_leftovers
-from kd_accel.engine.cache_pass import Block, blocks_of, run_pass
+from kd_accel.engine.cache_pass import Block, balanced_share, blocks_of, run_pass
 from kd_accel.engine.progress import RowProgress
 from kd_accel.engine.setup import (
     Accelerator,
@@ -105,7 +105,7 @@ def _write(
     """Let the teacher answer for the blocks of this process; returns the checksums of all."""
     accelerator = asked.accelerator
     blocks = blocks_of(missing)
-    own = blocks[accelerator.process_index :: accelerator.num_processes]
+    own = balanced_share(blocks, rank=accelerator.process_index, world_size=accelerator.num_processes)
     taps = {name: name for name in plan.tensors if name != LOGITS and any(shard.tensor == name for shard in missing)}
     projectors = {tap: module for tap, module in frozen.modules.items() if tap in taps}
     live = live_teacher(asked.config, asked.model, asked.normalize, accelerator, taps=taps, projectors=projectors)

@@ -45,6 +45,21 @@ def blocks_of(shards: Iterable[Shard]) -> list[Block]:
     return [Block(tuple(group)) for group in together.values()]
 
 
+def balanced_share(blocks: Sequence[Block], *, rank: int, world_size: int) -> list[Block]:
+    """Those of one process, in their order, so that all have about as many rows: the largest go first, each to whom has least.
+
+    A view is often one full file and a short one; dealt out in turns, one process would get all the full ones.
+    """
+    loads = [0] * world_size
+    own = []
+    for index in sorted(range(len(blocks)), key=lambda index: -blocks[index].place[3]):
+        taker = loads.index(min(loads))
+        loads[taker] += blocks[index].place[3]
+        if taker == rank:
+            own.append(index)
+    return [blocks[index] for index in sorted(own)]
+
+
 def run_pass(
     blocks: Sequence[Block],
     *,
