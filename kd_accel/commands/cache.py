@@ -84,9 +84,8 @@ def _lock(directory: Path, accelerator: Accelerator, stack: ExitStack) -> None:
 def checked(asked: Asked, plan: Plan, manifest: Mapping[str, str]) -> tuple[dict[str, str], list[Shard]]:
     """({file that is whole: its checksum}, files that are not), every byte read, each process a share of the files."""
     shards = list(plan.all_shards())
-    rank, processes = asked.accelerator.process_index, asked.accelerator.num_processes
     own: list[tuple[int, str | None]] = []
-    for index in range(rank, len(shards), processes):
+    for index in _own_share([shard.rows * plan.tensors[shard.tensor].row_bytes for shard in shards], asked.accelerator):
         shard = shards[index]
         is_whole = damage(asked.directory, plan, shard, checksum=manifest.get(shard.name)) is None
         own.append((index, stored_checksum(asked.directory, plan, shard) if is_whole else None))
@@ -105,14 +104,14 @@ def _write(
     """Let the teacher answer for the blocks of this process; returns the checksums of all."""
     accelerator = asked.accelerator
     blocks = blocks_of(missing)
-    own = balanced_share(blocks, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    own = [blocks[index] for index in _own_share([block.rows for block in blocks], accelerator)]
     taps = {name: name for name in plan.tensors if name != LOGITS and any(shard.tensor == name for shard in missing)}
     projectors = {tap: module for tap, module in frozen.modules.items() if tap in taps}
     live = live_teacher(asked.config, asked.model, asked.normalize, accelerator, taps=taps, projectors=projectors)
     try:
         _announce(asked, plan, blocks, missing, live, rows)
         progress = RowProgress(
-            str(asked.directory), total_rows=sum(block.place[3] for block in own), is_main=accelerator.is_main_process
+            str(asked.directory), total_rows=sum(block.rows for block in own), is_main=accelerator.is_main_process
         )
         started_at = time.perf_counter()
         checksums = run_pass(
@@ -129,10 +128,14 @@ def _write(
     finally:
         live.close()
     written = dict(gathered(list(checksums.items())))
-    total = sum(block.place[3] for block in blocks)
+    total = sum(block.rows for block in blocks)
     elapsed_s = time.perf_counter() - started_at
     accelerator.print(f"{asked.directory}: {total} rows in {elapsed_s:.0f} s ({total / elapsed_s:.0f} rows/s)")
     return written
+
+
+def _own_share(sizes: Sequence[int], accelerator: Accelerator) -> list[int]:
+    return balanced_share(sizes, rank=accelerator.process_index, world_size=accelerator.num_processes)
 
 
 def _batches(asked: Asked, split: Split, shares: Sequence[tuple[np.ndarray, int]]) -> Iterator[Batch]:
@@ -163,7 +166,7 @@ def _announce(
         live(batch).logits.cpu()  # type: ignore[union-attr]
         ends.append(time.perf_counter())
     seconds = (ends[-1] - ends[0]) / _TIMED_BATCHES  # the first one warms up
-    total = sum(block.place[3] for block in blocks)
+    total = sum(block.rows for block in blocks)
     needed = sum(shard.rows * plan.tensors[shard.tensor].row_bytes for shard in missing)
     estimate_s = seconds / max(1, len(sample)) * total / accelerator.num_processes
     accelerator.print(

@@ -36,6 +36,10 @@ class Block:
         shard = self.shards[0]
         return shard.split, shard.view, shard.first, shard.rows
 
+    @property
+    def rows(self) -> int:
+        return self.shards[0].rows
+
 
 def blocks_of(shards: Iterable[Shard]) -> list[Block]:
     """Missing files, those of the same rows together: the teacher answers once for all of them."""
@@ -45,19 +49,19 @@ def blocks_of(shards: Iterable[Shard]) -> list[Block]:
     return [Block(tuple(group)) for group in together.values()]
 
 
-def balanced_share(blocks: Sequence[Block], *, rank: int, world_size: int) -> list[Block]:
-    """Those of one process, in their order, so that all have about as many rows: the largest go first, each to whom has least.
+def balanced_share(sizes: Sequence[int], *, rank: int, world_size: int) -> list[int]:
+    """Which of the pieces of work a process takes, ascending, so that all have about as much: the largest go first.
 
-    A view is often one full file and a short one; dealt out in turns, one process would get all the full ones.
+    A view is often one full file and a short one; dealt out in turns, one of two processes would get all the full ones.
     """
     loads = [0] * world_size
     own = []
-    for index in sorted(range(len(blocks)), key=lambda index: -blocks[index].place[3]):
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         taker = loads.index(min(loads))
-        loads[taker] += blocks[index].place[3]
+        loads[taker] += sizes[index]
         if taker == rank:
             own.append(index)
-    return [blocks[index] for index in sorted(own)]
+    return sorted(own)
 
 
 def run_pass(
