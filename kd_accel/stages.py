@@ -20,8 +20,13 @@ PREFIX = "kd_accel."
 
 
 def stage(name: Stage) -> AbstractContextManager[object]:
-    """`with stage("loss"):` marks what runs inside. `projector` lies within `student`; the others never overlap."""
-    return record_function(PREFIX + name) if torch.autograd._profiler_enabled() else nullcontext()
+    """`with stage("loss"):` marks what runs inside. `projector` lies within `student`; the others never overlap.
+
+    What torch.compile traces has no marks: whether a profiler runs cannot be asked there.
+    """
+    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        return nullcontext()
+    return record_function(PREFIX + name)
 
 
 def staged(name: Stage, items: Iterable[Item]) -> Iterator[Item]:
