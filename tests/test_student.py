@@ -17,6 +17,7 @@ def test_normalisation():
     np.testing.assert_allclose(normalised.numpy(), expected, rtol=1e-5, atol=1e-6)
     assert normalised.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(Normalize(mean, std)(images.float()), normalised)
+    assert torch.equal(Normalize(mean, std)(images.contiguous()), normalised)
     assert Normalize(mean, std).state_dict() == {}
 
 
