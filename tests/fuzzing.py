@@ -17,6 +17,7 @@ from kd_accel.written import field_types, section_type
 HANGS_AFTER_S = 20
 MEMORY_BYTES = 2 * 2**30
 BATCH = 50
+LEAST = 2 * BATCH
 
 ODD = [0, -1, 1, 2**31, 2**53, 2**63, 2**64, 10**30, 1e999, -1e999, math.nan, 1e-320, 0.5, True, None]
 ODD += ["", ".", "..", "/", "\0"]
@@ -163,7 +164,10 @@ def hangs(number, frame):
 
 
 def fuzz(strategy, check, *, seconds, first_seed=0):
-    """`check` of example after example until the time is over; returns how many it has seen to their end."""
+    """`check` of example after example until the time is over, but of LEAST on a slow machine too.
+
+    Returns how many it has seen to their end.
+    """
     count, ends_at = 0, time.monotonic() + seconds
 
     def tried(example):
@@ -181,7 +185,7 @@ def fuzz(strategy, check, *, seconds, first_seed=0):
     old = signal.signal(signal.SIGALRM, hangs)
     try:
         with limited():
-            while time.monotonic() < ends_at:
+            while (now := time.monotonic()) < ends_at or (count < LEAST and now < ends_at + HANGS_AFTER_S):
                 seed(first_seed + count)(options(given(strategy)(lambda example: tried(example))))()
     finally:
         signal.signal(signal.SIGALRM, old)
