@@ -123,8 +123,23 @@ def test_a_feature_gradient_lies_as_the_feature_does(layout):
     value = feature_mse(feature, target)
     value.backward()
     assert given[0].is_contiguous(memory_format=layout)
-    assert torch.equal(value, functional.mse_loss(student, target))
-    assert torch.equal(given[0], torch.autograd.grad(functional.mse_loss(leaf, target), leaf)[0])
+    torch.testing.assert_close(value, functional.mse_loss(student, target))
+    torch.testing.assert_close(given[0], torch.autograd.grad(functional.mse_loss(leaf, target), leaf)[0])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_of_two_features_only_their_difference_is_kept(layout):
+    student, target = (torch.randn(2, 3, 4, 4).contiguous(memory_format=layout).requires_grad_() for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        feature_mse(student, target)
+    (difference,) = [tensor for tensor in kept if tensor.numel() == student.numel()]
+    assert torch.equal(difference.flatten().sort()[0], (student - target).flatten().sort()[0])
+
+
+def test_a_learned_target_gets_the_opposite_gradient():
+    student, target = (torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(feature_mse, (student, target))
 
 
 def test_taps_are_summed():

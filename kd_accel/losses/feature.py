@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,8 @@ def feature_mse(student_map: Tensor, target_map: Tensor) -> Tensor:
     with torch.autocast(student_map.device.type, enabled=False):
         student, target = _meet(full_precision(student_map), full_precision(target_map))
         if student.is_contiguous(memory_format=torch.channels_last):
-            # its gradient is contiguous whatever came in; so the axes stand as they lie, or each gradient is laid out anew
-            student, target = student.movedim(1, -1), target.movedim(1, -1)
-        return functional.mse_loss(student, target)
+            student, target = student.movedim(1, -1), target.movedim(1, -1)  # as they lie, so that no copy is made
+        return _MeanSquare.apply(student, target)
 
 
 def feature_loss(pairs: Pairs) -> Tensor:
@@ -34,6 +34,23 @@ def target_variance(pairs: Pairs) -> Tensor | None:
     if not pairs:
         return None
     return torch.stack([full_precision(target.detach()).var(correction=0) for _, target in pairs.values()]).mean()
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean of (student - target)^2, keeping their difference alone for the backward; torch's mse_loss keeps both maps."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, target: Tensor) -> Tensor:
+        difference = student - target
+        ctx.save_for_backward(difference)
+        flat = difference.flatten()
+        return flat.dot(flat) / flat.numel()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (difference,) = ctx.saved_tensors
+        own = difference * (gradient * (2 / difference.numel()))
+        return own if ctx.needs_input_grad[0] else None, -own if ctx.needs_input_grad[1] else None
 
 
 def _meet(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,9 @@ class Normalize(nn.Module):
 
 
 def _along_rows(values: Tensor, pixels: Tensor) -> Tensor:
-    """[1, 3, 1, 1] as [1, 3, 1, W] where a CPU has channels innermost: a kernel's inner loop then runs along a row of pixels and
-    not along three values, in a sixth of the time.
+    """[1, 3, 1, 1] as [1, 3, 1, W] where a CPU has channels innermost.
+
+    A kernel's inner loop then runs along a row of pixels and not along three values, in a sixth of the time.
     """
     if pixels.device.type != "cpu" or not pixels.is_contiguous(memory_format=torch.channels_last):
         return values
