@@ -1,6 +1,7 @@
 """Loops that anybody would write who wants to know what the hardware gives: torch and torchvision, tensors that lie in memory.
 
-Nothing of this program's own is used here but the projectors, which are 1x1 convolutions. In a launch of several processes
+Nothing of this program's own is used here but the projectors, which are 1x1 convolutions, and the folding of the teacher's
+BatchNorm. In a launch of several processes
 each takes its share of the batch, and torch's DistributedDataParallel exchanges the gradients.
 """
 
@@ -16,7 +17,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ResNet, resnet18
 
-from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM, STUDENT, TAPS, Size, build_teacher, frozen_projectors
+from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM, STUDENT, TAPS, Size, folded_teacher, frozen_projectors
 from kd_accel.models.projectors import FeatureProjector
 
 TEMPERATURE, ALPHA, FEATURE_WEIGHT = 4.0, 0.5, 0.1
@@ -81,7 +82,7 @@ def limit_case(limit: Limit, device: torch.device, size: Size, *, world_size: in
 
 def forward_case(device: torch.device, images: Sequence[Tensor]) -> Callable[[], float]:
     """The teacher's forward and the frozen projection of its features. images: normalised float, channels_last."""
-    teacher, frozen = build_teacher(device), frozen_projectors(device)
+    teacher, frozen = folded_teacher(device), frozen_projectors(device)
 
     @torch.no_grad()
     def block() -> float:
@@ -106,7 +107,7 @@ def _teacher(
     """(number of the batch, images) -> what the teacher says."""
     if limit.teacher == "none":
         return lambda number, images: None
-    model = build_teacher(device)
+    model = folded_teacher(device)
     frozen = {tap: projector for tap, projector in frozen_projectors(device).items() if tap in taps}
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ Reading: batches of 256 random rows out of 50,000 (7,680 float16 values each, wh
     index_select    torch.index_select from one tensor in memory: all that this hardware can gather
     files           one torch.save file per row, torch.load and copy: what many a training does (fewer rows: it is slow)
 Building: ResNet-50 over a block of 32x32 images (jobs.py).
-    build           the program's pass: views, normalisation, teacher, projection, encoding, checksums, files
+    build           the program's pass: views, normalisation, teacher, projection, encoding, checksums, files, flush
     forward         the teacher and the projection alone, over the same views, which lie normalised in memory
 
 One unit is a row. The cases of each half take turns. Run it alone: on two cores any other load shows.

@@ -35,7 +35,14 @@ def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
         parameters, lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay
     )
     kept, targets = _keep(student), _keep(teacher)
-    loader = DataLoader(Pictures(bench), batch_size=bench.size.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    loader = DataLoader(
+        Pictures(bench),
+        batch_size=bench.size.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
 
     def block() -> float:
         student.train()

@@ -1,8 +1,8 @@
 """One precision of the GPU suite, in a process of its own: `python -m benchmarks.gpu_case --precision bf16 [--compile]`.
 
 Trainings of ResNet-18, plain, live and cached (hybrid, taught by ResNet-50; jobs.py says the rest), on images that lie on the
-device. Prints a line of JSON: images per second by case and block, peak memory by case, the time of a block by CUDA events over
-that by the host's clock, and what the device does in a block of live distillation (shares of the host's time).
+device. Prints a line of JSON: images per second by case and block, peak memory of a block by case, the time of a block by CUDA
+events over that by the host's clock, and what the device does in a block of live distillation (shares of the host's time).
 """
 
 from __future__ import annotations
@@ -45,13 +45,17 @@ def main() -> None:
 
 
 def _peak_mib(case: Callable[[], float], bench: Bench) -> float | None:
-    """Of the device during a block; the first one, so compilation and the choice of kernels are in it."""
+    """Of the device during the first block, beyond what lay there before it: activations, gradients, momentum.
+
+    Compilation and the choice of kernels are in it; weights and images are not, since all cases lie there at once.
+    """
     if bench.device.type != "cuda":
         case()
         return None
     torch.cuda.reset_peak_memory_stats()
+    before_bytes = torch.cuda.memory_allocated()
     case()
-    return torch.cuda.max_memory_allocated() / 2**20
+    return (torch.cuda.max_memory_allocated() - before_bytes) / 2**20
 
 
 def _events_over_host(case: Callable[[], float]) -> float:
@@ -73,7 +77,8 @@ def _shares(case: Callable[[], float]) -> dict[str, float]:
         case()
         torch.cuda.synchronize()
     elapsed_us = 1e6 * (time.perf_counter() - started_at)
-    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in on_device if not event.is_user_annotation]  # a mark spans kernels that are listed too
     copy_us = sum(event.time_range.elapsed_us() for event in kernels if "Memcpy" in event.name)
     compute_us = sum(event.time_range.elapsed_us() for event in kernels if "Memcpy" not in event.name)
     return {

@@ -6,7 +6,7 @@
     agreement  thirty steps of the digits student in float32 on the GPU and on the CPU: largest relative difference of a loss
 
 One GPU, no network; the only data are the digits and random pixels. Without a GPU it says so and ends with 0. What does not fit
-into the time is left out and named in the notes.
+into the time, or fails, is left out and named in the notes; after a failure it ends with 1.
 """
 
 from __future__ import annotations
@@ -40,18 +40,22 @@ def main() -> None:
     if not torch.cuda.is_available() and not arguments.trial:
         print("there is no GPU here: nothing was measured")
         return
-    ends_at = time.monotonic() + LIMIT_S
+    ends_at, have_all_worked = time.monotonic() + LIMIT_S, True
     result = Result("gpu-suite", {}, {})
     agreement = loss_difference()
     result.notes["largest relative difference of a loss, GPU and CPU"] = agreement
     latencies(result, is_trial=arguments.trial)
     for compiles in (False,) if arguments.trial else (False, True):
         for precision in PRECISIONS[:2] if arguments.trial else PRECISIONS:
-            add_case(result, precision, compiles=compiles, left_s=ends_at - time.monotonic(), is_trial=arguments.trial)
+            left_s = ends_at - time.monotonic()
+            have_all_worked &= add_case(result, precision, compiles=compiles, left_s=left_s, is_trial=arguments.trial)
     finish(result)
+    if not have_all_worked:
+        raise SystemExit(1)
 
 
-def add_case(result: Result, precision: str, *, compiles: bool, left_s: float, is_trial: bool) -> None:
+def add_case(result: Result, precision: str, *, compiles: bool, left_s: float, is_trial: bool) -> bool:
+    """False where the case failed: what was measured before it is kept."""
     name = f"{precision}{'/compiled' if compiles else ''}"
     small = ["--batch_size", "4", "--steps", "1", "--repeats", "1"] if is_trial else []
     flags = ["--precision", precision, *(["--compile"] if compiles else []), *small]
@@ -59,13 +63,18 @@ def add_case(result: Result, precision: str, *, compiles: bool, left_s: float, i
         found = _last_json([sys.executable, "-m", "benchmarks.gpu_case", *flags], timeout_s=left_s)
     except subprocess.TimeoutExpired:
         result.notes[name] = "left out: the time was over"
-        return
+        return True
+    except RuntimeError as error:
+        result.notes[name] = f"failed: {error}"
+        print(f"{name} failed: {error}")
+        return False
     measured = Result.of_repeats("", {f"{case}/{name}": rates for case, rates in found.pop("rates").items()}, notes={})
     result.medians |= measured.medians
     result.spread |= measured.spread
     result.notes[name] = found
     for numerator, denominator in (("cached", "plain"), ("live", "plain")):
         result.add_ratio(f"{numerator}/{name}", f"{denominator}/{name}")
+    return True
 
 
 def latencies(result: Result, *, is_trial: bool) -> None:
@@ -103,7 +112,7 @@ def _last_json(command: list[str], *, timeout_s: float) -> dict[str, Any]:
         raise subprocess.TimeoutExpired(command, timeout_s)
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     if done.returncode:
-        raise SystemExit(done.stderr[-4000:])
+        raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 

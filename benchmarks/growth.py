@@ -82,7 +82,7 @@ def main() -> None:
                 found.setdefault(f"{name}/{key}", []).append(measured.pop(key))
             notes[name] = measured
             print(f"{turn} {name}: {measured}", file=sys.stderr)
-    finish(Result.of_repeats("growth", found, notes=notes, unit="us"))
+    finish(Result.of_repeats("growth", found, notes=notes, unit="us"), threads=arguments.threads)
 
 
 def run_case(case: Case, directory: Path, *, batch_size: int, threads: int) -> dict[str, float]:

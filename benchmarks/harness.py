@@ -51,16 +51,22 @@ class Result:
 
 
 def suite_parser(
-    description: str | None, *, repeats: int | None = None, steps: int = 8, batch_size: int = 128, threads: int | None = 1
+    description: str | None,
+    *,
+    repeats: int | None = None,
+    steps: int | None = 8,
+    batch_size: int = 128,
+    threads: int | None = 1,
 ) -> argparse.ArgumentParser:
-    """What all suites take. repeats, threads: None for one that has no use for it."""
+    """What all suites take. repeats, steps, threads: None for one that has no use for it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if repeats is not None:
         parser.add_argument("--repeats", type=int, default=repeats, help="blocks (or launches) of each case")
     if threads is not None:
         parser.add_argument("--threads", type=int, default=threads, help="CPU threads; several of them wait for each other")
     parser.add_argument("--batch_size", type=int, default=batch_size, help="rows in a forward; fewer for a trial of the suite")
-    parser.add_argument("--steps", type=int, default=steps, help="such batches in a block, epoch or launch")
+    if steps is not None:
+        parser.add_argument("--steps", type=int, default=steps, help="such batches in a block, epoch or launch")
     return parser
 
 
@@ -89,23 +95,33 @@ def accelerate_launch(processes: int) -> list[str]:
     return [*launcher, "--multi_gpu"] if processes > 1 else launcher
 
 
+def most_processes() -> int | None:
+    """How many one launch may have here: one for each GPU, any number (None) on CPUs."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else None
+
+
 def cpu_threads(threads: int) -> dict[str, str]:
     """The environment in which each process has so many; with GPUs the number does not matter, and all have all."""
     return {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() if torch.cuda.is_available() else threads)}
 
 
-def finish(result: Result, *, out_dir: Path = Path("runs/benchmarks")) -> None:
-    """Print a table and the closing line of JSON; write the same to a dated file (a directory that git ignores)."""
+def finish(result: Result, *, threads: int | None = None, out_dir: Path = Path("runs/benchmarks")) -> None:
+    """Print a table and the closing line of JSON; write the same to a dated file (a directory that git ignores).
+
+    threads: that were measured, where they ran in other processes than this one.
+    """
     for name, median in result.medians.items():
-        print(f"{name:42} {median:12.1f} {result.unit}   spread {100 * result.spread[name]:.1f} %")
+        shown = f"{median:.1f}" if median >= 100 else f"{median:.4g}"
+        print(f"{name:42} {shown:>12} {result.unit}   spread {100 * result.spread[name]:.1f} %")
     for name, ratio in result.ratios.items():
         print(f"{name:68} {ratio:.3f}")
     line = json.dumps(
         {
             "benchmark": result.benchmark,
             "commit": _commit(),
-            "hardware": _hardware(),
+            "hardware": _hardware(threads or torch.get_num_threads()),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+            "unit": result.unit,
             "medians": result.medians,
             "spread": result.spread,
             "ratios": result.ratios,
@@ -124,9 +140,9 @@ def _relative_spread(values: Sequence[float]) -> float:
     return (upper - lower) / statistics.median(values)
 
 
-def _hardware() -> dict[str, Any]:
+def _hardware(threads: int) -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"cpus": os.cpu_count(), "machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus}
+    return {"cpus": os.cpu_count(), "machine": platform.machine(), "threads": threads, "gpus": gpus}
 
 
 def _commit() -> str | None:

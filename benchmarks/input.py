@@ -6,7 +6,8 @@ the same 1,024 images; the first four in one process without workers, as many th
     v2              PIL images, torchvision.transforms.v2 for each of them, and a DataLoader: what most people write
     with_transform  Hugging Face `datasets`: encoded images, decoded and transformed one by one in `with_transform`
     gather          a gather from one uint8 tensor in memory and the normalisation, no augmentation: what the hardware gives
-    student         a training step of the student (ResNet-18), to see what share of it the loader takes
+    student         a training step of the student (ResNet-18), to see what share of it the loader takes (on a GPU the
+                    views of such a training are made there, `loader` is then for sets that do not fit)
 
 One unit is an image; a block is an epoch; the cases take turns. Run it alone: on two cores any other load shows.
 """

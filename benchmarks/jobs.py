@@ -44,7 +44,7 @@ from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.profile import StepProfiler
 from kd_accel.engine.progress import Progress
-from kd_accel.engine.setup import Accelerator, start_processes
+from kd_accel.engine.setup import Accelerator, set_kernel_choice, start_processes
 from kd_accel.engine.state import Trainee
 from kd_accel.engine.train import train_epoch
 from kd_accel.models.folding import folded
@@ -56,7 +56,7 @@ from kd_accel.models.zoo import build_model
 from kd_accel.teacher.cached import OpenCache, Wanted, open_cache
 from kd_accel.teacher.live import LiveTeacher
 from kd_accel.teacher.store.layout import LOGITS, Plan, Split, TensorSpec, rows_in_a_shard
-from kd_accel.teacher.store.manifest import CachedRows, write_manifest, write_plan, write_rows
+from kd_accel.teacher.store.manifest import CachedRows, flush_shards, write_manifest, write_plan, write_rows
 from kd_accel.types import Batch, SignalSource, no_signals
 
 CLASSES = 10
@@ -106,6 +106,7 @@ class Bench:
 
 
 def open_bench(size: Size, *, precision: Precision = "no") -> Bench:
+    set_kernel_choice(TrainConfig())
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (size.rows, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     labels = generator.integers(0, CLASSES, size.rows)
@@ -182,6 +183,13 @@ def build_teacher(device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+def folded_teacher(device: torch.device) -> nn.Module:
+    """The same network as a training has it answer: BatchNorm folded into the convolutions."""
+    model = folded(build_teacher(device), taps=TAPS, image_size=IMAGE_SIZE)
+    assert model is not None
+    return model.to(memory_format=torch.channels_last)
+
+
 def frozen_projectors(device: torch.device) -> dict[str, FeatureProjector]:
     """In place of a PCA, whose directions make no difference to the time."""
     widths = {tap: (TEACHER[tap][0], STUDENT[tap][0]) for tap in TAPS}
@@ -193,9 +201,7 @@ def live_teacher(bench: Bench, features: Features = "projected") -> LiveTeacher:
     """Answers with logits and such features, in the precision of the bench; its recorder is open."""
     normalize, taps = Normalize(MEAN, STD).to(bench.device), {} if features == "none" else TAPS
     projectors = frozen_projectors(bench.device) if features == "projected" else {}
-    model = folded(build_teacher(bench.device), taps=taps, image_size=IMAGE_SIZE)
-    assert model is not None
-    model.to(memory_format=torch.channels_last)
+    model = folded_teacher(bench.device)
     return LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=bench.accelerator.autocast)
 
 
@@ -217,8 +223,8 @@ def write_cache(
 
 
 def fill_cache(bench: Bench, directory: Path, plan: Plan, teacher: LiveTeacher) -> dict[str, str]:
-    """The pass of the teacher alone: views, answers, encoding, writing. Returns {file name: checksum}."""
-    return run_pass(
+    """The pass of the teacher and the flush to the disk: views, answers, encoding, writing. Returns {file name: checksum}."""
+    checksums = run_pass(
         blocks_of(plan.all_shards()),
         directory=directory,
         plan=plan,
@@ -227,6 +233,8 @@ def fill_cache(bench: Bench, directory: Path, plan: Plan, teacher: LiveTeacher) 
         batches_of=bench.batches,
         advance=lambda rows: None,
     )
+    flush_shards(directory, list(checksums))
+    return checksums
 
 
 def cache_plan(bench: Bench, *, views: int, features: Features = "projected") -> Plan:

@@ -122,7 +122,7 @@ MODES: dict[str, Callable[[nn.Module], nn.Module]] = {"eager": lambda model: mod
 def _modes() -> list[str]:
     """Those that this machine can do."""
     has_gpu = torch.cuda.is_available()
-    has_compiler = has_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     has_onnx = not has_gpu and all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
     return ["eager", *(["compiled"] if has_compiler else []), *(["onnx"] if has_onnx else [])]
 

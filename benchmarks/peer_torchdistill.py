@@ -48,6 +48,7 @@ class Pictures(Dataset[Any]):
 def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
+    torch.backends.cudnn.benchmark = True  # as a training of ours has it
     torch.manual_seed(0)
     box = build_box(settings)
     student, teacher = box.student_model, box.teacher_model
@@ -114,7 +115,12 @@ def train_config(settings: dict[str, Any]) -> dict[str, Any]:
         "train_data_loader": {
             "dataset_id": "train",
             "sampler": {"class_or_func": RandomSampler},
-            "kwargs": {"batch_size": settings["batch_size"], "num_workers": settings["workers"], "drop_last": True},
+            "kwargs": {
+                "batch_size": settings["batch_size"],
+                "num_workers": settings["workers"],
+                "persistent_workers": settings["workers"] > 0,
+                "drop_last": True,
+            },
         },
         "teacher": {"forward_proc": "forward_batch_only", "forward_hook": {"output": [*stages, "fc"]}, "requires_grad": False},
         "student": {

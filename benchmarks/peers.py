@@ -1,7 +1,7 @@
 """The same distillation by others: `python -m benchmarks.peers`.
 
 Hybrid distillation of ResNet-18 by ResNet-50 (random 32x32 pictures, crop and flip, batches of 128, SGD, Nesterov momentum):
-    cached, live        this program, direction `both`, as benchmarks.training has it
+    cached, live        this program, direction `both`, as benchmarks.training has it; the cache is there already
     live_up             this program, live, direction `student_to_teacher`, which is what the two others do
     torchdistill        torchdistill 1.1.5 from the package index, in an environment of its own (peer_torchdistill.py)
     common_loop         the loop that most people write (common_loop.py)
@@ -14,6 +14,7 @@ kept; where that fails, its ratios are left out, and a line says so. Run it alon
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from benchmarks.training_case import Programs
 PEER = "torchdistill==1.1.5"
 PROGRAMS = {"live": "live_hybrid", "live_up": "live_hybrid_student_to_teacher", "cached": "cached_hybrid"}
 RATIOS = [("live", "torchdistill"), ("live_up", "torchdistill"), ("cached", "torchdistill"), ("cached", "common_loop")]
-_OWN = "channels_last maps, fused SGD, views of whole batches in the process"
+_OWN = "channels_last maps, the teacher's BatchNorm folded, fused SGD, views of whole batches in the process (or on the GPU)"
 _THEIRS = "contiguous, SGD as torch has it, torchvision's transforms per picture in a DataLoader"
 
 
@@ -78,7 +79,8 @@ class Peer:
 def main() -> None:
     parser = suite_parser(__doc__, repeats=3)
     parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
-    parser.add_argument("--workers", type=int, default=0, help="of the DataLoaders of the others; they need cores of their own")
+    spare = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    parser.add_argument("--workers", type=int, default=spare, help="of the others' DataLoaders; they need cores of their own")
     environment = Path("runs/benchmarks/torchdistill-env")
     parser.add_argument("--environment", type=Path, default=environment, help="where torchdistill is, or is put")
     arguments = parser.parse_args()

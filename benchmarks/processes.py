@@ -4,7 +4,7 @@ The same plain training of ResNet-18 (digits, global batch 128, float32) through
     one    one process with `--devices` threads
     two    `--devices` processes of one thread each, gradients exchanged over gloo
     bare_one, bare_two    the same split of the loop of bare.py with torch's DistributedDataParallel: what two can be worth
-On a machine with GPUs `one` has one GPU and `two` two of them, over NCCL.
+On a machine with GPUs `one` has one GPU and `two` two of them, over NCCL; where there is only one, it says so and ends with 0.
 
 Rates are those that the trainings write themselves, line by line, without the first one, in which things warm up. The
 launches take turns. Run it alone: any other load shows.
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, suite_parser
+from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, most_processes, suite_parser
 from benchmarks.training import run_cases
 
 
@@ -25,22 +25,24 @@ def main() -> None:
     parser = suite_parser(__doc__, repeats=4, steps=32, threads=None)
     parser.add_argument("--devices", type=int, default=2, help="CPU threads, or GPUs")
     arguments = parser.parse_args()
-    rates: dict[str, list[float]] = {"one": [], "two": []}
+    if arguments.devices > (most_processes() or arguments.devices):
+        print(f"there are fewer than {arguments.devices} GPUs here: nothing was measured")
+        return
+    rates: dict[str, list[float]] = {"one": [], "two": [], "bare_one": [], "bare_two": []}
+    numbers = {"batch_size": arguments.batch_size, "steps": 8, "repeats": 3, "rounds": 1}
     with tempfile.TemporaryDirectory() as directory:
         for number in range(arguments.repeats):
             for name, processes in (("one", 1), ("two", arguments.devices)):
                 flags = ["--train.batch_size", str(arguments.batch_size), "--train.max_steps", str(arguments.steps)]
                 run_dir = Path(directory) / f"{name}-{number}"
-                rates[name] += launched_rates(run_dir, flags, processes=processes, threads=arguments.devices // processes)
-        for name, processes in (("bare_one", 1), ("bare_two", arguments.devices)):
-            threads = arguments.devices // processes
-            numbers = {"batch_size": arguments.batch_size, "steps": 8, "repeats": 3, "rounds": arguments.repeats}
-            rates[name] = run_cases(["bare"], processes, threads=threads, **numbers)["rates"]["bare"]
+                threads = arguments.devices // processes
+                rates[name] += launched_rates(run_dir, flags, processes=processes, threads=threads)
+                rates[f"bare_{name}"] += run_cases(["bare"], processes, threads=threads, **numbers)["rates"]["bare"]
     notes = {"batch_size": arguments.batch_size, "steps": arguments.steps, "devices": arguments.devices}
     result = Result.of_repeats("processes", rates, notes=notes)
     result.ratios["two_processes/one"] = result.medians["two"] / result.medians["one"]
     result.add_ratio("bare_two", "bare_one")
-    finish(result)
+    finish(result, threads=arguments.devices)
 
 
 def launched_rates(run_dir: Path, flags: list[str], *, processes: int, threads: int) -> list[float]:

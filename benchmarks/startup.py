@@ -16,15 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, suite_parser
+from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, most_processes, suite_parser
 from benchmarks.startup_bare import FIRST_STEP
 
 _POLL_S = 0.005
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, repeats=5, steps=1)
-    parser.add_argument("--processes", type=int, default=2, help="of each launch, with --threads threads each")
+    parser = suite_parser(__doc__, repeats=5, steps=None)
+    processes = min(2, most_processes() or 2)
+    parser.add_argument("--processes", type=int, default=processes, help="of each launch, with --threads threads each")
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {"program": [], "libraries": []}
     launcher, size = accelerate_launch(arguments.processes), f"{arguments.batch_size}"
@@ -54,7 +55,7 @@ def main() -> None:
     result = Result.of_repeats("startup", seconds, notes=notes, unit="s")
     result.notes["own_s"] = statistics.median(seconds["program"]) - statistics.median(seconds["libraries"])
     print(f"own share {result.notes['own_s']:.2f} s")
-    finish(result)
+    finish(result, threads=arguments.threads)
 
 
 def until_written(command: list[str], sign: Path, *, threads: int) -> float:

@@ -4,7 +4,10 @@ Each student (ResNet-18, jobs.py says the rest) is built anew and trained for `-
     plain    on labels alone
     cached   hybrid, both logits and features from one cache
     live     hybrid, the teacher (ResNet-50) answers for each batch
-    build    the pass of the teacher that fills such a cache, once in each turn, counted once in a sweep
+    build    the pass of the teacher that fills such a cache, flushed to disk, once in each turn, counted once in a sweep
+Left out is what does not grow with rows and views: the fit of the PCA (2,048 images and an eigendecomposition, once a cache)
+and the check of a few rows at each start. The cache is read from the page cache.
+
 The cases take turns, one student of each a turn. Medians are seconds. The ratios are time over time (less is better):
 `sweep/plain` = (one build + all cached students) / all plain students, `live/plain` = all live students / all plain ones.
 

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, suite_parser
+from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, most_processes, suite_parser
 
 RATIOS = {
     "quick": [("plain", "bare")],
@@ -52,13 +52,16 @@ def main() -> None:
     parser = suite_parser(__doc__, repeats=3)
     parser.add_argument("--suite", choices=list(RATIOS), default="all")
     parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
-    parser.add_argument("--processes", type=int, nargs="+", help="as many, one after the other; default: as the suite has them")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", help="one number after the other; default: the suite's, if the GPUs allow"
+    )
     arguments = parser.parse_args()
     cases = list(dict.fromkeys(case for ratio in RATIOS[arguments.suite] for case in ratio))
     rates: dict[str, list[float]] = {}
     shares: dict[str, dict[str, float]] = {}
     ratios = []
-    for processes in arguments.processes or PROCESSES[arguments.suite]:
+    possible = [number for number in PROCESSES[arguments.suite] if number <= (most_processes() or number)]
+    for processes in arguments.processes or possible:
         suffix = f"@{processes}" if processes > 1 else ""
         found = run_cases(cases, processes, **{name: getattr(arguments, name) for name in NUMBERS})
         rates |= {name + suffix: measured for name, measured in found["rates"].items()}
@@ -75,7 +78,7 @@ def main() -> None:
         result.add_ratio(numerator, denominator)
     for name, parts in shares.items():
         print(f"{name:42} {', '.join(f'{part} {value:g}' for part, value in parts.items())}")
-    finish(result)
+    finish(result, threads=arguments.threads)
 
 
 def run_cases(cases: Sequence[str], processes: int, *, threads: int, **numbers: int) -> dict[str, Any]:
