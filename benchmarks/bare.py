@@ -1,8 +1,8 @@
 """Loops that anybody would write who wants to know what the hardware gives: torch and torchvision, tensors that lie in memory.
 
 Nothing of this program's own is used here but the projectors, which are 1x1 convolutions, and the folding of the teacher's
-BatchNorm. In a launch of several processes
-each takes its share of the batch, and torch's DistributedDataParallel exchanges the gradients.
+BatchNorm. In a launch of several processes each takes its share of the batch, and torch's DistributedDataParallel exchanges
+the gradients.
 """
 
 from __future__ import annotations
