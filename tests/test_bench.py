@@ -100,6 +100,13 @@ def test_models_are_warm_and_take_turns():
     assert changes == 2 * 10 - 1  # ten rounds of four forwards each
 
 
+def test_long_forwards_are_warm_after_fewer(monkeypatch):
+    monkeypatch.setattr("kd_accel.bench.latency._LONGEST_WARM_UP_S", 0.005)
+    log = []
+    measure_latency({"x": Sleeper(0.002, log)}, {"x": torch.zeros(1)}, min_iterations=10, min_time_s=0.0)
+    assert 2 <= len(log) - 10 <= 5
+
+
 def test_the_tail_is_told_where_there_are_enough_forwards():
     model = {"x": Sleeper(0.0, [])}
     figures = measure_latency(model, {"x": torch.zeros(1)}, min_iterations=1000, min_time_s=0.0)["x"]
