@@ -1,8 +1,8 @@
 """Loops that anybody would write who wants to know what the hardware gives: torch and torchvision, tensors that lie in memory.
 
-Nothing of this program's own is used here but the projectors, which are 1x1 convolutions, and the folding of the teacher's
-BatchNorm. In a launch of several processes each takes its share of the batch, and torch's DistributedDataParallel exchanges
-the gradients.
+Nothing of this program's own is used here but the projectors, which are 1x1 convolutions, and, in the limits of a distillation,
+its networks: the teacher's BatchNorm folded, convolutions of one pixel as matrix products. `bare` has torchvision's own. In a
+launch of several processes each takes its share of the batch, and torch's DistributedDataParallel exchanges the gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ResNet, resnet18
 
-from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM, STUDENT, TAPS, Size, folded_teacher, frozen_projectors
+from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM, STUDENT, TAPS, Size, build_student, folded_teacher, frozen_projectors
+from kd_accel.models.layout import maps_layout, weights_layout
 from kd_accel.models.projectors import FeatureProjector
 
 TEMPERATURE, ALPHA, FEATURE_WEIGHT = 4.0, 0.5, 0.1
@@ -47,9 +48,9 @@ LIMITS = {
 class _Student(nn.Module):
     """ResNet-18 and its learned projectors, in one module for DistributedDataParallel."""
 
-    def __init__(self, taps: Sequence[str]) -> None:
+    def __init__(self, taps: Sequence[str], device: torch.device, *, is_own: bool) -> None:
         super().__init__()
-        self.network = resnet18(num_classes=CLASSES)
+        self.network = build_student(device) if is_own else resnet18(num_classes=CLASSES)
         self.learned = nn.ModuleDict({tap: FeatureProjector(STUDENT[tap][0], STUDENT[tap][0]) for tap in taps})
 
     def forward(self, images: Tensor) -> Answer:
@@ -62,7 +63,10 @@ class _Student(nn.Module):
 def limit_case(limit: Limit, device: torch.device, size: Size, *, world_size: int = 1) -> Callable[[], float]:
     """A block of steps: the teacher's answer where there is one, forward, loss, backward, update, and nothing else."""
     taps = list(TAPS) if limit.with_features else []
-    student, batches = _student(device, taps, world_size), random_batches(device, size, world_size)
+    student, batches = (
+        _student(device, taps, world_size, is_own=limit.teacher != "none"),
+        random_batches(device, size, world_size),
+    )
     optimizer = torch.optim.SGD(
         student.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
     )
@@ -81,7 +85,7 @@ def limit_case(limit: Limit, device: torch.device, size: Size, *, world_size: in
 
 
 def forward_case(device: torch.device, images: Sequence[Tensor]) -> Callable[[], float]:
-    """The teacher's forward and the frozen projection of its features. images: normalised float, channels_last."""
+    """The teacher's forward and the frozen projection of its features. images: normalised float."""
     teacher, frozen = folded_teacher(device), frozen_projectors(device)
 
     @torch.no_grad()
@@ -98,7 +102,8 @@ def random_batches(device: torch.device, size: Size, world_size: int = 1) -> Bat
     share = size.batch_size // world_size
     images = torch.randn(size.steps, share, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     labels = torch.randint(0, CLASSES, (size.steps, share), device=device)
-    return [(batch.contiguous(memory_format=torch.channels_last), own) for batch, own in zip(images, labels, strict=True)]
+    layout = maps_layout(None, device)
+    return [(batch.contiguous(memory_format=layout), own) for batch, own in zip(images, labels, strict=True)]
 
 
 def _teacher(
@@ -140,15 +145,10 @@ def _projected(teacher: nn.Module, frozen: Mapping[str, nn.Module], images: Tens
     return logits, {tap: projector(maps[tap]) for tap, projector in frozen.items()}
 
 
-def _student(device: torch.device, taps: Sequence[str], world_size: int) -> nn.Module:
+def _student(device: torch.device, taps: Sequence[str], world_size: int, *, is_own: bool) -> nn.Module:
     torch.manual_seed(0)
-    student = _Student(taps).to(device).to(memory_format=_weights_layout(device)).train()
+    student = _Student(taps, device, is_own=is_own).to(device).to(memory_format=weights_layout(None, device)).train()
     return student if world_size == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
-
-
-def _weights_layout(device: torch.device) -> torch.memory_format:
-    """With channels_last images, what is fastest: a CPU's kernels give gradients of weights contiguous."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def _with_maps(model: nn.Module, images: Tensor) -> Answer:

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from benchmarks.bare import forward_case
 from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
-from benchmarks.jobs import MEAN, STD, Bench, Size, cache_plan, fill_cache, live_teacher, open_bench
-from kd_accel.models.preprocess import Normalize
+from benchmarks.jobs import Bench, Size, cache_plan, fill_cache, live_teacher, normalization, open_bench
 from kd_accel.teacher.store.layout import Plan, TensorSpec, rows_in_a_shard
 from kd_accel.teacher.store.reader import Reader
 from kd_accel.teacher.store.shards import write_shard
@@ -128,7 +127,7 @@ def files_case(directory: Path, order: list[np.ndarray]) -> Callable[[], float]:
 def building_cases(bench: Bench, directory: Path) -> Cases:
     """Each call is a block of rows in view 0."""
     plan, teacher, count = cache_plan(bench, views=1), live_teacher(bench), itertools.count()
-    normalize = Normalize(MEAN, STD).to(bench.device)
+    normalize = normalization(bench.device)
     shares = [(share, 0) for share in np.split(bench.rows, bench.size.steps)]
     images = [normalize(batch.images) for batch in bench.batches("train", shares)]
 

@@ -24,10 +24,9 @@ from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
-from benchmarks.jobs import MEAN, STD, VIEWS, Bench, Size, build_job, epochs_of, open_bench, training_config
+from benchmarks.jobs import VIEWS, Bench, Size, build_job, epochs_of, normalization, open_bench, training_config
 from benchmarks.pictures import Pictures, pictures_of, transform
 from kd_accel.data.loader import TrainLoader
-from kd_accel.models.preprocess import Normalize
 
 FAST_TURNS = 20
 """Epochs of the cases that take milliseconds in one of their blocks."""
@@ -59,7 +58,7 @@ def cases(bench: Bench, directory: Path, repeats: int) -> dict[str, Callable[[],
 
 def _loader(bench: Bench) -> Callable[[], float]:
     loader = TrainLoader(bench.images, VIEWS, rows=bench.rows, batch_size=bench.size.batch_size)
-    normalize, epochs = Normalize(MEAN, STD), iter(range(1 << 30))
+    normalize, epochs = normalization(torch.device("cpu")), iter(range(1 << 30))
 
     def block() -> float:
         for _ in range(FAST_TURNS):
@@ -72,7 +71,7 @@ def _loader(bench: Bench) -> Callable[[], float]:
 
 
 def _gather(bench: Bench, stored: torch.Tensor) -> Callable[[], float]:
-    normalize, labels = Normalize(MEAN, STD), torch.from_numpy(bench.images.labels)
+    normalize, labels = normalization(torch.device("cpu")), torch.from_numpy(bench.images.labels)
 
     def block() -> float:
         for _ in range(FAST_TURNS):

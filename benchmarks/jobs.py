@@ -1,7 +1,7 @@
 """What suites time: trainings of this program on random images, a live teacher, and a real cache of what it says.
 
 The networks are those of the reference job: ResNet-50 teaches ResNet-18, both with the ImageNet stem and 10 classes, on 32x32
-images in batches of 128, channels_last; features meet in the student's 64, 128, 256 and 512 channels (direction `both` unless
+images in batches of 128; features meet in the student's 64, 128, 256 and 512 channels (direction `both` unless
 said: frozen projectors on the teacher's side, learned ones on the student's). Weights and images are random, since nothing
 here depends on what they show. Everything is built once, by `open_bench`, and shared by the cases of a suite.
 """
@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from kd_accel.commands.course import build_course
-from kd_accel.commands.networks import weights_layout
 from kd_accel.config import (
     CheckpointConfig,
     DataConfig,
@@ -48,6 +47,8 @@ from kd_accel.engine.setup import Accelerator, set_kernel_choice, start_processe
 from kd_accel.engine.state import Trainee
 from kd_accel.engine.train import train_epoch
 from kd_accel.models.folding import folded
+from kd_accel.models.layout import maps_layout, weights_layout
+from kd_accel.models.one_pixel import use_matrix_products
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, build_projectors
 from kd_accel.models.student import StudentModule
@@ -140,7 +141,8 @@ def training_config(size: Size, *, epochs: int, views: int | None = None, distil
 
 def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: SignalSource = no_signals) -> Job:
     """directory: for the lines of metrics; must be there. signals: whoever teaches where the config says how to listen."""
-    module = _student_module(config).to(bench.device).to(memory_format=weights_layout(config, bench.device))
+    layout = weights_layout(config.train.channels_last, bench.device)
+    module = _student_module(config, bench.device).to(bench.device).to(memory_format=layout)
     module.open_taps()
     if config.train.compile:
         compile_tapped(module.student)
@@ -173,21 +175,30 @@ def hybrid(direction: Direction = "both") -> DistillConfig:
     return DistillConfig(feature=FeatureConfig(direction=direction))
 
 
-def build_student() -> nn.Module:
-    return build_model("torchvision/resnet18", num_classes=CLASSES)
+def normalization(device: torch.device) -> Normalize:
+    """In the layout that a training gives its maps there."""
+    return Normalize(MEAN, STD, layout=maps_layout(None, device)).to(device)
+
+
+def build_student(device: torch.device) -> nn.Module:
+    """As a training has it: one-pixel convolutions are matrix products on a CPU."""
+    model = build_model("torchvision/resnet18", num_classes=CLASSES)
+    use_matrix_products(model, device)
+    return model.to(device)
 
 
 def build_teacher(device: torch.device) -> nn.Module:
     """Its blocks begin as the identity, so that random weights give numbers of an ordinary size."""
     model = build_model("torchvision/resnet50", num_classes=CLASSES, arch_args={"zero_init_residual": True})
-    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return model.to(device).to(memory_format=maps_layout(None, device)).eval().requires_grad_(False)
 
 
 def folded_teacher(device: torch.device) -> nn.Module:
-    """The same network as a training has it answer: BatchNorm folded into the convolutions."""
+    """The same network as a training has it answer: BatchNorm in the convolutions, those of one pixel as matrix products."""
     model = folded(build_teacher(device), taps=TAPS, image_size=IMAGE_SIZE)
     assert model is not None
-    return model.to(memory_format=torch.channels_last)
+    use_matrix_products(model, device)
+    return model.to(memory_format=maps_layout(None, device))
 
 
 def frozen_projectors(device: torch.device) -> dict[str, FeatureProjector]:
@@ -199,7 +210,7 @@ def frozen_projectors(device: torch.device) -> dict[str, FeatureProjector]:
 
 def live_teacher(bench: Bench, features: Features = "projected") -> LiveTeacher:
     """Answers with logits and such features, in the precision of the bench; its recorder is open."""
-    normalize, taps = Normalize(MEAN, STD).to(bench.device), {} if features == "none" else TAPS
+    normalize, taps = normalization(bench.device), {} if features == "none" else TAPS
     projectors = frozen_projectors(bench.device) if features == "projected" else {}
     model = folded_teacher(bench.device)
     return LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=bench.accelerator.autocast)
@@ -255,7 +266,8 @@ def cache_plan(bench: Bench, *, views: int, features: Features = "projected") ->
 
 
 def _identity(bench: Bench) -> dict[str, dict[str, object]]:
-    return {"numeric": {"channels_last": True}, "data": {"train_size": bench.size.rows}}
+    is_last = maps_layout(None, bench.device) == torch.channels_last
+    return {"numeric": {"channels_last": is_last}, "data": {"train_size": bench.size.rows}}
 
 
 def _covered(bench: Bench) -> dict[Split, CachedRows]:
@@ -264,12 +276,12 @@ def _covered(bench: Bench) -> dict[Split, CachedRows]:
     return {split: CachedRows(own, bench.images.digests(own)) for split, own in rows.items()}
 
 
-def _student_module(config: RunConfig) -> StudentModule:
-    normalize = Normalize(MEAN, STD)
+def _student_module(config: RunConfig, device: torch.device) -> StudentModule:
+    normalize = normalization(device)
     if config.distill is None or config.distill.feature is None:
-        return StudentModule(build_student(), normalize)
+        return StudentModule(build_student(device), normalize)
     projectors = build_projectors(STUDENT, TEACHER, direction=config.distill.feature.direction)
-    return StudentModule(build_student(), normalize, taps=list(TAPS), student_projectors=projectors.student)
+    return StudentModule(build_student(device), normalize, taps=list(TAPS), student_projectors=projectors.student)
 
 
 def _loader(bench: Bench, config: RunConfig) -> TrainLoader:

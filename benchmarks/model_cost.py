@@ -29,6 +29,7 @@ from benchmarks.jobs import CLASSES, IMAGE_SIZE
 from kd_accel.bench.latency import measure_latency
 from kd_accel.bench.params import count_macs, count_parameters
 from kd_accel.config import Stem
+from kd_accel.models.layout import maps_layout
 from kd_accel.models.zoo import build_model
 
 STEMS: tuple[Stem, ...] = ("imagenet", "no_pool")
@@ -38,7 +39,7 @@ MODELS = {f"{arch}-{stem}": (f"torchvision/{arch}", stem) for arch in ("resnet50
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32, 128], help="images in a forward")
-    parser.add_argument("--iterations", type=int, default=30, help="least number of timed forwards; more where they are short")
+    parser.add_argument("--iterations", type=int, default=10, help="least number of timed forwards; more where they are short")
     parser.add_argument("--min_time_s", type=float, default=0.5, help="least time for each model, batch size and mode")
     parser.add_argument("--turns", type=int, default=5, help="how often the two ways of measuring take turns")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -50,12 +51,12 @@ def main() -> None:
     notes = {name: {**count_parameters(model), "macs": count_macs(model, _images(1))} for name, model in models.items()}
     result = Result("model-cost", {}, {}, notes=notes, unit="ms")
     for model in models.values():
-        model.to(device).to(memory_format=torch.channels_last)
+        model.to(device).to(memory_format=maps_layout(None, device))
     agreement = []
     for mode in arguments.modes:
         timed = {name: MODES[mode](model) for name, model in models.items()}
         for batch_size in arguments.batch_sizes:
-            images = {name: _images(batch_size).to(device) for name in timed}
+            images = {name: _images(batch_size).to(device, memory_format=maps_layout(None, device)) for name in timed}
             found = measure_latency(timed, images, min_iterations=arguments.iterations, min_time_s=arguments.min_time_s)
             for name, figures in found.items():
                 case = f"{name}/{mode}/{batch_size}"
@@ -128,8 +129,7 @@ def _modes() -> list[str]:
 
 
 def _images(batch_size: int) -> Tensor:
-    images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
-    return images.contiguous(memory_format=torch.channels_last)
+    return torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
 
 
 if __name__ == "__main__":

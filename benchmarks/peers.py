@@ -5,6 +5,7 @@ Hybrid distillation of ResNet-18 by ResNet-50 (random 32x32 pictures, crop and f
     live_up             this program, live, direction `student_to_teacher`, which is what the two others do
     torchdistill        torchdistill 1.1.5 from the package index, in an environment of its own (peer_torchdistill.py)
     common_loop         the loop that most people write (common_loop.py)
+    limit               a teacher's forward and a student's step on tensors in memory, nothing else: how far `live` could get
 
 Same images in number and size, threads and batch; the notes say layout, optimizer and workers of each. The cases take turns,
 and the other interpreter waits while it is not asked. Its environment is made at the first run (some minutes, some GB) and
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bare import ALPHA, FEATURE_WEIGHT, TEMPERATURE
+from benchmarks.bare import ALPHA, FEATURE_WEIGHT, LIMITS, TEMPERATURE, limit_case
 from benchmarks.common_loop import common_loop_case
 from benchmarks.harness import Result, cpu_threads, finish, measure_in_turns, suite_parser
 from benchmarks.jobs import CLASSES, IMAGE_SIZE, MEAN, OPTIM, STD, Bench, Size, open_bench
@@ -34,8 +35,17 @@ from benchmarks.training_case import Programs
 
 PEER = "torchdistill==1.1.5"
 PROGRAMS = {"live": "live_hybrid", "live_up": "live_hybrid_student_to_teacher", "cached": "cached_hybrid"}
-RATIOS = [("live", "torchdistill"), ("live_up", "torchdistill"), ("cached", "torchdistill"), ("cached", "common_loop")]
-_OWN = "channels_last maps, the teacher's BatchNorm folded, fused SGD, views of whole batches in the process (or on the GPU)"
+RATIOS = [
+    ("live", "torchdistill"),
+    ("live_up", "torchdistill"),
+    ("limit", "torchdistill"),
+    ("cached", "torchdistill"),
+    ("cached", "common_loop"),
+]
+_OWN = (
+    "contiguous (channels_last on a GPU), the teacher's BatchNorm folded, fused SGD, views of whole batches in the process (or "
+    "on the GPU)"
+)
 _THEIRS = "contiguous, SGD as torch has it, torchvision's transforms per picture in a DataLoader"
 
 
@@ -97,6 +107,7 @@ def main() -> None:
                 case: programs.case(program, place / case, blocks=arguments.repeats + 1) for case, program in PROGRAMS.items()
             }
             cases["common_loop"] = common_loop_case(bench, workers=arguments.workers)
+            cases["limit"] = limit_case(LIMITS["limit"], bench.device, bench.size)
             peer = Peer(python, bench, threads=arguments.threads, workers=arguments.workers) if python else None
             if peer is not None:
                 about, cases["torchdistill"] = peer.about, peer.block

@@ -23,7 +23,7 @@ def main() -> None:
     share = batch_size // accelerator.num_processes
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels[:share]).float().view(-1, 1, 8, 8) / 16
-    images = functional.interpolate(images, size=32).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    images = functional.interpolate(images, size=32).expand(-1, 3, -1, -1).contiguous()
     model = resnet18(num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -223,7 +223,7 @@ class TrainConfig:
         grad_accum_steps: forward passes per process in one optimizer step.
         precision: no (float32), fp16 or bf16 (autocast).
         compile: torch.compile for student and teacher.
-        channels_last: memory layout of images and weights.
+        channels_last: memory layout of images, feature maps and, on GPUs, weights; null = on GPUs.
         label_smoothing: of the hard term.
         ema_decay: keep an exponential moving average of the weights with this decay per step, evaluate and save it.
         eval_batch_size: rows per process in one forward of an evaluation.
@@ -243,7 +243,7 @@ class TrainConfig:
     grad_accum_steps: int = 1
     precision: Precision = "no"
     compile: bool = False
-    channels_last: bool = True
+    channels_last: bool | None = None
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     eval_batch_size: int = 256
@@ -337,7 +337,7 @@ class BenchConfig:
         num_classes: classes of an arch that is no run.
         device: auto, cpu, cuda or cuda:N.
         precision: no, fp16 or bf16 (autocast).
-        channels_last: memory layout.
+        channels_last: memory layout; null = on GPUs, as in a training.
         compile: torch.compile.
         threads: CPU threads; null = as torch finds them.
         min_iterations: least number of timed forwards per model and batch size.
@@ -349,7 +349,7 @@ class BenchConfig:
     num_classes: int = 10
     device: str = "auto"
     precision: Precision = "no"
-    channels_last: bool = True
+    channels_last: bool | None = None
     compile: bool = False
     threads: int | None = None
     min_iterations: int = 200

@@ -86,7 +86,7 @@ def test_one_process_and_two(tmp_path):
 def test_peers_without_an_environment_for_the_other_library(tmp_path):
     (tmp_path / "file").write_text("in the way")
     line = last_line(tmp_path, "benchmarks.peers", f"--environment={tmp_path / 'file'}", "--rounds=1", *SMALL)
-    assert line["medians"].keys() == {"live", "live_up", "cached", "common_loop"}
+    assert line["medians"].keys() == {"live", "live_up", "cached", "common_loop", "limit"}
     assert line["ratios"].keys() == {"cached/common_loop"} and line["notes"]["torchdistill"] is None
 
 

@@ -17,6 +17,7 @@ def asking(teacher, cache_dir, feature=FEATURE):
         f"--teacher.run={teacher}",
         feature,
         "--data.views=2",
+        "--train.channels_last=true",
         "--teacher.signals=cached",
         f"--teacher.cache_dir={cache_dir}",
     ]
@@ -41,6 +42,11 @@ def copied(built, tmp_path, teacher_run):
 def files_of(directory):
     """{name: (modification time, bytes)} of the shards."""
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(directory.glob("*/view-*/*.safetensors"))}
+
+
+def test_a_layout_that_is_left_to_the_device_is_no_reason_to_refuse(built, tmp_path):
+    flags, _ = built
+    train(tmp_path / "run", *flags, "--train.channels_last=null", "--train.max_steps=1")
 
 
 @pytest.mark.parametrize(

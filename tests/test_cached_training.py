@@ -57,7 +57,14 @@ def weights(run_dir):
     + [("learned", "crop_flip"), ("student_to_teacher", "trivial_augment")],
 )
 def test_cached_equals_live(tmp_path, teacher_run, direction, augment):
-    common = flags(teacher_run, direction, augment=augment)
+    compare_with_live(tmp_path, flags(teacher_run, direction, augment=augment), augment)
+
+
+def test_cached_equals_live_where_maps_are_of_one_pixel(tmp_path, teacher_run):
+    compare_with_live(tmp_path, [*flags(teacher_run, "student_to_teacher"), "--data.image_size=16"], "crop_flip")
+
+
+def compare_with_live(tmp_path, common, augment):
     if augment == "none":
         common.remove("--data.views=2")
     train(tmp_path / "live", *common)

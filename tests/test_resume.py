@@ -25,9 +25,9 @@ def assert_same_run(one, other):
     assert summary(one) == {**summary(other), "name": summary(one)["name"]}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_stop_after_7_of_20_steps_and_go_on(tmp_path, distilled, processes):
-    flags = [*EVERYTHING, *distilled]
+@pytest.mark.parametrize(("processes", "image_size"), [(1, 32), (2, 16)])  # maps of 2x2 pixels, and of one
+def test_stop_after_7_of_20_steps_and_go_on(tmp_path, distilled, processes, image_size):
+    flags = [*EVERYTHING, *distilled, f"--data.image_size={image_size}"]
     train(tmp_path / "straight", *flags, processes=processes)
     train(tmp_path / "stopped", *flags, "--checkpoint.stop_after_steps=7", processes=processes)
     assert not (tmp_path / "stopped/summary.json").exists()

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from kd_accel.models.layout import maps_layout, weights_layout
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import build_projectors
 from kd_accel.models.student import StudentModule
@@ -19,6 +20,15 @@ def test_normalisation():
     assert torch.allclose(Normalize(mean, std)(images.float()), normalised)
     assert torch.equal(Normalize(mean, std)(images.contiguous()), normalised)
     assert Normalize(mean, std).state_dict() == {}
+
+
+def test_layouts_are_those_of_the_device_where_a_config_leaves_them_open():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    last, contiguous = torch.channels_last, torch.contiguous_format
+    assert [maps_layout(None, device) for device in (cpu, gpu)] == [contiguous, last]
+    assert [maps_layout(asked, device) for device in (cpu, gpu) for asked in (True, False)] == [last, contiguous] * 2
+    assert [weights_layout(asked, cpu) for asked in (None, True, False)] == [contiguous] * 3
+    assert [weights_layout(asked, gpu) for asked in (None, True, False)] == [last, last, contiguous]
 
 
 def test_the_student_module_pairs_taps_only_for_a_teacher():

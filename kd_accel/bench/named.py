@@ -23,6 +23,7 @@ from kd_accel.bench.latency import measure_latency
 from kd_accel.bench.params import count_macs, count_parameters, model_bytes
 from kd_accel.config import BenchConfig
 from kd_accel.models.files import load_run_model
+from kd_accel.models.layout import maps_layout
 from kd_accel.models.zoo import build_model
 from kd_accel.types import UserError
 
@@ -87,7 +88,7 @@ def _counts(entry: _Named) -> dict[str, int]:
 
 def _latencies(loaded: Sequence[_Named], config: BenchConfig, device: torch.device) -> list[list[dict[str, Any]]]:
     """For each model its figures per batch size."""
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    layout = maps_layout(config.channels_last, device)
     models = {str(index): entry.model.to(device).to(memory_format=layout) for index, entry in enumerate(loaded)}
     if config.compile:
         for model in models.values():
@@ -133,7 +134,7 @@ def _circumstances(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": config.precision,
         "dtype": _DTYPES[config.precision],
-        "layout": "channels_last" if config.channels_last else "contiguous",
+        "layout": "channels_last" if maps_layout(config.channels_last, device) == torch.channels_last else "contiguous",
         "compile": config.compile,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),

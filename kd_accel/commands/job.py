@@ -10,7 +10,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_accel.commands.course import build_course
 from kd_accel.commands.data import Data, data_identity, held_out, training_loader
-from kd_accel.commands.networks import weights_layout
 from kd_accel.commands.teaching import Teaching
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import Checkpoint, CheckpointWriter, module_tensors
@@ -25,6 +24,7 @@ from kd_accel.engine.profile import StepProfiler
 from kd_accel.engine.progress import Progress
 from kd_accel.engine.setup import Accelerator, on_main_process
 from kd_accel.engine.state import Trainee, restore
+from kd_accel.models.layout import weights_layout
 from kd_accel.models.student import StudentModule
 from kd_accel.models.taps import compile_tapped
 from kd_accel.report.tracking import WandbTracking
@@ -134,7 +134,7 @@ def _build_trainee(start: Prepared) -> tuple[Trainee, list[str]]:
         average.to(accelerator.device)
     if config.train.compile:
         compile_tapped(module.student)
-    module.to(accelerator.device).to(memory_format=weights_layout(config, accelerator.device))
+    module.to(accelerator.device).to(memory_format=weights_layout(config.train.channels_last, accelerator.device))
     optimizer = build_optimizer(module.parameters(), config.optim)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     trainee = Trainee(wrapped, optimizer, Meters(accelerator.device), average)

@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kd_accel.commands.data import Data
 from kd_accel.config import RunConfig
 from kd_accel.models.files import ModelCard, load_weights
+from kd_accel.models.layout import maps_layout
+from kd_accel.models.one_pixel import use_matrix_products
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import Projectors
 from kd_accel.models.student import StudentModule
@@ -30,14 +32,17 @@ def build_network(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
     return network, notices
 
 
-def wrap_student(network: nn.Module, config: RunConfig, data: Data, *, projectors: Projectors | None) -> StudentModule:
-    """The one module that is trained, its taps not yet open."""
+def wrap_student(
+    network: nn.Module, config: RunConfig, data: Data, device: torch.device, *, projectors: Projectors | None
+) -> StudentModule:
+    """The one module that is trained, its taps not yet open. device: where it will be."""
     feature = config.distill.feature if config.distill else None
+    use_matrix_products(network, device)
     if config.train.sync_batchnorm:
         network = _with_sync_batchnorm(network)
     return StudentModule(
         network,
-        Normalize(data.mean, data.std, layout=maps_layout(config)),
+        Normalize(data.mean, data.std, layout=maps_layout(config.train.channels_last, device)),
         taps=feature.taps if feature and projectors else (),
         student_projectors=projectors.student if projectors else None,
         teacher_projectors=projectors.teacher if projectors else None,
@@ -51,17 +56,6 @@ def _with_sync_batchnorm(network: nn.Module) -> nn.Module:
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         raise UserError(f"train.sync_batchnorm: has no effect, {type(network).__name__} has no BatchNorm layer; leave it out")
     return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-
-
-def maps_layout(config: RunConfig) -> torch.memory_format:
-    """Of images, and so of all feature maps."""
-    return torch.channels_last if config.train.channels_last else torch.contiguous_format
-
-
-def weights_layout(config: RunConfig, device: torch.device) -> torch.memory_format:
-    """Of trained weights. A CPU's kernels give the gradients of weights contiguous, whatever the maps are: the weights lie
-    likewise, or each gradient is laid out anew (a twentieth of a ResNet's training step)."""
-    return maps_layout(config) if device.type == "cuda" else torch.contiguous_format
 
 
 def card_of(config: RunConfig, data: Data) -> ModelCard:

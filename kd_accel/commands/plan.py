@@ -162,7 +162,7 @@ def _measure(
         for tap, width in pairs.projectors.pca_channels.items()
     }
     live = live_teacher(config, model, normalize, accelerator, taps=pairs.teacher, projectors=projectors)
-    module = wrap_student(network, config, data, projectors=pairs.projectors).to(accelerator.device).train()
+    module = wrap_student(network, config, data, accelerator.device, projectors=pairs.projectors).to(accelerator.device).train()
     module.open_taps()
     try:
         teacher_s = _seconds(lambda: live(batch), accelerator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from kd_accel.commands.data import Data, view_function
-from kd_accel.commands.networks import maps_layout
 from kd_accel.config import FeatureConfig, RunConfig, TeacherConfig
 from kd_accel.data.hashing import hashed_order
 from kd_accel.engine.setup import Accelerator, on_main_process
 from kd_accel.models.files import load_run_model, load_weights
 from kd_accel.models.folding import folded
+from kd_accel.models.layout import maps_layout
+from kd_accel.models.one_pixel import use_matrix_products
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, PcaFit, Projectors, Shape, build_projectors
 from kd_accel.models.taps import TapRecorder, compile_tapped, probe_taps
@@ -145,9 +147,10 @@ def pair_taps(config: RunConfig, network: nn.Module, teacher: nn.Module) -> TapP
 def ready_teacher(
     config: RunConfig, teacher: TeacherNetwork, accelerator: Accelerator, *, taps: Mapping[str, str]
 ) -> tuple[nn.Module, Normalize]:
-    """(model, normalisation) as it answers: on the device, in the memory layout of the config, BatchNorm folded."""
-    layout = maps_layout(config)
-    own = teacher.folded(taps, image_size=config.data.image_size) or teacher.model
+    """(model, normalisation) as it answers: a copy on the device, in the memory layout of the config, BatchNorm folded."""
+    layout = maps_layout(config.train.channels_last, accelerator.device)
+    own = teacher.folded(taps, image_size=config.data.image_size) or copy.deepcopy(teacher.model)
+    use_matrix_products(own, accelerator.device)
     model = own.to(accelerator.device).to(memory_format=layout)
     return model, Normalize(teacher.mean, teacher.std, layout=layout).to(accelerator.device)
 
@@ -170,11 +173,12 @@ def live_teacher(
     return signals
 
 
-def numeric_mode(config: RunConfig, teacher: TeacherNetwork, taps: Mapping[str, str]) -> dict[str, Any]:
+def numeric_mode(config: RunConfig, teacher: TeacherNetwork, taps: Mapping[str, str], device: torch.device) -> dict[str, Any]:
     """How the teacher computes: part of a cache's identity."""
     train = config.train
     is_folded = teacher.folded(taps, image_size=config.data.image_size) is not None
-    switches = {"precision": train.precision, "channels_last": train.channels_last, "compile": train.compile}
+    is_last = maps_layout(train.channels_last, device) == torch.channels_last
+    switches = {"precision": train.precision, "channels_last": is_last, "compile": train.compile}
     return {**switches, "batchnorm": "folded" if is_folded else "apart"}
 
 

@@ -77,7 +77,7 @@ def build_teaching(
     notices = _warn_of_rectified_taps(feature, pairs.projectors) if feature else []
     cache = None
     if config.teacher.signals != "live":
-        cache = _open_cache(config, data, teacher, pairs)
+        cache = _open_cache(config, data, teacher, pairs, accelerator)
     if config.teacher.signals == "cached":
         assert cache is not None
         return _from_cache(config, data, teacher, pairs, cache, notices, accelerator)
@@ -112,9 +112,9 @@ def _remembered(path: Path) -> float | None:
         return None
 
 
-def _open_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pairs: TapPairs) -> OpenCache:
+def _open_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pairs: TapPairs, accelerator: Accelerator) -> OpenCache:
     assert config.teacher is not None and config.teacher.cache_dir is not None, "checked by checks.problems"
-    wanted = wanted_from_cache(config, data, teacher, pairs, views=used_views(config))
+    wanted = wanted_from_cache(config, data, teacher, pairs, accelerator.device, views=used_views(config))
     return open_cache(Path(config.teacher.cache_dir), wanted)
 
 

@@ -75,7 +75,7 @@ def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
         if checkpoint is not None:
             refuse_other_teacher(checkpoint.state, teaching.digest if teaching else None, where=str(checkpoint.path))
             refuse_other_cache(checkpoint, teaching.cache if teaching else None)
-        module = wrap_student(network, config, data, projectors=teaching.projectors if teaching else None)
+        module = wrap_student(network, config, data, accelerator.device, projectors=teaching.projectors if teaching else None)
         module.open_taps()
         stack.callback(module.close_taps)
         _train_and_save(Prepared(config, data, module, teaching, checkpoint, accelerator, notices), stack)

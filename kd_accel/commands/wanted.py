@@ -58,13 +58,15 @@ def ask(config: RunConfig, accelerator: Accelerator) -> Asked:
     pairs = pair_taps(config, network, teacher.model) if config.teacher.signals == "cached" else TapPairs()
     views = num_views(config.data)
     assert views is not None, "checked by checks.problems"
-    wanted = wanted_from_cache(config, data, teacher, pairs, views=views)
+    wanted = wanted_from_cache(config, data, teacher, pairs, accelerator.device, views=views)
     model, normalize = ready_teacher(config, teacher, accelerator, taps=pairs.teacher)
     return Asked(config, directory, data, teacher, model, normalize, pairs, wanted, accelerator)
 
 
-def wanted_from_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pairs: TapPairs, *, views: int) -> Wanted:
-    """What a training (or a build) with this config asks for. views: how many of the first ones."""
+def wanted_from_cache(
+    config: RunConfig, data: Data, teacher: TeacherNetwork, pairs: TapPairs, device: torch.device, *, views: int
+) -> Wanted:
+    """What a training (or a build) with this config asks for. device: of the teacher. views: how many of the first ones."""
     assert config.teacher is not None
     has_features = config.teacher.signals == "cached" and bool(pairs.teacher)
     if has_features and LOGITS in {*pairs.teacher, *pairs.teacher.values()}:
@@ -78,7 +80,7 @@ def wanted_from_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pa
     return Wanted(
         identity={
             "teacher": teacher.identity(),
-            "numeric": numeric_mode(config, teacher, taps),
+            "numeric": numeric_mode(config, teacher, taps, device),
             "data": {
                 "label_names": list(data.label_names),
                 "train_size": data.train.num_rows,
@@ -92,6 +94,7 @@ def wanted_from_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pa
         projected=channels,
         pca_images=feature.pca_images if feature and channels else None,
         dtype=config.teacher.dtype,
+        any_layout=config.train.channels_last is None,
     )
 
 

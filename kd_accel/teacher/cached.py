@@ -27,6 +27,7 @@ from kd_accel.types import Batch, Signals, UserError
 
 _BUILD = "`kd-accel cache build` with this config"
 _LISTED = 5
+_LAYOUT = "numeric.channels_last"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Wanted:
     identity: of the teacher, its numerics, the data and the views, without the contents of the rows. rows: by split.
     taps: {student tap: teacher tap}. projected: channels by teacher tap where its features are to be projected by a frozen
     PCA; the others are to be raw. pca_images: on how many images such a PCA is fitted. dtype: None = whatever is stored.
+    any_layout: the memory layout was left to the device, so a cache that another kind of device made will do.
     """
 
     identity: Mapping[str, Any]
@@ -45,6 +47,7 @@ class Wanted:
     projected: Mapping[str, int]
     pca_images: int | None = None
     dtype: str | None = None
+    any_layout: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def refuse_other_identity(directory: Path, plan: Plan, wanted: Wanted) -> None:
     different = [
         f"{key}: {_short(stored.get(key))} stored, {_short(own.get(key))} wanted"
         for key in {**stored, **own}
-        if stored.get(key) != own.get(key)
+        if stored.get(key) != own.get(key) and not (key == _LAYOUT and wanted.any_layout)
     ]
     different += _other_tensors(plan, wanted)
     if different:
