@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kd_accel.bench.identity import is_measured
-from kd_accel.bench.latency import measure_latency
+from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.named import bench_models
 from kd_accel.bench.params import count_macs, count_parameters, model_bytes
 from kd_accel.config import BenchConfig
@@ -105,6 +105,21 @@ def test_long_forwards_are_warm_after_fewer(monkeypatch):
     log = []
     measure_latency({"x": Sleeper(0.002, log)}, {"x": torch.zeros(1)}, min_iterations=10, min_time_s=0.0)
     assert 2 <= len(log) - 10 <= 5
+
+
+@pytest.mark.slow
+def test_compiled_models_are_compiled_for_every_batch_size(monkeypatch):
+    """torch's own limit is eight compilations of a class; beyond it a model would run eagerly, without a word."""
+    from torch._dynamo import config
+
+    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(config, "recompile_limit", 2)
+    models = [nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)]) for layers in (1, 2, 3)]
+    compile_for_latency(models, batch_sizes=3)
+    with torch.inference_mode():
+        for model in models:
+            for batch_size in (1, 2, 8):
+                model(torch.zeros(batch_size, 4))
 
 
 def test_the_tail_is_told_where_there_are_enough_forwards():

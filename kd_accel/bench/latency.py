@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,6 +52,19 @@ def measure_latency(
             if images[name].is_cuda:
                 results[name]["host_median_ms"] = statistics.median(_host_times(model, images[name], min_iterations))
     return results
+
+
+def compile_for_latency(models: Iterable[nn.Module], *, batch_sizes: int) -> None:
+    """`compile()` each of them, for so many batch sizes.
+
+    torch takes models of one class for one function, and after eight compilations of it runs the rest eagerly.
+    """
+    from torch._dynamo import config  # heavy, and not needed otherwise
+
+    models = list(models)
+    config.recompile_limit = max(config.recompile_limit, len(models) * batch_sizes)
+    for model in models:
+        model.compile()
 
 
 def _autocast(images: Mapping[str, Tensor], precision: Precision) -> AbstractContextManager:

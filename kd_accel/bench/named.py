@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 
 from kd_accel.bench.identity import model_digest
-from kd_accel.bench.latency import measure_latency
+from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.params import count_macs, count_parameters, model_bytes
 from kd_accel.config import BenchConfig
 from kd_accel.models.files import load_run_model
@@ -91,8 +91,7 @@ def _latencies(loaded: Sequence[_Named], config: BenchConfig, device: torch.devi
     layout = maps_layout(config.channels_last, device)
     models = {str(index): entry.model.to(device).to(memory_format=layout) for index, entry in enumerate(loaded)}
     if config.compile:
-        for model in models.values():
-            model.compile()
+        compile_for_latency(models.values(), batch_sizes=len(config.batch_sizes))
     latency: dict[str, list[dict[str, Any]]] = {key: [] for key in models}
     for batch_size in config.batch_sizes:
         images = {

@@ -5,6 +5,8 @@ The mixing function is splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseud
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 _GAMMA = 0x9E3779B97F4A7C15
@@ -29,6 +31,7 @@ def hashed_order(keys: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
     return rows[np.lexsort((rows, words))]
 
 
+@lru_cache(maxsize=1024)
 def _fold(keys: tuple[int, ...]) -> int:
     """One word of several, each mixed in before the next, so that (1, 2) and (2, 1) or sums do not meet."""
     state = 0

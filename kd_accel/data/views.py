@@ -23,7 +23,7 @@ from kd_accel.data.trivial_augment import trivial_augment
 
 VIEWS_VERSION = 1
 _PURPOSE = 11
-_WORDS = 8
+_WORDS = {"crop": 2, "crop_flip": 3, "resized_crop": 5, "trivial_augment": 6}
 _AREA_FRACTION = (0.25, 1.0)
 _ASPECT_RATIO = (3 / 4, 4 / 3)
 
@@ -84,7 +84,7 @@ class ViewFunction:
         return shared if self.augment == "resized_crop" else {**shared, "crop_padding": self.crop_padding}
 
     def _words(self, rows: np.ndarray, view: int) -> np.ndarray:
-        return hash_words((_PURPOSE, self.view_seed, view), rows, _WORDS)
+        return hash_words((_PURPOSE, self.view_seed, view), rows, _WORDS[self.augment])
 
     def _offsets(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(top, left, is mirrored) of each image's cut, int64 and bool [n]."""
@@ -97,7 +97,9 @@ class ViewFunction:
         padding, size = self.crop_padding, self.image_size
         border = np.zeros((len(pixels), size + 2 * padding, size + 2 * padding, 3), dtype=np.uint8)
         border[:, padding : padding + size, padding : padding + size] = pixels
-        cuts = np.lib.stride_tricks.sliding_window_view(border, (size, size), axis=(1, 2)).transpose(0, 1, 2, 4, 5, 3)
+        image, row, column, byte = border.strides
+        shape = (len(pixels), 2 * padding + 1, 2 * padding + 1, size, size, 3)
+        cuts = np.lib.stride_tricks.as_strided(border, shape, (image, row, column, row, column, byte), writeable=False)
         views = cuts[np.arange(len(pixels)), top, left]
         whole_pixels = views.view("V3")[..., 0]  # so that a mirrored row is copied pixel by pixel, not byte by byte
         mirrored = np.flatnonzero(is_mirrored)
