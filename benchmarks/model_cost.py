@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32, 128], help="images in a forward")
     parser.add_argument("--iterations", type=int, default=10, help="least number of timed forwards; more where they are short")
     parser.add_argument("--min_time_s", type=float, default=0.5, help="least time for each model, batch size and mode")
-    parser.add_argument("--turns", type=int, default=5, help="how often the two ways of measuring take turns")
+    parser.add_argument("--turns", type=int, default=15, help="how often the two ways of measuring take turns")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--modes", choices=list(MODES), nargs="+", default=_modes(), help="as torch runs them")
     arguments = parser.parse_args()
