@@ -63,10 +63,8 @@ class _Student(nn.Module):
 def limit_case(limit: Limit, device: torch.device, size: Size, *, world_size: int = 1) -> Callable[[], float]:
     """A block of steps: the teacher's answer where there is one, forward, loss, backward, update, and nothing else."""
     taps = list(TAPS) if limit.with_features else []
-    student, batches = (
-        _student(device, taps, world_size, is_own=limit.teacher != "none"),
-        random_batches(device, size, world_size),
-    )
+    student = _student(device, taps, world_size, is_own=limit.teacher != "none")
+    batches = random_batches(device, size, world_size)
     optimizer = torch.optim.SGD(
         student.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
     )

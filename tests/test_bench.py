@@ -108,15 +108,13 @@ def test_long_forwards_are_warm_after_fewer(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_models_are_compiled_for_every_batch_size(monkeypatch):
+def test_compiled_models_are_compiled_for_every_batch_size():
     """torch's own limit is eight compilations of a class; beyond it a model would run eagerly, without a word."""
     from torch._dynamo import config
 
-    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(config, "recompile_limit", 2)
     models = [nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)]) for layers in (1, 2, 3)]
-    compile_for_latency(models, batch_sizes=3)
-    with torch.inference_mode():
+    with config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2), torch.inference_mode():
+        compile_for_latency(models, batch_sizes=3)
         for model in models:
             for batch_size in (1, 2, 8):
                 model(torch.zeros(batch_size, 4))
