@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.bare import forward_case
+from benchmarks.caches import cache_plan, fill_cache
 from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
-from benchmarks.jobs import Bench, Size, cache_plan, fill_cache, live_teacher, normalization, open_bench
+from benchmarks.jobs import Bench, Size, live_teacher, normalization, open_bench
 from kd_accel.teacher.store.layout import Plan, TensorSpec, rows_in_a_shard
 from kd_accel.teacher.store.reader import Reader
 from kd_accel.teacher.store.shards import write_shard

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def accelerate_launch(processes: int) -> list[str]:
 def most_processes() -> int | None:
     """How many one launch may have here: one for each GPU, any number (None) on CPUs."""
     return torch.cuda.device_count() if torch.cuda.is_available() else None
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can compile for CPUs here."""
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def cpu_threads(threads: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What suites time: trainings of this program on random images, a live teacher, and a real cache of what it says.
+"""What suites time: trainings of this program on random images, and a live teacher (caches.py: a real cache of what it says).
 
 The networks are those of the reference job: ResNet-50 teaches ResNet-18, both with the ImageNet stem and 10 classes, on 32x32
 images in batches of 128; features meet in the student's 64, 128, 256 and 512 channels (direction `both` unless
@@ -33,7 +33,6 @@ from kd_accel.config import (
 from kd_accel.data.loader import TrainLoader, load_batches
 from kd_accel.data.sources import MemoryImages
 from kd_accel.data.views import ViewFunction
-from kd_accel.engine.cache_pass import blocks_of, run_pass
 from kd_accel.engine.checkpoint import CheckpointWriter
 from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.interruption import Interruption
@@ -54,10 +53,8 @@ from kd_accel.models.projectors import FeatureProjector, build_projectors
 from kd_accel.models.student import StudentModule
 from kd_accel.models.taps import compile_tapped
 from kd_accel.models.zoo import build_model
-from kd_accel.teacher.cached import OpenCache, Wanted, open_cache
 from kd_accel.teacher.live import LiveTeacher
-from kd_accel.teacher.store.layout import LOGITS, Plan, Split, TensorSpec, rows_in_a_shard
-from kd_accel.teacher.store.manifest import CachedRows, flush_shards, write_manifest, write_plan, write_rows
+from kd_accel.teacher.store.layout import Split
 from kd_accel.types import Batch, SignalSource, no_signals
 
 CLASSES = 10
@@ -214,66 +211,6 @@ def live_teacher(bench: Bench, features: Features = "projected") -> LiveTeacher:
     projectors = frozen_projectors(bench.device) if features == "projected" else {}
     model = folded_teacher(bench.device)
     return LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=bench.accelerator.autocast)
-
-
-def write_cache(
-    bench: Bench, directory: Path, teacher: LiveTeacher, *, views: int, features: Features = "projected"
-) -> OpenCache:
-    """What `kd-accel cache build` leaves, written by one process, opened as a training opens it."""
-    rows = _covered(bench)
-    if bench.accelerator.is_main_process:
-        plan = cache_plan(bench, views=views, features=features)
-        write_rows(directory, rows)
-        write_plan(directory, plan)
-        write_manifest(directory, plan, fill_cache(bench, directory, plan, teacher))
-    bench.accelerator.wait_for_everyone()
-    wanted = Wanted(
-        _identity(bench), rows=rows, views=views, taps={} if features == "none" else TAPS, projected={}, dtype="float16"
-    )
-    return open_cache(directory, wanted)
-
-
-def fill_cache(bench: Bench, directory: Path, plan: Plan, teacher: LiveTeacher) -> dict[str, str]:
-    """The pass of the teacher and the flush to the disk: views, answers, encoding, writing. Returns {file name: checksum}."""
-    checksums = run_pass(
-        blocks_of(plan.all_shards()),
-        directory=directory,
-        plan=plan,
-        rows={"train": bench.rows},
-        teacher=teacher,
-        batches_of=bench.batches,
-        advance=lambda rows: None,
-    )
-    flush_shards(directory, list(checksums))
-    return checksums
-
-
-def cache_plan(bench: Bench, *, views: int, features: Features = "projected") -> Plan:
-    """float16 in the shards of the default config, without a held-out split."""
-    shapes = {"none": {}, "raw": TEACHER, "projected": STUDENT}[features]
-    tensors = {LOGITS: TensorSpec((CLASSES,), "float16")} | {tap: TensorSpec(shape, "float16") for tap, shape in shapes.items()}
-    batch_rows = bench.size.batch_size
-    identity = _identity(bench)
-    identity["data"] = {**identity["data"], "contents": {split: cached.digest for split, cached in _covered(bench).items()}}
-    return Plan(
-        identity=identity,
-        rows={split: len(cached.rows) for split, cached in _covered(bench).items()},
-        views=views,
-        tensors=tensors,
-        rows_per_shard=rows_in_a_shard(tensors, shard_mib=TeacherConfig().shard_mib, batch_rows=batch_rows),
-        batch_rows=batch_rows,
-    )
-
-
-def _identity(bench: Bench) -> dict[str, dict[str, object]]:
-    is_last = maps_layout(None, bench.device) == torch.channels_last
-    return {"numeric": {"channels_last": is_last}, "data": {"train_size": bench.size.rows}}
-
-
-def _covered(bench: Bench) -> dict[Split, CachedRows]:
-    none = bench.rows[:0]
-    rows: dict[Split, np.ndarray] = {"train": bench.rows, "val": none, "test": none}
-    return {split: CachedRows(own, bench.images.digests(own)) for split, own in rows.items()}
 
 
 def _student_module(config: RunConfig, device: torch.device) -> StudentModule:

@@ -15,7 +15,6 @@ import argparse
 import copy
 import importlib
 import importlib.util
-import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from benchmarks.harness import Result, finish
+from benchmarks.harness import Result, finish, has_compiler
 from benchmarks.jobs import CLASSES, IMAGE_SIZE
 from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.params import count_macs, count_parameters
@@ -123,9 +122,8 @@ MODES: dict[str, Callable[[nn.Module], nn.Module]] = {
 def _modes() -> list[str]:
     """Those that this machine can do."""
     has_gpu = torch.cuda.is_available()
-    has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     has_onnx = not has_gpu and all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
-    return ["eager", *(["compiled"] if has_compiler else []), *(["onnx"] if has_onnx else [])]
+    return ["eager", *(["compiled"] if has_compiler() else []), *(["onnx"] if has_onnx else [])]
 
 
 def _images(batch_size: int) -> Tensor:

@@ -25,19 +25,17 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.caches import cache_plan, fill_cache, write_cache
 from benchmarks.harness import Result, finish, suite_parser
 from benchmarks.jobs import (
     Bench,
     Size,
     build_job,
-    cache_plan,
     epochs_of,
-    fill_cache,
     hybrid,
     live_teacher,
     open_bench,
     training_config,
-    write_cache,
 )
 from kd_accel.config import DistillConfig
 from kd_accel.teacher.live import LiveTeacher

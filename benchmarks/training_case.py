@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.bare import LIMITS, limit_case
+from benchmarks.caches import write_cache
 from benchmarks.harness import measure_in_turns, suite_parser
 from benchmarks.jobs import (
     Bench,
@@ -33,7 +34,6 @@ from benchmarks.jobs import (
     live_teacher,
     open_bench,
     training_config,
-    write_cache,
 )
 from kd_accel.config import DistillConfig
 from kd_accel.engine.profile import stage_shares

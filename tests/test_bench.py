@@ -115,9 +115,10 @@ def test_compiled_models_are_compiled_for_every_batch_size():
     models = [nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)]) for layers in (1, 2, 3)]
     with config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2), torch.inference_mode():
         compile_for_latency(models, batch_sizes=3)
-        for model in models:
-            for batch_size in (1, 2, 8):
-                model(torch.zeros(batch_size, 4))
+        answers = [model(torch.ones(batch_size, 4)) for model in models for batch_size in (1, 2, 8)]
+    expected = [model.forward(torch.ones(batch_size, 4)) for model in models for batch_size in (1, 2, 8)]
+    torch.testing.assert_close(answers, expected)
+    assert all(model._compiled_call_impl is not None for model in models)
 
 
 def test_the_tail_is_told_where_there_are_enough_forwards():

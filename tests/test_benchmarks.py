@@ -53,6 +53,24 @@ def test_latencies_of_the_models(tmp_path):
 
 
 @pytest.mark.slow
+def test_forms_of_the_networks(tmp_path):
+    forms = ("convolutions", "channels_last")
+    cases = [
+        *(f"{network}_{form}" for network in ("student", "teacher") for form in forms),
+        "student",
+        "teacher",
+        "teacher_apart",
+    ]
+    line = last_line(tmp_path, "benchmarks.forms", *SMALL, "--cases", *cases)
+    assert line["medians"].keys() == set(cases)
+    assert line["ratios"].keys() == {
+        "student/student_convolutions",
+        "student_channels_last/student_convolutions",
+        *("teacher/teacher_convolutions", "teacher_channels_last/teacher_convolutions", "teacher_convolutions/teacher_apart"),
+    }
+
+
+@pytest.mark.slow
 def test_ten_students_from_one_cache(tmp_path):
     line = last_line(tmp_path, "benchmarks.sweep", "--students=2", "--epochs=1", "--batch_size=4", "--steps=1")
     assert line["medians"].keys() == {"plain", "cached", "live", "build"}

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kd_accel.teacher.store.manifest import read_plan
 from tests.in_process import cache, train
+from tests.launching import losses
 
 FEATURE = "--distill.feature={weight: 0.1, direction: both, taps: [layer1, layer2], pca_images: 64}"
 
@@ -45,8 +47,12 @@ def files_of(directory):
 
 
 def test_a_layout_that_is_left_to_the_device_is_no_reason_to_refuse(built, tmp_path):
-    flags, _ = built
-    train(tmp_path / "run", *flags, "--train.channels_last=null", "--train.max_steps=1")
+    flags, directory = built
+    before = files_of(directory)
+    for layout in ("null", "true"):
+        train(tmp_path / layout, *flags, f"--train.channels_last={layout}", "--train.max_steps=3")
+    assert read_plan(directory).identity["numeric"]["channels_last"] is True and files_of(directory) == before
+    assert losses(tmp_path / "null") == pytest.approx(losses(tmp_path / "true"), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -52,19 +52,13 @@ def weights(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("direction", "augment"),
-    [("both", "crop_flip"), ("both", "trivial_augment"), ("both", "none"), ("teacher_to_student", "crop_flip")]
-    + [("learned", "crop_flip"), ("student_to_teacher", "trivial_augment")],
+    ("direction", "augment", "image_size"),
+    [("both", "crop_flip", 32), ("both", "trivial_augment", 32), ("both", "none", 32), ("teacher_to_student", "crop_flip", 32)]
+    + [("learned", "crop_flip", 32), ("student_to_teacher", "trivial_augment", 32)]
+    + [("student_to_teacher", "crop_flip", 16), ("both", "crop_flip", 16)],  # maps of one pixel
 )
-def test_cached_equals_live(tmp_path, teacher_run, direction, augment):
-    compare_with_live(tmp_path, flags(teacher_run, direction, augment=augment), augment)
-
-
-def test_cached_equals_live_where_maps_are_of_one_pixel(tmp_path, teacher_run):
-    compare_with_live(tmp_path, [*flags(teacher_run, "student_to_teacher"), "--data.image_size=16"], "crop_flip")
-
-
-def compare_with_live(tmp_path, common, augment):
+def test_cached_equals_live(tmp_path, teacher_run, direction, augment, image_size):
+    common = [*flags(teacher_run, direction, augment=augment), f"--data.image_size={image_size}"]
     if augment == "none":
         common.remove("--data.views=2")
     train(tmp_path / "live", *common)

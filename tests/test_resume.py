@@ -25,7 +25,7 @@ def assert_same_run(one, other):
     assert summary(one) == {**summary(other), "name": summary(one)["name"]}
 
 
-@pytest.mark.parametrize(("processes", "image_size"), [(1, 32), (2, 16)])  # maps of 2x2 pixels, and of one
+@pytest.mark.parametrize(("processes", "image_size"), [(1, 32), (2, 32), (1, 16)])  # maps of 2x2 pixels, and of one
 def test_stop_after_7_of_20_steps_and_go_on(tmp_path, distilled, processes, image_size):
     flags = [*EVERYTHING, *distilled, f"--data.image_size={image_size}"]
     train(tmp_path / "straight", *flags, processes=processes)
