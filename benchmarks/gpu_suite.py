@@ -41,7 +41,7 @@ def main() -> None:
         print("there is no GPU here: nothing was measured")
         return
     ends_at, have_all_worked = time.monotonic() + LIMIT_S, True
-    result = Result("gpu-suite", {}, {})
+    result = Result("gpu-suite")
     agreement = loss_difference()
     result.notes["largest relative difference of a loss, GPU and CPU"] = agreement
     latencies(result, is_trial=arguments.trial)
@@ -68,9 +68,7 @@ def add_case(result: Result, precision: str, *, compiles: bool, left_s: float, i
         result.notes[name] = f"failed: {error}"
         print(f"{name} failed: {error}")
         return False
-    measured = Result.of_repeats("", {f"{case}/{name}": rates for case, rates in found.pop("rates").items()}, notes={})
-    result.medians |= measured.medians
-    result.spread |= measured.spread
+    result.add_repeats({f"{case}/{name}": rates for case, rates in found.pop("rates").items()})
     result.notes[name] = found
     for numerator, denominator in (("cached", "plain"), ("live", "plain")):
         result.add_ratio(f"{numerator}/{name}", f"{denominator}/{name}")

@@ -1,13 +1,15 @@
 """What every suite shares: interleaved repeats, medians with their spread, the closing line of JSON, the dated file.
 
 Timings of one case drift with everything else that a machine does. So the cases take turns within one run, and what is
-reported is the ratio of their medians; absolute times stand beside it for reference only.
+reported is the ratio of their medians; absolute times stand beside it for reference only. A drift that is slower than a turn
+leaves the ratio within each turn alone: the median of those, with its standard error, says what the run can tell apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,35 +22,59 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 _LIBRARIES = ("torch", "torchvision", "accelerate", "safetensors", "datasets", "numpy")
 
 
+class TurnRatio(TypedDict):
+    """error: standard error of the median, from the quartiles as for a normal distribution; None of a single turn."""
+
+    median: float
+    error: float | None
+
+
 @dataclass
 class Result:
-    """medians, spread (interquartile range over the median) by case, in `unit`, and ratios between medians."""
+    """medians, spread (interquartile range over the median) by case, in `unit`; ratios between medians, and turn by turn."""
 
     benchmark: str
-    medians: dict[str, float]
-    spread: dict[str, float]
+    medians: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
+    by_turn: dict[str, TurnRatio] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     unit: str = "/s"
+    repeats: dict[str, Sequence[float]] = field(default_factory=dict)
 
     @classmethod
     def of_repeats(
         cls, benchmark: str, repeats: Mapping[str, Sequence[float]], *, notes: dict[str, Any], unit: str = "/s"
     ) -> Result:
         """repeats: throughputs (or times) by case, one figure per repeat."""
-        medians = {name: statistics.median(values) for name, values in repeats.items()}
-        spread = {name: _relative_spread(values) for name, values in repeats.items()}
-        return cls(benchmark, medians, spread, notes=notes, unit=unit)
+        result = cls(benchmark, notes=notes, unit=unit)
+        result.add_repeats(repeats)
+        return result
+
+    def add_repeats(self, repeats: Mapping[str, Sequence[float]]) -> None:
+        for name, values in repeats.items():
+            self.repeats[name] = values
+            self.medians[name], self.spread[name] = statistics.median(values), _relative_spread(values)
 
     def add_ratio(self, numerator: str, denominator: str) -> None:
-        self.ratios[f"{numerator}/{denominator}"] = self.medians[numerator] / self.medians[denominator]
+        name = f"{numerator}/{denominator}"
+        self.ratios[name] = self.medians[numerator] / self.medians[denominator]
+        self.by_turn[name] = turn_ratio(self.repeats[numerator], self.repeats[denominator])
+
+
+def turn_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> TurnRatio:
+    """The n-th of both come from the same turn."""
+    ratios = [one / other for one, other in zip(numerators, denominators, strict=True)]
+    median = statistics.median(ratios)
+    error = 0.93 * _relative_spread(ratios) * median / math.sqrt(len(ratios)) if len(ratios) > 1 else None
+    return {"median": median, "error": error}
 
 
 def suite_parser(
@@ -120,7 +146,7 @@ def finish(result: Result, *, threads: int | None = None, out_dir: Path = Path("
         shown = f"{median:.1f}" if median >= 100 else f"{median:.4g}"
         print(f"{name:42} {shown:>12} {result.unit}   spread {100 * result.spread[name]:.1f} %")
     for name, ratio in result.ratios.items():
-        print(f"{name:68} {ratio:.3f}")
+        print(f"{name:68} {ratio:.3f}{_shown(result.by_turn.get(name))}")
     line = json.dumps(
         {
             "benchmark": result.benchmark,
@@ -131,12 +157,19 @@ def finish(result: Result, *, threads: int | None = None, out_dir: Path = Path("
             "medians": result.medians,
             "spread": result.spread,
             "ratios": result.ratios,
+            "by_turn": result.by_turn,
             "notes": result.notes,
         }
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / f"{date.today()}-{result.benchmark}.json").write_text(line + "\n")
     print(line)
+
+
+def _shown(turns: TurnRatio | None) -> str:
+    if turns is None or turns["error"] is None:
+        return ""
+    return f"   turn by turn {turns['median']:.3f} +- {turns['error']:.3f}"
 
 
 def _relative_spread(values: Sequence[float]) -> float:

@@ -1,10 +1,11 @@
 """What a second process is worth: `python -m benchmarks.processes`.
 
 The same plain training of ResNet-18 (digits, global batch 128, float32) through `accelerate launch` as a user starts it:
-    one    one process with `--devices` threads
-    two    `--devices` processes of one thread each, gradients exchanged over gloo
+    one              one process with `--devices` threads
+    two_processes    `--devices` processes of one thread each, gradients exchanged over gloo
     bare_one, bare_two    the same split of the loop of bare.py with torch's DistributedDataParallel: what two can be worth
-On a machine with GPUs `one` has one GPU and `two` two of them, over NCCL; where there is only one, it says so and ends with 0.
+On a machine with GPUs `one` has one GPU and `two_processes` two of them, over NCCL; where there is one alone, it says so and
+ends with 0.
 
 Rates are those that the trainings write themselves, line by line, without the first one, in which things warm up. The
 launches take turns. Run it alone: any other load shows.
@@ -28,19 +29,19 @@ def main() -> None:
     if arguments.devices > (most_processes() or arguments.devices):
         print(f"there are fewer than {arguments.devices} GPUs here: nothing was measured")
         return
-    rates: dict[str, list[float]] = {"one": [], "two": [], "bare_one": [], "bare_two": []}
+    rates: dict[str, list[float]] = {"one": [], "two_processes": [], "bare_one": [], "bare_two": []}
     numbers = {"batch_size": arguments.batch_size, "steps": 8, "repeats": 3, "rounds": 1}
     with tempfile.TemporaryDirectory() as directory:
         for number in range(arguments.repeats):
-            for name, processes in (("one", 1), ("two", arguments.devices)):
+            for name, bare, processes in (("one", "bare_one", 1), ("two_processes", "bare_two", arguments.devices)):
                 flags = ["--train.batch_size", str(arguments.batch_size), "--train.max_steps", str(arguments.steps)]
                 run_dir = Path(directory) / f"{name}-{number}"
                 threads = arguments.devices // processes
                 rates[name] += launched_rates(run_dir, flags, processes=processes, threads=threads)
-                rates[f"bare_{name}"] += run_cases(["bare"], processes, threads=threads, **numbers)["rates"]["bare"]
+                rates[bare] += run_cases(["bare"], processes, threads=threads, **numbers)["rates"]["bare"]
     notes = {"batch_size": arguments.batch_size, "steps": arguments.steps, "devices": arguments.devices}
     result = Result.of_repeats("processes", rates, notes=notes)
-    result.ratios["two_processes/one"] = result.medians["two"] / result.medians["one"]
+    result.add_ratio("two_processes", "one")
     result.add_ratio("bare_two", "bare_one")
     finish(result, threads=arguments.devices)
 

@@ -49,7 +49,7 @@ PROCESSES = {"quick": [1], "cached": [1], "all": [1, 2]}
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, repeats=3)
+    parser = suite_parser(__doc__, repeats=9, steps=4)
     parser.add_argument("--suite", choices=list(RATIOS), default="all")
     parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
     parser.add_argument(

@@ -100,7 +100,7 @@ class Programs:
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, repeats=3)
+    parser = suite_parser(__doc__, repeats=9, steps=4)
     parser.add_argument("--cases", nargs="+", choices=[*PROGRAMS, *LIMITS], default=[*PROGRAMS, *LIMITS])
     parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
     arguments = parser.parse_args()

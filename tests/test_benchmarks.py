@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks.harness import Result, turn_ratio
 from tests.launching import ROOT, environment
 
 SMALL = ["--repeats=1", "--batch_size=4", "--steps=1"]
@@ -43,11 +44,19 @@ def last_line(tmp_path, module, *flags):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_a_drift_of_the_machine_leaves_the_ratio_within_a_turn():
+    result = Result.of_repeats("drift", {"one": [30.0, 10.0, 20.0, 1.0], "other": [60.0, 20.0, 50.0, 2.0]}, notes={})
+    result.add_ratio("one", "other")
+    assert result.ratios == {"one/other": 15 / 35}
+    assert result.by_turn["one/other"]["median"] == 0.5 and 0 < result.by_turn["one/other"]["error"] < 0.05
+    assert turn_ratio([1.0], [2.0]) == {"median": 0.5, "error": None}
+
+
 @pytest.mark.slow
 def test_latencies_of_the_models(tmp_path):
     flags = ["--batch_sizes=1", "--modes=eager", "--iterations=2", "--min_time_s=0.01"]
     line = last_line(tmp_path, "benchmarks.model_cost", *flags)
-    assert [case.split("/")[0] for case in line["medians"]] == list(line["notes"]) and len(line["notes"]) == 4
+    assert [case.split("/")[0] for case in line["medians"]] == list(line["notes"])[:4] and len(line["notes"]) == 5
     assert line["notes"]["resnet50-imagenet"]["parameters"] == 23_528_522
     assert line["ratios"].keys() == {"latency/torch_benchmark"}
 
@@ -96,7 +105,7 @@ def test_the_gpu_suite_in_small(tmp_path):
 @pytest.mark.faults
 def test_one_process_and_two(tmp_path):
     line = last_line(tmp_path, "benchmarks.processes", "--repeats=1", "--batch_size=8", "--steps=8")
-    assert line["medians"].keys() == {"one", "two", "bare_one", "bare_two"}
+    assert line["medians"].keys() == {"one", "two_processes", "bare_one", "bare_two"}
     assert line["ratios"].keys() == {"two_processes/one", "bare_two/bare_one"}
 
 

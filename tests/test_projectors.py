@@ -81,6 +81,36 @@ def test_a_learned_projectors_gradient_through_the_feature_loss():
     np.testing.assert_allclose(projector.conv.bias.grad.numpy(), 2 / difference.size * difference.sum(0), atol=1e-14)
 
 
+FORMS = {
+    "channels innermost": (4, 2, 5, torch.channels_last),
+    "no fewer pixels than channels": (20, 3, 16, torch.contiguous_format),
+    "fewer pixels than channels": (20, 3, 17, torch.contiguous_format),
+    "one pixel": (1, 3, 5, torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_projector_is_the_convolution_in_every_form_that_it_takes(form, dtype):
+    """pixels x in_channels -> out_channels. Answer, layout and gradients, in float64 and under autocast."""
+    pixels, in_channels, out_channels, layout = FORMS[form]
+    torch.manual_seed(0)
+    height = 4 if pixels % 4 == 0 else 1
+    shape = (3, in_channels, height, pixels // height)
+    projector = FeatureProjector(in_channels, out_channels).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    feature = torch.randn(shape, dtype=projector.conv.weight.dtype).contiguous(memory_format=layout).requires_grad_()
+    found = []
+    for answer in (projector, projector.conv):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            given = answer(feature)
+        assert given.dtype == dtype and given.is_contiguous(memory_format=layout)
+        gradients = torch.autograd.grad(given.square().sum(), [feature, *projector.parameters()])
+        found.append([given.detach().to(torch.float64), *(gradient.to(torch.float64) for gradient in gradients)])
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, atol=tolerance * expected.abs().max().item(), rtol=0)
+
+
 def test_a_normalised_projector_is_the_standardised_convolution():
     torch.manual_seed(0)
     projector = NormalizedProjector(3, 2)
