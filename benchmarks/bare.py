@@ -1,7 +1,7 @@
 """Loops that anybody would write who wants to know what the hardware gives: torch and torchvision, tensors that lie in memory.
 
 Nothing of this program's own is used here but the projectors, which are 1x1 convolutions, and, in the limits of a distillation,
-its networks: the teacher's BatchNorm folded, convolutions of one pixel as matrix products. `bare` has torchvision's own. In a
+its networks: the teacher's BatchNorm folded, layers in the forms that are fast on a CPU. `bare` has torchvision's own. In a
 launch of several processes each takes its share of the batch, and torch's DistributedDataParallel exchanges the gradients.
 """
 

@@ -1,11 +1,11 @@
 """What the form of a network makes of its speed, the function being the same: `python -m benchmarks.forms`.
 
 A training step of the student (forward, cross-entropy, backward, fused SGD) and a forward of the teacher, on tensors in memory:
-    student, teacher        as a training on this machine has them by default: layout, products for one pixel, BatchNorm folded
-    ..._convolutions        the same, contiguous, with torch's own convolutions
-    ..._channels_last       the same in channels_last, with torch's own convolutions
+    student, teacher        as a training on this machine has them by default: layout, fast forms, BatchNorm folded
+    ..._torch               the same, contiguous, with torch's own layers
+    ..._channels_last       the same in channels_last, with torch's own layers
     student_compiled        `student`, compiled; left out where torch finds no compiler
-    teacher_apart           `teacher_convolutions`, its BatchNorm layers apart
+    teacher_apart           `teacher_torch`, its BatchNorm layers apart
 One unit is an image; the cases take turns. Other networks and larger images turn some ratios round: `--teacher`, `--student`,
 `--image_size`, with fewer images in a batch. Run it alone.
 """
@@ -21,18 +21,18 @@ from torch.nn import functional
 
 from benchmarks.harness import Result, finish, has_compiler, measure_in_turns, suite_parser
 from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM
+from kd_accel.models.cpu_forms import use_cpu_forms
 from kd_accel.models.folding import folded
 from kd_accel.models.layout import maps_layout, weights_layout
-from kd_accel.models.one_pixel import use_matrix_products
 from kd_accel.models.zoo import build_model
 
 RATIOS = [
-    ("student", "student_convolutions"),
-    ("student_channels_last", "student_convolutions"),
+    ("student", "student_torch"),
+    ("student_channels_last", "student_torch"),
     ("student_compiled", "student"),
-    ("teacher", "teacher_convolutions"),
-    ("teacher_channels_last", "teacher_convolutions"),
-    ("teacher_convolutions", "teacher_apart"),
+    ("teacher", "teacher_torch"),
+    ("teacher_channels_last", "teacher_torch"),
+    ("teacher_torch", "teacher_apart"),
 ]
 
 
@@ -67,7 +67,7 @@ def student_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], ob
         own = copy.deepcopy(model).to(memory_format=weights_layout(channels_last, device)).train()
         own_images = images.contiguous(memory_format=maps_layout(channels_last, device))
         if has_products:
-            use_matrix_products(own, device)
+            use_cpu_forms(own, device)
         optimizer = torch.optim.SGD(
             own.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
         )
@@ -83,7 +83,7 @@ def student_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], ob
 
     cases = {
         "student": case(channels_last=None, has_products=True),
-        "student_convolutions": case(channels_last=False, has_products=False),
+        "student_torch": case(channels_last=False, has_products=False),
         "student_channels_last": case(channels_last=True, has_products=False),
     }
     if has_compiler():
@@ -98,13 +98,13 @@ def teacher_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], ob
         own = copy.deepcopy(source).to(memory_format=maps_layout(channels_last, device))
         own_images = images.contiguous(memory_format=maps_layout(channels_last, device))
         if has_products:
-            use_matrix_products(own, device)
+            use_cpu_forms(own, device)
         return torch.no_grad()(lambda: own(own_images))
 
     as_it_answers = model if one is None else one
     cases = {
         "teacher": case(as_it_answers, channels_last=None, has_products=True),
-        "teacher_convolutions": case(as_it_answers, channels_last=False),
+        "teacher_torch": case(as_it_answers, channels_last=False),
         "teacher_channels_last": case(as_it_answers, channels_last=True),
     }
     return cases if one is None else {**cases, "teacher_apart": case(model, channels_last=False)}

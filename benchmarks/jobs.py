@@ -45,9 +45,9 @@ from kd_accel.engine.progress import Progress
 from kd_accel.engine.setup import Accelerator, set_kernel_choice, start_processes
 from kd_accel.engine.state import Trainee
 from kd_accel.engine.train import train_epoch
+from kd_accel.models.cpu_forms import use_cpu_forms
 from kd_accel.models.folding import folded
 from kd_accel.models.layout import maps_layout, weights_layout
-from kd_accel.models.one_pixel import use_matrix_products
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, build_projectors
 from kd_accel.models.student import StudentModule
@@ -178,9 +178,9 @@ def normalization(device: torch.device) -> Normalize:
 
 
 def build_student(device: torch.device) -> nn.Module:
-    """As a training has it: one-pixel convolutions are matrix products on a CPU."""
+    """As a training has it, its layers in the forms that are fast on a CPU."""
     model = build_model("torchvision/resnet18", num_classes=CLASSES)
-    use_matrix_products(model, device)
+    use_cpu_forms(model, device)
     return model.to(device)
 
 
@@ -191,10 +191,10 @@ def build_teacher(device: torch.device) -> nn.Module:
 
 
 def folded_teacher(device: torch.device) -> nn.Module:
-    """The same network as a training has it answer: BatchNorm in the convolutions, those of one pixel as matrix products."""
+    """The same network as a training has it answer: BatchNorm in the convolutions, forms that are fast on a CPU."""
     model = folded(build_teacher(device), taps=TAPS, image_size=IMAGE_SIZE)
     assert model is not None
-    use_matrix_products(model, device)
+    use_cpu_forms(model, device)
     return model.to(memory_format=maps_layout(None, device))
 
 

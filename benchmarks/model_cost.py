@@ -31,6 +31,7 @@ from kd_accel.models.layout import maps_layout
 from kd_accel.models.zoo import build_model
 
 STEMS: tuple[Stem, ...] = ("imagenet", "no_pool")
+_TURN_S = 0.1
 MODELS = {f"{arch}-{stem}": (f"torchvision/{arch}", stem) for arch in ("resnet50", "resnet18") for stem in STEMS}
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32, 128], help="images in a forward")
     parser.add_argument("--iterations", type=int, default=10, help="least number of timed forwards; more where they are short")
     parser.add_argument("--min_time_s", type=float, default=0.5, help="least time for each model, batch size and mode")
-    parser.add_argument("--turns", type=int, default=15, help="how often the two ways of measuring take turns")
+    parser.add_argument("--turns", type=int, default=40, help="how often the two ways of measuring take turns")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--modes", choices=list(MODES), nargs="+", default=_modes(), help="as torch runs them")
     arguments = parser.parse_args()
@@ -81,14 +82,18 @@ def torch_benchmark_ms(model: nn.Module, images: Tensor, *, min_time_s: float) -
 
 
 def _agreement(model: nn.Module, images: Tensor, arguments: argparse.Namespace) -> TurnRatio:
-    """Our latency over that of `torch.utils.benchmark`, for the same forward, in turns that each of them opens in turn."""
+    """Our latency over that of `torch.utils.benchmark`, for the same forward, in turns that each of them opens in turn.
+
+    Many short turns, since the machine's speed drifts within a second.
+    """
+    min_time_s = min(_TURN_S, arguments.min_time_s)
 
     def own() -> float:
-        numbers = {"min_iterations": arguments.iterations, "min_time_s": arguments.min_time_s}
+        numbers = {"min_iterations": arguments.iterations, "min_time_s": min_time_s}
         return measure_latency({"model": model}, {"model": images}, **numbers)["model"]["median_ms"]
 
     def reference() -> float:
-        return torch_benchmark_ms(model, images, min_time_s=arguments.min_time_s)
+        return torch_benchmark_ms(model, images, min_time_s=min_time_s)
 
     times_ms: dict[Callable[[], float], list[float]] = {own: [], reference: []}
     for turn in range(arguments.turns):

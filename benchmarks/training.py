@@ -2,7 +2,8 @@
 
     python -m benchmarks.training                    all cases, in one process and in two
     python -m benchmarks.training --suite quick      in one process: plain / bare
-    python -m benchmarks.training --suite cached     in one: cached_logits / plain, cached_hybrid / plain, live_hybrid / limit
+    python -m benchmarks.training --suite cached     in one: cached_logits / plain, cached_hybrid / plain, live_hybrid / limit,
+                                                     and what the feature term takes by itself
 
 All cases train the same student (jobs.py says which) with fused SGD and Nesterov momentum. Those of this program go its whole
 path: order of the rows, views (crop_flip), loading, normalisation, teacher, loss, metrics, learning rate, the line of metrics
@@ -29,7 +30,12 @@ from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, m
 
 RATIOS = {
     "quick": [("plain", "bare")],
-    "cached": [("cached_logits", "plain"), ("cached_hybrid", "plain"), ("live_hybrid", "limit")],
+    "cached": [
+        ("cached_logits", "plain"),
+        ("cached_hybrid", "plain"),
+        ("live_hybrid", "limit"),
+        ("limit_cached_hybrid", "limit_cached_logits"),
+    ],
     "all": [
         ("plain", "bare"),
         ("cached_logits", "plain"),
@@ -38,6 +44,7 @@ RATIOS = {
         ("live_logits", "limit_live_logits"),
         ("cached_logits", "limit_cached_logits"),
         ("cached_hybrid", "limit_cached_hybrid"),
+        ("limit_cached_hybrid", "limit_cached_logits"),
         ("cached_hybrid_student_to_teacher", "plain"),
         ("cached_hybrid_teacher_to_student", "plain"),
         ("live_hybrid_student_to_teacher", "live_hybrid"),

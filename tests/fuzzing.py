@@ -114,18 +114,19 @@ def mutated_bytes(draw, data):
 
 
 @st.composite
-def settings_of(draw, config_class):
-    """Some fields of a config, most of them with values of their type."""
+def settings_of(draw, config_class, *, is_tame=None):
+    """Some fields of a config; in every second one few, with values of their type, so that it may be accepted."""
+    is_tame = draw(st.booleans()) if is_tame is None else is_tame
     chosen = {}
     for name, annotation in field_types(config_class).items():
-        if draw(st.integers(0, 4)):
+        if draw(st.integers(0, 9 if is_tame else 4)):
             continue
         section = section_type(annotation)
-        if section and draw(st.integers(0, 5)):
-            chosen[name] = draw(settings_of(section))
+        if section and (is_tame or draw(st.integers(0, 5))):
+            chosen[name] = draw(settings_of(section, is_tame=is_tame))
         else:
-            chosen[name] = draw(st.one_of(values_of(annotation), junk))
-    if draw(st.integers(0, 9)) == 0:
+            chosen[name] = draw(values_of(annotation) if is_tame else st.one_of(values_of(annotation), junk))
+    if not is_tame and draw(st.integers(0, 9)) == 0:
         chosen[draw(st.text(max_size=9))] = draw(junk)
     return chosen
 

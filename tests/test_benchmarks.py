@@ -17,7 +17,11 @@ SUITES = {
         ["benchmarks.training", "--rounds=1", "--processes=1"],
         [
             *("plain/bare", "cached_logits/plain", "cached_hybrid/plain", "live_hybrid/limit", "live_logits/limit_live_logits"),
-            *("cached_logits/limit_cached_logits", "cached_hybrid/limit_cached_hybrid"),
+            *(
+                "cached_logits/limit_cached_logits",
+                "cached_hybrid/limit_cached_hybrid",
+                "limit_cached_hybrid/limit_cached_logits",
+            ),
             *(f"cached_hybrid_{direction}/plain" for direction in ("student_to_teacher", "teacher_to_student")),
             *(f"live_hybrid_{direction}/live_hybrid" for direction in ("student_to_teacher", "teacher_to_student")),
         ],
@@ -63,7 +67,7 @@ def test_latencies_of_the_models(tmp_path):
 
 @pytest.mark.slow
 def test_forms_of_the_networks(tmp_path):
-    forms = ("convolutions", "channels_last")
+    forms = ("torch", "channels_last")
     cases = [
         *(f"{network}_{form}" for network in ("student", "teacher") for form in forms),
         "student",
@@ -73,9 +77,9 @@ def test_forms_of_the_networks(tmp_path):
     line = last_line(tmp_path, "benchmarks.forms", *SMALL, "--cases", *cases)
     assert line["medians"].keys() == set(cases)
     assert line["ratios"].keys() == {
-        "student/student_convolutions",
-        "student_channels_last/student_convolutions",
-        *("teacher/teacher_convolutions", "teacher_channels_last/teacher_convolutions", "teacher_convolutions/teacher_apart"),
+        "student/student_torch",
+        "student_channels_last/student_torch",
+        *("teacher/teacher_torch", "teacher_channels_last/teacher_torch", "teacher_torch/teacher_apart"),
     }
 
 
@@ -139,7 +143,12 @@ def test_the_first_step(tmp_path):
 def test_two_processes_and_the_parts_of_a_step(tmp_path):
     flags = ["--suite=cached", "--processes=2", "--rounds=1", *SMALL]
     line = last_line(tmp_path, "benchmarks.training", *flags)
-    assert list(line["ratios"]) == ["cached_logits@2/plain@2", "cached_hybrid@2/plain@2", "live_hybrid@2/limit@2"]
+    assert list(line["ratios"]) == [
+        "cached_logits@2/plain@2",
+        "cached_hybrid@2/plain@2",
+        "live_hybrid@2/limit@2",
+        "limit_cached_hybrid@2/limit_cached_logits@2",
+    ]
     shares = line["notes"]["shares"]
     assert shares.keys() == {"plain@2", "cached_logits@2", "cached_hybrid@2", "live_hybrid@2"}
     for case, parts in shares.items():

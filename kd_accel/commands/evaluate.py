@@ -13,9 +13,9 @@ from kd_accel.commands.teacher import load_teacher, ready_teacher
 from kd_accel.config import RunConfig
 from kd_accel.engine.evaluate import evaluate
 from kd_accel.engine.setup import leave_processes, start_processes
+from kd_accel.models.cpu_forms import use_cpu_forms
 from kd_accel.models.files import load_run_model
 from kd_accel.models.layout import maps_layout
-from kd_accel.models.one_pixel import use_matrix_products
 from kd_accel.models.preprocess import Normalize
 from kd_accel.parse import load_config_file
 from kd_accel.teacher.live import LiveTeacher
@@ -31,7 +31,7 @@ def run_evaluation(directory: Path, *, split: HeldOutSplit) -> None:
     config = load_config_file(RunConfig, config_file)
     accelerator = start_processes(config.train.precision)
     data = load_data(config.data)
-    use_matrix_products(network, accelerator.device)
+    use_cpu_forms(network, accelerator.device)
     network.to(accelerator.device)
     layout = maps_layout(config.train.channels_last, accelerator.device)
     normalize = Normalize(card.mean, card.std, layout=layout).to(accelerator.device)

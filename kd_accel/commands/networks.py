@@ -8,9 +8,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_accel.commands.data import Data
 from kd_accel.config import RunConfig
+from kd_accel.models.cpu_forms import use_cpu_forms
 from kd_accel.models.files import ModelCard, load_weights
 from kd_accel.models.layout import maps_layout
-from kd_accel.models.one_pixel import use_matrix_products
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import Projectors
 from kd_accel.models.student import StudentModule
@@ -37,7 +37,7 @@ def wrap_student(
 ) -> StudentModule:
     """The one module that is trained, its taps not yet open. device: where it will be."""
     feature = config.distill.feature if config.distill else None
-    use_matrix_products(network, device)
+    use_cpu_forms(network, device)
     if config.train.sync_batchnorm:
         network = _with_sync_batchnorm(network)
     return StudentModule(

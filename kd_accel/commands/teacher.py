@@ -16,10 +16,10 @@ from kd_accel.commands.data import Data, view_function
 from kd_accel.config import FeatureConfig, RunConfig, TeacherConfig
 from kd_accel.data.hashing import hashed_order
 from kd_accel.engine.setup import Accelerator, on_main_process
+from kd_accel.models.cpu_forms import use_cpu_forms
 from kd_accel.models.files import load_run_model, load_weights
 from kd_accel.models.folding import folded
 from kd_accel.models.layout import maps_layout
-from kd_accel.models.one_pixel import use_matrix_products
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, PcaFit, Projectors, Shape, build_projectors
 from kd_accel.models.taps import TapRecorder, compile_tapped, probe_taps
@@ -150,7 +150,7 @@ def ready_teacher(
     """(model, normalisation) as it answers: a copy on the device, in the memory layout of the config, BatchNorm folded."""
     layout = maps_layout(config.train.channels_last, accelerator.device)
     own = teacher.folded(taps, image_size=config.data.image_size) or copy.deepcopy(teacher.model)
-    use_matrix_products(own, accelerator.device)
+    use_cpu_forms(own, accelerator.device)
     model = own.to(accelerator.device).to(memory_format=layout)
     return model, Normalize(teacher.mean, teacher.std, layout=layout).to(accelerator.device)
 

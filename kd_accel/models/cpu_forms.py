@@ -1,9 +1,9 @@
-"""Convolutions that give one pixel, computed as the matrix products that they are.
+"""Layers in the form that a CPU computes fastest: the same function, parameters, names and gradients (docs/profile.md).
 
-The last stages of an ImageNet network see small images as maps of one pixel. A 3x3 convolution there multiplies zeros with
-eight of its nine taps, and the kernels of convolutions are slow on such maps: a quarter of the training step of a ResNet-18 on
-32x32 images on a CPU (docs/profile.md). The function is the same, and so are parameters, their names and their gradients; sums
-differ in their last bits.
+Convolutions that give one pixel are matrix products. The last stages of an ImageNet network see small images as maps of one
+pixel; a 3x3 convolution there multiplies zeros with eight of its nine taps. Sums differ in their last bits.
+
+A teacher's maxima are taken with the channels innermost, where torch has a vectorised kernel of them; not a bit differs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def use_matrix_products(model: nn.Module, device: torch.device) -> None:
-    """Make every ordinary convolution of `model` an `OnePixelConv2d`; whether it has one pixel to give shows in a forward.
+def use_cpu_forms(model: nn.Module, device: torch.device) -> None:
+    """Make the ordinary convolutions of `model` `OnePixelConv2d` and its max-pools `ChannelsLastMaxPool2d`.
 
     On a CPU alone: on GPUs it was never measured, and there a convolution and a matrix product round differently (TF32).
     """
@@ -25,6 +25,8 @@ def use_matrix_products(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if type(module) is nn.Conv2d and _is_ordinary(module):
             module.__class__ = OnePixelConv2d
+        elif type(module) is nn.MaxPool2d and not module.return_indices:
+            module.__class__ = ChannelsLastMaxPool2d
 
 
 class OnePixelConv2d(nn.Conv2d):
@@ -37,14 +39,29 @@ class OnePixelConv2d(nn.Conv2d):
             return super().forward(input)
         # The kernel lies once, from (-top, -left) on: it meets the map's first rows and columns, mostly all of them.
         height, width = min(self.kernel_size[0] - top, input.shape[2]), min(self.kernel_size[1] - left, input.shape[3])
-        taps, pixels = self.weight[:, :, top : top + height, left : left + width], input[:, :, :height, :width]
-        output = functional.linear(pixels.flatten(1), taps.flatten(1), self.bias)
+        taps = _cut(self.weight, top, left, height, width)
+        output = functional.linear(input[:, :, :height, :width].flatten(1), taps.flatten(1), self.bias)
         return output.unsqueeze_(2).unsqueeze_(3)  # in place: no view, which could not be written to in every mode
 
     def _gives_one_pixel(self, input: Tensor, top: int, left: int) -> bool:
         rows = (input.shape[-2] + 2 * top - self.kernel_size[0]) // self.stride[0]
         columns = (input.shape[-1] + 2 * left - self.kernel_size[1]) // self.stride[1]
         return input.dim() == 4 and rows == columns == 0
+
+
+class ChannelsLastMaxPool2d(nn.MaxPool2d):
+    """nn.MaxPool2d, faster for contiguous maps [B, D, H, W] that need no gradient, whose way back would cost what it saves."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4 or input.requires_grad or not input.is_contiguous():
+            return super().forward(input)
+        return super().forward(input.contiguous(memory_format=torch.channels_last)).contiguous()
+
+
+def _cut(weight: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """weight[:, :, top : top + height, left : left + width], packed, and its gradient written once instead of per axis."""
+    bottom, right = weight.shape[2] - top - height, weight.shape[3] - left - width
+    return functional.pad(weight, (-left, -right, -top, -bottom)) if top or left or bottom or right else weight
 
 
 def _is_ordinary(module: nn.Conv2d) -> bool:

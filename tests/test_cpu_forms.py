@@ -1,4 +1,4 @@
-"""A convolution that gives one pixel is a matrix product: same values, gradients and names as torch's own."""
+"""Layers in the forms that are fast on a CPU: same values, gradients and names as torch's own."""
 
 import copy
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from kd_accel.models.cpu_forms import ChannelsLastMaxPool2d, OnePixelConv2d, use_cpu_forms
 from kd_accel.models.folding import folded
-from kd_accel.models.one_pixel import OnePixelConv2d, use_matrix_products
 from kd_accel.models.zoo import build_model
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_a_convolution(kernel, stride, padding
     torch.manual_seed(0)
     reference = nn.Conv2d(5, 6, kernel, stride, padding, bias=bias).double()
     own = copy.deepcopy(reference)
-    use_matrix_products(own, CPU)
+    use_cpu_forms(own, CPU)
     assert type(own) is OnePixelConv2d and own.state_dict().keys() == reference.state_dict().keys()
     images = torch.randn(4, 5, *size, dtype=torch.float64).to(memory_format=layout)
     weights = torch.randn(4, 6, 1, 1, dtype=torch.float64)
@@ -66,7 +66,7 @@ def run(module, images, weights):
 def test_more_pixels_are_left_to_the_convolution(size):
     reference = nn.Conv2d(3, 4, 3, padding=1)
     own = copy.deepcopy(reference)
-    use_matrix_products(own, CPU)
+    use_cpu_forms(own, CPU)
     images = torch.randn(2, 3, *size)
     assert torch.equal(own(images), reference(images))
     assert torch.equal(own(images[0]), reference(images[0]))  # one image without a batch
@@ -87,8 +87,32 @@ def test_more_pixels_are_left_to_the_convolution(size):
 )
 def test_other_convolutions_stay_what_they_are(module):
     kind = type(module)
-    use_matrix_products(module, CPU)
+    use_cpu_forms(module, CPU)
     assert type(module) is kind
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 1, 1, dilation=1)], ids=str
+)
+def test_a_maximum_is_the_same_to_the_bit(pool, layout):
+    """With gradients and without them. Equal values in a window, as after a ReLU, give their gradient to the same one."""
+    torch.manual_seed(0)
+    reference, own = copy.deepcopy(pool), copy.deepcopy(pool)
+    use_cpu_forms(own, CPU)
+    assert type(own) is ChannelsLastMaxPool2d
+    images = (2 * torch.randn(4, 5, 9, 9)).round().relu().to(memory_format=layout)
+    weights = torch.randn_like(reference(images))
+    for found, wanted in zip(run(own, images, weights), run(reference, images, weights), strict=True):
+        assert torch.equal(found, wanted) and found.stride() == wanted.stride()
+    assert torch.equal(own(images), reference(images)) and own(images).stride() == reference(images).stride()
+    assert torch.equal(own(images[0]), reference(images[0]))  # one image without a batch
+
+
+def test_a_pool_that_gives_indices_stays_what_it_is():
+    module = nn.MaxPool2d(2, return_indices=True)
+    use_cpu_forms(module, CPU)
+    assert type(module) is nn.MaxPool2d
 
 
 @pytest.mark.parametrize("arch", ["torchvision/resnet18", "torchvision/resnet50"])
@@ -96,7 +120,7 @@ def test_a_network_is_the_same_function(arch):
     torch.manual_seed(0)
     reference = build_model(arch, num_classes=10).train()
     own = copy.deepcopy(reference)
-    use_matrix_products(own, CPU)
+    use_cpu_forms(own, CPU)
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
     losses = [nn.functional.cross_entropy(model(images), labels) for model in (own, reference)]
     torch.testing.assert_close(*losses)
@@ -109,13 +133,13 @@ def test_a_network_is_the_same_function(arch):
 
 def test_elsewhere_than_on_a_cpu_nothing_changes():
     module = nn.Conv2d(4, 4, 3)
-    use_matrix_products(module, torch.device("cuda", 0))
+    use_cpu_forms(module, torch.device("cuda", 0))
     assert type(module) is nn.Conv2d
 
 
 def test_the_output_can_be_written_to_in_every_mode():
     module, parameter = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.ones(1))
-    use_matrix_products(module, CPU)
+    use_cpu_forms(module, CPU)
     with torch.no_grad():
         output = module(torch.randn(2, 3, 1, 1))
     output += parameter
@@ -127,7 +151,7 @@ def test_a_compiled_network_has_them():
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
     own = copy.deepcopy(reference)
-    use_matrix_products(own, CPU)
+    use_cpu_forms(own, CPU)
     own.compile(fullgraph=True)
     images, weights = torch.randn(5, 3, 2, 2), torch.randn(5, 4, 1, 1)
     for found, wanted in zip(run(own, images, weights), run(reference, images, weights), strict=True):
@@ -137,7 +161,7 @@ def test_a_compiled_network_has_them():
 def test_a_folded_network_can_have_them():
     model = build_model("torchvision/resnet18", num_classes=10).eval()
     own = folded(model, taps=["layer4"], image_size=32)
-    use_matrix_products(own, CPU)
+    use_cpu_forms(own, CPU)
     assert type(own.layer4[0].conv2) is OnePixelConv2d
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
