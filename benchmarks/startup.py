@@ -9,11 +9,13 @@ Medians are seconds; `own` is the difference of the two. The launches take turns
 
 from __future__ import annotations
 
+import os
 import signal
 import statistics
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, most_processes, suite_parser
@@ -59,18 +61,26 @@ def main() -> None:
 
 
 def until_written(command: list[str], sign: Path, *, threads: int) -> float:
-    """Seconds until the file `sign` holds something; then the launch is ended."""
+    """Seconds until the file `sign` holds something; then the launch is ended, with all that it started."""
     started_at = time.perf_counter()
-    process = subprocess.Popen(command, env=cpu_threads(threads), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=cpu_threads(threads),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         while not (sign.is_file() and sign.stat().st_size):
-            if process.poll() not in (None, 0):
+            if process.poll() is not None and not sign.is_file():
                 assert process.stderr is not None
                 raise SystemExit(process.stderr.read()[-4000:])
             time.sleep(_POLL_S)
         return time.perf_counter() - started_at
     finally:
-        process.send_signal(signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.communicate()
 
 
