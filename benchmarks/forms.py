@@ -63,10 +63,10 @@ def main() -> None:
 def student_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
     device, labels = images.device, torch.randint(0, CLASSES, (len(images),), device=images.device)
 
-    def case(*, channels_last: bool | None, has_products: bool, compiles: bool = False) -> Callable[[], object]:
+    def case(*, channels_last: bool | None, has_fast_forms: bool, compiles: bool = False) -> Callable[[], object]:
         own = copy.deepcopy(model).to(memory_format=weights_layout(channels_last, device)).train()
         own_images = images.contiguous(memory_format=maps_layout(channels_last, device))
-        if has_products:
+        if has_fast_forms:
             use_cpu_forms(own, device)
         optimizer = torch.optim.SGD(
             own.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
@@ -82,28 +82,28 @@ def student_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], ob
         return step
 
     cases = {
-        "student": case(channels_last=None, has_products=True),
-        "student_torch": case(channels_last=False, has_products=False),
-        "student_channels_last": case(channels_last=True, has_products=False),
+        "student": case(channels_last=None, has_fast_forms=True),
+        "student_torch": case(channels_last=False, has_fast_forms=False),
+        "student_channels_last": case(channels_last=True, has_fast_forms=False),
     }
     if has_compiler():
-        cases["student_compiled"] = case(channels_last=None, has_products=True, compiles=True)
+        cases["student_compiled"] = case(channels_last=None, has_fast_forms=True, compiles=True)
     return cases
 
 
 def teacher_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
     device, one = images.device, folded(model, taps=[], image_size=images.shape[-1])
 
-    def case(source: nn.Module, *, channels_last: bool | None, has_products: bool = False) -> Callable[[], object]:
+    def case(source: nn.Module, *, channels_last: bool | None, has_fast_forms: bool = False) -> Callable[[], object]:
         own = copy.deepcopy(source).to(memory_format=maps_layout(channels_last, device))
         own_images = images.contiguous(memory_format=maps_layout(channels_last, device))
-        if has_products:
+        if has_fast_forms:
             use_cpu_forms(own, device)
         return torch.no_grad()(lambda: own(own_images))
 
     as_it_answers = model if one is None else one
     cases = {
-        "teacher": case(as_it_answers, channels_last=None, has_products=True),
+        "teacher": case(as_it_answers, channels_last=None, has_fast_forms=True),
         "teacher_torch": case(as_it_answers, channels_last=False),
         "teacher_channels_last": case(as_it_answers, channels_last=True),
     }
