@@ -60,7 +60,9 @@ def test_a_drift_of_the_machine_leaves_the_ratio_within_a_turn():
 def test_latencies_of_the_models(tmp_path):
     flags = ["--batch_sizes=1", "--modes=eager", "--iterations=2", "--min_time_s=0.01"]
     line = last_line(tmp_path, "benchmarks.model_cost", *flags)
-    assert [case.split("/")[0] for case in line["medians"]] == list(line["notes"])[:4] and len(line["notes"]) == 5
+    models = [case.split("/")[0] for case in line["medians"]]
+    assert len(models) == 4 and list(line["notes"]) == [*models, "agreement"]
+    assert line["notes"]["agreement"]["1"] == line["by_turn"]["latency/torch_benchmark"]
     assert line["notes"]["resnet50-imagenet"]["parameters"] == 23_528_522
     assert line["ratios"].keys() == {"latency/torch_benchmark"}
 

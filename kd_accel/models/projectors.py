@@ -28,8 +28,8 @@ class FeatureProjector(nn.Module):
     """A 1x1 convolution with bias: [B, in_channels, H, W] -> [B, out_channels, H, W].
 
     That is one matrix product over the channels, and where these lie innermost it is computed as one; on a CPU, where the maps
-    are contiguous and no image's gradient of the weights is larger than its map, as a product for each image. A convolution
-    takes up to three times as long there.
+    are contiguous and no image's gradient of the weights is larger than its map, as a product for each image. Convolutions
+    are slower there.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
