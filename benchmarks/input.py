@@ -76,7 +76,7 @@ def _gather(bench: Bench, stored: torch.Tensor) -> Callable[[], float]:
     def block() -> float:
         for _ in range(FAST_TURNS):
             for rows in torch.randperm(bench.size.rows).split(bench.size.batch_size):
-                normalize(stored[rows])
+                normalize(stored.index_select(0, rows))
                 labels[rows]
         return FAST_TURNS * bench.size.rows
 

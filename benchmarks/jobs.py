@@ -225,7 +225,8 @@ def _loader(bench: Bench, config: RunConfig) -> TrainLoader:
     """On a GPU the images lie there, as in a training."""
     stored = None
     if bench.device.type == "cuda":
-        stored = torch.from_numpy(bench.images.pixels(bench.rows)).permute(0, 3, 1, 2).to(bench.device)
+        stored = torch.from_numpy(bench.images.pixels(bench.rows)).permute(0, 3, 1, 2)
+        stored = stored.to(bench.device, memory_format=torch.channels_last)
     return TrainLoader(
         bench.images,
         VIEWS,

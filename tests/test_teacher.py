@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import xxhash
 from torch import nn
 
 from kd_accel.commands.teacher import TeacherNetwork
@@ -105,6 +106,13 @@ def test_the_digest_of_rows_sees_pixels_labels_and_order():
     relabelled[2] = 5
     sets = [(pixels, labels, rows), (changed, labels, rows), (pixels, relabelled, rows), (pixels, labels, rows[::-1].copy())]
     assert len({rows_digest(MemoryImages(p, label, "ab"), order) for p, label, order in sets}) == 4
+
+
+def test_the_digest_of_a_decoded_image_is_of_its_pixels_in_their_order():
+    pixels = torch.randint(0, 256, (8, 4, 4, 3), dtype=torch.uint8).numpy()
+    labels = torch.arange(8).numpy()
+    expected = [xxhash.xxh3_64_intdigest(image.tobytes(), seed=label) for label, image in enumerate(pixels)]
+    assert MemoryImages(pixels, labels, "ab").digests(labels).tolist() == expected
 
 
 def test_no_hook_stays():

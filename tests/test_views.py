@@ -20,6 +20,11 @@ def pixels(rows=ROWS):
     return np.stack(images).astype(np.uint8)
 
 
+def channels_first(images):
+    """The same array with other strides, as images in memory have them."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_order_the_company_and_the_time_of_asking_change_nothing(policy):
     views = ViewFunction(policy, 32)
@@ -46,8 +51,29 @@ def test_a_view_is_new_memory():
     images = pixels()
     before = images.copy()
     for policy in POLICIES:
-        ViewFunction(policy, 32)(images, ROWS, 0)[:] = 0
+        for padding in (0, 4):
+            ViewFunction(policy, 32, crop_padding=padding)(images, ROWS, 0)[:] = 0
     assert np.array_equal(images, before)
+
+
+@pytest.mark.parametrize("policy", ["none", "crop", "crop_flip"])
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("size", [1, 8, 32])
+def test_cuts_keep_the_layout_and_are_what_the_words_say(policy, padding, size):
+    images = np.random.default_rng(size).integers(0, 256, (64, size, size, 3), dtype=np.uint8)
+    function = ViewFunction(policy, size, crop_padding=padding)
+    border = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    words = hash_words((11, 0, 3), ROWS, 3)
+    expected = []
+    for image, original, word in zip(border, images, words.tolist(), strict=True):
+        top, left = ((word[axis] >> 32) % (2 * padding + 1) for axis in (0, 1))
+        cut = original if policy == "none" else image[top : top + size, left : left + size]
+        expected.append(cut[:, ::-1] if policy == "crop_flip" and word[2] >> 63 else cut)
+    last, first = function(images, ROWS, 3), function(channels_first(images), ROWS, 3)
+    assert last.flags.c_contiguous
+    assert first.transpose(0, 3, 1, 2).flags.c_contiguous
+    assert np.array_equal(last, expected)
+    assert np.array_equal(first, expected)
 
 
 GOLDEN = {
@@ -63,17 +89,20 @@ GOLDEN = {
 def test_golden_values(policy):
     """Whoever changes these changes VIEWS_VERSION with them: caches of teacher answers depend on it."""
     assert VIEWS_VERSION == 1
-    views = ViewFunction(policy, 32, view_seed=5)(pixels(), ROWS, 2)
-    assert hashlib.sha256(views.tobytes()).hexdigest()[:16] == GOLDEN[policy]
+    for images in (pixels(), channels_first(pixels())):
+        views = ViewFunction(policy, 32, view_seed=5)(images, ROWS, 2)
+        assert hashlib.sha256(views.tobytes()).hexdigest()[:16] == GOLDEN[policy]
 
 
 @pytest.mark.parametrize("policy", ["none", "crop", "crop_flip"])
 @pytest.mark.parametrize("padding", [0, 4])
 def test_the_device_form_is_the_same_function(policy, padding):
     views = ViewFunction(policy, 32, crop_padding=padding)
-    on_device = views.on_device(torch.from_numpy(pixels()).permute(0, 3, 1, 2), ROWS, 3)
+    stored = torch.from_numpy(pixels()).permute(0, 3, 1, 2)
+    on_device = views.on_device(stored, ROWS, 3)
     assert np.array_equal(on_device.permute(0, 2, 3, 1).numpy(), views(pixels(), ROWS, 3))
     assert on_device.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(views.on_device(stored.contiguous(), ROWS, 3), on_device)
 
 
 def test_a_crop_is_a_cut_and_all_offsets_come_up():

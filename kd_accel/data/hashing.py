@@ -19,10 +19,9 @@ def hash_words(keys: tuple[int, ...], counters: np.ndarray, words: int) -> np.nd
     keys: whole numbers that name the purpose (a constant), a seed, a view. counters: int64 [n], row numbers for instance.
     """
     state = np.uint64(_fold(keys))
-    with np.errstate(over="ignore"):
-        rows = _mix(state ^ _mix(counters.astype(np.uint64)))
-        steps = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(_GAMMA)
-        return _mix(rows[:, None] + steps)
+    rows = _mix(state ^ _mix(counters.astype(np.uint64)))
+    steps = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+    return _mix(rows[:, None] + steps)
 
 
 def hashed_order(keys: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
@@ -41,8 +40,11 @@ def _fold(keys: tuple[int, ...]) -> int:
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        words = words + np.uint64(_GAMMA)
-        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    """words: an array, which wraps around without a warning."""
+    words = words + np.uint64(_GAMMA)
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    return words

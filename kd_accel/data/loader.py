@@ -89,10 +89,9 @@ class TrainLoader:
 
     def _shares(self, epoch: int, start_step: int) -> list[np.ndarray]:
         """The rows of each micro-batch of this rank."""
-        order = epoch_order(self._rows, seed=self._seed, epoch=epoch)
-        share = self._batch_size // self._world_size
-        firsts = (step * self._batch_size + self._rank * share for step in range(start_step, self.steps_per_epoch))
-        return [part for first in firsts for part in np.split(order[first : first + share], self._parts)]
+        order = epoch_order(self._rows, seed=self._seed, epoch=epoch)[: self.steps_per_epoch * self._batch_size]
+        micro_batches = order.reshape(self.steps_per_epoch, self._world_size, self._parts, -1)
+        return list(micro_batches[start_step:, self._rank].reshape(-1, micro_batches.shape[3]))
 
     def _batch_on_device(self, rows: np.ndarray, view: int) -> Batch:
         assert self._device_images is not None

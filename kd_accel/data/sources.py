@@ -19,6 +19,7 @@ from kd_accel.data.decode import fit_array
 from kd_accel.data.images import EncodedImages as EncodedImages
 from kd_accel.data.images import ImageSet as ImageSet
 from kd_accel.data.images import MemoryImages as MemoryImages
+from kd_accel.data.images import empty_images
 from kd_accel.imports import PREFIX, call_import
 from kd_accel.types import UserError
 
@@ -101,7 +102,9 @@ def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
     if not images.size:
         raise UserError(f"{where}: has no rows, or images without pixels: {list(images.shape)}")
     _refuse_large(len(images), config)
-    fitted = np.stack([fit_array(image, config.image_size) for image in images])
+    fitted = empty_images(len(images), config.image_size)
+    for row, image in enumerate(images):
+        fitted[row] = fit_array(image, config.image_size)
     return MemoryImages(fitted, _checked_labels(labels, len(names), where), names)
 
 
@@ -231,7 +234,7 @@ def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: 
     if decoded_bytes > config.memory_limit_mib * 2**20:
         return encoded
     rows = np.arange(len(labels))
-    images = np.empty((len(labels), config.image_size, config.image_size, 3), dtype=np.uint8)
+    images = empty_images(len(labels), config.image_size)
     for start in range(0, len(rows), _CHUNK_ROWS):
         images[start : start + _CHUNK_ROWS] = encoded.pixels(rows[start : start + _CHUNK_ROWS])
     return MemoryImages(images, labels, names, encoded=encoded)

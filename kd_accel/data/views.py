@@ -4,7 +4,7 @@ So a teacher's answers can be kept: who asks later for the same view of the same
 hash of (view_seed, view, row); no generator is touched. A change of what any policy gives is a change of VIEWS_VERSION, and
 tests hold golden values to notice it.
 
-Shapes: pixels uint8 [n, S, S, 3] in numpy, [n, 3, S, S] on a device.
+Shapes: pixels uint8 [n, S, S, 3] in numpy, in either layout of `ImageSet.pixels`; [n, 3, S, S] on a device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kd_accel.config import Augment
 from kd_accel.data.hashing import hash_words
+from kd_accel.data.images import channels_last
 from kd_accel.data.trivial_augment import trivial_augment
 
 VIEWS_VERSION = 1
@@ -46,13 +47,15 @@ class ViewFunction:
         """Images and their rows -> the same number of images, new memory. pixels: uint8 [n, S, S, 3]; rows: int64 [n]."""
         assert pixels.shape[1:] == (self.image_size, self.image_size, 3), pixels.shape
         if self.augment == "none":
-            return pixels.copy()
+            return pixels.copy(order="K")
         words = self._words(rows, view)
         if self.augment == "resized_crop":
-            return np.stack([_resized_crop(image, word) for image, word in zip(pixels, words, strict=True)])
+            images = channels_last(pixels)
+            return np.stack([_resized_crop(image, word) for image, word in zip(images, words, strict=True)])
         views = self._crop(pixels, *self._offsets(words))
         if self.augment == "trivial_augment":
-            return np.stack([trivial_augment(image, word[3:]) for image, word in zip(views, words, strict=True)])
+            images = channels_last(views)
+            return np.stack([trivial_augment(image, word[3:]) for image, word in zip(images, words, strict=True)])
         return views
 
     @property
@@ -94,17 +97,20 @@ class ViewFunction:
         return top.astype(np.int64), left.astype(np.int64), is_mirrored
 
     def _crop(self, pixels: np.ndarray, top: np.ndarray, left: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
-        padding, size = self.crop_padding, self.image_size
-        border = np.zeros((len(pixels), size + 2 * padding, size + 2 * padding, 3), dtype=np.uint8)
-        border[:, padding : padding + size, padding : padding + size] = pixels
-        image, row, column, byte = border.strides
-        shape = (len(pixels), 2 * padding + 1, 2 * padding + 1, size, size, 3)
-        cuts = np.lib.stride_tricks.as_strided(border, shape, (image, row, column, row, column, byte), writeable=False)
-        views = cuts[np.arange(len(pixels)), top, left]
-        whole_pixels = views.view("V3")[..., 0]  # so that a mirrored row is copied pixel by pixel, not byte by byte
+        """In the layout of the images. Whole lines are copied: value by value takes several times as long."""
+        count, size, padding = len(pixels), self.image_size, self.crop_padding
+        is_channels_first = pixels.strides[2] == 1
+        planes, step = (3, 1) if is_channels_first else (1, 3)
+        images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2) if is_channels_first else pixels)
+        line, choices, bordered = f"V{size * step}", 2 * padding + 1, size + 2 * padding
+        border = np.zeros((count, planes, bordered, bordered * step), dtype=np.uint8)
+        image, plane, row, _ = border.strides
+        cuts = np.ndarray((count, choices, choices, planes, size), line, border, 0, (image, row, step, plane, row))
+        cuts[:, padding, padding] = images.reshape(count, planes, size, -1).view(line)[..., 0]
+        views = np.ascontiguousarray(cuts[np.arange(count), top, left]).view(np.uint8).reshape(images.shape)
         mirrored = np.flatnonzero(is_mirrored)
-        whole_pixels[mirrored] = whole_pixels[mirrored, :, ::-1]
-        return views
+        views[mirrored] = torch.from_numpy(views[mirrored]).flip(3 if is_channels_first else 2).numpy()
+        return views.transpose(0, 2, 3, 1) if is_channels_first else views
 
 
 def _resized_crop(image: np.ndarray, words: np.ndarray) -> np.ndarray:
