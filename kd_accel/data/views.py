@@ -100,13 +100,13 @@ class ViewFunction:
         """In the layout of the images. Whole lines are copied: value by value takes several times as long."""
         count, size, padding = len(pixels), self.image_size, self.crop_padding
         is_channels_first = pixels.strides[2] == 1
-        planes, step = (3, 1) if is_channels_first else (1, 3)
+        planes, step = (3, 1) if is_channels_first else (1, 3)  # step: bytes from a column to the next
         images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2) if is_channels_first else pixels)
         line, choices, bordered = f"V{size * step}", 2 * padding + 1, size + 2 * padding
         border = np.zeros((count, planes, bordered, bordered * step), dtype=np.uint8)
         image, plane, row, _ = border.strides
         cuts = np.ndarray((count, choices, choices, planes, size), line, border, 0, (image, row, step, plane, row))
-        cuts[:, padding, padding] = images.reshape(count, planes, size, -1).view(line)[..., 0]
+        cuts[:, padding, padding] = images.reshape(count, planes, size, size * step).view(line)[..., 0]
         views = np.ascontiguousarray(cuts[np.arange(count), top, left]).view(np.uint8).reshape(images.shape)
         mirrored = np.flatnonzero(is_mirrored)
         views[mirrored] = torch.from_numpy(views[mirrored]).flip(3 if is_channels_first else 2).numpy()
