@@ -58,13 +58,14 @@ def test_a_launch_file_that_cannot_be_read(tmp_path):
 @pytest.mark.slow
 def test_a_finished_chain_is_measured_again_when_its_bench_or_its_runs_change(tmp_path):
     runs = {"first": {}, "second": {"seed": 1}}
-    run("reproduce", "--config", write_chain(tmp_path, {"first": {}}), "--", "--train.max_steps=1")
+    flags = ["--launch=launch/gpu1.yaml", "--", "--train.max_steps=1"]  # one process, on a CPU where there is no GPU
+    run("reproduce", "--config", write_chain(tmp_path, {"first": {}}), *flags)
     figures = tmp_path / "report/bench.json"
     os.utime(figures, (2e9, 2e9))  # newer than any run
-    run("reproduce", "--config", write_chain(tmp_path, runs), "--", "--train.max_steps=1")
+    run("reproduce", "--config", write_chain(tmp_path, runs), *flags)
     assert [Path(entry["name"]).name for entry in json.loads(figures.read_text())["models"]] == ["first", "second"]
     os.utime(figures, (2e9, 2e9))
     changed = write_chain(tmp_path, runs, bench={**BENCH, "batch_sizes": [1, 2]})
-    run("reproduce", "--config", changed, "--", "--train.max_steps=1")
+    run("reproduce", "--config", changed, *flags)
     for entry in json.loads(figures.read_text())["models"]:
         assert [latency["batch_size"] for latency in entry["latency"]] == [1, 2]
