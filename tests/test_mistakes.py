@@ -130,6 +130,20 @@ def test_a_model_with_an_idle_layer(tmp_path, processes, code):
         check_message(done, "requires_grad")
 
 
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--train.batch_size=4096", "train.batch_size: 4096 is more than the 128 training rows; lower it"),
+        ("--checkpoint.stop_after_steps=24", "checkpoint.stop_after_steps: 24 has no effect, the training has 24 steps"),
+    ],
+)
+def test_what_the_rows_cannot_be_trained_with_leaves_nothing_behind(tmp_path, flag, told):
+    done = train(tmp_path / "run", flag, "--tracking.wandb=offline", code=2)
+    check_message(done, told)
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_that_are_too_small_for_the_model(tmp_path):
     done = train(tmp_path / "run", "--model.arch=torchvision/alexnet", code=2)
     check_message(done, "data.image_size: AlexNet cannot take images of 32 pixels", "choose another size or arch")

@@ -12,11 +12,12 @@ from kd_accel.commands.course import build_course
 from kd_accel.commands.data import Data, data_identity, held_out, training_loader
 from kd_accel.commands.teaching import Teaching
 from kd_accel.config import RunConfig
+from kd_accel.data.loader import TrainLoader
 from kd_accel.engine.checkpoint import Checkpoint, CheckpointWriter, module_tensors
 from kd_accel.engine.evaluate import HeldOut
 from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.interruption import Interruption
-from kd_accel.engine.job import Job
+from kd_accel.engine.job import Course, Job
 from kd_accel.engine.journal import Journal
 from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
@@ -37,6 +38,8 @@ class Prepared:
 
     config: RunConfig
     data: Data
+    loader: TrainLoader
+    course: Course
     module: StudentModule
     teaching: Teaching | None
     checkpoint: Checkpoint | None
@@ -69,11 +72,16 @@ def _wandb_run(accelerator: Accelerator, config: RunConfig, kwargs: dict[str, An
     return accelerator.get_tracker("wandb", unwrap=True)
 
 
-def build_job(start: Prepared, tracking: WandbTracking) -> Job:
-    config, accelerator = start.config, start.accelerator
-    loader = training_loader(start.data, config, accelerator)
+def plan_course(config: RunConfig, data: Data, accelerator: Accelerator) -> tuple[TrainLoader, Course]:
+    """The batches of this rank and the steps that they make. Raises UserError for what these rows cannot be trained with."""
+    loader = training_loader(data, config, accelerator)
     course = build_course(config, steps_per_epoch=loader.steps_per_epoch)
     _refuse_a_pause_beyond_the_end(config, course.total_steps)
+    return loader, course
+
+
+def build_job(start: Prepared, tracking: WandbTracking) -> Job:
+    config, accelerator = start.config, start.accelerator
     trainee, notices = _build_trainee(start)
     start.notices.extend(notices)
     journal = Journal(config.directory / "metrics.jsonl", is_main=accelerator.is_main_process, tracker=tracking)
@@ -81,7 +89,7 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
     on_main_process(accelerator, lambda: journal.start(length_bytes))
     progress = Progress(
         config.name,
-        total_steps=course.total_steps,
+        total_steps=start.course.total_steps,
         done_steps=trainee.position.step,
         is_main=accelerator.is_main_process,
     )
@@ -99,9 +107,9 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
             average=trainee.average,
             may_skip=config.train.skip_non_finite,
         ),
-        loader=loader,
+        loader=start.loader,
         signals=start.signals,
-        course=course,
+        course=start.course,
         journal=journal,
         progress=progress,
         profiler=StepProfiler(

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from kd_accel.commands.data import Data, data_identity, held_out, load_data
-from kd_accel.commands.job import Prepared, build_job, start_tracking
+from kd_accel.commands.job import Prepared, build_job, plan_course, start_tracking
 from kd_accel.commands.networks import build_network, wrap_student
 from kd_accel.commands.results import save_results
 from kd_accel.commands.run_directory import (
@@ -65,6 +65,7 @@ def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
         return
     if checkpoint is not None:
         refuse_other_data(checkpoint.state["data"], data_identity(data), where=str(checkpoint.path))
+    loader, course = plan_course(config, data, accelerator)  # first: what it refuses needs no teacher and leaves nothing behind
     network, notices = build_network(config, data)
     with ExitStack() as stack:
         teaching = None
@@ -78,7 +79,7 @@ def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
         module = wrap_student(network, config, data, accelerator.device, projectors=teaching.projectors if teaching else None)
         module.open_taps()
         stack.callback(module.close_taps)
-        _train_and_save(Prepared(config, data, module, teaching, checkpoint, accelerator, notices), stack)
+        _train_and_save(Prepared(config, data, loader, course, module, teaching, checkpoint, accelerator, notices), stack)
 
 
 def _refuse_another_run(finished: dict[str, Any], config: RunConfig, data: Data) -> None:
