@@ -11,7 +11,7 @@ demo: $(INSTALLED)  ## train, measure and compare the four models on the embedde
 test: $(INSTALLED)  ## all tests
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-faults: $(INSTALLED)  ## kills and damages at length; what was tried and lost is printed and written to runs/faults.json
+faults: $(INSTALLED)  ## the long tests: kills and damages at length above all; what was tried and lost is printed and written to runs/faults.json
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s -m faults
 
 check: $(INSTALLED)  ## lint, format, types, layers; edits nothing

@@ -55,7 +55,7 @@ def test_a_launch_file_that_cannot_be_read(tmp_path):
     assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_finished_chain_is_measured_again_when_its_bench_or_its_runs_change(tmp_path):
     runs = {"first": {}, "second": {"seed": 1}}
     flags = ["--launch=launch/gpu1.yaml", "--", "--train.max_steps=1"]  # one process, on a CPU where there is no GPU

@@ -130,7 +130,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, small_disk, processes):
     """Metrics and checkpoints grow until it is full."""
     flags = ["--train.epochs=10", "--checkpoint.every_steps=2", "--checkpoint.keep=99"]
@@ -173,7 +173,7 @@ def test_what_cannot_be_written_any_more(tmp_path, where):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_disk_that_is_full_when_the_results_are_due(tmp_path, small_disk, processes):
     run_dir, flags = small_disk / "run", ["--model.arch=import:tests.own_models:mortal"]
     happens = {"KD_TEST_AT": "test:24", "KD_TEST_HAPPENS": str(small_disk / "ballast")}
