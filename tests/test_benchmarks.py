@@ -56,7 +56,7 @@ def test_a_drift_of_the_machine_leaves_the_ratio_within_a_turn():
     assert turn_ratio([1.0], [2.0]) == {"median": 0.5, "error": None}
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_latencies_of_the_models(tmp_path):
     flags = ["--batch_sizes=1", "--modes=eager", "--iterations=2", "--min_time_s=0.01"]
     line = last_line(tmp_path, "benchmarks.model_cost", *flags)
