@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)  ## train, measure and compare the four models on the embedded digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_accel reproduce --config configs/digits/reproduce.yaml
 
-test: $(INSTALLED)  ## all tests
+test: $(INSTALLED)  ## all tests but the longest
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 faults: $(INSTALLED)  ## the long tests: kills and damages at length above all; what was tried and lost is printed and written to runs/faults.json
