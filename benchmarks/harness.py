@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -137,10 +137,10 @@ def cpu_threads(threads: int) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() if torch.cuda.is_available() else threads)}
 
 
-def finish(result: Result, *, threads: int | None = None, out_dir: Path = Path("runs/benchmarks")) -> None:
+def finish(result: Result, *, threads: int | None = None, out_dir: Path = Path("runs/benchmarks")) -> str:
     """Print a table and the closing line of JSON; write the same to a dated file (a directory that git ignores).
 
-    threads: that were measured, where they ran in other processes than this one.
+    Returns the line. threads: that were measured, where they ran in other processes than this one.
     """
     for name, median in result.medians.items():
         shown = f"{median:.1f}" if median >= 100 else f"{median:.4g}"
@@ -150,9 +150,7 @@ def finish(result: Result, *, threads: int | None = None, out_dir: Path = Path("
     line = json.dumps(
         {
             "benchmark": result.benchmark,
-            "commit": _commit(),
-            "hardware": _hardware(threads or torch.get_num_threads()),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+            **provenance(threads=threads),
             "unit": result.unit,
             "medians": result.medians,
             "spread": result.spread,
@@ -164,6 +162,16 @@ def finish(result: Result, *, threads: int | None = None, out_dir: Path = Path("
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / f"{date.today()}-{result.benchmark}.json").write_text(line + "\n")
     print(line)
+    return line
+
+
+def provenance(*, threads: int | None = None) -> dict[str, Any]:
+    """Return commit, hardware and versions, which every result is recorded with."""
+    return {
+        "commit": _commit(),
+        "hardware": _hardware(threads or torch.get_num_threads()),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+    }
 
 
 def _shown(turns: TurnRatio | None) -> str:
@@ -184,6 +192,19 @@ def _hardware(threads: int) -> dict[str, Any]:
     return {"cpus": os.cpu_count(), "machine": platform.machine(), "threads": threads, "gpus": gpus}
 
 
+def _version(library: str) -> str | None:
+    """Return the installed version; None where the library is absent."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
 def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    """Return the commit of the working directory; None outside of a checkout and where git is absent."""
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return done.stdout.strip() or None

@@ -1,6 +1,7 @@
 """Table and pictures from run directories and a bench file, with the reference's own figures beside rows of CIFAR-10 only."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -115,6 +116,19 @@ def test_without_batch_size_1_there_is_no_latency(tmp_path):
     models = [{"name": str(directory), "macs": 1, "latency": [{"batch_size": 8, "median_ms": 3.0}]}]
     bench.write_text(json.dumps({"models": models}))
     assert cells(write_report([directory], out=tmp_path / "out", bench_file=bench))[2][5] == ""
+
+
+def test_without_matplotlib_the_table_is_written_and_old_pictures_go(tmp_path, monkeypatch, capsys):
+    directory = finished(tmp_path, "r")
+    bench = benched(tmp_path, (directory, 1.0))
+    table = write_report([directory], out=tmp_path / "out", bench_file=bench)
+    assert capsys.readouterr().out == ""
+    for name in [name for name in sys.modules if name == "kd_accel.report.plots" or name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert write_report([directory], out=tmp_path / "out", bench_file=bench) == table
+    assert capsys.readouterr().out == "pictures are left out: matplotlib is not installed\n"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.md", "results.json"}
 
 
 def pixels(path):

@@ -1,13 +1,22 @@
 """W&B, by real offline runs read back from disk; and what happens when it does not answer."""
 
 import socket
+import sys
 import time
+from importlib.metadata import PackageNotFoundError
 
 import psutil
 import pytest
 
 from kd_accel.config import TrackingConfig
-from kd_accel.report.tracking import WandbTracking, choose_mode
+from kd_accel.report.tracking import (
+    WandbTracking,
+    choose_mode,
+    missing_package_notices,
+    refuse_missing_package,
+    tracker_name,
+)
+from kd_accel.types import UserError
 from tests.launching import SMALL, kill_all, metrics, start, train
 from tests.wandb_reader import read_run
 
@@ -100,6 +109,66 @@ def test_the_mode(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode(TrackingConfig()) == "disabled"
     assert choose_mode(TrackingConfig(wandb="offline")) == "offline"
+
+
+@pytest.fixture
+def no_wandb(monkeypatch):
+    """Neither the package nor its metadata; one that is imported all the same raises."""
+
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("kd_accel.report.tracking.version", version)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
+def test_a_disabled_run_never_imports_wandb(tmp_path, no_wandb, recwarn):
+    tracking = WandbTracking(TrackingConfig(wandb="disabled"), run_dir=tmp_path, name="x", settings={})
+    tracking.start(lambda kwargs: pytest.fail("a disabled run was started"))
+    tracking.log({"loss": 1.0}, step=1)
+    tracking.log_table("results", ["name"], [["x"]])
+    tracking.finish()
+    assert not tracking.is_enabled and not recwarn.list
+
+
+@pytest.mark.parametrize("environment_mode", [None, "online", "offline"])
+def test_auto_without_the_package_is_a_notice(monkeypatch, no_wandb, environment_mode):
+    if environment_mode:
+        monkeypatch.setenv("WANDB_MODE", environment_mode)
+    config = TrackingConfig(wandb="auto")
+    assert choose_mode(config) == "disabled" and tracker_name(config) is None
+    assert missing_package_notices(config) == ["wandb is not installed; metrics go to metrics.jsonl only"]
+    refuse_missing_package(config)
+
+
+def test_what_is_disabled_has_no_notice(monkeypatch, no_wandb):
+    assert missing_package_notices(TrackingConfig(wandb="disabled")) == []
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert missing_package_notices(TrackingConfig(wandb="auto")) == []
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_mode_by_name_without_the_package_is_refused(no_wandb, mode):
+    with pytest.raises(UserError, match=f"tracking.wandb: {mode} needs wandb, which is not installed; pip install wandb, or"):
+        refuse_missing_package(TrackingConfig(wandb=mode))
+
+
+def test_with_the_package_nothing_is_refused_or_noticed():
+    for mode in ("online", "offline", "auto", "disabled"):
+        config = TrackingConfig(wandb=mode)
+        refuse_missing_package(config)
+        assert missing_package_notices(config) == []
+    assert tracker_name(TrackingConfig(wandb="offline")) == "wandb"
+    assert tracker_name(TrackingConfig(wandb="disabled")) is None
+
+
+def test_a_package_that_cannot_be_imported_is_a_warning(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracking = WandbTracking(TrackingConfig(wandb="offline"), run_dir=tmp_path, name="x", settings={})
+    with pytest.warns(UserWarning, match="offline tracking failed .ModuleNotFoundError"):
+        tracking.start(lambda kwargs: pytest.fail("a run was started without wandb"))
+    assert not tracking.is_enabled
 
 
 def test_whatever_wandb_does_wrong_is_one_warning(tmp_path):

@@ -112,8 +112,7 @@ def _load_columns(kind: str, place: str, config: DataConfig, split: str) -> Any:
     """A datasets.Dataset with the columns `image` (undecoded) and `label`. kind: hub, parquet or imagefolder; place: what
     follows it in data.source. Raises UserError for what is not there, cannot be read or holds no rows.
     """
-    import datasets
-
+    datasets = _datasets(config)
     datasets.disable_progress_bars()
     builder, arguments, available = _locate(kind, place, split)
     if split not in available:
@@ -127,6 +126,19 @@ def _load_columns(kind: str, place: str, config: DataConfig, split: str) -> Any:
     if not len(dataset):
         raise _no_rows(config, split)
     return _two_columns(dataset, config, split, is_folder=kind == "imagefolder")
+
+
+def _datasets(config: DataConfig) -> Any:
+    """Import Hugging Face `datasets`, which no other source needs. Raises UserError where it is not installed."""
+    try:
+        import datasets
+        from datasets import load_dataset as load_dataset  # a directory `datasets` can be imported as an empty package
+    except ImportError as error:
+        raise UserError(
+            f"data.source: {config.source} needs the package datasets ({error}); pip install datasets, or use a source "
+            "that needs none: import:MODULE:FUNCTION"
+        ) from None
+    return datasets
 
 
 def _locate(kind: str, place: str, split: str) -> tuple[str, dict[str, Any], list[str]]:

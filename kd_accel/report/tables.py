@@ -1,20 +1,20 @@
 """The table of results: the columns of the reference job, filled from what runs and bench left on disk.
 
-In: run directories (summary.json, metrics.jsonl) and a bench file. Out: results.md, results.json and two pictures. Accuracies
-are fractions of 1 in files and percent in tables; the latency of a row is the median at batch size 1.
+In: run directories (summary.json, metrics.jsonl) and a bench file. Out: results.md, results.json and, where matplotlib is
+installed, two pictures. Accuracies are fractions of 1 in files and percent in tables; the latency of a row is the median at
+batch size 1.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from kd_accel.bench.identity import model_digest
 from kd_accel.disk import read_json
-from kd_accel.report.plots import plot_accuracy_against_latency, plot_learning_curves
 from kd_accel.types import UserError
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -56,8 +56,13 @@ class RunResult:
     curve: list[dict[str, Any]]
 
 
-def write_report(directories: Sequence[Path], *, out: Path, bench_file: Path | None = None) -> str:
-    """Write everything to `out`; returns the table. Raises UserError for a run that is not finished or cannot be read."""
+def write_report(
+    directories: Sequence[Path], *, out: Path, bench_file: Path | None = None, say: Callable[[str], None] = print
+) -> str:
+    """Write everything to `out`; returns the table. Raises UserError for a run that is not finished or cannot be read.
+
+    say: called with a line for the user where the pictures are left out.
+    """
     bench = _read_bench(bench_file) if bench_file else {}
     results = [load_result(directory, bench.get(str(directory))) for directory in directories]
     missing = [str(directory) for directory in directories if bench_file and not _has_figures(bench, directory)]
@@ -73,22 +78,27 @@ def write_report(directories: Sequence[Path], *, out: Path, bench_file: Path | N
         (out / "results.md").write_text(text + "\n", encoding="utf-8")
         content = {"rows": [asdict(result.row) for result in results]}
         (out / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _plot(results, out)
+        _plot(results, out, say)
     except OSError as error:
         raise UserError(f"--out: cannot write to {out} ({error.strerror}); name a directory that may be written") from None
     return text
 
 
-def _plot(results: Sequence[RunResult], out: Path) -> None:
-    plot_learning_curves([(result.row.name, result.curve) for result in results], out / "learning_curves.png")
+def _plot(results: Sequence[RunResult], out: Path, say: Callable[[str], None]) -> None:
+    curves, picture = out / "learning_curves.png", out / "accuracy_latency.png"
+    for old in (curves, picture):
+        old.unlink(missing_ok=True)  # pictures of an earlier report would show other runs
+    try:
+        from kd_accel.report.plots import plot_accuracy_against_latency, plot_learning_curves
+    except ModuleNotFoundError:
+        say("pictures are left out: matplotlib is not installed")
+        return
+    plot_learning_curves([(result.row.name, result.curve) for result in results], curves)
     points = [
         (result.row.name, result.row.latency_ms, result.row.accuracy) for result in results if result.row.latency_ms is not None
     ]
-    picture = out / "accuracy_latency.png"
     if points:
         plot_accuracy_against_latency(points, picture)
-    else:
-        picture.unlink(missing_ok=True)  # one of an earlier report would tell of other runs
 
 
 def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:

@@ -1,7 +1,8 @@
 """Weights & Biases, the only place that knows it. It may fail in any way without stopping a training.
 
 The engine starts the run through Accelerate's tracker and hands it over; here is decided in which mode, under which id, and
-what happens when W&B does not answer: offline after a short time-out, and silence after a single warning.
+what happens when W&B does not answer: offline after a short time-out, and silence after a single warning. The package is
+imported only for a run that is tracked, so nothing else needs it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
 from kd_accel.config import TrackingConfig
+from kd_accel.types import UserError
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -73,9 +76,12 @@ class WandbTracking:
         self._try(lambda: self._run.log({**values, "step": step}, step=step))
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        import wandb
+        def send() -> None:
+            import wandb
 
-        self._try(lambda: self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}))
+            self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        self._try(send)
 
     def finish(self) -> None:
         self._try(lambda: self._run.finish())
@@ -103,13 +109,39 @@ class WandbTracking:
 
 def _forget_attempt() -> None:
     """W&B's service process holds the id of a run that could not start; it must go before another start under that id."""
-    import wandb
-
     with suppress(Exception):
+        import wandb
+
         wandb.teardown()
 
 
+def refuse_missing_package(config: TrackingConfig) -> None:
+    """Raise UserError where the config asks for tracking by name and wandb is not installed."""
+    if config.wandb in ("online", "offline") and not _is_installed():
+        raise UserError(
+            f"tracking.wandb: {config.wandb} needs wandb, which is not installed; pip install wandb, or set tracking.wandb to "
+            "disabled"
+        )
+
+
+def missing_package_notices(config: TrackingConfig) -> list[str]:
+    """Return a line for the user where a run would be tracked and wandb is not installed, else nothing."""
+    if _is_installed() or _asked_mode(config) == "disabled":
+        return []
+    return ["wandb is not installed; metrics go to metrics.jsonl only"]
+
+
+def tracker_name(config: TrackingConfig) -> str | None:
+    """Return the tracker to request from Accelerate, which warns about one that is not installed."""
+    return None if choose_mode(config) == "disabled" else "wandb"
+
+
 def choose_mode(config: TrackingConfig) -> Mode:
+    """Return how a run is tracked here: as it was asked for, or not at all where wandb is not installed."""
+    return _asked_mode(config) if _is_installed() else "disabled"
+
+
+def _asked_mode(config: TrackingConfig) -> Mode:
     """`auto` asks the environment (WANDB_MODE), then whether there is a key; it never prompts."""
     if config.wandb != "auto":
         return config.wandb
@@ -117,6 +149,15 @@ def choose_mode(config: TrackingConfig) -> Mode:
     if asked in ("online", "offline", "disabled"):
         return asked  # type: ignore[return-value]
     return "online" if _has_key() else "offline"
+
+
+def _is_installed() -> bool:
+    """Look for the distribution: a directory `wandb` of earlier runs can be imported as an empty package."""
+    try:
+        version("wandb")
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _has_key() -> bool:
