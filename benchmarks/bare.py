@@ -1,13 +1,16 @@
 """Loops that anybody would write who wants to know what the hardware gives: torch and torchvision, tensors that lie in memory.
 
-Nothing of this program's own is used here but the projectors, which are 1x1 convolutions, and, in the limits of a distillation,
-its networks: the teacher's BatchNorm folded, layers in the forms that are fast on a CPU. `bare` has torchvision's own. In a
-launch of several processes each takes its share of the batch, and torch's DistributedDataParallel exchanges the gradients.
+Nothing of this program's own is used here but the projectors, which are 1x1 convolutions, the marks of the parts of a step,
+and, in the limits of a distillation, its networks: the teacher's BatchNorm folded, layers in the forms that are fast on a CPU.
+`bare` has torchvision's own. In a launch of several processes each takes its share of the batch, and torch's
+DistributedDataParallel exchanges the gradients. In bf16 the student runs under autocast, and the frozen teacher's weights are
+bf16 from the beginning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,12 +23,14 @@ from torchvision.models import ResNet, resnet18
 from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM, STUDENT, TAPS, Size, build_student, folded_teacher, frozen_projectors
 from kd_accel.models.layout import maps_layout, weights_layout
 from kd_accel.models.projectors import FeatureProjector
+from kd_accel.stages import stage
 
 TEMPERATURE, ALPHA, FEATURE_WEIGHT = 4.0, 0.5, 0.1
 Batches = Sequence[tuple[Tensor, Tensor]]
 """[(normalised float images [B, 3, H, W], labels [B]), ...] on the device."""
 Answer = tuple[Tensor, dict[str, Tensor]]
 """(the teacher's logits [B, C], {tap: its projected features})."""
+LimitPrecision = Literal["no", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ LIMITS = {
 class _Student(nn.Module):
     """ResNet-18 and its learned projectors, in one module for DistributedDataParallel."""
 
-    def __init__(self, taps: Sequence[str], device: torch.device, *, is_own: bool) -> None:
+    def __init__(self, taps: Sequence[str], device: torch.device, *, is_own: bool, forms: torch.device | None) -> None:
         super().__init__()
-        self.network = build_student(device) if is_own else resnet18(num_classes=CLASSES)
+        self.network = build_student(device, forms=forms) if is_own else resnet18(num_classes=CLASSES)
         self.learned = nn.ModuleDict({tap: FeatureProjector(STUDENT[tap][0], STUDENT[tap][0]) for tap in taps})
 
     def forward(self, images: Tensor) -> Answer:
@@ -60,23 +65,41 @@ class _Student(nn.Module):
         return logits, {tap: projector(maps[tap]) for tap, projector in self.learned.items()}
 
 
-def limit_case(limit: Limit, device: torch.device, size: Size, *, world_size: int = 1) -> Callable[[], float]:
-    """A block of steps: the teacher's answer where there is one, forward, loss, backward, update, and nothing else."""
+def limit_case(
+    limit: Limit,
+    device: torch.device,
+    size: Size,
+    *,
+    world_size: int = 1,
+    precision: LimitPrecision = "no",
+    forms: torch.device | None = None,
+) -> Callable[[], float]:
+    """A block of steps: the teacher's answer where there is one, forward, loss, backward, update, and nothing else.
+
+    forms: as in `Bench`.
+    """
     taps = list(TAPS) if limit.with_features else []
-    student = _student(device, taps, world_size, is_own=limit.teacher != "none")
-    batches = random_batches(device, size, world_size)
+    student = _student(device, taps, world_size, is_own=limit.teacher != "none", forms=forms)
+    batches = random_batches(device, size, world_size, forms=forms)
     optimizer = torch.optim.SGD(
         student.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
     )
-    answer = _teacher(limit, device, taps, batches)
+    answer = _teacher(limit, device, taps, batches, precision=precision, forms=forms)
 
     def block() -> float:
         for number, (images, labels) in enumerate(batches):
-            target = answer(number, images)
-            logits, maps = student(images)
-            _loss(logits, maps, labels, target).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with _autocast(device, precision):
+                with stage("teacher"):
+                    target = answer(number, images)
+                with stage("student"):
+                    logits, maps = student(images)
+            with stage("loss"):
+                loss = _loss(logits, maps, labels, target)
+            with stage("backward"):
+                loss.backward()
+            with stage("optimizer"):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         return size.rows
 
     return block
@@ -95,23 +118,30 @@ def forward_case(device: torch.device, images: Sequence[Tensor]) -> Callable[[],
     return block
 
 
-def random_batches(device: torch.device, size: Size, world_size: int = 1) -> Batches:
+def random_batches(device: torch.device, size: Size, world_size: int = 1, *, forms: torch.device | None = None) -> Batches:
     torch.manual_seed(0)
     share = size.batch_size // world_size
     images = torch.randn(size.steps, share, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     labels = torch.randint(0, CLASSES, (size.steps, share), device=device)
-    layout = maps_layout(None, device)
+    layout = maps_layout(None, forms or device)
     return [(batch.contiguous(memory_format=layout), own) for batch, own in zip(images, labels, strict=True)]
 
 
 def _teacher(
-    limit: Limit, device: torch.device, taps: Sequence[str], batches: Batches
+    limit: Limit,
+    device: torch.device,
+    taps: Sequence[str],
+    batches: Batches,
+    *,
+    precision: LimitPrecision,
+    forms: torch.device | None,
 ) -> Callable[[int, Tensor], Answer | None]:
     """(number of the batch, images) -> what the teacher says."""
     if limit.teacher == "none":
         return lambda number, images: None
-    model = folded_teacher(device)
-    frozen = {tap: projector for tap, projector in frozen_projectors(device).items() if tap in taps}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = folded_teacher(device, forms=forms).to(dtype)
+    frozen = {tap: projector.to(dtype) for tap, projector in frozen_projectors(device).items() if tap in taps}
 
     @torch.no_grad()
     def live(number: int, images: Tensor) -> Answer:
@@ -119,15 +149,26 @@ def _teacher(
 
     if limit.teacher == "live":
         return live
-    answers = [live(number, images) for number, (images, _) in enumerate(batches)]
+    with _autocast(device, precision):
+        answers = [_float(*live(number, images)) for number, (images, _) in enumerate(batches)]
     return lambda number, images: answers[number]
 
 
+def _autocast(device: torch.device, precision: LimitPrecision) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _float(logits: Tensor, maps: Mapping[str, Tensor]) -> Answer:
+    """The same in float32, in which losses are computed."""
+    return logits.float(), {tap: value.float() for tap, value in maps.items()}
+
+
 def _loss(logits: Tensor, maps: dict[str, Tensor], labels: Tensor, target: Answer | None) -> Tensor:
+    logits, maps = _float(logits, maps)
     hard = functional.cross_entropy(logits, labels)
     if target is None:
         return hard
-    target_logits, targets = target
+    target_logits, targets = _float(*target)
     soft, soft_target = (functional.log_softmax(answer / TEMPERATURE, dim=1) for answer in (logits, target_logits))
     response = functional.kl_div(soft, soft_target, reduction="batchmean", log_target=True) * TEMPERATURE**2
     loss = ALPHA * response + (1 - ALPHA) * hard
@@ -143,9 +184,12 @@ def _projected(teacher: nn.Module, frozen: Mapping[str, nn.Module], images: Tens
     return logits, {tap: projector(maps[tap]) for tap, projector in frozen.items()}
 
 
-def _student(device: torch.device, taps: Sequence[str], world_size: int, *, is_own: bool) -> nn.Module:
+def _student(
+    device: torch.device, taps: Sequence[str], world_size: int, *, is_own: bool, forms: torch.device | None
+) -> nn.Module:
     torch.manual_seed(0)
-    student = _Student(taps, device, is_own=is_own).to(device).to(memory_format=weights_layout(None, device)).train()
+    student = _Student(taps, device, is_own=is_own, forms=forms).to(device)
+    student = student.to(memory_format=weights_layout(None, forms or device)).train()
     return student if world_size == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
 
 

@@ -8,29 +8,34 @@ import numpy as np
 import torch
 
 from benchmarks.jobs import CLASSES, STUDENT, TAPS, TEACHER, Bench, Features
-from kd_accel.config import TeacherConfig
+from kd_accel.config import StorageType, TeacherConfig
 from kd_accel.engine.cache_pass import blocks_of, run_pass
 from kd_accel.models.layout import maps_layout
-from kd_accel.teacher.cached import OpenCache, Wanted, open_cache
+from kd_accel.teacher.cached import OpenCache, Wanted, open_cache, stored_type
 from kd_accel.teacher.live import LiveTeacher
 from kd_accel.teacher.store.layout import LOGITS, Plan, Split, TensorSpec, rows_in_a_shard
 from kd_accel.teacher.store.manifest import CachedRows, flush_shards, write_manifest, write_plan, write_rows
 
 
 def write_cache(
-    bench: Bench, directory: Path, teacher: LiveTeacher, *, views: int, features: Features = "projected"
+    bench: Bench,
+    directory: Path,
+    teacher: LiveTeacher,
+    *,
+    views: int,
+    features: Features = "projected",
+    dtype: StorageType = "float16",
 ) -> OpenCache:
     """What `kd-accel cache build` leaves, written by one process, opened as a training opens it."""
     rows = _covered(bench)
     if bench.accelerator.is_main_process:
-        plan = cache_plan(bench, views=views, features=features)
+        plan = cache_plan(bench, views=views, features=features, dtype=dtype)
         write_rows(directory, rows)
         write_plan(directory, plan)
         write_manifest(directory, plan, fill_cache(bench, directory, plan, teacher))
     bench.accelerator.wait_for_everyone()
-    wanted = Wanted(
-        _identity(bench), rows=rows, views=views, taps={} if features == "none" else TAPS, projected={}, dtype="float16"
-    )
+    taps = {} if features == "none" else TAPS
+    wanted = Wanted(_identity(bench), rows=rows, views=views, taps=taps, projected={}, dtype=dtype)
     return open_cache(directory, wanted)
 
 
@@ -49,10 +54,11 @@ def fill_cache(bench: Bench, directory: Path, plan: Plan, teacher: LiveTeacher) 
     return checksums
 
 
-def cache_plan(bench: Bench, *, views: int, features: Features = "projected") -> Plan:
-    """float16 in the shards of the default config, without a held-out split."""
+def cache_plan(bench: Bench, *, views: int, features: Features = "projected", dtype: StorageType = "float16") -> Plan:
+    """The shards of the default config, without a held-out split."""
     shapes = {"none": {}, "raw": TEACHER, "projected": STUDENT}[features]
-    tensors = {LOGITS: TensorSpec((CLASSES,), "float16")} | {tap: TensorSpec(shape, "float16") for tap, shape in shapes.items()}
+    tensors = {LOGITS: TensorSpec((CLASSES,), stored_type(dtype, is_logits=True))}
+    tensors |= {tap: TensorSpec(shape, dtype) for tap, shape in shapes.items()}
     batch_rows = bench.size.batch_size
     identity = _identity(bench)
     identity["data"] = {**identity["data"], "contents": {split: cached.digest for split, cached in _covered(bench).items()}}
@@ -67,7 +73,7 @@ def cache_plan(bench: Bench, *, views: int, features: Features = "projected") ->
 
 
 def _identity(bench: Bench) -> dict[str, dict[str, object]]:
-    is_last = maps_layout(None, bench.device) == torch.channels_last
+    is_last = maps_layout(None, bench.form_device) == torch.channels_last
     return {"numeric": {"channels_last": is_last}, "data": {"train_size": bench.size.rows}}
 
 

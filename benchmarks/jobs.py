@@ -33,6 +33,7 @@ from kd_accel.config import (
 from kd_accel.data.loader import TrainLoader, load_batches
 from kd_accel.data.sources import MemoryImages
 from kd_accel.data.views import ViewFunction
+from kd_accel.engine.average import MovingAverage
 from kd_accel.engine.checkpoint import CheckpointWriter
 from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.interruption import Interruption
@@ -42,11 +43,12 @@ from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.profile import StepProfiler
 from kd_accel.engine.progress import Progress
-from kd_accel.engine.setup import Accelerator, set_kernel_choice, start_processes
+from kd_accel.engine.setup import Accelerator, start_processes
 from kd_accel.engine.state import Trainee
 from kd_accel.engine.train import train_epoch
 from kd_accel.models.cpu_forms import use_cpu_forms
 from kd_accel.models.folding import folded
+from kd_accel.models.kernels import choose_kernels
 from kd_accel.models.layout import maps_layout, weights_layout
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, build_projectors
@@ -83,15 +85,23 @@ class Size:
 
 @dataclass(frozen=True)
 class Bench:
-    """What the cases of a suite share. images: as many as a block has rows."""
+    """What the cases of a suite share.
+
+    images: as many as a block has rows. forms: the device for which layouts and forms of layers are chosen; None = `device`.
+    """
 
     accelerator: Accelerator
     size: Size
     images: MemoryImages
+    forms: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def form_device(self) -> torch.device:
+        return self.forms or self.device
 
     @property
     def rows(self) -> np.ndarray:
@@ -103,13 +113,20 @@ class Bench:
         return (batch.to(self.device, non_blocking=True) for batch in batches)
 
 
-def open_bench(size: Size, *, precision: Precision = "no") -> Bench:
-    set_kernel_choice(TrainConfig())
+def open_bench(
+    size: Size,
+    *,
+    precision: Precision = "no",
+    deterministic: bool = False,
+    tf32: bool = True,
+    forms: torch.device | None = None,
+) -> Bench:
+    choose_kernels(deterministic=deterministic, tf32=tf32)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (size.rows, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     labels = generator.integers(0, CLASSES, size.rows)
     images = MemoryImages(pixels, labels, [str(label) for label in range(CLASSES)])
-    return Bench(start_processes(precision), size, images)
+    return Bench(start_processes(precision), size, images, forms)
 
 
 def epochs_of(job: Job) -> Callable[[], float]:
@@ -136,23 +153,29 @@ def training_config(size: Size, *, epochs: int, views: int | None = None, distil
     )
 
 
-def build_job(bench: Bench, config: RunConfig, directory: Path, *, signals: SignalSource = no_signals) -> Job:
-    """directory: for the lines of metrics; must be there. signals: whoever teaches where the config says how to listen."""
-    layout = weights_layout(config.train.channels_last, bench.device)
-    module = _student_module(config, bench.device).to(bench.device).to(memory_format=layout)
+def build_job(
+    bench: Bench, config: RunConfig, directory: Path, *, signals: SignalSource = no_signals, keeps_images_on_host: bool = False
+) -> Job:
+    """directory: for the lines of metrics; must be there. signals: whoever teaches where the config says how to listen.
+
+    keeps_images_on_host: even where there is a GPU; views are then made on the host, as for sets that are too large.
+    """
+    layout = weights_layout(config.train.channels_last, bench.form_device)
+    module = _student_module(config, bench).to(bench.device).to(memory_format=layout)
+    average = None if config.train.ema_decay is None else MovingAverage(module.student, decay=config.train.ema_decay)
     module.open_taps()
     if config.train.compile:
         compile_tapped(module.student)
     module, optimizer = bench.accelerator.prepare(module, build_optimizer(module.parameters(), config.optim))
-    loader = _loader(bench, config)
+    loader = _loader(bench, config, keeps_images_on_host=keeps_images_on_host)
     course = build_course(config, steps_per_epoch=loader.steps_per_epoch)
     progress = Progress("benchmark", total_steps=course.total_steps, done_steps=0, is_main=False)
     return Job(
         accelerator=bench.accelerator,
         train=config.train,
         checkpoint=config.checkpoint,
-        trainee=Trainee(module, optimizer, Meters(bench.device)),
-        watch=FiniteWatch(bench.accelerator, module, optimizer),
+        trainee=Trainee(module, optimizer, Meters(bench.device), average),
+        watch=FiniteWatch(bench.accelerator, module, optimizer, average=average, may_skip=config.train.skip_non_finite),
         loader=loader,
         signals=signals,
         course=course,
@@ -172,30 +195,30 @@ def hybrid(direction: Direction = "both") -> DistillConfig:
     return DistillConfig(feature=FeatureConfig(direction=direction))
 
 
-def normalization(device: torch.device) -> Normalize:
-    """In the layout that a training gives its maps there."""
-    return Normalize(MEAN, STD, layout=maps_layout(None, device)).to(device)
+def normalization(device: torch.device, *, forms: torch.device | None = None) -> Normalize:
+    """In the layout that a training gives its maps there. forms: here and below as in `Bench`."""
+    return Normalize(MEAN, STD, layout=maps_layout(None, forms or device)).to(device)
 
 
-def build_student(device: torch.device) -> nn.Module:
+def build_student(device: torch.device, *, forms: torch.device | None = None) -> nn.Module:
     """As a training has it, its layers in the forms that are fast on a CPU."""
     model = build_model("torchvision/resnet18", num_classes=CLASSES)
-    use_cpu_forms(model, device)
+    use_cpu_forms(model, forms or device)
     return model.to(device)
 
 
-def build_teacher(device: torch.device) -> nn.Module:
-    """Its blocks begin as the identity, so that random weights give numbers of an ordinary size."""
+def build_teacher() -> nn.Module:
+    """Its blocks begin as the identity, so that random weights give numbers of an ordinary size. On the CPU."""
     model = build_model("torchvision/resnet50", num_classes=CLASSES, arch_args={"zero_init_residual": True})
-    return model.to(device).to(memory_format=maps_layout(None, device)).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
-def folded_teacher(device: torch.device) -> nn.Module:
+def folded_teacher(device: torch.device, *, forms: torch.device | None = None) -> nn.Module:
     """The same network as a training has it answer: BatchNorm in the convolutions, forms that are fast on a CPU."""
-    model = folded(build_teacher(device), taps=TAPS, image_size=IMAGE_SIZE)
+    model = folded(build_teacher(), taps=TAPS, image_size=IMAGE_SIZE)  # on the CPU: in TF32 both would differ beyond rounding
     assert model is not None
-    use_cpu_forms(model, device)
-    return model.to(memory_format=maps_layout(None, device))
+    use_cpu_forms(model, forms or device)
+    return model.to(device).to(memory_format=maps_layout(None, forms or device))
 
 
 def frozen_projectors(device: torch.device) -> dict[str, FeatureProjector]:
@@ -207,26 +230,27 @@ def frozen_projectors(device: torch.device) -> dict[str, FeatureProjector]:
 
 def live_teacher(bench: Bench, features: Features = "projected") -> LiveTeacher:
     """Answers with logits and such features, in the precision of the bench; its recorder is open."""
-    normalize, taps = normalization(bench.device), {} if features == "none" else TAPS
+    normalize, taps = normalization(bench.device, forms=bench.forms), {} if features == "none" else TAPS
     projectors = frozen_projectors(bench.device) if features == "projected" else {}
-    model = folded_teacher(bench.device)
+    model = folded_teacher(bench.device, forms=bench.forms)
     return LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=bench.accelerator.autocast)
 
 
-def _student_module(config: RunConfig, device: torch.device) -> StudentModule:
-    normalize = normalization(device)
+def _student_module(config: RunConfig, bench: Bench) -> StudentModule:
+    normalize = normalization(bench.device, forms=bench.forms)
+    student = build_student(bench.device, forms=bench.forms)
     if config.distill is None or config.distill.feature is None:
-        return StudentModule(build_student(device), normalize)
+        return StudentModule(student, normalize)
     projectors = build_projectors(STUDENT, TEACHER, direction=config.distill.feature.direction)
-    return StudentModule(build_student(device), normalize, taps=list(TAPS), student_projectors=projectors.student)
+    return StudentModule(student, normalize, taps=list(TAPS), student_projectors=projectors.student)
 
 
-def _loader(bench: Bench, config: RunConfig) -> TrainLoader:
+def _loader(bench: Bench, config: RunConfig, *, keeps_images_on_host: bool) -> TrainLoader:
     """On a GPU the images lie there, as in a training."""
     stored = None
-    if bench.device.type == "cuda":
+    if bench.form_device.type == "cuda" and not keeps_images_on_host:
         stored = torch.from_numpy(bench.images.pixels(bench.rows)).permute(0, 3, 1, 2)
-        stored = stored.to(bench.device, memory_format=torch.channels_last)
+        stored = stored.to(bench.device, memory_format=torch.channels_last, copy=True)
     return TrainLoader(
         bench.images,
         VIEWS,
@@ -236,4 +260,5 @@ def _loader(bench: Bench, config: RunConfig) -> TrainLoader:
         world_size=bench.accelerator.num_processes,
         views=config.data.views,
         device_images=stored,
+        pin_memory=bench.device.type == "cuda",
     )

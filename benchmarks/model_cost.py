@@ -27,6 +27,7 @@ from benchmarks.jobs import CLASSES, IMAGE_SIZE
 from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.params import count_macs, count_parameters
 from kd_accel.config import Stem
+from kd_accel.models.kernels import choose_kernels
 from kd_accel.models.layout import maps_layout
 from kd_accel.models.zoo import build_model
 
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--modes", choices=list(MODES), nargs="+", default=_modes(), help="as torch runs them")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    choose_kernels()  # as a training and `kd-accel bench` have them
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {name: build_model(arch, num_classes=CLASSES, stem=stem).eval() for name, (arch, stem) in MODELS.items()}
     notes = {name: {**count_parameters(model), "macs": count_macs(model, _images(1))} for name, model in models.items()}

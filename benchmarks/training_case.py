@@ -35,7 +35,8 @@ from benchmarks.jobs import (
     open_bench,
     training_config,
 )
-from kd_accel.config import DistillConfig
+from kd_accel.config import DistillConfig, StorageType
+from kd_accel.engine.job import Job
 from kd_accel.engine.profile import stage_shares
 from kd_accel.models.taps import compile_tapped
 from kd_accel.types import SignalSource, no_signals
@@ -47,11 +48,20 @@ Cases = dict[str, Callable[[], float]]
 
 @dataclass(frozen=True)
 class Program:
-    """One way of training. distill: None = on labels alone. features: what the teacher gives beside its logits."""
+    """One way of training. distill: None = on labels alone. features: what the teacher gives beside its logits.
+
+    dtype: of the cache. clip_norm, ema_decay, skip_non_finite: as in a config. on_host: images and views, where they could be
+    on a GPU.
+    """
 
     distill: DistillConfig | None = None
     signals: Literal["live", "cached"] = "live"
     features: Features = "none"
+    dtype: StorageType = "float16"
+    clip_norm: float | None = None
+    ema_decay: float | None = None
+    on_host: bool = False
+    skip_non_finite: int = 0
 
 
 _HYBRID = Program(hybrid(), features="projected")
@@ -68,6 +78,12 @@ PROGRAMS = {
     "live_hybrid_teacher_to_student": _DOWN,
     "cached_hybrid_student_to_teacher": replace(_UP, signals="cached"),
     "cached_hybrid_teacher_to_student": replace(_DOWN, signals="cached"),
+    "cached_hybrid_int8": replace(_HYBRID, signals="cached", dtype="int8"),
+    "plain_clipped": Program(clip_norm=1.0),
+    "plain_averaged": Program(ema_decay=0.999),
+    "plain_on_host": Program(on_host=True),
+    "plain_skipping": Program(skip_non_finite=1),
+    "plain_averaged_skipping": Program(ema_decay=0.999, skip_non_finite=1),
 }
 
 
@@ -77,26 +93,41 @@ class Programs:
     def __init__(self, bench: Bench, directory: Path, *, views: int = CACHED_VIEWS, compiles: bool = False) -> None:
         self._bench, self._directory, self._views, self._compiles = bench, directory, views, compiles
         self._signals = cache(self._make_signals)
+        self._teacher = cache(lambda features: live_teacher(bench, features))
 
     def case(self, name: str, directory: Path, *, blocks: int) -> Callable[[], float]:
         """Epochs of the program's own loop, up to `blocks` of them."""
+        return epochs_of(self.job(name, directory, blocks=blocks))
+
+    def job(self, name: str, directory: Path, *, blocks: int) -> Job:
+        """A training of `blocks` epochs at its first step. directory: made for its lines of metrics."""
         program = PROGRAMS[name]
         directory.mkdir(parents=True, exist_ok=True)
         views = self._views if program.distill else None
         config = training_config(self._bench.size, epochs=blocks, views=views, distill=program.distill)
-        config = replace(config, train=replace(config.train, compile=self._compiles))
-        signals = self._signals(program.signals, program.features) if program.distill else no_signals
-        return epochs_of(build_job(self._bench, config, directory, signals=signals))
+        config = replace(
+            config,
+            train=replace(
+                config.train,
+                compile=self._compiles,
+                ema_decay=program.ema_decay,
+                skip_non_finite=program.skip_non_finite,
+            ),
+            optim=replace(config.optim, clip_norm=program.clip_norm),
+        )
+        signals = self._signals(program.signals, program.features, program.dtype) if program.distill else no_signals
+        return build_job(self._bench, config, directory, signals=signals, keeps_images_on_host=program.on_host)
 
-    def _make_signals(self, kind: str, features: Features) -> SignalSource:
+    def _make_signals(self, kind: str, features: Features, dtype: StorageType) -> SignalSource:
         if kind == "live":
+            if not self._compiles:
+                return self._teacher(features)
             teacher = live_teacher(self._bench, features)
-            if self._compiles:
-                compile_tapped(teacher.model)
+            compile_tapped(teacher.model)
             return teacher
-        place = self._directory / f"cache-{features}"
-        writer = live_teacher(self._bench, features)
-        return write_cache(self._bench, place, writer, views=self._views, features=features).source("train")
+        place, writer = self._directory / f"cache-{features}-{dtype}", self._teacher(features)
+        cache = write_cache(self._bench, place, writer, views=self._views, features=features, dtype=dtype)
+        return cache.source("train")
 
 
 def main() -> None:

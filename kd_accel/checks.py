@@ -84,6 +84,8 @@ def _bench(bench: BenchConfig) -> Iterator[str]:
         yield f"image_size: {bench.image_size} must be at most {MAX_IMAGE_SIZE}"
     if not bench.batch_sizes or min(bench.batch_sizes) < 1:
         yield f"batch_sizes: {bench.batch_sizes} must list at least one number, each at least 1"
+    if bench.cuda_graph and bench.device == "cpu":
+        yield "cuda_graph: has no effect with device cpu; leave it out"
 
 
 def _name(config: RunConfig) -> Iterator[str]:

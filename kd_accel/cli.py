@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,15 +61,16 @@ def _run(arguments: list[str]) -> int:
         if not _is_another_rank():
             print("kd-accel: stopped by SIGINT; what was written last is whole", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
-    except PeerLost as lost:
-        if _is_another_rank():  # most likely rank 0 has left with a mistake, and the launcher will end this process as well
-            time.sleep(_OTHER_RANKS_WAIT_S)
+    except PeerLost as lost:  # of another rank: most likely rank 0 has left with a mistake, and the launcher will end this one
+        _wait_for_rank_0()
         print(f"kd-accel: {lost}", file=sys.stderr, flush=True)
         return 1
     except Exception:
-        if _is_another_rank():
-            time.sleep(_OTHER_RANKS_WAIT_S)
-        raise
+        _wait_for_rank_0()
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        traceback.print_exc()  # not raised: the interpreter's end may wait for NCCL, and the other ranks for this one
+        return 1
     return 0
 
 
@@ -100,11 +102,15 @@ def _overview() -> str:
 
 
 def _report_once(message: str) -> None:
-    """Print from one process. The others wait: rank 0 ends the launch before they speak, unless it had no mistake to report."""
-    if _is_another_rank():
-        time.sleep(_OTHER_RANKS_WAIT_S)
+    """Print from one process: the others wait, and rank 0 ends the launch meanwhile, unless it had no mistake to report."""
+    _wait_for_rank_0()
     printable = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message)
     print(f"kd-accel: {printable}", file=sys.stderr, flush=True)  # what a file says must not steer the terminal
+
+
+def _wait_for_rank_0() -> None:
+    if _is_another_rank():
+        time.sleep(_OTHER_RANKS_WAIT_S)
 
 
 def _is_another_rank() -> bool:

@@ -230,6 +230,7 @@ class TrainConfig:
         eval_every_epochs: evaluate on the validation rows after every so many epochs.
         log_every_steps: write a line of metrics after every so many steps.
         deterministic: only deterministic GPU kernels; slower.
+        tf32: GPUs round the inputs of float32 convolutions and matrix products to TF32; false = full float32. CPUs have none.
         skip_non_finite: how many steps in a row may be left out (by all processes, counted in the metrics) because a loss or
             gradient is not finite; one more stops the training. fp16 overflows are the loss scaler's and count apart.
         timeout_s: how long a process waits for the others before it takes one for lost, in seconds; longer than what one does
@@ -250,6 +251,7 @@ class TrainConfig:
     eval_every_epochs: int = 1
     log_every_steps: int = 20
     deterministic: bool = False
+    tf32: bool = True
     skip_non_finite: int = 0
     timeout_s: float | None = None
     sync_batchnorm: bool = False
@@ -279,7 +281,7 @@ class TrackingConfig:
     """Weights & Biases, beside metrics.jsonl, which is always written.
 
     Args:
-        wandb: auto = online with a key, else offline.
+        wandb: auto = online with a key, else offline; only metrics.jsonl where wandb is not installed.
         project: W&B project.
         entity: W&B team or user; null = the account's default.
         group: W&B group.
@@ -342,6 +344,8 @@ class BenchConfig:
         threads: CPU threads; null = as torch finds them.
         min_iterations: least number of timed forwards per model and batch size.
         min_time_s: least time per model and batch size, in seconds.
+        tf32: as train.tf32: TF32 in float32 convolutions and matrix products; no effect on a CPU.
+        cuda_graph: time a CUDA graph of each forward as well (GPUs only). Off by default until docs/gpu.md has a row of it.
     """
 
     batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
@@ -354,6 +358,8 @@ class BenchConfig:
     threads: int | None = None
     min_iterations: int = 200
     min_time_s: float = 1.0
+    tf32: bool = True
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)

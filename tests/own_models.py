@@ -41,6 +41,13 @@ def student_with_everything(num_classes: int) -> nn.Module:
     return SmallNet(num_classes, width=8, norm=True, dropout=0.2)
 
 
+def student_with_a_constant(num_classes: int) -> nn.Module:
+    """The same network and files, and a buffer that may be read: ranks exchange their buffers for it in each step."""
+    model = SmallNet(num_classes, width=8, norm=True, dropout=0.2)
+    model.register_buffer("constant", torch.ones(1), persistent=False)
+    return model
+
+
 def teacher(num_classes: int) -> nn.Module:
     return SmallNet(num_classes, width=16, norm=True)
 
@@ -116,6 +123,18 @@ class SlowNet(SmallNet):
 
 def slow_teacher(num_classes: int) -> nn.Module:
     return SlowNet(num_classes, width=16, norm=True)
+
+
+def late_teacher(num_classes: int) -> nn.Module:
+    """Takes KD_TEST_FORWARD_S for each batch of a build, on rank 1 alone: the other is done long before."""
+
+    def wait(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if os.environ.get("RANK") == "1" and len(inputs[0]) >= 16:  # fewer rows are answered elsewhere
+            time.sleep(float(os.environ["KD_TEST_FORWARD_S"]))
+
+    model = SmallNet(num_classes, width=16, norm=True)
+    model.layer1[0].register_forward_pre_hook(wait)  # in `forward` it would hinder the trace by which BatchNorm is folded
+    return model
 
 
 class BreakingNet(SmallNet):

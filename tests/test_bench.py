@@ -2,24 +2,30 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from kd_accel.bench import named
+from kd_accel.bench.graphs import capture
 from kd_accel.bench.identity import is_measured
 from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.named import bench_models
 from kd_accel.bench.params import count_macs, count_parameters, model_bytes
+from kd_accel.commands.bench import run_bench
 from kd_accel.config import BenchConfig
 from kd_accel.disk import write_json
 from kd_accel.models.files import ModelCard, save_model
 from kd_accel.models.zoo import build_model
 from kd_accel.types import UserError
+from tests.in_process import say, train
 from tests.launching import run
 
 STUDENT = "import:tests.own_models:student"
 TEACHER = "import:tests.own_models:teacher"
+MEDIANS = ("median_ms", "p90_ms", "spread_ms")
 QUICK = BenchConfig(batch_sizes=[1, 3], device="cpu", min_iterations=20, min_time_s=0.0)
 
 
@@ -34,6 +40,45 @@ class Sleeper(nn.Module):
         self.log.append((self.seconds, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
         time.sleep(self.seconds)
         return images.sum()
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    """What a bench sets in its process."""
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def second_gpu(monkeypatch):
+    """(calls in their order, an input on cuda:1), with recorders in place of CUDA's devices and events: our own order alone."""
+    calls = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = str(device)
+
+        def __enter__(self):
+            calls.append(f"enter {self.device}")
+
+        def __exit__(self, *args):
+            calls.append(f"leave {self.device}")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(f"synchronize {device}"))
+    return calls, SimpleNamespace(device=torch.device("cuda:1"))
 
 
 @pytest.fixture
@@ -84,7 +129,8 @@ def test_latency_is_the_time_that_a_forward_takes():
         assert figures["median_ms"] <= figures["p90_ms"]
         assert figures["p99_ms"] is None
         assert figures["mean_ms"] > 0 and figures["std_ms"] >= 0 and figures["spread_ms"] >= 0
-        assert "host_median_ms" not in figures
+        assert "host_median_ms" not in figures and "graph_error" not in figures
+        assert figures["graph_median_ms"] is None
     assert all(is_inference for _, is_inference, _ in log)
     assert not any(is_autocast for _, _, is_autocast in log)
 
@@ -140,6 +186,56 @@ def test_precision_reaches_the_forward():
     assert all(is_autocast for _, _, is_autocast in log)
 
 
+def test_autocast_is_entered_once_per_forward(monkeypatch):
+    entered, log = [], []
+
+    class Counted(torch.autocast):
+        def __enter__(self):
+            entered.append(self.fast_dtype)
+            return super().__enter__()
+
+    monkeypatch.setattr(torch, "autocast", Counted)
+    models = {"one": Sleeper(0.0, log), "two": Sleeper(0.0, log)}
+    images = {name: torch.zeros(1) for name in models}
+    measure_latency(models, images, min_iterations=10, min_time_s=0.0, precision="bf16")
+    assert entered == [torch.bfloat16] * len(log) and len(log) >= 2 * 30
+
+
+def test_another_gpu_is_the_current_device_while_it_is_measured(second_gpu):
+    calls, images = second_gpu
+    figures = measure_latency({"x": lambda _: calls.append("forward")}, {"x": images}, min_iterations=10, min_time_s=0.0)["x"]
+    assert (calls[0], calls[-1]) == ("enter cuda:1", "leave cuda:1")
+    assert set(calls[1:-1]) == {"forward", "record", "synchronize cuda:1"}
+    assert "record forward record" in " ".join(calls)
+    assert figures["median_ms"] == 1.0 and figures["host_median_ms"] > 0
+    assert figures["graph_median_ms"] is None and "graph_error" not in figures
+
+
+def test_a_cuda_graph_is_replayed_where_asked_for(second_gpu, monkeypatch):
+    calls, images = second_gpu
+    monkeypatch.setattr("kd_accel.bench.latency.capture", lambda forward, device: lambda: calls.append(f"replay on {device}"))
+    numbers = {"min_iterations": 10, "min_time_s": 0.0}
+    figures = measure_latency({"x": lambda _: calls.append("forward")}, {"x": images}, **numbers, cuda_graph=True)["x"]
+    assert figures["graph_median_ms"] == 1.0
+    assert "record replay on cuda:1 record" in " ".join(calls) and calls[-1] == "leave cuda:1"
+    assert "forward" not in calls[calls.index("replay on cuda:1") :]
+
+
+def test_a_forward_that_cannot_be_captured_is_measured_otherwise(second_gpu, monkeypatch):
+    def fail(forward, device):
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("the end of the capture")  # as torch.cuda.graph leaves a failed capture
+
+    monkeypatch.setattr("kd_accel.bench.latency.capture", fail)
+    numbers = {"min_iterations": 10, "min_time_s": 0.0}
+    figures = measure_latency({"x": lambda _: None}, {"x": second_gpu[1]}, **numbers, cuda_graph=True)["x"]
+    assert figures["graph_median_ms"] is None
+    assert figures["graph_error"] == "operation not permitted when stream is capturing"
+    assert figures["median_ms"] == 1.0
+
+
 def test_runs_and_archs_by_name(saved, tmp_path, threads):
     figures = bench_models([f"{saved}/", STUDENT], BenchConfig(**{**vars(QUICK), "threads": 1}))
     assert (figures["device"], figures["dtype"], figures["threads"]) == ("cpu", "float32", 1)
@@ -157,6 +253,50 @@ def test_runs_and_archs_by_name(saved, tmp_path, threads):
     write_json(figures, path)
     assert json.loads(path.read_text()) == figures
     assert [entry.name for entry in path.parent.iterdir()] == ["bench.json"]
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_kernels_are_those_of_a_training(monkeypatch, tf32):
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not tf32
+    figures = bench_models([STUDENT], BenchConfig(**{**vars(QUICK), "tf32": tf32}))
+    assert figures["cudnn_benchmark"] is torch.backends.cudnn.benchmark is True
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert figures["tf32"] == {"convolutions": None, "matmul": None}
+    assert named._tf32(torch.device("cuda")) == {"convolutions": tf32, "matmul": tf32}
+
+
+def test_tf32_of_convolutions_and_matrix_products_apart(monkeypatch):
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+    assert named._tf32(torch.device("cuda")) == {"convolutions": True, "matmul": False}
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert named._tf32(torch.device("cuda")) == {"convolutions": False, "matmul": False}
+
+
+def test_an_evaluation_has_the_kernels_of_its_training(tmp_path):
+    train(tmp_path / "run", "--train.max_steps=1", "--train.tf32=false")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    assert '"rows": ' in say("evaluate", tmp_path / "run")
+    assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("graph", "told"),
+    [
+        ({"graph_median_ms": None}, "apart)"),
+        ({"graph_median_ms": 0.126}, "apart), CUDA graph 0.13 ms"),
+        ({"graph_median_ms": None, "graph_error": "it waits"}, "apart), CUDA graph not captured (it waits)"),
+    ],
+)
+def test_the_line_shows_the_graph_next_to_eager(monkeypatch, capsys, graph, told):
+    monkeypatch.setattr(named, "measure_latency", lambda *_, **__: {"0": {**dict.fromkeys(MEDIANS, 2.0), **graph}})
+    run_bench([STUDENT], BenchConfig(batch_sizes=[1], device="cpu"), out=None)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "batch    1: median 2.00 ms, p90 2.00 ms" in line and line.endswith(told)
 
 
 def test_a_file_of_figures_knows_what_it_was_made_from(saved, tmp_path):
@@ -194,6 +334,7 @@ def test_an_image_size_of_ones_own(saved):
         (STUDENT, {"device": "meta"}, "device: 'meta' is no device to measure on; use auto, cpu"),
         (STUDENT, {"device": "cuda:99"}, "device: cuda:99 is not there"),
         (STUDENT, {"precision": "fp16"}, "precision: fp16 needs a GPU"),
+        (STUDENT, {"cuda_graph": True}, "cuda_graph: true needs a GPU; leave it out"),
     ],
 )
 def test_what_cannot_be_measured_is_told(name, changes, told):
@@ -234,3 +375,32 @@ def test_on_a_gpu_events_and_the_hosts_clock_agree():
     (latency,) = figures["models"][0]["latency"]
     assert 0 < latency["median_ms"] <= 1.5 * latency["host_median_ms"]
     assert figures["device"] == torch.cuda.get_device_name()
+
+
+class Waiting(nn.Linear):
+    def forward(self, images):
+        return super().forward(images) * images.sum().item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_on_a_gpu_a_graph_gives_what_the_forward_gives_and_is_faster(precision):
+    model = build_model("torchvision/resnet18", num_classes=10).eval().cuda()
+    images = torch.randn(1, 3, 32, 32, device="cuda")
+    with torch.inference_mode():
+        eager = model(images)
+        replayed = capture(lambda: model(images), images.device)()
+        torch.testing.assert_close(replayed, eager, rtol=1e-3, atol=1e-3)
+    numbers = {"min_iterations": 100, "min_time_s": 0.1, "precision": precision, "cuda_graph": True}
+    figures = measure_latency({"model": model}, {"model": images}, **numbers)["model"]
+    assert 0 < figures["graph_median_ms"] < figures["median_ms"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_forward_that_waits_is_not_captured():
+    images = torch.ones(1, 4, device="cuda")
+    models = {"waiting": Waiting(4, 4).cuda(), "plain": nn.Linear(4, 4).cuda()}
+    numbers = {"min_iterations": 10, "min_time_s": 0.0, "cuda_graph": True}
+    figures = measure_latency(models, dict.fromkeys(models, images), **numbers)
+    assert "synchronizing" in figures["waiting"]["graph_error"]
+    assert figures["waiting"]["graph_median_ms"] is None and figures["plain"]["graph_median_ms"] > 0

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_accel.config import DataConfig, OptimConfig
 from kd_accel.data.cuts import cut_rows
 from kd_accel.data.loader import epoch_order
+from kd_accel.engine.average import MovingAverage
 from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.setup import start_processes
@@ -35,7 +35,7 @@ class Bench:
     def __init__(self, *, optimizer="sgd", may_skip=0, scaler=None):
         torch.manual_seed(0)
         self.model = SmallNet(4, width=4, norm=True)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=False)
+        self.average = MovingAverage(self.model, decay=0.9)
         self.accelerator = start_processes("no")
         self.accelerator.scaler = scaler
         module, own = self.accelerator.prepare(
@@ -56,7 +56,7 @@ class Bench:
         self.accelerator.backward(loss)
         norm = self.watch.gradient_norm(number)
         self.optimizer.step()
-        self.average.update_parameters(self.model)
+        self.average.update(self.model)
         self.watch.settle()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -103,7 +103,7 @@ def test_a_watch_changes_nothing_where_all_is_well():
         expected = torch.cat([weight.grad.flatten() for weight in bare.model.parameters()]).double().norm()
         assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
         bare.optimizer.step()
-        bare.average.update_parameters(bare.model)
+        bare.average.update(bare.model)
         bare.optimizer.zero_grad()
     assert_same(watched.state, bare.state)
 

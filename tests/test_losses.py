@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from kd_accel.config import Schedule
 from kd_accel.losses.combine import DistillationLoss, plain_loss
-from kd_accel.losses.feature import feature_loss, feature_mse, target_variance
+from kd_accel.losses.feature import feature_loss, feature_mse, pooled_by_products, target_variance
 from kd_accel.losses.response import cross_entropy, kl_divergence
 from kd_accel.losses.schedules import schedule_value
 from kd_accel.types import Signals, StudentOutput
@@ -110,6 +111,18 @@ def test_feature_distance(student_size, target_size):
     value, gradient = value_and_gradient(lambda feature: feature_mse(feature, torch.tensor(target)), student)
     assert value == pytest.approx((difference**2).mean(), rel=1e-12)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-14)
+
+
+@pytest.mark.parametrize(("size", "pooled"), [((8, 8), (4, 4)), ((7, 5), (3, 4)), ((6, 6), (1, 1)), ((5, 5), (5, 2))])
+def test_deterministic_pooling_is_adaptive_pooling(size, pooled):
+    """For CUDA's deterministic mode; in float32 too, where TF32 matrix products would differ by a thousandth."""
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        feature = torch.randn(3, 2, *size, dtype=dtype, requires_grad=True)
+        own, expected = pooled_by_products(feature, pooled), nn.functional.adaptive_avg_pool2d(feature, pooled)
+        assert own.dtype == dtype and torch.allclose(own, expected, rtol=0, atol=tolerance)
+        weights = torch.randn_like(own)
+        gradients = [torch.autograd.grad((each * weights).sum(), feature)[0] for each in (own, expected)]
+        assert torch.allclose(*gradients, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -285,11 +285,18 @@ def test_required_fields_of_a_chain():
     ],
 )
 def test_impossible_measurements(kind, prefix, flags):
-    flags = [*flags, f"--{prefix}batch_sizes=[1, 0]", f"--{prefix}threads=0"]
+    flags = [
+        *flags,
+        f"--{prefix}batch_sizes=[1, 0]",
+        f"--{prefix}threads=0",
+        f"--{prefix}cuda_graph=true",
+        f"--{prefix}device=cpu",
+    ]
     with pytest.raises(UserError) as caught:
         parse_config(kind, flags, parser=build_parser(kind, prog="x", description=""))
     assert f"{prefix}threads: 0 must be at least 1" in str(caught.value)
     assert f"{prefix}batch_sizes: [1, 0] must list at least one number, each at least 1" in str(caught.value)
+    assert f"{prefix}cuda_graph: has no effect with device cpu; leave it out" in str(caught.value)
 
 
 def test_an_abbreviation_is_a_misspelt_key():

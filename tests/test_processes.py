@@ -3,12 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import LAUNCH, ROOT, environment, losses, metrics, run, summary, train
+from kd_accel.engine.setup import needs_buffers_exchanged
+from kd_accel.models.preprocess import Normalize
+from kd_accel.models.student import StudentModule
+from tests import own_models
+from tests.launching import LAUNCH, ROOT, SMALL, environment, losses, metrics, run, summary, train
+from tests.test_cache_identity import asking
+from tests.test_machines import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +84,18 @@ def test_gradients_differ_before_the_exchange_and_agree_after_it(tmp_path):
         assert torch.equal(zero[f"after|{name}"], one[f"after|{name}"])
 
 
+def test_buffers_that_no_training_forward_reads_are_not_exchanged(tmp_path):
+    """The saved model is the same, byte for byte, and so are the losses of training and validation."""
+    for name in ("student_with_everything", "student_with_a_constant"):
+        arch = f"import:tests.own_models:{name}"
+        module = StudentModule(getattr(own_models, name)(4), Normalize([0.5] * 3, [0.25] * 3))
+        assert needs_buffers_exchanged(module) == (name == "student_with_a_constant")
+        train(tmp_path / name, f"--model.arch={arch}", processes=2)
+    without, exchanged = tmp_path / "student_with_everything", tmp_path / "student_with_a_constant"
+    assert (without / "model.safetensors").read_bytes() == (exchanged / "model.safetensors").read_bytes()
+    assert metrics(without) == metrics(exchanged)
+
+
 def test_evaluation_counts_each_row_once(tmp_path, teacher_run):
     results = []
     for processes in (1, 2, 3):
@@ -113,3 +132,53 @@ def test_a_launch_that_was_not_joined_is_refused():
 def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
     done = train(tmp_path / "run", "--train.batch_size=15", processes=2, code=None)
     assert done.stderr.count("kd-accel: train.batch_size: 15 does not divide by 2 processes x 1 accumulation steps") == 1
+
+
+def test_a_failure_of_rank_0_that_nobody_foresaw_reaches_the_others_at_once(tmp_path):
+    """They would wait for it until their time-out, half an hour."""
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.patched_program", "fails", "train", f"--run_dir={tmp_path / 'run'}", *SMALL],
+            cwd=ROOT,
+            env=environment(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "Traceback" in said[0] and said[0].rstrip().endswith("ZeroDivisionError: integer division or modulo by zero")
+    assert "kd-accel: rank 0 has failed (ZeroDivisionError: integer division or modulo by zero); its traceback" in said[1]
+    assert "Traceback" not in said[1]
+
+
+def test_ranks_may_end_a_build_far_apart_and_each_flushes_its_own_files(tmp_path):
+    """Rank 1 takes three times the time that ranks wait for each other elsewhere."""
+    teacher, cache = tmp_path / "teacher", tmp_path / "cache"
+    train(teacher, "--role=teacher", "--model.arch=import:tests.own_models:late_teacher", "--train.max_steps=2")
+    flags = [*asking(teacher, cache), "--teacher.cache_batch_size=16", "--teacher.shard_mib=0.04", "--train.timeout_s=8"]
+    done = subprocess.run(
+        [
+            *(*LAUNCH, "--config_file", "launch/cpu2.yaml", "-m", "tests.patched_program", "flushes"),
+            *("cache", "build", *SMALL, *flags),
+        ],
+        cwd=ROOT,
+        env=environment(KD_TEST_FORWARD_S="2", KD_TEST_FLUSHES=str(tmp_path / "flushed")),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    flushed = [Path(f"{tmp_path / 'flushed'}-{rank}").read_text().splitlines() for rank in (0, 1)]
+    shards = [[Path(name) for name in names if "/view-" in name and name.endswith(".safetensors")] for names in flushed]
+    assert sorted(shards[0] + shards[1]) == sorted(cache.glob("*/view-*/*.safetensors"))
+    assert len(shards[0]) > 5 and len(shards[1]) > 5
+    before = {path: path.read_bytes() for path in cache.glob("*/view-*/*.safetensors")}
+    cache_of_one = tmp_path / "one"
+    run("cache", "build", *SMALL, *asking(teacher, cache_of_one), "--teacher.cache_batch_size=16", "--teacher.shard_mib=0.04")
+    assert {path.relative_to(cache): data for path, data in before.items()} == {
+        path.relative_to(cache_of_one): path.read_bytes() for path in cache_of_one.glob("*/view-*/*.safetensors")
+    }

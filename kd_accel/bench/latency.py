@@ -1,7 +1,8 @@
-"""How long a forward takes: warmed up, synchronised, the models in turns, with median, tail and spread.
+"""Latency of a forward: warmed up, synchronized, the models in turns, with median, tail and spread.
 
-On a GPU each forward lies between two CUDA events, read after one synchronisation at the end, so that nothing waits inside the
-loop; beside it stands the host's clock with a synchronisation per forward, which is what a caller who needs the answer sees.
+On a GPU each forward lies between two CUDA events, read after one synchronization at the end, so that nothing waits inside the
+loop. Next to it are the host's clock with a synchronization per forward, which is what a caller who needs the result sees, and,
+where asked for, the replay of the forward as a CUDA graph: at batch 1 an eager forward measures the launches of its kernels.
 On a CPU it is `perf_counter`. Inputs are fixed and resident; caches are warm. After the protocols of timm's and triton's
 benchmarks and MLPerf's single stream.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_accel.bench.graphs import capture
 from kd_accel.config import Precision
 
+Forward = Callable[[], Tensor]
 _WARM_UP_ITERATIONS = 20
 _LONGEST_WARM_UP_S = 5.0
 """Forwards that take long are warm after fewer of them."""
@@ -35,22 +38,36 @@ def measure_latency(
     min_iterations: int,
     min_time_s: float,
     precision: Precision = "no",
+    cuda_graph: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Per model: median_ms, p90_ms, p99_ms (null below 1,000 iterations), mean_ms, std_ms, spread_ms, iterations.
+    """Measure how long a forward of each model takes.
 
-    images: each model's input [B, 3, H, W] on its device. Models take turns in ten rounds, so that a drift of the machine's
-    speed falls on all of them. spread_ms is the distance between the quartiles. On a GPU, host_median_ms is added.
+    Models take turns in ten rounds, so that a drift of the machine's speed falls on all of them.
+
+    Args:
+        images: each model's input [B, 3, H, W], all on one device.
+        min_iterations: least number of timed forwards per model.
+        min_time_s: least time per model, in seconds.
+        precision: autocast around each forward.
+        cuda_graph: on a GPU, time a CUDA graph of the forward as well.
+
+    Returns:
+        Per model: median_ms, p90_ms, p99_ms (null below 1,000 iterations), mean_ms, std_ms, spread_ms (the distance between
+        the quartiles), iterations, graph_median_ms (null where not measured). On a GPU also host_median_ms, and graph_error
+        where no graph could be captured.
     """
-    with torch.inference_mode(), _autocast(images, precision):
-        iterations = {name: _needed(model, images[name], min_iterations, min_time_s) for name, model in models.items()}
+    device = next(iter(images.values())).device
+    with torch.inference_mode(), _current(device):
+        forwards = {name: _forward(model, images[name], precision) for name, model in models.items()}
+        iterations = {name: _needed(forward, device, min_iterations, min_time_s) for name, forward in forwards.items()}
         times: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(_ROUNDS):
-            for name, model in models.items():
-                times[name] += _timed(model, images[name], -(-iterations[name] // _ROUNDS))
-        results = {name: _summary(times[name]) for name in models}
-        for name, model in models.items():
-            if images[name].is_cuda:
-                results[name]["host_median_ms"] = statistics.median(_host_times(model, images[name], min_iterations))
+            for name, forward in forwards.items():
+                times[name] += _timed(forward, device, -(-iterations[name] // _ROUNDS))
+        results: dict[str, dict[str, Any]] = {name: {**_summary(times[name]), "graph_median_ms": None} for name in models}
+        for name, forward in forwards.items() if device.type == "cuda" else ():
+            results[name]["host_median_ms"] = statistics.median(_host_times(forward, device, min_iterations))
+            results[name].update(_graph_figures(forward, device, min_iterations) if cuda_graph else {})
     return results
 
 
@@ -67,49 +84,71 @@ def compile_for_latency(models: Iterable[nn.Module], *, batch_sizes: int) -> Non
         model.compile()
 
 
-def _autocast(images: Mapping[str, Tensor], precision: Precision) -> AbstractContextManager:
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current device: events and launches go to the stream of the current device, not to that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _forward(model: nn.Module, images: Tensor, precision: Precision) -> Forward:
     if precision == "no":
-        return nullcontext()
-    device = next(iter(images.values())).device
-    return torch.autocast(device.type, dtype=_DTYPES[precision])
+        return lambda: model(images)
+
+    def forward() -> Tensor:
+        # Entered per forward, as a caller does. Autocast keeps the casts of weights until it is left (in older versions of
+        # PyTorch in inference mode too): in one context around all forwards only the first of them would pay for the casts.
+        with torch.autocast(images.device.type, dtype=_DTYPES[precision]):
+            return model(images)
+
+    return forward
 
 
-def _needed(model: nn.Module, images: Tensor, min_iterations: int, min_time_s: float) -> int:
+def _needed(forward: Forward, device: torch.device, min_iterations: int, min_time_s: float) -> int:
     """Warm up for the least time too, and find how many forwards fill both minima."""
-    model(images)  # compiles what is to be compiled
+    forward()  # compiles what is to be compiled
     times_ms: list[float] = []
     while sum(times_ms) < 1000 * _LONGEST_WARM_UP_S:
         if len(times_ms) >= _WARM_UP_ITERATIONS and sum(times_ms) >= 1000 * min_time_s:
             break
-        times_ms += _host_times(model, images, 1)
+        times_ms += _host_times(forward, device, 1)
     return max(min_iterations, int(1000 * min_time_s / statistics.median(times_ms)))
 
 
-def _timed(model: nn.Module, images: Tensor, iterations: int) -> list[float]:
-    return _event_times(model, images, iterations) if images.is_cuda else _host_times(model, images, iterations)
+def _timed(forward: Forward, device: torch.device, iterations: int) -> list[float]:
+    return _event_times(forward, device, iterations) if device.type == "cuda" else _host_times(forward, device, iterations)
 
 
-def _host_times(model: nn.Module, images: Tensor, iterations: int) -> list[float]:
-    """Milliseconds of each forward by the host's clock, its result waited for."""
+def _host_times(forward: Forward, device: torch.device, iterations: int) -> list[float]:
+    """Measure milliseconds of each forward by the host's clock, its result waited for."""
     times_ms = []
     for _ in range(iterations):
         started_at = time.perf_counter()
-        model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
+        forward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times_ms.append(1000 * (time.perf_counter() - started_at))
     return times_ms
 
 
-def _event_times(model: nn.Module, images: Tensor, iterations: int) -> list[float]:
-    """Milliseconds of each forward on the GPU itself."""
+def _event_times(forward: Forward, device: torch.device, iterations: int) -> list[float]:
+    """Measure milliseconds of each forward on the GPU itself."""
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(iterations)]
     for begin, end in pairs:
         begin.record()
-        model(images)
+        forward()
         end.record()
-    torch.cuda.synchronize(images.device)
+    torch.cuda.synchronize(device)
     return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def _graph_figures(forward: Forward, device: torch.device, iterations: int) -> dict[str, Any]:
+    """Measure the median of the replayed forward, or give the reason why it cannot be captured."""
+    try:
+        replay = capture(forward, device)
+    except RuntimeError as error:
+        first = error.__context__ or error  # the end of a failed capture raises a second error
+        return {"graph_median_ms": None, "graph_error": str(first).strip().partition("\n")[0]}
+    _event_times(replay, device, _WARM_UP_ITERATIONS)
+    return {"graph_median_ms": statistics.median(_event_times(replay, device, iterations))}
 
 
 def _summary(times_ms: list[float]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Measuring models by name: the runs of this program from the very files that a user would deploy, or bare architectures.
+"""Measurement of models by name: runs of this program from the files that a user would deploy, or bare architectures.
 
-In: names and a BenchConfig. Out: one dict for a JSON file: the settings, the circumstances (device, dtype, threads, versions),
-and for each model its parameters, bytes, multiply-adds and latency per batch size. A run goes by its path, which is how a
-report finds it, and by the digest of its files.
+In: names and a BenchConfig. Out: one dict for a JSON file: the settings, the circumstances (device, dtype, threads, kernels,
+versions), and for each model its parameters, bytes, multiply-adds and latency per batch size. Kernels and memory format
+are those of training; layers are the library's own, as a user deploys them. A run goes by its path, which is how a report finds
+it, and by the digest of its files.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.params import count_macs, count_parameters, model_bytes
 from kd_accel.config import BenchConfig
 from kd_accel.models.files import load_run_model
+from kd_accel.models.kernels import choose_kernels
 from kd_accel.models.layout import maps_layout
 from kd_accel.models.zoo import build_model
 from kd_accel.types import UserError
@@ -43,9 +45,12 @@ class _Named:
 
 def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
     """Figures of each model, ready for JSON. Raises UserError for what cannot be measured here, before anything is timed."""
+    choose_kernels(deterministic=False, tf32=config.tf32)
     device = _device(config.device)
     if config.precision == "fp16" and device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU; use bf16 or no")
+    if config.cuda_graph and device.type == "cpu":
+        raise UserError("cuda_graph: true needs a GPU; leave it out")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     loaded = [_load(name, config) for name in names]
@@ -87,7 +92,7 @@ def _counts(entry: _Named) -> dict[str, int]:
 
 
 def _latencies(loaded: Sequence[_Named], config: BenchConfig, device: torch.device) -> list[list[dict[str, Any]]]:
-    """For each model its figures per batch size."""
+    """Measure each model per batch size. Models are moved in place."""
     layout = maps_layout(config.channels_last, device)
     models = {str(index): entry.model.to(device).to(memory_format=layout) for index, entry in enumerate(loaded)}
     if config.compile:
@@ -99,7 +104,12 @@ def _latencies(loaded: Sequence[_Named], config: BenchConfig, device: torch.devi
             for index, entry in enumerate(loaded)
         }
         measured = measure_latency(
-            models, images, min_iterations=config.min_iterations, min_time_s=config.min_time_s, precision=config.precision
+            models,
+            images,
+            min_iterations=config.min_iterations,
+            min_time_s=config.min_time_s,
+            precision=config.precision,
+            cuda_graph=config.cuda_graph,
         )
         for key, figures in measured.items():
             latency[key].append({"batch_size": batch_size, **figures})
@@ -137,7 +147,7 @@ def _circumstances(config: BenchConfig, device: torch.device) -> dict[str, Any]:
         "compile": config.compile,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32": _tf32(device),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
         "versions": {
@@ -146,4 +156,15 @@ def _circumstances(config: BenchConfig, device: torch.device) -> dict[str, Any]:
             "torchvision": torchvision.__version__,
             "cuda": torch.version.cuda,
         },
+    }
+
+
+def _tf32(device: torch.device) -> dict[str, bool | None]:
+    """Return whether float32 convolutions and matrix products may use TF32, each as PyTorch has it; null on a CPU."""
+    if device.type == "cpu":
+        return {"convolutions": None, "matmul": None}
+    is_allowed = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # NVIDIA's libraries then ignore PyTorch's switches
+    return {
+        "convolutions": is_allowed and torch.backends.cudnn.allow_tf32,
+        "matmul": is_allowed and torch.backends.cuda.matmul.allow_tf32,
     }

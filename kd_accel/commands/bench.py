@@ -29,4 +29,11 @@ def run_bench(models: Sequence[str], config: BenchConfig, *, out: Path | None) -
 def _line(entry: dict[str, Any], latency: dict[str, Any]) -> str:
     size = f"{entry['parameters'] / 1e6:.2f} M parameters, {entry['macs'] / 1e6:.1f} M multiply-adds"
     time = f"batch {latency['batch_size']:4}: median {latency['median_ms']:.2f} ms, p90 {latency['p90_ms']:.2f} ms"
-    return f"{entry['name']}: {size}, {time} (quartiles {latency['spread_ms']:.2f} ms apart)"
+    return f"{entry['name']}: {size}, {time} (quartiles {latency['spread_ms']:.2f} ms apart){_graph(latency)}"
+
+
+def _graph(latency: dict[str, Any]) -> str:
+    if "graph_error" in latency:
+        return f", CUDA graph not captured ({latency['graph_error']})"
+    median_ms = latency["graph_median_ms"]
+    return "" if median_ms is None else f", CUDA graph {median_ms:.2f} ms"

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,10 +30,11 @@ from kd_accel.engine.setup import (
     gathered,
     leave_processes,
     on_main_process,
+    patient_group,
     peers_needed,
-    set_kernel_choice,
     start_processes,
 )
+from kd_accel.models.kernels import choose_kernels
 from kd_accel.teacher.live import LiveTeacher
 from kd_accel.teacher.store.layout import LOGITS, Plan, Shard, Split
 from kd_accel.teacher.store.manifest import (
@@ -49,7 +51,7 @@ _TIMED_BATCHES = 2
 
 def run_cache_build(config: RunConfig) -> None:
     """Write what the cache of this config lacks: all of it, further views or taps, or files that are damaged."""
-    set_kernel_choice(config.train)
+    choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     accelerator = start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
     with ExitStack() as stack:
         stack.enter_context(peers_needed(accelerator, lambda: "while it built a cache"))
@@ -59,16 +61,17 @@ def run_cache_build(config: RunConfig) -> None:
         frozen = frozen_projectors(asked, found)
         plan, rows = on_main_process(accelerator, lambda: write_wanted_plan(asked, found, frozen))
         manifest = on_main_process(accelerator, lambda: find_manifest(asked.directory, plan))
-        whole, missing = checked(asked, plan, manifest)
+        patient = patient_group(accelerator)
+        whole, missing = checked(asked, plan, manifest, group=patient)
+        _flush(asked.directory, _unlisted(whole, manifest, accelerator))
         if missing:
             on_main_process(accelerator, lambda: remove_leftovers(asked.directory))
-            whole |= _write(asked, plan, frozen, rows, missing)
+            whole |= _write(asked, plan, frozen, rows, missing, group=patient)
         else:
             is_listed = manifest.keys() == whole.keys()
             remark = "nothing to do" if is_listed else "manifest.json written"
             accelerator.print(f"{asked.directory}: complete, {len(whole)} files checked; {remark}")
-        new = [name for name in whole if name not in manifest] + [shard.name for shard in missing]
-        on_main_process(accelerator, lambda: _finish(asked.directory, plan, whole, new))
+        on_main_process(accelerator, lambda: write_manifest(asked.directory, plan, whole))
     leave_processes(accelerator)
 
 
@@ -81,7 +84,7 @@ def _lock(directory: Path, accelerator: Accelerator, stack: ExitStack) -> None:
     stack.callback(os.close, held[0])
 
 
-def checked(asked: Asked, plan: Plan, manifest: Mapping[str, str]) -> tuple[dict[str, str], list[Shard]]:
+def checked(asked: Asked, plan: Plan, manifest: Mapping[str, str], *, group: Any) -> tuple[dict[str, str], list[Shard]]:
     """({file that is whole: its checksum}, files that are not), every byte read, each process a share of the files."""
     shards = list(plan.all_shards())
     own: list[tuple[int, str | None]] = []
@@ -89,7 +92,7 @@ def checked(asked: Asked, plan: Plan, manifest: Mapping[str, str]) -> tuple[dict
         shard = shards[index]
         is_whole = damage(asked.directory, plan, shard, checksum=manifest.get(shard.name)) is None
         own.append((index, stored_checksum(asked.directory, plan, shard) if is_whole else None))
-    found = dict(gathered(own))
+    found = dict(gathered(own, group=group))
     whole = {shards[index].name: checksum for index, checksum in found.items() if checksum is not None}
     return whole, [shard for index, shard in enumerate(shards) if found[index] is None]
 
@@ -100,8 +103,10 @@ def _write(
     frozen: FrozenProjectors,
     rows: Mapping[Split, np.ndarray],
     missing: Sequence[Shard],
+    *,
+    group: Any,
 ) -> dict[str, str]:
-    """Let the teacher answer for the blocks of this process; returns the checksums of all."""
+    """Let the teacher answer for the blocks of this process, flush its files to the disk; returns the checksums of all."""
     accelerator = asked.accelerator
     blocks = blocks_of(missing)
     own = [blocks[index] for index in _own_share([block.rows for block in blocks], accelerator)]
@@ -124,10 +129,11 @@ def _write(
             advance=progress.advance,
         )
         progress.close()
+        _flush(asked.directory, list(checksums))
         live.check_unchanged()
     finally:
         live.close()
-    written = dict(gathered(list(checksums.items())))
+    written = dict(gathered(list(checksums.items()), group=group))
     total = sum(block.rows for block in blocks)
     elapsed_s = time.perf_counter() - started_at
     accelerator.print(f"{asked.directory}: {total} rows in {elapsed_s:.0f} s ({total / elapsed_s:.0f} rows/s)")
@@ -176,12 +182,16 @@ def _announce(
     )
 
 
-def _finish(directory: Path, plan: Plan, checksums: Mapping[str, str], written: list[str]) -> None:
+def _unlisted(whole: Mapping[str, str], manifest: Mapping[str, str], accelerator: Accelerator) -> list[str]:
+    """This process's share of the files that a killed build has written, perhaps not to the disk itself."""
+    return [name for name in whole if name not in manifest][accelerator.process_index :: accelerator.num_processes]
+
+
+def _flush(directory: Path, names: list[str]) -> None:
     try:
-        flush_shards(directory, written)
+        flush_shards(directory, names)
     except OSError as error:
         raise UserError(f"teacher.cache_dir: cannot write to {directory} ({error.strerror})") from None
-    write_manifest(directory, plan, checksums)
 
 
 def _per_row(plan: Plan) -> str:

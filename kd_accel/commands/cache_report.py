@@ -13,7 +13,8 @@ from kd_accel.commands.teacher import FrozenProjectors, live_teacher, projectors
 from kd_accel.commands.wanted import Asked, ask, cache_directory, refuse_other_answers, used_views
 from kd_accel.config import RunConfig
 from kd_accel.disk import readable_size
-from kd_accel.engine.setup import leave_processes, set_kernel_choice, start_processes
+from kd_accel.engine.setup import leave_processes, patient_group, start_processes
+from kd_accel.models.kernels import choose_kernels
 from kd_accel.teacher.cached import OpenCache, refuse_lacking, refuse_other_identity, refuse_other_rows
 from kd_accel.teacher.store.layout import SPLITS, Plan
 from kd_accel.teacher.store.manifest import read_manifest, read_plan, read_projectors, read_rows
@@ -23,7 +24,7 @@ from kd_accel.types import UserError
 
 def run_cache_verify(config: RunConfig, *, as_json: bool) -> None:
     """Check every byte, and let the teacher answer again for a few rows. Raises UserError when anything is wrong."""
-    set_kernel_choice(config.train)
+    choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     accelerator = start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
     asked = ask(config, accelerator)
     plan = read_plan(asked.directory)
@@ -31,7 +32,7 @@ def run_cache_verify(config: RunConfig, *, as_json: bool) -> None:
     refuse_lacking(asked.directory, plan, replace(asked.wanted, views=used_views(config)))
     files = read_manifest(asked.directory, plan)
     wrong = _wrong_parts(asked.directory, plan)
-    _, missing = checked(asked, plan, files)
+    _, missing = checked(asked, plan, files, group=patient_group(accelerator))
     wrong |= {shard.name: damage(asked.directory, plan, shard, checksum=files.get(shard.name)) or "" for shard in missing}
     wrong |= {
         shard.name: "is not in manifest.json: its build has not ended"

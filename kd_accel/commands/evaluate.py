@@ -15,6 +15,7 @@ from kd_accel.engine.evaluate import evaluate
 from kd_accel.engine.setup import leave_processes, start_processes
 from kd_accel.models.cpu_forms import use_cpu_forms
 from kd_accel.models.files import load_run_model
+from kd_accel.models.kernels import choose_kernels
 from kd_accel.models.layout import maps_layout
 from kd_accel.models.preprocess import Normalize
 from kd_accel.parse import load_config_file
@@ -29,6 +30,7 @@ def run_evaluation(directory: Path, *, split: HeldOutSplit) -> None:
     if not config_file.is_file():
         raise UserError(f"{directory}: no config.yaml, so the data it was trained on is not known; train the run again")
     config = load_config_file(RunConfig, config_file)
+    choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     accelerator = start_processes(config.train.precision)
     data = load_data(config.data)
     use_cpu_forms(network, accelerator.device)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
 from kd_accel.commands.course import build_course
 from kd_accel.commands.data import Data, data_identity, held_out, training_loader
 from kd_accel.commands.teaching import Teaching
 from kd_accel.config import RunConfig
 from kd_accel.data.loader import TrainLoader
+from kd_accel.engine.average import MovingAverage
 from kd_accel.engine.checkpoint import Checkpoint, CheckpointWriter, module_tensors
 from kd_accel.engine.evaluate import HeldOut
 from kd_accel.engine.finite import FiniteWatch
@@ -23,12 +21,12 @@ from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.profile import StepProfiler
 from kd_accel.engine.progress import Progress
-from kd_accel.engine.setup import Accelerator, on_main_process
+from kd_accel.engine.setup import Accelerator, on_main_process, wrap_for_training
 from kd_accel.engine.state import Trainee, restore
 from kd_accel.models.layout import weights_layout
 from kd_accel.models.student import StudentModule
 from kd_accel.models.taps import compile_tapped
-from kd_accel.report.tracking import WandbTracking
+from kd_accel.report.tracking import WandbTracking, missing_package_notices
 from kd_accel.types import SignalSource, UserError, no_signals
 
 
@@ -63,6 +61,7 @@ def start_tracking(start: Prepared) -> WandbTracking:
     )
     if accelerator.is_main_process:
         tracking.start(lambda kwargs: _wandb_run(accelerator, config, kwargs))
+        start.notices.extend(missing_package_notices(config.tracking))
     return tracking
 
 
@@ -137,15 +136,13 @@ def _refuse_a_pause_beyond_the_end(config: RunConfig, total_steps: int) -> None:
 def _build_trainee(start: Prepared) -> tuple[Trainee, list[str]]:
     """What a step changes, wrapped by Accelerate, in the state of the checkpoint where there is one."""
     config, accelerator, module = start.config, start.accelerator, start.module
-    average = _moving_average(module.student, config)
-    if average is not None:
-        average.to(accelerator.device)
+    module.to(accelerator.device).to(memory_format=weights_layout(config.train.channels_last, accelerator.device))
+    decay = config.train.ema_decay
+    average = None if decay is None else MovingAverage(module.student, decay=decay)
     if config.train.compile:
         compile_tapped(module.student)
-    module.to(accelerator.device).to(memory_format=weights_layout(config.train.channels_last, accelerator.device))
-    optimizer = build_optimizer(module.parameters(), config.optim)
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
-    trainee = Trainee(wrapped, optimizer, Meters(accelerator.device), average)
+    wrapped, wrapped_optimizer = wrap_for_training(accelerator, module, build_optimizer(module.parameters(), config.optim))
+    trainee = Trainee(wrapped, wrapped_optimizer, Meters(accelerator.device), average)
     if start.checkpoint is None:
         return trainee, []
     return trainee, _restored(trainee, start.checkpoint, accelerator)
@@ -161,13 +158,6 @@ def _restored(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator
             f"{checkpoint.path}: does not fit the training that its own config describes ({said}); remove it to go on from an "
             "earlier one, or start anew in another run_dir"
         ) from error
-
-
-def _moving_average(student: nn.Module, config: RunConfig) -> AveragedModel | None:
-    """A copy that follows the student's weights; its BatchNorm statistics are the student's own, copied at each step."""
-    if config.train.ema_decay is None:
-        return None
-    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay), use_buffers=False)
 
 
 def _validation(start: Prepared) -> HeldOut | None:

@@ -25,8 +25,10 @@ from kd_accel.commands.teacher import TapPairs, live_teacher, load_teacher, pair
 from kd_accel.config import RunConfig, StorageType
 from kd_accel.disk import readable_size
 from kd_accel.engine.optim import build_optimizer
-from kd_accel.engine.setup import Accelerator, leave_processes, set_kernel_choice, start_processes
+from kd_accel.engine.setup import Accelerator, leave_processes, start_processes
 from kd_accel.engine.train import train_step
+from kd_accel.models.kernels import choose_kernels
+from kd_accel.models.layout import weights_layout
 from kd_accel.models.projectors import FeatureProjector
 from kd_accel.models.student import StudentModule
 from kd_accel.teacher.cached import stored_type
@@ -95,7 +97,7 @@ def run_plan(config: RunConfig, *, as_json: bool) -> None:
     """Print what both would cost, and which to take. Measures for some seconds; writes one temporary file."""
     if config.teacher is None:
         raise UserError("teacher: this config has none, so there is nothing to plan; give a config that distils")
-    set_kernel_choice(config.train)
+    choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     accelerator = start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
     data = load_data(config.data)
     network, _ = build_network(config, data)
@@ -163,6 +165,7 @@ def _measure(
     }
     live = live_teacher(config, model, normalize, accelerator, taps=pairs.teacher, projectors=projectors)
     module = wrap_student(network, config, data, accelerator.device, projectors=pairs.projectors).to(accelerator.device).train()
+    module.to(memory_format=weights_layout(config.train.channels_last, accelerator.device))
     module.open_taps()
     try:
         teacher_s = _seconds(lambda: live(batch), accelerator)

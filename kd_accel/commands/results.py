@@ -58,6 +58,7 @@ def _summary(start: Prepared, job: Job, test_metrics: dict[str, float]) -> dict[
         "images_per_second": position.step * config.train.batch_size / max(position.elapsed_s, 1e-9),
         "world_size": start.accelerator.num_processes,
         "precision": config.train.precision,
+        "tf32": config.train.tf32 if start.accelerator.device.type == "cuda" else None,
         "device": _device_name(start.accelerator.device),
         "is_scheduled": _is_scheduled(config),
         "source": config.data.source,

@@ -174,11 +174,13 @@ def live_teacher(
 
 
 def numeric_mode(config: RunConfig, teacher: TeacherNetwork, taps: Mapping[str, str], device: torch.device) -> dict[str, Any]:
-    """How the teacher computes: part of a cache's identity."""
+    """How the teacher computes: part of a cache's identity. Without `tf32` it was full float32, as it always is on a CPU."""
     train = config.train
     is_folded = teacher.folded(taps, image_size=config.data.image_size) is not None
     is_last = maps_layout(train.channels_last, device) == torch.channels_last
     switches = {"precision": train.precision, "channels_last": is_last, "compile": train.compile}
+    if device.type == "cuda" and train.tf32:
+        switches["tf32"] = True
     return {**switches, "batchnorm": "folded" if is_folded else "apart"}
 
 

@@ -32,18 +32,19 @@ from kd_accel.engine.setup import (
     leave_processes,
     on_main_process,
     peers_needed,
-    set_kernel_choice,
     start_processes,
 )
 from kd_accel.engine.train import measure, train
+from kd_accel.models.kernels import choose_kernels
+from kd_accel.report.tracking import refuse_missing_package, tracker_name
 from kd_accel.types import Interrupted
 
 
 def run_training(config: RunConfig) -> None:
     """Train what the config says, or go on where it stopped. Raises UserError for what the user can mend."""
-    set_kernel_choice(config.train)  # before CUDA starts: it reads CUBLAS_WORKSPACE_CONFIG then
+    choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     accelerator = start_processes(
-        config.train.precision, seed=config.seed, track_with="wandb", timeout_s=config.train.timeout_s
+        config.train.precision, seed=config.seed, track_with=tracker_name(config.tracking), timeout_s=config.train.timeout_s
     )
     try:
         with peers_needed(accelerator, lambda: "outside of the steps"):
@@ -56,6 +57,8 @@ def run_training(config: RunConfig) -> None:
 
 def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
     finished = on_main_process(accelerator, lambda: finished_summary(config))
+    if finished is None:
+        on_main_process(accelerator, lambda: refuse_missing_package(config.tracking))
     resumed_from = None if finished else on_main_process(accelerator, lambda: checkpoint_to_resume(config))
     checkpoint = load_checkpoint(resumed_from) if resumed_from else None
     data = load_data(config.data)

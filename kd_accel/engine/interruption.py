@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
-from kd_accel.engine.setup import Accelerator
+from kd_accel.engine.setup import Accelerator, peer_timeout_s
 from kd_accel.types import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_REQUEST_S = 2.0
 _AGREEMENT_S = 20.0
-_TIMEOUT_S = 1800.0
 
 
 class Interruption:
@@ -39,7 +38,8 @@ class Interruption:
         self._is_listening = False
         os.register_at_fork(after_in_child=self._spare_worker)
         if accelerator.num_processes > 1:
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s or _TIMEOUT_S))
+            timeout = timedelta(seconds=peer_timeout_s(timeout_s))
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Interruption]:

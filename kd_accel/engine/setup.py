@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -23,9 +24,12 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd_accel.config import Precision, TrainConfig
+from kd_accel.config import Precision
 from kd_accel.disk import refused_by_disk
+from kd_accel.models.preprocess import Normalize
 from kd_accel.types import PeerLost, UserError
 
 __all__ = [
@@ -33,15 +37,20 @@ __all__ = [
     "gathered",
     "leave_processes",
     "on_main_process",
+    "patient_group",
+    "peer_timeout_s",
     "peers_needed",
     "refuse_unjoined",
-    "set_kernel_choice",
     "start_processes",
+    "wrap_for_training",
 ]
 
 Result = TypeVar("Result")
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_CPU_TIMEOUT_S, _GPU_TIMEOUT_S = 1800.0, 600.0
+_NCCL_MARGIN_S = 60.0
+_PATIENCE_S = 24 * 3600.0
 
 
 def start_processes(
@@ -67,9 +76,11 @@ def start_processes(
 
 
 def _joined(precision: Precision, track_with: str | None, timeout_s: float | None) -> Accelerator:
-    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=True)]
-    if timeout_s is not None:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)))
+    waits_s = peer_timeout_s(timeout_s) + (_NCCL_MARGIN_S if torch.cuda.is_available() else 0.0)
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(timeout=timedelta(seconds=waits_s)),
+    ]
     return Accelerator(
         mixed_precision=precision,
         cpu=not torch.cuda.is_available(),
@@ -79,6 +90,34 @@ def _joined(precision: Precision, track_with: str | None, timeout_s: float | Non
         step_scheduler_with_optimizer=False,
         kwargs_handlers=handlers,
     )
+
+
+def wrap_for_training(
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """Prepare both with Accelerate. Buffers are exchanged between ranks only where `needs_buffers_exchanged`."""
+    accelerator.ddp_handler.broadcast_buffers = needs_buffers_exchanged(module)
+    return accelerator.prepare(module, optimizer)
+
+
+def needs_buffers_exchanged(module: nn.Module) -> bool:
+    """Whether a training forward may read a buffer that another rank's differs from.
+
+    DistributedDataParallel would send rank 0's buffers to all before each forward. BatchNorm's running statistics are never
+    read in a training forward; rank 0's are evaluated and saved, and they see rank 0's batches alone either way.
+    """
+    owners = [own for own in module.modules() if any(buffer is not None for buffer in own._buffers.values())]
+    return not all(isinstance(own, _BatchNorm | Normalize) for own in owners)
+
+
+def peer_timeout_s(timeout_s: float | None) -> float:
+    """How long a process waits for the others over gloo, in seconds. timeout_s: `train.timeout_s`.
+
+    NCCL waits a minute longer: its watchdog aborts the process without an exception, so gloo's error must come first.
+    """
+    if timeout_s is not None:
+        return timeout_s
+    return _GPU_TIMEOUT_S if torch.cuda.is_available() else _CPU_TIMEOUT_S
 
 
 @contextlib.contextmanager
@@ -110,11 +149,13 @@ def _first_line(error: Exception) -> str:
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """Call `function` on rank 0 alone and give every rank its (picklable) result, or its UserError.
+    """Call `function` on rank 0 alone and return its (picklable) result on every rank.
 
-    What the disk refuses is the user's to mend as well.
+    Raises UserError on every rank where rank 0 has raised one, or an OSError. Any other exception is raised again on rank 0,
+    and PeerLost on the others, which would wait for rank 0 until their time-out.
     """
-    outcome: list[object] = [None, None]
+    outcome: list[Any] = [None, None, None]
+    failure: Exception | None = None
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
@@ -122,29 +163,42 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) ->
             outcome[1] = str(error)
         except OSError as error:
             outcome[1] = refused_by_disk(error)
+        except Exception as error:
+            failure, outcome[2] = error, f"{type(error).__name__}: {_first_line(error)}"
     broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
     if outcome[1] is not None:
-        raise UserError(str(outcome[1]))
-    return outcome[0]  # type: ignore[return-value]
+        raise UserError(outcome[1])
+    if outcome[2] is not None:
+        raise PeerLost(f"rank 0 has failed ({outcome[2]}); its traceback says where")
+    return outcome[0]
 
 
-def gathered(items: list[Result]) -> list[Result]:
-    """The (picklable) items of all ranks, in the order of the ranks. Every rank must call it."""
-    return gather_object(items)
+def gathered(items: list[Result], *, group: Any = None) -> list[Result]:
+    """The (picklable) items of all ranks, in the order of the ranks. Every rank must call it. group: None = all that joined."""
+    if group is None:
+        return gather_object(items)
+    parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(parts, items, group=group)
+    return [item for part in parts for item in part]
+
+
+def patient_group(accelerator: Accelerator) -> Any:
+    """A gloo group in which ranks wait for each other for a day, for the ends of long work; None for a single process.
+
+    Ranks that read or write a share of a large cache end minutes apart, and NCCL gives up after ten. A process that dies is
+    noticed at once all the same. Every rank must call it.
+    """
+    if accelerator.num_processes == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=_PATIENCE_S))
 
 
 def leave_processes(accelerator: Accelerator) -> None:
     """End of the program: leave the process group. Trackers are finished by who started them, and may have failed."""
     accelerator.trackers.clear()
     accelerator.end_training()
-
-
-def set_kernel_choice(train: TrainConfig) -> None:
-    """Fast or repeatable GPU kernels. No effect on a CPU, where the kernels used here repeat."""
-    torch.backends.cudnn.benchmark = not train.deterministic
-    if train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def _refuse_contradictions(precision: Precision) -> None:

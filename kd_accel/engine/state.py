@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
+from kd_accel.engine.average import MovingAverage
 from kd_accel.engine.checkpoint import (
     Checkpoint,
     module_tensors,
@@ -51,7 +51,7 @@ class Trainee:
     module: nn.Module
     optimizer: Any
     meters: Meters
-    average: AveragedModel | None = None
+    average: MovingAverage | None = None
     position: Position = field(default_factory=Position)
 
 

@@ -145,7 +145,7 @@ def _update(job: Job, lr: float) -> None:
     set_learning_rate(trainee.optimizer, lr)
     trainee.optimizer.step()
     if trainee.average is not None:
-        trainee.average.update_parameters(accelerator.unwrap_model(trainee.module).student)
+        trainee.average.update(accelerator.unwrap_model(trainee.module).student)
     watch.settle()
     trainee.optimizer.zero_grad(set_to_none=True)
 

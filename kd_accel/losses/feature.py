@@ -59,4 +59,25 @@ def _meet(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    return feature if feature.shape[2:] == size else functional.adaptive_avg_pool2d(feature, size)
+    if feature.shape[2:] == size:
+        return feature
+    if feature.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return pooled_by_products(feature, size)
+    return functional.adaptive_avg_pool2d(feature, size)
+
+
+def pooled_by_products(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return `adaptive_avg_pool2d(feature, size)` as two matrix products: [B, D, H, W] -> [B, D, *size].
+
+    CUDA has no deterministic backward of the pooling itself; its matrix products are deterministic. They are in float64, which
+    TF32 does not touch.
+    """
+    rows, columns = (_window_means(n, out, feature.device) for n, out in zip(feature.shape[2:], size, strict=True))
+    return (rows @ feature.double() @ columns.T).to(feature.dtype)
+
+
+def _window_means(length: int, windows: int, device: torch.device) -> Tensor:
+    """float64 [windows, length], in each row the weights of a mean, over the windows that adaptive pooling has."""
+    at, window = torch.arange(length, device=device), torch.arange(windows, device=device)[:, None]
+    first, end = window * length // windows, -(-(window + 1) * length // windows)
+    return ((at >= first) & (at < end)).double() / (end - first)

@@ -109,20 +109,22 @@ def build_projectors(
 class PcaFit:
     """Principal directions of a teacher's features, from sums in float64 over batches given in a fixed order.
 
-    Sums are taken around the mean of the first batch, so that nothing cancels. Every pixel of every image is one sample.
+    Sums are taken around the mean of the first batch, so that nothing cancels. Every pixel of every image is one sample. They
+    are taken on the device of the features, and the eigenvectors on the CPU.
     """
 
     def __init__(self, channels: int) -> None:
-        self._count = 0
+        self._channels, self._count = channels, 0
         self._origin: Tensor | None = None
-        self._sum = torch.zeros(channels, dtype=torch.float64)
-        self._outer = torch.zeros(channels, channels, dtype=torch.float64)
+        self._sum: Tensor
+        self._outer: Tensor
 
     def update(self, feature: Tensor) -> None:
         """Add features [B, D, H, W]."""
-        samples = feature.detach().double().movedim(1, -1).reshape(-1, feature.shape[1]).cpu()
+        samples = feature.detach().double().movedim(1, -1).reshape(-1, self._channels)
         if self._origin is None:
             self._origin = samples.mean(0)
+            self._sum, self._outer = torch.zeros_like(self._origin), samples.new_zeros(self._channels, self._channels)
         centred = samples - self._origin
         self._count += len(centred)
         self._sum += centred.sum(0)
@@ -140,15 +142,15 @@ class PcaFit:
                 "that many; raise pca_images (an image gives height times width samples)"
             )
         assert self._origin is not None
-        mean = self._sum / self._count
-        covariance = self._outer / self._count - mean.outer(mean)
+        mean, origin = self._sum.cpu() / self._count, self._origin.cpu()
+        covariance = self._outer.cpu() / self._count - mean.outer(mean)
         values, vectors = torch.linalg.eigh(covariance)
         directions = _signed(vectors.flip(1)[:, :out_channels].T)
         values = values.flip(0).clamp(min=0)
         projector = FeatureProjector(len(mean), out_channels).requires_grad_(False)
         with torch.no_grad():
             projector.conv.weight.copy_(directions[:, :, None, None])
-            projector.conv.bias.copy_(-directions @ (mean + self._origin))  # type: ignore[union-attr]
+            projector.conv.bias.copy_(-directions @ (mean + origin))  # type: ignore[union-attr]
         total = values.sum().item()
         return projector, values[:out_channels].sum().item() / total if total > 0 else 1.0
 
