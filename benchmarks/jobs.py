@@ -251,7 +251,7 @@ def _loader(bench: Bench, config: RunConfig, *, keeps_images_on_host: bool) -> T
     if bench.form_device.type == "cuda" and not keeps_images_on_host:
         stored = torch.from_numpy(bench.images.pixels(bench.rows)).permute(0, 3, 1, 2)
         stored = stored.to(bench.device, memory_format=torch.channels_last, copy=True)
-    return TrainLoader(
+    loader = TrainLoader(
         bench.images,
         VIEWS,
         rows=bench.rows,
@@ -259,6 +259,8 @@ def _loader(bench: Bench, config: RunConfig, *, keeps_images_on_host: bool) -> T
         rank=bench.accelerator.process_index,
         world_size=bench.accelerator.num_processes,
         views=config.data.views,
-        device_images=stored,
         pin_memory=bench.device.type == "cuda",
     )
+    if stored is not None:
+        loader.keep_images(stored)
+    return loader

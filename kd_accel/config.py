@@ -234,8 +234,9 @@ class TrainConfig:
         skip_non_finite: how many steps in a row may be left out (by all processes, counted in the metrics) because a loss or
             gradient is not finite; one more stops the training. fp16 overflows are the loss scaler's and count apart.
         timeout_s: how long a process waits for the others before it takes one for lost, in seconds; longer than what one does
-            alone (a download, a checkpoint). null = PyTorch's own, 600 with GPUs and 1800 without.
-        sync_batchnorm: BatchNorm layers see the rows of all processes (GPUs only), not each process its own.
+            alone (a download, a checkpoint). null = 600 with GPUs and 1800 without.
+        sync_batchnorm: BatchNorm layers see the rows of all processes (GPUs only), not each process its own. Each layer waits
+            for the device in each forward; a learned teacher_projector still normalises the rows of its own process.
     """
 
     epochs: int = 10

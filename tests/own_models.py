@@ -62,6 +62,19 @@ def with_an_idle_layer(num_classes: int) -> nn.Module:
     return model
 
 
+class Undeterministic(SmallNet):
+    """Its gradient goes through an operator that has no deterministic kernel, on CPUs either."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        at = torch.arange(logits.numel(), device=logits.device).view_as(logits)
+        return torch.zeros_like(logits).put(at, logits) if self.training else logits
+
+
+def undeterministic(num_classes: int) -> nn.Module:
+    return Undeterministic(num_classes, width=8)
+
+
 def without_a_classifier(num_classes: int) -> nn.Module:
     return nn.Conv2d(3, num_classes, 1)
 

@@ -1,28 +1,34 @@
-"""On a machine without a GPU: views, signals, projectors, losses and metrics with tensors that only claim to be on one.
+"""Parts of a step with tensors that claim to be on a GPU: views, signals, projectors, losses, metrics, guard, average, update.
 
-Fake tensors keep track of device, dtype and shape and refuse to mix devices, so whatever was left on the CPU is found.
+Fake tensors keep track of device, dtype and shape and refuse to mix devices, so whatever was left on the CPU is found. They
+have no values, so whatever reads one, which on a GPU waits for all queued work, is found too.
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_accel.data.views import ViewFunction
+from kd_accel.engine.average import MovingAverage
+from kd_accel.engine.finite import FiniteWatch
 from kd_accel.engine.meters import Meters
+from kd_accel.engine.optim import set_learning_rate
 from kd_accel.engine.train import train_step
 from kd_accel.losses.combine import DistillationLoss
-from kd_accel.losses.feature import target_variance
+from kd_accel.losses.feature import pooled_by_products, target_variance
 from kd_accel.models.preprocess import Normalize
-from kd_accel.models.projectors import FeatureProjector, build_projectors
+from kd_accel.models.projectors import FeatureProjector, PcaFit, build_projectors
 from kd_accel.models.student import StudentModule
 from kd_accel.models.zoo import build_model
 from kd_accel.teacher.cached import decoded_on
 from kd_accel.teacher.live import LiveTeacher
 from kd_accel.teacher.store.reader import StoredRows
-from kd_accel.types import Batch
+from kd_accel.types import Batch, LossTerms, Signals, StudentOutput
 
 TAPS = ["layer1", "layer2", "layer3", "layer4"]
 STUDENT = {tap: (channels, 8, 8) for tap, channels in zip(TAPS, (64, 128, 256, 512), strict=True)}
@@ -122,3 +128,77 @@ def test_stored_answers_are_decoded_on_the_device(dtype):
         assert answer.device.type == "cuda"
         assert answer.dtype == torch.float32
         assert answer.is_contiguous(memory_format=torch.channels_last)
+
+
+class FakeAccelerator:
+    """What a guard asks of Accelerate's."""
+
+    device, scaler, process_index = torch.device("cuda"), None, 0
+
+
+def with_gradients():
+    network = build_model("torchvision/resnet18", num_classes=10)
+    for weight in network.parameters():
+        weight.grad = torch.zeros_like(weight)
+    return network
+
+
+@pytest.mark.parametrize("may_skip", [0, 2])
+def test_the_guard_and_the_average_read_nothing(may_skip):
+    with FakeTensorMode(), torch.device("cuda"):
+        network = with_gradients()
+        average, wrapped = MovingAverage(torch.nn.Identity(), decay=0.999), SimpleNamespace(optimizer=SimpleNamespace())
+        average.module = build_model("torchvision/resnet18", num_classes=10).requires_grad_(
+            False
+        )  # no copy: fake ones have none
+        watch = FiniteWatch(FakeAccelerator(), network, wrapped, average=average, may_skip=may_skip)
+        batch = batch_on("cuda")
+        watch.begin()
+        logits = network(batch.images.float())
+        hard = torch.nn.functional.cross_entropy(logits, batch.labels)
+        loss = watch.watched(LossTerms(hard, hard), StudentOutput(logits), Signals(logits.detach()), batch.rows)
+        assert watch.without_gradient() == []
+        norm = watch.gradient_norm(1)
+        torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm)
+        average.update(network)
+        watch.settle()
+        found_inf = wrapped.optimizer.found_inf
+        for tensor in (loss, norm, found_inf, average.module.fc.weight):
+            assert tensor.device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_update_reads_nothing(name):
+    """With foreach kernels: fused ones, which a training uses, have no fake form."""
+    with FakeTensorMode(), torch.device("cuda"):
+        network = with_gradients()
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+        optimizer = kind(network.parameters(), lr=0.1, foreach=True, **({"momentum": 0.9} if name == "sgd" else {}))
+        set_learning_rate(optimizer, 0.05)
+        optimizer.step()
+        state = next(iter(optimizer.state.values()))
+        assert state["momentum_buffer" if name == "sgd" else "exp_avg"].device.type == "cuda"
+
+
+def test_torchs_average_reads_its_counter():
+    """Why there is an average of our own; and this check can fail."""
+    with FakeTensorMode(), torch.device("cuda"):
+        network = build_model("torchvision/resnet18", num_classes=10)
+        average = AveragedModel(torch.nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        average.module = build_model("torchvision/resnet18", num_classes=10)
+        with pytest.raises(DataDependentOutputException):
+            average.update_parameters(network)
+
+
+def test_deterministic_pooling_stays_on_the_device():
+    with FakeTensorMode():
+        feature = torch.zeros(2, 3, 7, 7, device="cuda", dtype=torch.bfloat16)
+        pooled = pooled_by_products(feature, (3, 4))
+        assert (pooled.device.type, pooled.dtype, pooled.shape) == ("cuda", torch.bfloat16, (2, 3, 3, 4))
+
+
+def test_sums_of_a_pca_stay_on_the_device():
+    with FakeTensorMode():
+        fit = PcaFit(3)
+        fit.update(torch.zeros(2, 3, 4, 4, device="cuda"))
+        assert fit._outer.device.type == "cuda" and fit._outer.dtype == torch.float64

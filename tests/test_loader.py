@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kd_accel.commands import data
 from kd_accel.config import DataConfig
-from kd_accel.data.cuts import channel_statistics, cut_rows
+from kd_accel.data.cuts import Rows, channel_statistics, cut_rows
 from kd_accel.data.loader import EvalLoader, TrainLoader, epoch_order
 from kd_accel.data.sources import MemoryImages
 from kd_accel.data.views import ViewFunction
@@ -73,15 +74,41 @@ def test_workers_and_stored_images_give_the_same_batches():
     images = image_set()
     rows = np.arange(10, 90)
     stored = torch.from_numpy(images.pixels(rows)).permute(0, 3, 1, 2)
+    keeping = loader(images)
+    keeping.keep_images(stored)
     plain, workers, device = (
-        list(loader(images, **settings).epoch(1, start_step=2))
-        for settings in ({}, {"num_workers": 2}, {"device_images": stored})
+        list(own.epoch(1, start_step=2)) for own in (loader(images), loader(images, num_workers=2), keeping)
     )
     for one, two, three in zip(plain, workers, device, strict=True):
         for other in (two[0], three[0]):
             assert torch.equal(one[0].images, other.images)
             assert torch.equal(one[0].rows, other.rows)
             assert torch.equal(one[0].labels, other.labels)
+
+
+class Encoded(MemoryImages):
+    """A set that is decoded when it is asked for."""
+
+    is_in_memory = False
+
+
+@pytest.mark.parametrize("kind", [MemoryImages, Encoded])
+def test_the_images_that_a_gpu_keeps_are_those_of_the_rows(kind, monkeypatch):
+    monkeypatch.setattr(data, "_COPIED_ROWS", 7)
+    own = image_set()
+    rows = np.arange(10, 90)
+    images = kind(own.pixels(np.arange(100)), own.labels, own.label_names)
+    kept = data.images_on(
+        torch.device("cpu"), data.Data(images, images, Rows(rows, rows[:0], rows[:0]), [0.5] * 3, [0.5] * 3), num_workers=1
+    )
+    assert kept.is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(kept.permute(0, 2, 3, 1).numpy(), images.pixels(rows))
+
+
+@pytest.mark.parametrize(("needed_mib", "fits"), [(100, True), (101, False)])
+def test_images_are_kept_by_what_is_free_on_the_gpu(monkeypatch, needed_mib, fits):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200 * 2**20, 80 * 2**30))
+    assert data.fits_on_gpu(needed_mib * 2**20, torch.device("cuda")) == fits
 
 
 @pytest.mark.slow

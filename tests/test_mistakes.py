@@ -169,3 +169,12 @@ def test_one_row_for_batchnorm(tmp_path, processes, code, batch_size):
 def test_one_row_without_batchnorm_is_enough(tmp_path):
     train(tmp_path / "run", "--train.max_steps=1", "--train.batch_size=2", "--train.grad_accum_steps=2")
     assert summary(tmp_path / "run")["steps"] == 1
+
+
+def test_an_operator_without_a_deterministic_kernel(tmp_path):
+    arch = "--model.arch=import:tests.own_models:undeterministic"
+    done = train(tmp_path / "run", arch, "--train.deterministic=true", code=2)
+    check_message(
+        done, "train.deterministic: put_ of the model has no deterministic GPU kernel", "set train.deterministic to false"
+    )
+    train(tmp_path / "run", arch, "--train.max_steps=2")

@@ -9,7 +9,7 @@ import torch
 
 from kd_accel.config import DataConfig, RunConfig
 from kd_accel.data.cuts import Rows, channel_statistics, cut_rows
-from kd_accel.data.loader import EvalLoader, TrainLoader
+from kd_accel.data.loader import EvalLoader, TrainLoader, load_batches
 from kd_accel.data.sources import ImageSet, load_splits
 from kd_accel.data.views import ViewFunction
 from kd_accel.engine.evaluate import HeldOut
@@ -17,6 +17,8 @@ from kd_accel.engine.setup import Accelerator
 from kd_accel.teacher.identity import rows_digest
 from kd_accel.types import SignalSource
 
+_COPIED_ROWS = 1024
+_FEW_ROWS, _SMALL_IMAGE = 128, 32
 HeldOutSplit = Literal["val", "test"]
 
 
@@ -70,9 +72,8 @@ def view_function(config: DataConfig) -> ViewFunction:
 
 
 def training_loader(data: Data, config: RunConfig, accelerator: Accelerator) -> TrainLoader:
-    """Batches of this rank. On a GPU, a set in memory whose views can be made there is kept there."""
+    """Batches of this rank. Raises UserError where the rows do not fill one."""
     views = view_function(config.data)
-    on_device = accelerator.device.type == "cuda" and data.train.is_in_memory and views.has_device_form
     return TrainLoader(
         data.train,
         views,
@@ -84,7 +85,6 @@ def training_loader(data: Data, config: RunConfig, accelerator: Accelerator) -> 
         seed=config.seed,
         views=num_views(config.data),
         num_workers=config.data.num_workers,
-        device_images=_stored_on_device(data, accelerator.device) if on_device else None,
         pin_memory=accelerator.device.type == "cuda",
     )
 
@@ -105,6 +105,37 @@ def held_out(
     return HeldOut(loader, signals=signals)
 
 
-def _stored_on_device(data: Data, device: torch.device) -> torch.Tensor:
-    pixels = torch.from_numpy(data.train.pixels(data.rows.train))
-    return pixels.permute(0, 3, 1, 2).to(device, memory_format=torch.channels_last)
+def keep_images_on_gpu(loader: TrainLoader, data: Data, config: DataConfig, device: torch.device) -> None:
+    """Keep the training images on a GPU where there is room for them and the views can be made there."""
+    needed_bytes = len(data.rows.train) * 3 * config.image_size**2
+    if device.type == "cuda" and view_function(config).has_device_form and fits_on_gpu(needed_bytes, device):
+        loader.keep_images(images_on(device, data, num_workers=config.num_workers))
+
+
+def notices_of_small_batches(config: RunConfig, device: torch.device, *, processes: int) -> list[str]:
+    """Tell that a GPU will mostly wait: of small images a forward of few rows takes as long to launch as one of many."""
+    rows = config.train.batch_size // (processes * config.train.grad_accum_steps)
+    if device.type != "cuda" or rows >= _FEW_ROWS or config.data.image_size > _SMALL_IMAGE:
+        return []
+    return [
+        f"train.batch_size: {config.train.batch_size} over {processes} processes x {config.train.grad_accum_steps} "
+        f"accumulation steps is {rows} images of {config.data.image_size} pixels in a forward, which a GPU computes faster "
+        f"than they can be launched; use {_FEW_ROWS} or more for each process (and scale optim.lr), or fewer processes"
+    ]
+
+
+def fits_on_gpu(needed_bytes: int, device: torch.device) -> bool:
+    """Whether so much takes at most half of the memory that is free on a GPU now; the rest is for the training."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return 2 * needed_bytes <= free_bytes
+
+
+def images_on(device: torch.device, data: Data, *, num_workers: int) -> torch.Tensor:
+    """The training images in the order of their rows, encoded ones decoded by workers: uint8 [N, 3, S, S], channels_last."""
+    rows, size = data.rows.train, data.train.pixels(data.rows.train[:1]).shape[1]
+    images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
+    shares = [(rows[start : start + _COPIED_ROWS], 0) for start in range(0, len(rows), _COPIED_ROWS)]
+    workers = 0 if data.train.is_in_memory else num_workers
+    for index, batch in enumerate(load_batches(data.train, None, shares, num_workers=workers)):
+        images[index * _COPIED_ROWS :][: len(batch.rows)] = batch.images.to(device)
+    return images

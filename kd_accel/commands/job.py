@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kd_accel.commands.course import build_course
-from kd_accel.commands.data import Data, data_identity, held_out, training_loader
+from kd_accel.commands.data import Data, data_identity, held_out, keep_images_on_gpu, training_loader
 from kd_accel.commands.teaching import Teaching
 from kd_accel.config import RunConfig
 from kd_accel.data.loader import TrainLoader
@@ -83,6 +83,7 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
     config, accelerator = start.config, start.accelerator
     trainee, notices = _build_trainee(start)
     start.notices.extend(notices)
+    keep_images_on_gpu(start.loader, start.data, config.data, accelerator.device)
     journal = Journal(config.directory / "metrics.jsonl", is_main=accelerator.is_main_process, tracker=tracking)
     length_bytes = start.checkpoint.state["metrics_bytes"] if start.checkpoint else 0
     on_main_process(accelerator, lambda: journal.start(length_bytes))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from kd_accel.commands.course import build_course, total_steps
-from kd_accel.commands.data import Data, load_data, training_loader
+from kd_accel.commands.data import Data, keep_images_on_gpu, load_data, training_loader
 from kd_accel.commands.networks import build_network, wrap_student
 from kd_accel.commands.teacher import TapPairs, live_teacher, load_teacher, pair_taps, ready_teacher
 from kd_accel.config import RunConfig, StorageType
@@ -197,6 +197,8 @@ def _step(
 
 def _batches(config: RunConfig, data: Data, accelerator: Accelerator) -> Iterator[Batch]:
     loader = training_loader(data, config, accelerator)
+    if data.train.is_in_memory:  # decoding all others would take longer than the measurement
+        keep_images_on_gpu(loader, data, config.data, accelerator.device)
     for epoch in itertools.count():
         for micro_batches in loader.epoch(epoch):
             for batch in micro_batches:

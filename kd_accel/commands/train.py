@@ -10,7 +10,7 @@ import os
 from contextlib import ExitStack
 from typing import Any
 
-from kd_accel.commands.data import Data, data_identity, held_out, load_data
+from kd_accel.commands.data import Data, data_identity, held_out, load_data, notices_of_small_batches
 from kd_accel.commands.job import Prepared, build_job, plan_course, start_tracking
 from kd_accel.commands.networks import build_network, wrap_student
 from kd_accel.commands.results import save_results
@@ -70,6 +70,7 @@ def _resume_or_start(config: RunConfig, accelerator: Accelerator) -> None:
         refuse_other_data(checkpoint.state["data"], data_identity(data), where=str(checkpoint.path))
     loader, course = plan_course(config, data, accelerator)  # first: what it refuses needs no teacher and leaves nothing behind
     network, notices = build_network(config, data)
+    notices += notices_of_small_batches(config, accelerator.device, processes=accelerator.num_processes)
     with ExitStack() as stack:
         teaching = None
         if config.teacher is not None:

@@ -29,7 +29,7 @@ def epoch_order(rows: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
 
 
 class TrainLoader:
-    """Training batches of one rank, view after view. Batches are on the CPU, or on the device of `device_images`."""
+    """Training batches of one rank, view after view. Batches are on the CPU, or where `keep_images` was told to keep them."""
 
     def __init__(  # noqa: PLR0913  (each says where this rank stands in the order)
         self,
@@ -45,12 +45,8 @@ class TrainLoader:
         views: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
-        device_images: Tensor | None = None,
     ) -> None:
-        """rows: int64, ascending. batch_size: rows of one optimizer step over all ranks. views: None = new ones each epoch.
-
-        device_images: uint8 [len(rows), 3, S, S], the images of `rows` in their order, where they are kept on a device.
-        """
+        """rows: int64, ascending. batch_size: rows of one optimizer step over all ranks. views: None = new ones each epoch."""
         parts = world_size * grad_accum_steps
         if batch_size % parts:
             raise UserError(
@@ -63,7 +59,12 @@ class TrainLoader:
         self._batch_size, self._rank, self._world_size, self._parts = batch_size, rank, world_size, grad_accum_steps
         self._seed, self._views = seed, views
         self._num_workers, self._pin_memory = num_workers, pin_memory
-        self._device_images = device_images
+        self._device_images: Tensor | None = None
+
+    def keep_images(self, images: Tensor) -> None:
+        """Make all views from these, on their device. images: uint8 [N, 3, S, S], those of the loader's rows in their order."""
+        assert self._views_of.has_device_form and len(images) == len(self._rows)
+        self._device_images = images
 
     @property
     def steps_per_epoch(self) -> int:

@@ -7,8 +7,8 @@ lines in metrics.jsonl, checkpoints. A step never waits for the device; values a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ def train(job: Job) -> None:
     _refuse_single_rows(job)
     position = job.trainee.position
     while not job.must_stop:
-        train_epoch(job)
+        with refused_by_determinism():
+            train_epoch(job)
         if job.must_stop:
             job.profiler.close()
         if position.step_in_epoch == job.course.steps_per_epoch or job.is_done:
@@ -38,6 +39,21 @@ def train(job: Job) -> None:
             if not job.is_done:
                 _stop_if_asked(job)
     settle(job)
+
+
+@contextmanager
+def refused_by_determinism() -> Iterator[None]:
+    """Raises UserError for an operator of the model that has no deterministic kernel, where only such may be used."""
+    try:
+        yield
+    except RuntimeError as error:
+        name, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise UserError(
+            f"train.deterministic: {name.split()[-1]} of the model has no deterministic GPU kernel; use another layer in its "
+            "place, or set train.deterministic to false"
+        ) from None
 
 
 def train_step(
