@@ -41,8 +41,7 @@ def test_links_by_hand():
 
 
 def test_imagenet_by_hand(reckoned):
-    stages = {56: 64, 28: 128, 14: 256, 7: 512}
-    maps = sum(2 * width * size**2 for size, width in stages.items())
+    maps = 2 * 512 * 7**2  # of layer4, in float16
     assert reckoned["bytes_per_row_and_view"] == {
         "logits": 2000,
         "logits and raw features": 2000 + 4 * maps,
@@ -54,8 +53,19 @@ def test_imagenet_by_hand(reckoned):
     assert len(ways) == 2 * 5
     live, raw = ways[8, "live"], ways[8, "cached logits and raw features"]
     assert live["held_up_by"] == "views" or live["images_per_s"] == pytest.approx(8 / (1 / 2500 + 1 / 2500))
-    assert raw["held_up_by"] == "disk" and raw["images_per_s"] == pytest.approx(7e9 / (2000 + 4 * maps))
+    assert raw["held_up_by"] == "views" and raw["images_per_s"] == pytest.approx(10_000)
+    assert raw["links"]["disk"] == pytest.approx(7e9 / 8 / (2000 + 4 * maps))
     assert raw["epoch_s"] == pytest.approx(1_281_167 / raw["images_per_s"])
+
+
+def test_features_of_all_stages_by_hand(monkeypatch):
+    """What docs/scaling.md says of them."""
+    monkeypatch.chdir(ROOT)
+    said = say(*COMMAND, "--json", "--distill.feature.taps=[layer1, layer2, layer3, layer4]").splitlines()[-1]
+    row_bytes = 2000 + sum(2 * width * size**2 for size, width in {56: 64, 28: 128, 14: 256, 7: 512}.items())
+    assert json.loads(said)["bytes_per_row_and_view"]["logits and projected features"] == row_bytes == 754_640
+    cached = next(row for row in json.loads(said)["ways"] if row["way"] == "cached logits and projected features")
+    assert cached["held_up_by"] == "disk" and int(cached["links"]["disk"]) == int(7e9 / 8 / row_bytes) == 1159
 
 
 def test_the_page_quotes_what_the_command_prints(monkeypatch):
