@@ -47,7 +47,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size, device=device)
     student, teacher = (build_model(arch, num_classes=CLASSES) for arch in (arguments.student, arguments.teacher))
-    cases = {**student_cases(student.to(device), images), **teacher_cases(teacher.to(device).eval(), images)}
+    cases = {**student_cases(student.to(device), images), **teacher_cases(teacher.eval(), images)}
     repeated = {
         name: _repeated(case, images, arguments.steps) for name, case in cases.items() if name in (arguments.cases or cases)
     }
@@ -92,10 +92,10 @@ def student_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], ob
 
 
 def teacher_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
-    device, one = images.device, folded(model, taps=[], image_size=images.shape[-1])
+    device, one = images.device, folded(model, taps=[], image_size=images.shape[-1])  # on the CPU, which has no TF32
 
     def case(source: nn.Module, *, channels_last: bool | None, has_fast_forms: bool = False) -> Callable[[], object]:
-        own = copy.deepcopy(source).to(memory_format=maps_layout(channels_last, device))
+        own = copy.deepcopy(source).to(device).to(memory_format=maps_layout(channels_last, device))
         own_images = images.contiguous(memory_format=maps_layout(channels_last, device))
         if has_fast_forms:
             use_cpu_forms(own, device)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from accelerate.utils import InitProcessGroupKwargs
 
+from benchmarks.jobs import folded_teacher
 from kd_accel.commands.data import notices_of_small_batches
 from kd_accel.commands.teacher import TeacherNetwork, numeric_mode
 from kd_accel.config import DataConfig, RunConfig, TeacherConfig, TrainConfig
+from kd_accel.engine import setup
 from kd_accel.engine.setup import peer_timeout_s
 from kd_accel.models.kernels import choose_kernels
 from tests.own_models import SmallNet
@@ -38,8 +41,21 @@ def test_tf32_is_part_of_what_a_cache_is_recognised_by_on_a_gpu_alone():
     ("has_gpu", "setting", "gloo_s"), [(True, None, 600), (False, None, 1800), (True, 5.0, 5), (False, 5.0, 5)]
 )
 def test_how_long_ranks_wait(monkeypatch, has_gpu, setting, gloo_s):
+    """NCCL, the first group of a launch with GPUs, longer than gloo, whose error comes as an exception."""
+    joined = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(setup, "Accelerator", lambda **arguments: joined.update(arguments))
+    setup._joined("no", None, setting)
+    (waits,) = [each.timeout for each in joined["kwargs_handlers"] if isinstance(each, InitProcessGroupKwargs)]
     assert peer_timeout_s(setting) == gloo_s
+    assert waits.total_seconds() == gloo_s + (60 if has_gpu else 0)
+
+
+def test_benchmarks_fold_batchnorm_before_a_model_is_moved():
+    """Where it is moved there are no numbers by which the folded one could be compared, as there are none in full with TF32."""
+    teacher = folded_teacher(torch.device("meta"))
+    assert teacher.conv1.weight.device.type == "meta"
+    assert isinstance(teacher.bn1, torch.nn.Identity) and teacher.conv1.bias is not None
 
 
 @pytest.mark.parametrize(
