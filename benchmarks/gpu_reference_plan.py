@@ -1,0 +1,236 @@
+"""Trainings of gpu_reference: their settings, and the rule that decides how many epochs fit into the budget.
+
+Part `reference` takes its settings from configs/cifar10, the values of the reference job to the letter. Part `pair` is a recipe
+for a GPU: bf16, batch 512, and a stem that leaves a 32x32 image more pixels, 4 times as many (`no_pool`) or 16 times (`cifar`).
+
+`no_pool` is the default by an estimate for ResNet-50 at batch 512 on an H100: launches take about 5 ms of a step, arithmetic
+and memory traffic 8 ms with `no_pool` and four times as much with `cifar`. Thirty epochs of 87 steps then take 25 s or 90 s;
+the latter leaves too little of four minutes, since five commands in a row start for about 20 s each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).parent.parent
+_CONFIGS = ROOT / "configs" / "cifar10"
+
+Flags = Mapping[str, Any]
+Stem = Literal["no_pool", "cifar"]
+
+_CACHED_COST = 1.5
+"""Of a step with cached features, in plain steps: it launches 1.4 times as many operators, and reads."""
+_NEIGHBOR_COST = 0.5
+"""What a training that runs next to another adds to its time, as a share: launches overlap on a GPU, kernels do not."""
+_ANSWER_S_PER_BYTE = 4.3e-9
+"""The host's side of `cache build`: 15,000 answers of 15,380 bytes a second."""
+_SLACK = 1.1
+_LEAST_EPOCHS_OF_ALL_SEEDS = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training of the table.
+
+    Args:
+        name: also of its run directory.
+        flags: its own settings, besides those that all trainings of the part share.
+        seed: of the training.
+    """
+
+    name: str
+    flags: Flags
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The trainings of one part.
+
+    Args:
+        name: pair or reference.
+        epochs: of every training.
+        shared: settings of all trainings.
+        teacher: the one that all distilled rows learn from.
+        students: plain; the first one is stopped and resumed.
+        distilled: with the cached answers of the teacher.
+        precision: of the trainings, and of the latencies.
+        batch_size: of the trainings.
+        views: of the students; the teacher gets new ones in every epoch.
+        answer_bytes: size in the cache of one sample and view.
+        timed_steps: of a cached and of a live training, each alone.
+        keeps_time_for_timed: whether these two come before more epochs.
+    """
+
+    name: str
+    epochs: int
+    shared: Flags
+    teacher: Row
+    students: tuple[Row, ...]
+    distilled: tuple[Row, ...]
+    precision: str
+    batch_size: int
+    views: int
+    answer_bytes: int
+    timed_steps: int
+    keeps_time_for_timed: bool
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return (self.teacher, *self.students, *self.distilled)
+
+    def of_first_seed(self) -> Part:
+        first = self.students[0].seed
+        students, distilled = (tuple(row for row in rows if row.seed == first) for rows in (self.students, self.distilled))
+        return replace(self, students=students, distilled=distilled)
+
+
+@dataclass(frozen=True)
+class FirstRates:
+    """Times of the first steps, teacher and student side by side.
+
+    Args:
+        startup_s: from the teacher's command to its first step.
+        trained_s: from there until now.
+        steps_per_epoch: of every training.
+        teacher_step_s: of the teacher.
+        student_step_s: of the plain student.
+    """
+
+    startup_s: float
+    trained_s: float
+    steps_per_epoch: int
+    teacher_step_s: float
+    student_step_s: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The part as it fits, and whether the trainings that run must start again to have fewer epochs."""
+
+    part: Part
+    starts_again: bool
+
+
+def choose(part: Part, rates: FirstRates, *, left_s: float) -> Choice:
+    """Decide epochs and seeds from the first rates.
+
+    All epochs of all seeds if they fit, otherwise all epochs of the first seed. If these do not fit either, teacher and student
+    start again: with all seeds if ten epochs or more fit, otherwise with the first seed and at least one epoch.
+
+    Args:
+        part: as planned.
+        rates: of teacher and student.
+        left_s: time for everything but bench and report.
+    """
+    first = part.of_first_seed()
+    for candidate in (part, first):
+        if fitting_epochs(candidate, rates, left_s=left_s + rates.trained_s) >= part.epochs:
+            return Choice(candidate, starts_again=False)
+    left_s -= rates.startup_s
+    epochs = min(part.epochs, fitting_epochs(part, rates, left_s=left_s))
+    if epochs >= _LEAST_EPOCHS_OF_ALL_SEEDS:
+        return Choice(replace(part, epochs=epochs), starts_again=True)
+    epochs = min(part.epochs, fitting_epochs(first, rates, left_s=left_s))
+    return Choice(replace(first, epochs=max(1, epochs)), starts_again=True)
+
+
+def fitting_epochs(part: Part, rates: FirstRates, *, left_s: float) -> int:
+    """Return how many epochs the time is enough for; 0 or less if not for one."""
+    fixed_s = 2 * rates.startup_s + _build_s(part, rates)
+    if part.keeps_time_for_timed:
+        fixed_s += 2 * rates.startup_s + part.timed_steps * (rates.teacher_step_s + 2 * rates.student_step_s)
+    teacher_s = _SLACK * rates.steps_per_epoch * rates.teacher_step_s
+    next_to_build_s = _NEIGHBOR_COST * epoch_s(rates, plain=len(part.students) - 1)
+    return int((left_s - fixed_s) / (teacher_s + next_to_build_s + epoch_s(rates, distilled=len(part.distilled))))
+
+
+def epoch_s(rates: FirstRates, *, plain: int = 0, distilled: int = 0) -> float:
+    """Return the time of an epoch of so many students side by side."""
+    costs = [1.0] * plain + [_CACHED_COST] * distilled
+    longest = max(costs, default=0.0)
+    return _SLACK * rates.steps_per_epoch * rates.student_step_s * (longest + _NEIGHBOR_COST * (sum(costs) - longest))
+
+
+def _build_s(part: Part, rates: FirstRates) -> float:
+    """Time of `cache build` without its start: a forward is a third of a training step. Held-out rows count as a view."""
+    answers = (part.views + 1) * rates.steps_per_epoch * part.batch_size
+    return answers * (rates.teacher_step_s / (3 * part.batch_size) + _ANSWER_S_PER_BYTE * part.answer_bytes)
+
+
+def pair(stem: Stem, seeds: Sequence[int]) -> Part:
+    """Return ResNet-50 to ResNet-18 with features of the last stage alone, which docs/experiments.md found to be enough."""
+    data = {"data.augment": "crop_flip", "data.mean": [0.4914, 0.4822, 0.4465], "data.std": [0.2470, 0.2435, 0.2616]}
+    teacher = {"role": "teacher", "model.arch": "torchvision/resnet50", "model.arch_args": {"zero_init_residual": True}}
+    student = {"model.arch": "torchvision/resnet18"}
+    distill = {"temperature": 4.0, "alpha": 0.9, "feature": {"weight": 0.1, "direction": "both", "taps": ["layer4"]}}
+    optim = {"optim.lr": 0.2, "optim.nesterov": True, "train.batch_size": 512, "train.precision": "bf16"}
+    pixels = {"no_pool": 4, "cifar": 16}[stem]
+    return Part(
+        name="pair",
+        epochs=30,
+        shared={**data, **optim, "model.stem": stem},
+        teacher=Row("teacher", teacher),
+        students=tuple(Row(f"plain-{seed}", student, seed) for seed in seeds),
+        distilled=tuple(Row(f"distilled-{seed}", {**student, "distill": distill}, seed) for seed in seeds),
+        precision="bf16",
+        batch_size=512,
+        views=8,
+        answer_bytes=2 * 10 + 2 * 512 * pixels,
+        timed_steps=160,
+        keeps_time_for_timed=True,
+    )
+
+
+def reference() -> Part:
+    """Return the four rows of the reference job, the teacher from random weights: ImageNet's would have to be downloaded."""
+    teacher, student, fixed, scheduled = (
+        Row(name, {"config": str(_CONFIGS / f"{file}.yaml")})
+        for name, file in (
+            ("teacher", "teacher_scratch"),
+            ("student", "student"),
+            ("hybrid-fixed", "hybrid_fixed"),
+            ("hybrid-scheduled", "hybrid_scheduled"),
+        )
+    )
+    return Part(
+        name="reference",
+        epochs=30,
+        shared={},
+        teacher=teacher,
+        students=(student,),
+        distilled=(fixed, scheduled),
+        precision="no",
+        batch_size=128,
+        views=10,
+        answer_bytes=15_380,
+        timed_steps=400,
+        keeps_time_for_timed=False,
+    )
+
+
+def in_small(part: Part) -> Part:
+    """Return the part for a few images on a CPU: two ResNet-18, two epochs, two views, one tap."""
+    small = {"train.batch_size": 4, "train.log_every_steps": 1, "train.precision": "no"}
+    taps = {"distill.feature.taps": ["layer1"], "distill.feature.pca_images": 16}
+    return replace(
+        part,
+        epochs=2,
+        shared={**part.shared, **small},
+        teacher=replace(part.teacher, flags={**part.teacher.flags, "model.arch": "torchvision/resnet18"}),
+        distilled=tuple(replace(row, flags={**row.flags, **taps}) for row in part.distilled),
+        precision="no",
+        batch_size=4,
+        views=2,
+        timed_steps=5,
+    )
+
+
+def as_arguments(flags: Flags) -> list[str]:
+    """Return the flags as a command line has them, a config file first, since later ones win."""
+    ordered = sorted(flags.items(), key=lambda item: item[0] != "config")
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in ordered]
