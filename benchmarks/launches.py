@@ -1,0 +1,126 @@
+"""Operators per training step by part, program against limit: `python -m benchmarks.launches`.
+
+Every program of training_case.py and every limit of bare.py, in float32 and in bf16 autocast. Nothing is timed and no GPU is
+needed: the steps run on a CPU along the code paths of a GPU, which are images stored on the device and views made there,
+channels_last maps and weights, PyTorch's own layers, and copies from the host. The last two of three steps must agree in every
+operator; the line of metrics is left out. The size of the batch makes no difference.
+
+The counting rule: one dispatched operator is one launch; views, allocations and work on the host are none; a fused or foreach
+operator is one (operators.py). docs/gpu.md has the printed tables:
+
+    loader ... logging      parts as marked in kd_accel/stages.py, `student` without `projector`
+    rest                    outside of the marks: copies of a host batch, tensors set aside for `train.skip_non_finite`
+    in all                  launches per step
+    limit, distance         launches of the same training as a bare loop, and the difference
+    views, allocations      in no other column
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState
+
+from benchmarks.bare import LIMITS, LimitPrecision, limit_case
+from benchmarks.harness import Result, finish, suite_parser
+from benchmarks.jobs import Bench, Size, open_bench
+from benchmarks.operators import REST, OperatorCounter, StepCounts, counted
+from benchmarks.training_case import PROGRAMS, Programs
+from kd_accel.models import preprocess
+
+GPU = torch.device("cuda")
+STEPS = 3
+PRECISIONS: dict[str, LimitPrecision] = {"float32": "no", "bf16": "bf16"}
+PARTS = ("loader", "teacher", "student", "projector", "loss", "backward", "optimizer", "logging", REST)
+LIMIT_OF = {
+    **{name: "bare" for name in PROGRAMS if name.startswith("plain")},
+    "live_logits": "limit_live_logits",
+    "live_hybrid": "limit",
+    "cached_logits": "limit_cached_logits",
+    "cached_hybrid": "limit_cached_hybrid",
+    "cached_hybrid_int8": "limit_cached_hybrid",
+}
+Counts = Mapping[str, StepCounts]
+"""{case: one step}."""
+
+
+def main() -> None:
+    parser = suite_parser(__doc__, steps=None, batch_size=2)
+    parser.add_argument("--cases", nargs="+", choices=[*LIMITS, *PROGRAMS], default=[*LIMITS, *PROGRAMS])
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result = Result("launches", unit="operators", notes={"batch_size": arguments.batch_size, "by_part": {}, "free": {}})
+    for precision in arguments.precisions:
+        counts = count_cases(arguments.cases, PRECISIONS[precision], batch_size=arguments.batch_size)
+        print(f"Operators per step in {precision}:\n\n{table(counts)}\n")
+        _add(result, counts, precision)
+    finish(result)
+
+
+def count_cases(names: Sequence[str], precision: LimitPrecision, *, batch_size: int) -> dict[str, StepCounts]:
+    """Count a step of each case: a program of training_case.py or a limit of bare.py."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process counts both precisions
+    bench = open_bench(Size(batch_size, STEPS), precision=precision, forms=GPU)
+    with tempfile.TemporaryDirectory() as directory:
+        programs = Programs(bench, Path(directory), views=1)
+        return {name: count_step(_block(name, bench, programs, Path(directory) / name, precision)) for name in names}
+
+
+def count_step(block: Callable[[], float]) -> StepCounts:
+    """Count a step of a block of several.
+
+    Raises RuntimeError where its last two steps differ.
+    """
+    # on a CPU `Normalize` spreads its three values along the rows of channels_last images first
+    with mock.patch.object(preprocess, "_along_rows", lambda values, pixels: values), counted(OperatorCounter()) as counter:
+        block()
+    before, last = counter.steps[-2:]
+    if before != last:
+        raise RuntimeError(f"two steps differ: {_difference(before, last)}")
+    return last
+
+
+def table(counts: Counts) -> str:
+    """Return a Markdown table with a row for each case."""
+    head = ["case", *PARTS, "in all", "limit", "distance", "views, allocations"]
+    rows = [[name, *_row(name, counts)] for name in counts]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
+
+
+def _block(name: str, bench: Bench, programs: Programs, directory: Path, precision: LimitPrecision) -> Callable[[], float]:
+    if name in PROGRAMS:
+        return programs.case(name, directory, blocks=1)
+    return limit_case(LIMITS[name], bench.device, bench.size, precision=precision, forms=GPU)
+
+
+def _row(name: str, counts: Counts) -> list[str]:
+    step, limit = counts[name], counts.get(LIMIT_OF.get(name, ""))
+    numbers = [step.by_part.get(part, 0) for part in PARTS]
+    total = step.launches.total()
+    against = ["-", "-"] if limit is None else [str(limit.launches.total()), str(total - limit.launches.total())]
+    return [*map(str, numbers), str(total), *against, str(step.free.total())]
+
+
+def _add(result: Result, counts: Counts, precision: str) -> None:
+    for name, step in counts.items():
+        case = f"{name}@{precision}"
+        result.add_repeats({case: [float(step.launches.total())]})
+        result.notes["by_part"][case], result.notes["free"][case] = step.by_part, step.free.total()
+    for name, limit in LIMIT_OF.items():
+        if name in counts and limit in counts:
+            result.add_ratio(f"{name}@{precision}", f"{limit}@{precision}")
+
+
+def _difference(before: StepCounts, last: StepCounts) -> str:
+    counters = ((before.launches, last.launches), (before.free, last.free))
+    keys = sorted({key for one, other in counters for key in one | other if one[key] != other[key]})
+    return ", ".join(f"{operator} in {part}" for part, operator in keys)
+
+
+if __name__ == "__main__":
+    main()
