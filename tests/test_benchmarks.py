@@ -92,22 +92,6 @@ def test_ten_students_from_one_cache(tmp_path):
     assert line["ratios"].keys() == {"sweep/plain", "live/plain"}
 
 
-@pytest.mark.slow
-def test_the_gpu_suite_without_a_gpu(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu_suite"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "there is no GPU here: nothing was measured\n")
-
-
-@pytest.mark.faults
-def test_the_gpu_suite_in_small(tmp_path):
-    line = last_line(tmp_path, "benchmarks.gpu_suite", "--trial")
-    assert line["notes"]["largest relative difference of a loss, GPU and CPU"] < 1e-3
-    assert line["ratios"].keys() == {f"{case}/{mode}/plain/{mode}" for case in ("cached", "live") for mode in ("no", "bf16")}
-
-
 @pytest.mark.faults
 def test_one_process_and_two(tmp_path):
     line = last_line(tmp_path, "benchmarks.processes", "--repeats=1", "--batch_size=8", "--steps=8")

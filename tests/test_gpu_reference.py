@@ -17,6 +17,7 @@ from benchmarks.gpu_reference_chain import Chain, Options
 from benchmarks.gpu_reference_plan import FirstRates, choose, fitting_epochs, pair
 from kd_accel.config import RunConfig
 from kd_accel.parse import build_parser, flatten, parse_config
+from tests.hidden_packages import hidden_environment, imports_of_hidden
 from tests.launching import ROOT, environment
 from tests.quick_product import STEPS_PER_EPOCH
 
@@ -62,11 +63,13 @@ def quick(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["pair", pytest.param("reference", marks=pytest.mark.faults)])
 def test_the_trial(part, tmp_path):
+    """Where wandb, datasets, matplotlib, scikit-learn, timm and git are absent, as they can be on a machine with a GPU."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.gpu_reference", f"--out={out}", f"--part={part}", "--trial", "--budget_s=500"]
-    variables = environment(PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path))
+    variables = hidden_environment(tmp_path / "hidden", TMPDIR=str(tmp_path))
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert imports_of_hidden(tmp_path / "hidden") == {("matplotlib", "kd_accel.report.plots")}
     jobs, rows = by_job(out), ROWS[part]
     assert jobs.keys() == {*rows, *OTHERS, "epochs", f"{rows[1]}-stop"}
     for name in rows:
@@ -80,6 +83,7 @@ def test_the_trial(part, tmp_path):
     closing = json.loads(done.stdout.splitlines()[-1])
     assert lines_in(out)[-1] == closing and closing["benchmark"] == "gpu-reference"
     assert {"commit", "hardware", "versions"} <= closing.keys() and list(closing["ratios"]) == ["cached/live"]
+    assert closing["commit"] is None and closing["versions"]["datasets"] is None and closing["versions"]["torch"]
     assert closing["notes"]["accuracy"] == {name: jobs[name]["accuracy"] for name in rows}
     assert closing["notes"]["failed"] == [] and closing["notes"]["not_done"] == {}
     table = json.loads((out / "report" / "results.json").read_text())["rows"]

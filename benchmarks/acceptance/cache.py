@@ -1,0 +1,60 @@
+"""Item f: a cache of ResNet-50's logits and features by the program's own commands, built, verified and built again.
+
+build    rows and views per second of the teacher's pass, and of the whole command
+verify   every byte, and a few answers of the teacher again: the largest difference, relative to the largest value
+rebuild  nothing is left to do
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from functools import partial
+from typing import Any
+
+from benchmarks.acceptance.guard import Cases
+from benchmarks.acceptance.record import Figures, Setting
+from benchmarks.acceptance.runs import MANY_IMAGES, UNTRACKED, teacher_flags
+from benchmarks.acceptance.starting import Starter
+
+_LIMIT_S = 120.0
+
+
+def build(setting: Setting, starter: Starter) -> Cases:
+    directory = setting.scratch / "cache"
+    rows, taps = setting.size(8192, 64), setting.size(4, 2)
+    flags = [
+        *(*UNTRACKED, *MANY_IMAGES, f"--data.limit_train={rows}", f"--data.views={setting.size(2, 1)}"),
+        *("--model.arch=torchvision/resnet18", *teacher_flags(setting, starter, "torchvision/resnet50")),
+        *("--teacher.signals=cached", f"--teacher.cache_dir={directory}", f"--train.batch_size={setting.size(128, 16)}"),
+        f"--distill.feature={{direction: both, pca_images: {setting.size(2048, 64)}, "
+        f"taps: [{', '.join(f'layer{number}' for number in range(1, taps + 1))}]}}",
+    ]
+    return {
+        "build": partial(_built, starter, flags),
+        "verify": partial(_verified, starter, flags),
+        "rebuild": partial(_built_again, starter, flags),
+    }
+
+
+def _built(starter: Starter, flags: list[str]) -> Figures:
+    started_at = time.monotonic()
+    printed = starter.command("f-build", "cache", "build", *flags).finish(_LIMIT_S)
+    command_s = time.monotonic() - started_at
+    rows, rate = re.findall(r": (\d+) rows in \d+ s \((\d+) rows/s\)", printed)[-1]
+    return {"images_per_s": int(rate), "images": int(rows), "command_s": round(command_s, 2)}
+
+
+def _verified(starter: Starter, flags: list[str]) -> Figures:
+    report = _last_object(starter.command("f-verify", "cache", "verify", "--json", *flags).finish(_LIMIT_S))
+    return {"ok": report["is_whole"], **{name: report[name] for name in ("largest_difference", "files", "bytes")}}
+
+
+def _built_again(starter: Starter, flags: list[str]) -> Figures:
+    printed = starter.command("f-rebuild", "cache", "build", *flags).finish(_LIMIT_S)
+    return {"ok": "nothing to do" in printed}
+
+
+def _last_object(printed: str) -> dict[str, Any]:
+    return json.loads([line for line in printed.splitlines() if line.startswith("{")][-1])

@@ -1,0 +1,52 @@
+"""Item d, NCCL: DistributedDataParallel over NCCL with one rank trains what the same program trains without a launch.
+
+On a CPU the rank joins over gloo.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.acceptance.guard import Cases
+from benchmarks.acceptance.record import Figures, Setting
+from benchmarks.acceptance.starting import launch_environment
+from benchmarks.jobs import Bench, Size, epochs_of, open_bench
+from benchmarks.training_case import Programs
+
+
+def build(setting: Setting, part: str) -> Cases:
+    return {"nccl": partial(one_rank_over_nccl, setting)}
+
+
+def one_rank_over_nccl(setting: Setting) -> Figures:
+    """Train without a launch, then join as the one rank of a launch and train the same again."""
+    size, directory = Size(setting.size(128, 2), 5), setting.scratch / "nccl"
+    alone = _weights_after_an_epoch(open_bench(size, deterministic=True), directory / "alone")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.update(launch_environment(1)[0])
+    bench = open_bench(size, deterministic=True)
+    joined = _weights_after_an_epoch(bench, directory / "joined")
+    difference = max((alone[name].double() - joined[name].double()).abs().max().item() for name in alone)
+    backend = torch.distributed.get_backend()
+    torch.distributed.destroy_process_group()
+    is_expected = backend == ("nccl" if bench.device.type == "cuda" else "gloo")
+    return {"ok": is_expected and difference == 0, "backend": backend, "largest_difference": difference}
+
+
+def _weights_after_an_epoch(bench: Bench, directory: Path) -> dict[str, Tensor]:
+    """Train in DistributedDataParallel where the process has joined: for one rank on a GPU Accelerate leaves it out."""
+    job = Programs(bench, directory).job("plain", directory, blocks=1)
+    trainee = job.trainee
+    if torch.distributed.is_initialized() and not isinstance(trainee.module, DistributedDataParallel):
+        trainee.module = DistributedDataParallel(
+            trainee.module, device_ids=[bench.device.index], gradient_as_bucket_view=True, broadcast_buffers=True
+        )
+    epochs_of(job)()
+    return bench.accelerator.unwrap_model(trainee.module).state_dict()

@@ -1,0 +1,43 @@
+"""The parts of an acceptance in their order and the names of their cases; gpu_acceptance.py justifies the order."""
+
+from __future__ import annotations
+
+from benchmarks.acceptance.guard import Part
+
+ITEMS = tuple("abcdefg")
+_VARIANTS = ("plain", "live_hybrid", "cached_hybrid", "cached_hybrid_int8", "clipped", "averaged", "skipping", "host_loader")
+_DETERMINISTIC = ("deterministic", "deterministic_live_hybrid")
+_WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""What `deterministic` sets before CUDA starts, which the variants before it do."""
+_AGREEMENT = (
+    "views/none",
+    "views/crop",
+    "views/crop_flip",
+    *(f"cached-live/{x}" for x in ("float32", "float16", "bfloat16", "int8")),
+)
+BROKEN = ("resume/float32", "resume/bf16", "logits/bf16", "gradient/bf16")
+BROKEN_FP16 = ("resume/fp16", "logits/fp16", "overflow/fp16")
+
+
+def planned(*, is_trial: bool) -> list[Part]:
+    """CPUs have no fp16, so a trial leaves it out."""
+    timed = ("no", "bf16")
+    precisions = timed if is_trial else (*timed, "fp16")
+    return [
+        *(
+            Part("a", name, (*_VARIANTS, *_DETERMINISTIC), _build("steps"), in_child=True, env=_WORKSPACE)
+            for name in precisions
+        ),
+        Part("c", "losses", ("float32", "tf32"), _build("losses")),
+        Part("c", "", _AGREEMENT, _build("agreement"), in_child=True),
+        Part("d", "", ("cache", "losses", "sigterm", "2-to-1"), _build("ranks")),
+        Part("d", "", ("nccl",), _build("nccl"), in_child=True),
+        Part("e", "", BROKEN if is_trial else (*BROKEN, *BROKEN_FP16), _build("resume")),
+        Part("f", "", ("build", "verify", "rebuild"), _build("cache"), is_timed=True),
+        *(Part("b", name, ("128", "1024"), _build("speed"), in_child=True, is_timed=True, limit_s=90) for name in timed),
+        Part("g", "", ("plain", "live_hybrid"), _build("compiled"), is_timed=True),
+    ]
+
+
+def _build(module: str) -> str:
+    return f"benchmarks.acceptance.{module}:build"

@@ -1,0 +1,69 @@
+"""Flags that trainings of the acceptance share, and what their runs have left on the disk."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.acceptance.record import Setting
+from benchmarks.acceptance.starting import Starter
+
+OWN = "import:benchmarks.acceptance.own"
+UNTRACKED = ("--tracking.wandb=disabled",)
+_VIEWS = ("--data.val_fraction=0", "--data.limit_test=64", "--data.augment=crop_flip")
+IMAGES = (f"--data.source={OWN}:images", *_VIEWS)
+MANY_IMAGES = (f"--data.source={OWN}:many_images", *_VIEWS)
+_ARGS = {"zero_init_residual": True}
+_LOCK = threading.Lock()
+
+
+def networks(setting: Setting) -> tuple[str, str]:
+    """(student, teacher): those of the reference job, in a trial small ones. Both have `layer1` and `layer2`."""
+    return (f"{OWN}:student", f"{OWN}:teacher") if setting.is_trial else ("torchvision/resnet18", "torchvision/resnet50")
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run_dir) if line["split"] == "train"]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without the speed."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def relative_difference(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the largest one over all steps."""
+    return max(abs(first - second) / abs(second) for first, second in zip(one, other, strict=True))
+
+
+def model_bytes(run_dir: Path) -> bytes:
+    return (run_dir / "model.safetensors").read_bytes()
+
+
+def teacher_flags(setting: Setting, starter: Starter, arch: str) -> list[str]:
+    """Return the flags of a teacher with the weights that its builder gives it."""
+    arguments = _ARGS if arch == "torchvision/resnet50" else {}
+    path = setting.scratch / f"{arch.rpartition(':')[2].replace('/', '-')}.safetensors"
+    with _LOCK:
+        if not path.exists():
+            starter.start(f"weights-{path.stem}", save_weights, arch, arguments, path).finish(60)
+    own = [
+        f"--teacher.arch={arch}",
+        f"--teacher.weights={path}",
+        "--teacher.mean=[0.5, 0.5, 0.5]",
+        "--teacher.std=[0.25, 0.25, 0.25]",
+    ]
+    return [*own, f"--teacher.arch_args={json.dumps(arguments)}"] if arguments else own
+
+
+def save_weights(arch: str, arguments: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from kd_accel.models.zoo import build_model
+
+    model = build_model(arch, num_classes=10, arch_args=arguments)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)

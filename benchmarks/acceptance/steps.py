@@ -1,0 +1,95 @@
+"""Item a: ten steps of every way of training in which nothing may wait for the device.
+
+`torch.cuda.set_sync_debug_mode("error")` holds for the steps themselves, not for what comes before them (building, the choice
+of kernels) and after them (the line of metrics reads values). On a CPU the steps are run without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.acceptance.guard import Cases
+from benchmarks.acceptance.record import Figures, Setting
+from benchmarks.jobs import Size, open_bench
+from benchmarks.training_case import Programs
+from kd_accel.config import Precision
+from kd_accel.engine.profile import StepProfiler
+from kd_accel.engine.train import train_epoch
+from kd_accel.models.kernels import choose_kernels
+
+VARIANTS = {
+    "plain": "plain",
+    "live_hybrid": "live_hybrid",
+    "cached_hybrid": "cached_hybrid",
+    "cached_hybrid_int8": "cached_hybrid_int8",
+    "clipped": "plain_clipped",
+    "averaged": "plain_averaged",
+    "skipping": "plain_skipping",
+    "host_loader": "plain_on_host",
+    "deterministic": "plain",
+    "deterministic_live_hybrid": "live_hybrid",
+}
+"""{case: one of training_case.PROGRAMS}."""
+
+
+def build(setting: Setting, precision: Precision) -> Cases:
+    """Build the variants. An epoch ends with a line of metrics, so it has one step after those that are watched."""
+    steps, warm_up = setting.size(10, 2), setting.size(3, 1)
+    bench = open_bench(Size(setting.size(128, 2), warm_up + steps + 1), precision=precision)
+    directory = setting.scratch / f"steps-{precision}"
+    programs = Programs(bench, directory, views=1)
+    return {name: partial(watched_steps, programs, name, directory / name, warm_up=warm_up, steps=steps) for name in VARIANTS}
+
+
+def watched_steps(programs: Programs, name: str, directory: Path, *, warm_up: int, steps: int) -> Figures:
+    """Run an epoch of a variant. Raises RuntimeError where a watched step waits for the device."""
+    with _kernels(deterministic=name.startswith("deterministic")):
+        job = programs.job(VARIANTS[name], directory, blocks=1)
+        watch = SyncWatch(directory, first=warm_up, steps=steps)
+        try:
+            train_epoch(replace(job, profiler=watch))
+        finally:
+            watch.close()
+    (line,) = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {"watched_steps": watch.watched, "loss": line["loss"]}
+
+
+class SyncWatch(StepProfiler):
+    """Forbids waiting for the device in `steps` steps after the `first` ones. watched: how many of them are done."""
+
+    def __init__(self, directory: Path, *, first: int, steps: int) -> None:
+        super().__init__(directory, steps=None, rank=0, say=print)
+        self._first, self._steps, self._done, self.watched = first, steps, 0, 0
+
+    def step(self) -> None:
+        self._done += 1
+        self.watched = min(max(0, self._done - self._first), self._steps)
+        if self._done == self._first:
+            _set_mode("error")
+        if self.watched == self._steps:
+            _set_mode("default")
+
+    def close(self) -> None:
+        _set_mode("default")
+
+
+def _set_mode(mode: str) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextlib.contextmanager
+def _kernels(*, deterministic: bool) -> Iterator[None]:
+    choose_kernels(deterministic=deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        choose_kernels()
