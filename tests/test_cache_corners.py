@@ -22,6 +22,7 @@ def plain_teacher_run(tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("teacher", "case"),
     [
@@ -52,6 +53,7 @@ def test_cached_equals_live(tmp_path, request, teacher, case):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_cuts_do_not_change_what_is_learned(tmp_path, teacher_run):
     """One row in a file, the usual, and a batch of the teacher that is longer than any split."""
     few = ["--data.limit_train=32", "--data.limit_test=5", FEATURE.replace("64", "32")]
@@ -105,6 +107,7 @@ def test_an_outlier_coarsens_int8_and_is_no_other_teacher(tmp_path, teacher_run)
     assert (tmp_path / "run/summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_tap_called_as_the_answers_are(tmp_path, teacher_run):
     named = ["--model.arch=import:tests.own_models:named_logits", FEATURE.replace("layer2", "logits")]
     flags = [*asking(teacher_run, tmp_path / "cache"), *named, "--teacher.taps=[layer1, layer2]"]
@@ -115,6 +118,7 @@ def test_a_tap_called_as_the_answers_are(tmp_path, teacher_run):
     train(tmp_path / "run", *only_logits, "--train.max_steps=1")
 
 
+@pytest.mark.slow
 def test_a_cache_may_lie_behind_links_and_a_build_writes_through_none_to_a_file(tmp_path, teacher_run):
     flags = asking(teacher_run, tmp_path / "link")
     (tmp_path / "elsewhere").mkdir()

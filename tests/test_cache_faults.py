@@ -258,6 +258,7 @@ SHORT = [pytest.param(processes, 2, marks=pytest.mark.slow) for processes in (1,
 FULL = [pytest.param(processes, kills, marks=pytest.mark.faults) for processes, kills in ((1, 13), (2, 12))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kills"), [*SHORT, *FULL])
 def test_killed_builds_end_in_the_same_bytes(tmp_path, fault_record, built, slow_teacher_run, processes, kills):
     directory = tmp_path / "cache"

@@ -92,6 +92,7 @@ def test_a_cache_of_something_else_is_refused(built, tmp_path, change, said):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layer1.0.weight", "layer1.1.running_mean", "layer1.1.num_batches_tracked"])
 def test_another_weight_or_buffer_of_the_teacher_is_refused(built, tmp_path, teacher_run, name):
     shutil.copytree(teacher_run, tmp_path / "teacher")
@@ -111,6 +112,7 @@ def test_another_normalisation_of_the_teacher_is_refused(built, tmp_path, teache
     assert _found(r"teacher.mean: .* stored, \[0.123", text)
 
 
+@pytest.mark.slow
 def test_exchanged_projectors_are_refused(copied, tmp_path):
     flags, directory = copied
     tensors = load_file(directory / "projectors.safetensors")
@@ -148,6 +150,7 @@ def test_less_is_accepted(built, tmp_path, less):
     assert (tmp_path / "run/summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_more_views_are_named_and_added_without_touching_what_is_there(copied, tmp_path):
     flags, directory = copied
     more = [*flags, "--data.views=3"]
@@ -162,6 +165,7 @@ def test_more_views_are_named_and_added_without_touching_what_is_there(copied, t
     train(tmp_path / "less", *flags, "--train.max_steps=1")
 
 
+@pytest.mark.slow
 def test_more_taps_are_named_and_added_without_touching_what_is_there(tmp_path, teacher_run, built):
     directory = tmp_path / "cache"
     flags = asking(teacher_run, directory, FEATURE.replace("layer1, layer2", "layer2"))

@@ -16,8 +16,6 @@ from tests import launching
 from tests.in_process import cache, train
 from tests.launching import losses, metrics
 
-pytestmark = pytest.mark.slow
-
 FEATURE = "--distill.feature={weight: 0.1, taps: [layer1, layer2], %s}"
 DIRECTIONS = {
     "both": "direction: both, pca_images: 64",
@@ -51,6 +49,7 @@ def weights(run_dir):
     return (Path(run_dir) / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("direction", "augment", "image_size"),
     [("both", "crop_flip", 32), ("both", "trivial_augment", 32), ("both", "none", 32), ("teacher_to_student", "crop_flip", 32)]
@@ -68,6 +67,7 @@ def test_cached_equals_live(tmp_path, teacher_run, direction, augment, image_siz
     assert metrics(tmp_path / "cached") == metrics(tmp_path / "live")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_rounding_cache_equals_live_answers_that_are_rounded_alike(tmp_path, teacher_run, dtype):
     common = flags(teacher_run, "both")
@@ -78,6 +78,7 @@ def test_a_rounding_cache_equals_live_answers_that_are_rounded_alike(tmp_path, t
     assert weights(tmp_path / "cached") == weights(tmp_path / "live") != weights(tmp_path / "exact")
 
 
+@pytest.mark.slow
 def test_logits_from_the_cache_and_features_live(tmp_path, teacher_run):
     common = flags(teacher_run, "both")
     train(tmp_path / "live", *common)
@@ -88,6 +89,7 @@ def test_logits_from_the_cache_and_features_live(tmp_path, teacher_run):
     assert weights(tmp_path / "cached") == weights(tmp_path / "live")
 
 
+@pytest.mark.slow
 def test_int8_features_stay_close(tmp_path, teacher_run):
     common = flags(teacher_run, "both")
     train(tmp_path / "live", *common)
@@ -107,6 +109,7 @@ def test_answers_for_other_rows_are_noticed(tmp_path, teacher_run):
         assert "does not hold what the teacher says here" in refused
 
 
+@pytest.mark.slow
 def test_answers_for_other_rows_make_another_student(teacher_run, tmp_path):
     """So that the comparisons above can fail."""
     common = flags(teacher_run, "both")
@@ -119,6 +122,7 @@ def test_answers_for_other_rows_make_another_student(teacher_run, tmp_path):
     assert weights(tmp_path / "wrong") != weights(tmp_path / "right")
 
 
+@pytest.mark.slow
 def test_one_cache_serves_every_seed(tmp_path, teacher_run):
     """Another seed takes the rows in another order, from the same cache."""
     common = flags(teacher_run, "both")
@@ -130,6 +134,7 @@ def test_one_cache_serves_every_seed(tmp_path, teacher_run):
     assert weights(tmp_path / "cached1") != weights(tmp_path / "cached2")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_the_same_cache(tmp_path, teacher_run):
     common = [*flags(teacher_run, "both"), *cached(tmp_path / "cache")]
     build(*common)
@@ -141,6 +146,7 @@ def test_a_resumed_run_reads_the_same_cache(tmp_path, teacher_run):
     assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_two_processes_read_what_one_wrote(tmp_path, teacher_run):
     common = flags(teacher_run, "both")
     common[0] = "--model.arch=import:tests.own_models:student"

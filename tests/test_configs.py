@@ -28,6 +28,7 @@ def test_a_run_config_loads_and_its_model_is_built(path):
     assert parameters == expected
 
 
+@pytest.mark.slow
 def test_the_teacher_of_a_short_run_can_be_the_resnet50_from_scratch():
     teacher = load_config_file(RunConfig, CONFIGS / "cifar10/teacher_scratch.yaml")
     parser = build_parser(RunConfig, prog="kd-accel train", description="")

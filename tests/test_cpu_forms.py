@@ -155,6 +155,7 @@ def test_the_output_can_be_written_to_in_every_mode():
     assert parameter.grad == 8
 
 
+@pytest.mark.slow
 def test_a_compiled_network_has_them():
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))

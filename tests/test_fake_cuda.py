@@ -56,7 +56,6 @@ def autocast(use_bf16):
         torch.clear_autocast_cache()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("use_bf16", [False, True])
 @pytest.mark.parametrize(
     ("direction", "kind"),

@@ -139,7 +139,6 @@ def test_an_overflow_under_fp16_is_the_scalers():
         bench.watch.look(streak=0)
 
 
-@pytest.mark.slow
 def test_term_step_and_rows_are_named_and_the_checkpoint_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "5")
     monkeypatch.setenv("KD_TEST_BREAKS", "logits")
@@ -152,7 +151,6 @@ def test_term_step_and_rows_are_named_and_the_checkpoint_kept(tmp_path, monkeypa
     assert "the gradient of layer1.0.weight is not finite (rank 0 had rows " in said and "at step 5" in said
 
 
-@pytest.mark.slow
 def test_a_learning_rate_far_too_high(tmp_path):
     done = train(tmp_path / "run", "--optim.lr=1e30", "--optim.schedule=constant", "--train.log_every_steps=7", code=2)
     check_message(done, "loss_hard is not finite on rank 0", "at step 2: the training has diverged", "lower optim.lr")
@@ -176,7 +174,6 @@ def test_one_rank_goes_wrong(tmp_path):
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
-@pytest.mark.slow
 def test_steps_left_out_in_a_row_are_counted_over_a_resume(tmp_path, monkeypatch):
     """The sums behind a line of metrics too."""
     monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "6,7")

@@ -78,6 +78,7 @@ def _norms(module):
     return sum(isinstance(layer, nn.BatchNorm2d) for layer in module.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet50", "resnet18", "mobilenet_v2"])
 def test_the_same_function_in_float64(arch):
     model = build_model(f"torchvision/{arch}", num_classes=7, seed=1)

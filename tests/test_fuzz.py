@@ -84,12 +84,14 @@ def dumped(settings):
     return yaml.safe_dump(settings, allow_unicode=False).encode()
 
 
+@pytest.mark.slow
 @timed
 def test_trees_of_settings(parsed, seconds):
     run(settings_of(RunConfig), lambda settings: parsed(dumped(settings)), seconds)
     assert parsed.seen["refused"] and parsed.seen["accepted"]
 
 
+@pytest.mark.slow
 @timed
 def test_flags(parsed, seconds):
     """Each value as it would be typed, beside a file with others."""
@@ -118,6 +120,7 @@ def _without_help(flags):
     return [flag for flag in flags if not flag.startswith(("--help", "-h", "--print_config"))]
 
 
+@pytest.mark.slow
 @timed
 def test_texts_of_configs(parsed, seconds):
     texts = [path.read_bytes() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
@@ -182,6 +185,7 @@ def _resealed(content, reseal):
         return content
 
 
+@pytest.mark.slow
 @timed
 def test_plans_manifests_and_rows(cache, seconds):
     names = ("plan.json", "manifest.json", "rows.safetensors", "projectors.safetensors")
@@ -204,6 +208,7 @@ def test_plans_manifests_and_rows(cache, seconds):
     run(changes, check, seconds)
 
 
+@pytest.mark.slow
 @timed
 def test_shards_and_tensor_files(cache, seconds):
     plan, rows = read_plan(cache), {"train": np.arange(100)}
@@ -244,6 +249,7 @@ def paused(tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 @timed
 @pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
 def test_checkpoints(paused, seconds):
@@ -275,6 +281,7 @@ def test_checkpoints(paused, seconds):
     run(changes, check, seconds)
 
 
+@pytest.mark.slow
 @timed
 def test_what_a_finished_run_leaves(teacher_run, tmp_path, seconds):
     """Its card for a teacher, its summary and metrics for a report, its config for another start."""

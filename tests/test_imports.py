@@ -80,6 +80,7 @@ def test_values_that_are_no_own_code_allow_nothing(monkeypatch):
     assert import_problem("import:a:c", field="x", where="y") is not None
 
 
+@pytest.mark.slow
 def test_the_script_looks_in_the_working_directory_too(tmp_path):
     """As `python -m kd_accel` does. The function gives nothing that could be trained on, so the command ends there."""
     (tmp_path / "mine.py").write_text("def images(split, image_size):\n    return 7\n")

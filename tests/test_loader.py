@@ -69,7 +69,6 @@ def test_a_batch_is_the_view_of_its_rows():
     assert batch.images.is_contiguous()
 
 
-@pytest.mark.slow
 def test_workers_and_stored_images_give_the_same_batches():
     images = image_set()
     rows = np.arange(10, 90)
@@ -111,7 +110,6 @@ def test_images_are_kept_by_what_is_free_on_the_gpu(monkeypatch, needed_mib, fit
     assert data.fits_on_gpu(needed_mib * 2**20, torch.device("cuda")) == fits
 
 
-@pytest.mark.slow
 def test_no_global_generator_moves():
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()

@@ -9,8 +9,6 @@ from safetensors.torch import save_file
 from tests.launching import run, summary, train
 from tests.test_sources import colour, encoded, write_parquet
 
-pytestmark = pytest.mark.slow
-
 
 def check_message(done, *parts):
     assert "Traceback" not in done.stderr
@@ -64,6 +62,7 @@ def test_too_few_images_for_the_pca(tmp_path, teacher_run):
     check_message(train(tmp_path / "run", *flags, code=2), "pca_images: 8 samples at layer2, but 16 directions need more")
 
 
+@pytest.mark.slow
 def test_a_teacher_with_other_classes(tmp_path, teacher_run):
     check_message(
         run("train", f"--run_dir={tmp_path / 'run'}", f"--teacher.run={teacher_run}", code=2),
@@ -76,6 +75,7 @@ def test_a_teacher_with_other_classes(tmp_path, teacher_run):
     check_message(train(tmp_path / "run", f"--teacher.run={renamed}", code=2), "class 1 of", "'lime', but 'green' in the data")
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_missing_empty_or_damaged(tmp_path, teacher_run):
     check_message(train(tmp_path / "run", "--teacher.run=runs/nowhere", code=2), "no finished run")
     (tmp_path / "empty").mkdir()
@@ -95,6 +95,7 @@ def test_weights_of_another_architecture_or_in_a_pickle(tmp_path):
     check_message(train(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pth'}", code=2), "is a pickle")
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_is_empty_damaged_or_a_file(tmp_path, teacher_run):
     (tmp_path / "empty").mkdir()
     check_message(run("evaluate", tmp_path / "empty", code=2), "no finished run")
@@ -120,6 +121,7 @@ def test_a_precision_that_this_machine_has_not(tmp_path):
     check_message(run("bench", "torchvision/resnet18", "--device=cuda", code=2), "device: cuda is not there")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "code"), [(1, 2), (2, None)])
 def test_a_model_with_an_idle_layer(tmp_path, processes, code):
     flags = ["--model.arch=import:tests.own_models:with_an_idle_layer"]
@@ -155,6 +157,7 @@ def test_a_model_that_gives_no_logits(tmp_path):
     check_message(done, "model.arch: Conv2d gives a tensor of shape (2, 4, 32, 32) for 2 images, not logits of shape (2, 4)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "code", "batch_size"), [(1, 2, 1), (2, None, 2)])
 def test_one_row_for_batchnorm(tmp_path, processes, code, batch_size):
     flags = ["--model.arch=torchvision/resnet18", "--train.max_steps=1", f"--train.batch_size={batch_size}"]

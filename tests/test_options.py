@@ -50,7 +50,6 @@ CHANGES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", CHANGES.values(), ids=CHANGES.keys())
 def test_it_changes_the_losses(tmp_path, plain, flags):
     train(tmp_path / "run", "--train.max_steps=6", *flags)
@@ -65,7 +64,6 @@ def test_it_changes_the_speed_alone(tmp_path, plain, flags):
     assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-4)
 
 
-@pytest.mark.slow
 def test_the_moving_average_is_what_is_evaluated_and_saved(tmp_path, plain):
     train(tmp_path / "run", "--train.max_steps=6", "--train.ema_decay=0.99")
     assert losses(tmp_path / "run") == losses(plain)
@@ -100,7 +98,6 @@ def test_each_direction_trains_in_two_processes(tmp_path, teacher_run, direction
     assert summary(tmp_path / "run")["agreement"] is not None
 
 
-@pytest.mark.slow
 def test_fine_tuning_onto_other_classes_starts_from_the_weights(tmp_path, teacher_run):
     flags = ["--model.arch=import:tests.own_models:teacher", f"--model.weights={teacher_run}", "--train.max_steps=2"]
     same = train(tmp_path / "same", *flags, "--optim.lr=1e-9")

@@ -56,7 +56,6 @@ def test_what_is_recommended():
     assert recommendation(result(measured=slow_disk)).startswith("live: here reading a row takes longer")
 
 
-@pytest.mark.slow
 def test_it_measures_here_and_writes_nothing(tmp_path, teacher_run):
     cache_dir = tmp_path / "deep/cache"
     flags = [

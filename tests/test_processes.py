@@ -17,9 +17,8 @@ from tests.launching import LAUNCH, ROOT, SMALL, environment, losses, metrics, r
 from tests.test_cache_identity import asking
 from tests.test_machines import free_port
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path, distilled):
     train(tmp_path / "one", *distilled)
     train(tmp_path / "two", *distilled, processes=2)
@@ -34,6 +33,7 @@ def test_two_processes_train_what_one_does(tmp_path, distilled):
         assert two == pytest.approx(one, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_in_float64_they_agree_to_rounding(tmp_path):
     flags = ["--model.arch=import:tests.own_models:student_float64", "--train.max_steps=20"]
     train(tmp_path / "one", *flags)
@@ -42,6 +42,7 @@ def test_in_float64_they_agree_to_rounding(tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_big_batch(tmp_path):
     flags = ["--model.arch=import:tests.own_models:student_float64", "--train.max_steps=8"]
     for processes, accumulation in ((1, 1), (1, 4), (2, 2)):
@@ -57,6 +58,7 @@ def test_accumulation_is_the_big_batch(tmp_path):
     assert losses(tmp_path / "2x2") == pytest.approx(reference, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_four_processes_are_four_accumulation_steps(tmp_path):
     flags = ["--train.max_steps=5", "--data.val_fraction=0"]
     train(tmp_path / "4x1", *flags, processes=4)
@@ -64,6 +66,7 @@ def test_four_processes_are_four_accumulation_steps(tmp_path):
     assert losses(tmp_path / "4x1") == pytest.approx(losses(tmp_path / "1x4"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_differ_before_the_exchange_and_agree_after_it(tmp_path):
     done = subprocess.run(
         [*LAUNCH, "--config_file", "launch/cpu2.yaml", "-m", "tests.gradient_exchange", str(tmp_path)],
@@ -84,6 +87,7 @@ def test_gradients_differ_before_the_exchange_and_agree_after_it(tmp_path):
         assert torch.equal(zero[f"after|{name}"], one[f"after|{name}"])
 
 
+@pytest.mark.slow
 def test_buffers_that_no_training_forward_reads_are_not_exchanged(tmp_path):
     """The saved model is the same, byte for byte, and so are the losses of training and validation."""
     for name in ("student_with_everything", "student_with_a_constant"):
@@ -96,6 +100,7 @@ def test_buffers_that_no_training_forward_reads_are_not_exchanged(tmp_path):
     assert metrics(without) == metrics(exchanged)
 
 
+@pytest.mark.slow
 def test_evaluation_counts_each_row_once(tmp_path, teacher_run):
     results = []
     for processes in (1, 2, 3):
@@ -114,6 +119,7 @@ def test_a_launch_that_is_incomplete_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_launch_that_was_not_joined_is_refused():
     program = (
         "from accelerate import Accelerator; from kd_accel.engine.setup import refuse_unjoined; refuse_unjoined(Accelerator())"
@@ -129,11 +135,13 @@ def test_a_launch_that_was_not_joined_is_refused():
     assert "the launcher started 2 processes, but Accelerate joined 1" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
     done = train(tmp_path / "run", "--train.batch_size=15", processes=2, code=None)
     assert done.stderr.count("kd-accel: train.batch_size: 15 does not divide by 2 processes x 1 accumulation steps") == 1
 
 
+@pytest.mark.slow
 def test_a_failure_of_rank_0_that_nobody_foresaw_reaches_the_others_at_once(tmp_path):
     """They would wait for it until their time-out, half an hour."""
     port = free_port()
@@ -154,6 +162,7 @@ def test_a_failure_of_rank_0_that_nobody_foresaw_reaches_the_others_at_once(tmp_
     assert "Traceback" not in said[1]
 
 
+@pytest.mark.slow
 def test_ranks_may_end_a_build_far_apart_and_each_flushes_its_own_files(tmp_path):
     """Rank 1 takes three times the time that ranks wait for each other elsewhere."""
     teacher, cache = tmp_path / "teacher", tmp_path / "cache"

@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from kd_accel.stages import PREFIX, stage
 from tests.in_process import train
 from tests.launching import metrics
@@ -23,6 +25,7 @@ def shares(said):
     return {part.split()[0]: float(part.split()[1]) for part in line.split(", ")}
 
 
+@pytest.mark.slow
 def test_each_rank_leaves_a_trace_of_the_steps(distilled, tmp_path):
     run_dir = tmp_path / "run"
     done = launched_train(run_dir, *distilled, "--profile=6", "--checkpoint.every_steps=8", processes=2)
@@ -35,6 +38,7 @@ def test_each_rank_leaves_a_trace_of_the_steps(distilled, tmp_path):
     assert done.stdout.count("ms a step") == 1
 
 
+@pytest.mark.slow
 def test_shares_add_up_and_the_weights_are_those_of_a_run_without_it(distilled, tmp_path):
     said = train(tmp_path / "with", *distilled, "--profile=10")
     train(tmp_path / "without", *distilled)
@@ -47,6 +51,7 @@ def test_shares_add_up_and_the_weights_are_those_of_a_run_without_it(distilled, 
     assert not (tmp_path / "without" / "profile").exists()
 
 
+@pytest.mark.slow
 def test_a_training_shorter_than_asked_for(tmp_path):
     said = train(tmp_path / "short", "--train.max_steps=8", "--profile=10")
     marks, _ = ranges(tmp_path / "short" / "profile" / "rank-0.json")

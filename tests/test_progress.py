@@ -13,9 +13,8 @@ import pytest
 
 from tests.launching import ROOT, SMALL, command, environment, train
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
     lines = [line for line in train(tmp_path / "run", "--train.max_steps=12").stdout.splitlines() if ": step " in line]
     assert len(lines) == 12
@@ -23,6 +22,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert re.fullmatch(shape, lines[-1])
 
 
+@pytest.mark.slow
 def test_a_bar_on_a_terminal(tmp_path):
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))

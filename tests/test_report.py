@@ -98,6 +98,7 @@ def test_the_references_figures_beside_cifar10_only(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_without_a_bench_file_there_is_no_latency_and_no_old_picture(tmp_path):
     directory = finished(tmp_path, "r")
     write_report([directory], out=tmp_path / "out", bench_file=benched(tmp_path, (directory, 1.0)))
@@ -159,6 +160,7 @@ def blue_pixels(path):
     return colours[31, 119, 180]
 
 
+@pytest.mark.slow
 def test_a_dot_behind_another_is_seen(tmp_path):
     plot_accuracy_against_latency([("a", 1.0, 0.9), ("b", 1.0, 0.9)], tmp_path / "together.png")
     plot_accuracy_against_latency([("a", 1.0, 0.9), ("b", 0.1, 0.89)], tmp_path / "apart.png")
@@ -244,7 +246,6 @@ def test_a_place_that_cannot_be_written(tmp_path):
         write_report([directory], out=tmp_path / "file")
 
 
-@pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     directory = finished(tmp_path, "r")
     done = run("report", directory, f"--out={tmp_path / 'out'}", f"--bench={benched(tmp_path, (directory, 2.5))}")

@@ -6,8 +6,6 @@ import pytest
 
 from tests.launching import metrics, run, summary, train
 
-pytestmark = pytest.mark.slow
-
 EVERYTHING = [
     "--model.arch=import:tests.own_models:student_with_everything",
     "--optim.nesterov=true",
@@ -25,6 +23,7 @@ def assert_same_run(one, other):
     assert summary(one) == {**summary(other), "name": summary(one)["name"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "image_size"), [(1, 32), (2, 32), (1, 16)])  # maps of 2x2 pixels, and of one
 def test_stop_after_7_of_20_steps_and_go_on(tmp_path, distilled, processes, image_size):
     flags = [*EVERYTHING, *distilled, f"--data.image_size={image_size}"]
@@ -44,6 +43,7 @@ def test_one_step_more_is_not_the_same(tmp_path):
         assert_same_run(tmp_path / "7", tmp_path / "8")
 
 
+@pytest.mark.slow
 def test_more_processes_go_on_with_the_same_rows(tmp_path):
     train(tmp_path / "straight")
     train(tmp_path / "moved", "--checkpoint.stop_after_steps=5")
@@ -54,6 +54,7 @@ def test_more_processes_go_on_with_the_same_rows(tmp_path):
         assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_start_says_about_a_run_directory_in_use(tmp_path, teacher_run):
     run_dir = tmp_path / "run"
     train(run_dir, "--train.epochs=1", "--checkpoint.keep=3", "--checkpoint.every_steps=4")
@@ -96,6 +97,7 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
     assert "was trained on other data (digest:" in done.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_agrees_with_the_summary(tmp_path, distilled):
     train(tmp_path / "run", *EVERYTHING, *distilled, processes=2)
     result = json.loads(run("evaluate", tmp_path / "run").stdout.splitlines()[-1])

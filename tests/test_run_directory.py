@@ -172,7 +172,6 @@ def test_what_cannot_be_written_any_more(tmp_path, where):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_disk_that_is_full_when_the_results_are_due(tmp_path, small_disk, processes):
     run_dir, flags = small_disk / "run", ["--model.arch=import:tests.own_models:mortal"]
@@ -217,7 +216,6 @@ def test_a_full_disk_leaves_the_config_of_the_run(copied):
     assert contents(copied) == before
 
 
-@pytest.mark.slow
 def test_two_trainings_in_one_place(tmp_path):
     run_dir = tmp_path / "run"
     first = start("train", f"--run_dir={run_dir}", *SMALL, "--train.epochs=200")

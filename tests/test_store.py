@@ -184,6 +184,7 @@ def _read_elsewhere(reader, queue):
     queue.put(reader.read(1, np.array([7, 99, 7]))["layer1"].values.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_reader_travels_to_another_process(tmp_path, method):
     plan = plan_of()

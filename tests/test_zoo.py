@@ -51,6 +51,7 @@ def test_arch_args_reach_the_builder():
     assert model.layer1[0].bn2.weight.abs().sum() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "settings", "said"),
     [
