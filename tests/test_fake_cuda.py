@@ -168,11 +168,11 @@ def test_the_guard_and_the_average_read_nothing(may_skip):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_update_reads_nothing(name):
-    """With foreach kernels: fused ones, which a training uses, have no fake form."""
+    """With foreach kernels, and AdamW's counts on the device: fused ones, which a training uses, have no fake form."""
     with FakeTensorMode(), torch.device("cuda"):
         network = with_gradients()
-        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
-        optimizer = kind(network.parameters(), lr=0.1, foreach=True, **({"momentum": 0.9} if name == "sgd" else {}))
+        kind, own = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {"capturable": True})}[name]
+        optimizer = kind(network.parameters(), lr=0.1, foreach=True, **own)
         set_learning_rate(optimizer, 0.05)
         optimizer.step()
         state = next(iter(optimizer.state.values()))
