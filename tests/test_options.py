@@ -64,6 +64,10 @@ def test_it_changes_the_speed_alone(tmp_path, plain, flags):
     assert losses(tmp_path / "run") == pytest.approx(losses(plain), rel=1e-4)
 
 
+def test_the_summary_says_whether_tf32_was_allowed(plain):
+    assert summary(plain)["tf32"] is None, "a CPU has none"
+
+
 def test_the_moving_average_is_what_is_evaluated_and_saved(tmp_path, plain):
     train(tmp_path / "run", "--train.max_steps=6", "--train.ema_decay=0.99")
     assert losses(tmp_path / "run") == losses(plain)

@@ -76,6 +76,20 @@ def test_the_table_of_a_set_that_is_not_cifar10(tmp_path):
             assert picture.format == "PNG" and min(picture.size) >= 400
 
 
+def test_a_column_for_cuda_graphs_where_they_were_measured(tmp_path):
+    runs = [finished(tmp_path, "large"), finished(tmp_path, "small")]
+    path = benched(tmp_path, (runs[0], 3.0), (runs[1], 2.0))
+    content = json.loads(path.read_text())
+    content["models"][0]["latency"][1]["graph_median_ms"] = 0.5
+    content["models"][1]["latency"][1]["graph_median_ms"] = None
+    path.write_text(json.dumps(content))
+    header, _, *rows = cells(write_report(runs, out=tmp_path / "out", bench_file=path))
+    assert header == [*HEADER, "CUDA graph (ms)"]
+    assert [row[5:] for row in rows] == [["3.00", "0.50"], ["2.00", ""]]
+    found = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert found[0]["graph_latency_ms"] == 0.5 and "graph_latency_ms" not in found[1]
+
+
 def test_the_references_figures_beside_cifar10_only(tmp_path):
     cifar10 = {"data": {"label_names": CIFAR10_CLASSES}}
     runs = [

@@ -31,12 +31,16 @@ _ROLES: dict[str, Literal["teacher", "student", "distilled"]] = {
     "student": "student",
     "distilled": "distilled",
 }
+_GRAPH = "graph_latency_ms"
 _MAX_CURVE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model in the table. accuracy: test split, fraction of 1. parameters, macs: whole numbers. latency_ms: batch size 1."""
+    """A model in the table. accuracy: test split, fraction of 1. parameters, macs: whole numbers. latency_ms: batch size 1.
+
+    graph_latency_ms: of the same forward replayed as a CUDA graph, None where that was not measured.
+    """
 
     name: str
     role: Literal["teacher", "student", "distilled"]
@@ -45,6 +49,11 @@ class Row:
     parameters: int
     macs: int | None
     latency_ms: float | None
+    graph_latency_ms: float | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Return the row of results.json, which has no `graph_latency_ms` where there is none."""
+        return {name: value for name, value in asdict(self).items() if name != _GRAPH or value is not None}
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def write_report(
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.md").write_text(text + "\n", encoding="utf-8")
-        content = {"rows": [asdict(result.row) for result in results]}
+        content = {"rows": [result.row.figures() for result in results]}
         (out / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _plot(results, out, say)
     except OSError as error:
@@ -105,6 +114,7 @@ def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
     """A run and its entry in a bench file."""
     summary = read_json(directory / "summary.json", remedy="no finished run there; train it first")
     try:
+        latency_ms, graph_ms = _latencies(bench) if bench else (None, None)
         row = Row(
             name=str(summary["name"]),
             role=_ROLES[summary["role"]],
@@ -112,7 +122,8 @@ def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
             accuracy=float(summary["accuracy"]),
             parameters=int(summary["parameters"]),
             macs=int(bench["macs"]) if bench else None,
-            latency_ms=_latency(bench) if bench else None,
+            latency_ms=latency_ms,
+            graph_latency_ms=graph_ms,
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{directory}/summary.json or its bench figures are damaged; train or bench the run again") from None
@@ -120,22 +131,29 @@ def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
 
 
 def results_table(results: Sequence[RunResult]) -> str:
-    """Markdown. For CIFAR-10 the reference's own figures stand beside the rows that they belong to."""
+    """Return Markdown, with a column for CUDA graphs if any was measured, and for CIFAR-10 with the reference's own figures."""
     has_reference = any(_is_cifar10(result) for result in results)
+    has_graphs = any(result.row.graph_latency_ms is not None for result in results)
     header = ["Model", "Architecture", "Accuracy (%)", "Parameters (M)", "MACs (M)", "Latency (ms)"]
+    if has_graphs:
+        header.append("CUDA graph (ms)")
     if has_reference:
         header.append("Reference: accuracy / parameters / latency")
     lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
     for result in results:
-        cells = _cells(result.row)
+        cells = _cells(result.row) + ([_shown_ms(result.row.graph_latency_ms)] if has_graphs else [])
         lines.append([*cells, _reference(result)] if has_reference else cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(row: Row) -> list[str]:
     macs = "" if row.macs is None else f"{row.macs / 1e6:.1f}"
-    latency = "" if row.latency_ms is None else f"{row.latency_ms:.2f}"
-    return [f"{row.name} ({row.role})", row.arch, f"{100 * row.accuracy:.2f}", f"{row.parameters / 1e6:.2f}", macs, latency]
+    sizes = [f"{100 * row.accuracy:.2f}", f"{row.parameters / 1e6:.2f}", macs]
+    return [f"{row.name} ({row.role})", row.arch, *sizes, _shown_ms(row.latency_ms)]
+
+
+def _shown_ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _reference(result: RunResult) -> str:
@@ -154,8 +172,13 @@ def _is_cifar10(result: RunResult) -> bool:
     return result.summary.get("data", {}).get("label_names") == CIFAR10_CLASSES
 
 
-def _latency(bench: dict[str, Any]) -> float | None:
-    return next((float(entry["median_ms"]) for entry in bench["latency"] if entry["batch_size"] == 1), None)
+def _latencies(bench: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Return medians at batch size 1, eager and as a CUDA graph, which files of earlier versions lack."""
+    entry = next((entry for entry in bench["latency"] if entry["batch_size"] == 1), None)
+    if entry is None:
+        return None, None
+    graph_ms = entry.get("graph_median_ms")
+    return float(entry["median_ms"]), None if graph_ms is None else float(graph_ms)
 
 
 def _read_bench(path: Path) -> dict[str, dict[str, Any]]:
