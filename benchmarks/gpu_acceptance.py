@@ -11,9 +11,9 @@
     g  compiled trainings
 
 benchmarks/acceptance/ has a module for each. DIR/gpu_acceptance.jsonl gets a line of JSON as soon as a case has ended; a case
-that fails, hangs or crashes leaves the others alone, and DIR/logs/ holds what its process printed. The closing line of JSON
-lists the cases that are ok, failed and not run, the last with the reason. Exit code 1 where something failed. Without a GPU
-nothing is measured and the exit code is 0; `--trial` runs all of it in small on a CPU.
+that fails, hangs or crashes leaves the others alone, and DIR/gpu_acceptance.log has what all processes printed. The closing
+line of JSON lists the cases that are ok, failed and not run, the last with the reason. Exit code 1 where something failed.
+Without a GPU nothing is measured and the exit code is 0; `--trial` runs all of it in small on a CPU.
 
 The order is by what is learned in a second: whether anything is wrong (a, c, d, e) comes before how fast it is. Those four
 measure no time, so they run side by side and cost about as much as the longest of them. f follows, which takes seconds, then b,
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -52,16 +53,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--only: {', '.join(unknown)} is not a valid item; choose from {', '.join(ITEMS)}")
     set_environment()
     parts = [part for part in planned(is_trial=arguments.trial) if part.item in arguments.only]
-    with Starter(arguments.out / "logs", budget_s=arguments.budget_s) as starter:
-        import torch  # here, while the process that is forked later imports it
+    logs = arguments.out / "logs"
+    try:
+        with Starter(logs, budget_s=arguments.budget_s) as starter:
+            import torch  # here, while the process that is forked later imports it
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *about: starter.end_budget())  # the closing line is written all the same
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *about: starter.end_budget())  # the closing line is written all the same
 
-        if not torch.cuda.is_available() and not arguments.trial:
-            print("there is no GPU here: nothing was measured")
-            return
-        has_worked = run(parts, arguments.out, starter, is_trial=arguments.trial)
+            if not torch.cuda.is_available() and not arguments.trial:
+                print("there is no GPU here: nothing was measured")
+                return
+            has_worked = run(parts, arguments.out, starter, is_trial=arguments.trial)
+    finally:
+        join_logs(logs, arguments.out / "gpu_acceptance.log")
     if not has_worked:
         raise SystemExit(1)
 
@@ -89,6 +94,17 @@ def run(parts: Sequence[Part], out: Path, starter: Starter, *, is_trial: bool = 
                 run_one(part)
     notes = {"not_run": left_out, "seconds": round(time.monotonic() - started_at, 1), "start_method": method}
     return _close(record, record.lines(since_bytes=before_bytes), out, notes)
+
+
+def join_logs(logs: Path, joined: Path) -> None:
+    """Append each log of a directory to one file, under its name, and remove the directory.
+
+    A machine that is lent for minutes may give back only a few files.
+    """
+    for log in sorted(logs.glob("*.log")):
+        with joined.open("a", encoding="utf-8") as file:
+            file.write(f"== {log.stem}\n{log.read_text(encoding='utf-8', errors='replace')}\n")
+    shutil.rmtree(logs, ignore_errors=True)
 
 
 def set_environment() -> None:

@@ -132,6 +132,9 @@ def test_items_by_name(tmp_path):
     done = acceptance(tmp_path, "--trial", "--only=f")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(lines_of(tmp_path)[0]) == ["f/build", "f/verify", "f/rebuild"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == 3 and left[1:] == ["gpu_acceptance.jsonl", "gpu_acceptance.log"], "few files, no directory of logs"
+    assert "== f-verify" in (tmp_path / "gpu_acceptance.log").read_text()
     done = acceptance(tmp_path, "--trial", "--only=f,h")
     assert done.returncode == 2 and "--only: h is not a valid item; choose from a, b, c, d, e, f, g" in done.stderr
 

@@ -113,7 +113,7 @@ def keep_images_on_gpu(loader: TrainLoader, data: Data, config: DataConfig, devi
 
 
 def notices_of_small_batches(config: RunConfig, device: torch.device, *, processes: int) -> list[str]:
-    """Tell that a GPU will mostly wait: of small images a forward of few rows takes as long to launch as one of many."""
+    """Return a notice where each GPU gets few small images in a forward, whose launches take longer than its work."""
     rows = config.train.batch_size // (processes * config.train.grad_accum_steps)
     if device.type != "cuda" or rows >= _FEW_ROWS or config.data.image_size > _SMALL_IMAGE:
         return []
@@ -125,13 +125,13 @@ def notices_of_small_batches(config: RunConfig, device: torch.device, *, process
 
 
 def fits_on_gpu(needed_bytes: int, device: torch.device) -> bool:
-    """Whether so much takes at most half of the memory that is free on a GPU now; the rest is for the training."""
+    """Return whether so much takes at most half of the memory that is free on a GPU now; the rest is for the training."""
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return 2 * needed_bytes <= free_bytes
 
 
 def images_on(device: torch.device, data: Data, *, num_workers: int) -> torch.Tensor:
-    """The training images in the order of their rows, encoded ones decoded by workers: uint8 [N, 3, S, S], channels_last."""
+    """Return the training images in the order of their rows, decoded by workers: uint8 [N, 3, S, S], channels_last."""
     rows, size = data.rows.train, data.train.pixels(data.rows.train[:1]).shape[1]
     images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
     shares = [(rows[start : start + _COPIED_ROWS], 0) for start in range(0, len(rows), _COPIED_ROWS)]

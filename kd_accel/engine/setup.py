@@ -101,7 +101,7 @@ def wrap_for_training(
 
 
 def needs_buffers_exchanged(module: nn.Module) -> bool:
-    """Whether a training forward may read a buffer that another rank's differs from.
+    """Return whether a training forward may read a buffer that another rank's differs from.
 
     DistributedDataParallel would send rank 0's buffers to all before each forward. BatchNorm's running statistics are never
     read in a training forward; rank 0's are evaluated and saved, and they see rank 0's batches alone either way.
@@ -111,7 +111,7 @@ def needs_buffers_exchanged(module: nn.Module) -> bool:
 
 
 def peer_timeout_s(timeout_s: float | None) -> float:
-    """How long a process waits for the others over gloo, in seconds. timeout_s: `train.timeout_s`.
+    """Return how long a process waits for the others over gloo, in seconds. timeout_s: `train.timeout_s`.
 
     NCCL waits a minute longer: its watchdog aborts the process without an exception, so gloo's error must come first.
     """
@@ -176,7 +176,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) ->
 
 
 def gathered(items: list[Result], *, group: Any = None) -> list[Result]:
-    """The (picklable) items of all ranks, in the order of the ranks. Every rank must call it. group: None = all that joined."""
+    """Return the (picklable) items of all ranks in their order. Every rank must call it. group: None = all that joined."""
     if group is None:
         return gather_object(items)
     parts: list[Any] = [None] * torch.distributed.get_world_size(group)
@@ -185,7 +185,7 @@ def gathered(items: list[Result], *, group: Any = None) -> list[Result]:
 
 
 def patient_group(accelerator: Accelerator) -> Any:
-    """A gloo group in which ranks wait for each other for a day, for the ends of long work; None for a single process.
+    """Create a gloo group whose ranks wait for each other for a day, for the ends of long work; None for a single process.
 
     Ranks that read or write a share of a large cache end minutes apart, and NCCL gives up after ten. A process that dies is
     noticed at once all the same. Every rank must call it.

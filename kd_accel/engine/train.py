@@ -43,7 +43,7 @@ def train(job: Job) -> None:
 
 @contextmanager
 def refused_by_determinism() -> Iterator[None]:
-    """Raises UserError for an operator of the model that has no deterministic kernel, where only such may be used."""
+    """Raise UserError for an operator of the model that has no deterministic kernel, where only such may be used."""
     try:
         yield
     except RuntimeError as error:

@@ -77,7 +77,7 @@ def pooled_by_products(feature: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _window_means(length: int, windows: int, device: torch.device) -> Tensor:
-    """float64 [windows, length], in each row the weights of a mean, over the windows that adaptive pooling has."""
+    """Return the weights of the means over the windows that adaptive pooling has, one row each: float64 [windows, length]."""
     at, window = torch.arange(length, device=device), torch.arange(windows, device=device)[:, None]
     first, end = window * length // windows, -(-(window + 1) * length // windows)
     return ((at >= first) & (at < end)).double() / (end - first)
