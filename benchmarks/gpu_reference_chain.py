@@ -178,8 +178,6 @@ class Chain:
         name, steps = f"timed-{signals}", self.part.timed_steps
         flags = {**self._flags(self.part.distilled[0]), "name": name, "run_dir": str(self._work / name)}
         flags |= {"teacher.signals": signals, "train.max_steps": steps}
-        if signals == "live":
-            flags["teacher.dtype"] = None
         needs = ("teacher", "cache-build") if signals == "cached" else ("teacher",)
         return Job(name, ["train", *as_arguments(flags)], self._work / name, {"steps": steps}, needs, timed_figures)
 

@@ -175,7 +175,7 @@ def build_job(
         train=config.train,
         checkpoint=config.checkpoint,
         trainee=Trainee(module, optimizer, Meters(bench.device), average),
-        watch=FiniteWatch(bench.accelerator, module, optimizer, average=average, may_skip=config.train.skip_non_finite),
+        watch=FiniteWatch(bench.accelerator, module, optimizer),
         loader=loader,
         signals=signals,
         course=course,

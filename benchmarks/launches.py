@@ -9,7 +9,7 @@ The counting rule: one dispatched operator is one launch; views, allocations and
 operator is one (operators.py). docs/gpu.md has the printed tables:
 
     loader ... logging      parts as marked in kd_accel/stages.py, `student` without `projector`
-    rest                    outside of the marks: copies of a host batch, tensors set aside for `train.skip_non_finite`
+    rest                    outside of the marks: copies of a host batch
     in all                  launches per step
     limit, distance         launches of the same training as a bare loop, and the difference
     views, allocations      in no other column

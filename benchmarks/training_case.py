@@ -50,8 +50,7 @@ Cases = dict[str, Callable[[], float]]
 class Program:
     """One way of training. distill: None = on labels alone. features: what the teacher gives beside its logits.
 
-    dtype: of the cache. clip_norm, ema_decay, skip_non_finite: as in a config. on_host: images and views, where they could be
-    on a GPU.
+    dtype: of the cache. clip_norm, ema_decay: as in a config. on_host: images and views, where they could be on a GPU.
     """
 
     distill: DistillConfig | None = None
@@ -61,7 +60,6 @@ class Program:
     clip_norm: float | None = None
     ema_decay: float | None = None
     on_host: bool = False
-    skip_non_finite: int = 0
 
 
 _HYBRID = Program(hybrid(), features="projected")
@@ -82,8 +80,6 @@ PROGRAMS = {
     "plain_clipped": Program(clip_norm=1.0),
     "plain_averaged": Program(ema_decay=0.999),
     "plain_on_host": Program(on_host=True),
-    "plain_skipping": Program(skip_non_finite=1),
-    "plain_averaged_skipping": Program(ema_decay=0.999, skip_non_finite=1),
 }
 
 
@@ -107,12 +103,7 @@ class Programs:
         config = training_config(self._bench.size, epochs=blocks, views=views, distill=program.distill)
         config = replace(
             config,
-            train=replace(
-                config.train,
-                compile=self._compiles,
-                ema_decay=program.ema_decay,
-                skip_non_finite=program.skip_non_finite,
-            ),
+            train=replace(config.train, compile=self._compiles, ema_decay=program.ema_decay),
             optim=replace(config.optim, clip_norm=program.clip_norm),
         )
         signals = self._signals(program.signals, program.features, program.dtype) if program.distill else no_signals

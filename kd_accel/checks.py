@@ -20,7 +20,6 @@ from kd_accel.config import (
     OptimConfig,
     ReproduceConfig,
     RunConfig,
-    ScaleConfig,
     Schedule,
     TeacherConfig,
 )
@@ -36,8 +35,6 @@ def problems(config: object) -> list[str]:
         return [*_values(config), *(f"bench.{problem}" for problem in _bench(config.bench))]
     if isinstance(config, BenchConfig):
         return [*_values(config), *_bench(config)]
-    if isinstance(config, ScaleConfig):
-        return [*_values(config), *_scale(config)]
     assert isinstance(config, RunConfig)
     checks = (_values, _name, _data, _model, _teacher, _distill, _optim, _train, _checkpoint)
     return [problem for check in checks for problem in check(config)]
@@ -64,15 +61,6 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(name, part)
     else:
         yield name, value
-
-
-def _scale(scale: ScaleConfig) -> Iterator[str]:
-    for name, value in vars(scale).items():
-        for number in value if isinstance(value, list) else [value]:
-            if not number > 0:
-                yield f"{name}: {number} must be above 0"
-    if not scale.processes:
-        yield "processes: [] must list at least one number"
 
 
 def _bench(bench: BenchConfig) -> Iterator[str]:
@@ -161,9 +149,7 @@ def _signals(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
     if not (math.isfinite(teacher.shard_mib) and teacher.shard_mib > 0):
         yield f"teacher.shard_mib: {teacher.shard_mib} must be above 0"
     if teacher.signals == "live":
-        yield from _no_effect(teacher, "teacher", ("shard_mib", "cache_batch_size"), because="with signals live")
-        if teacher.dtype == "int8":
-            yield "teacher.dtype: int8 cannot be had live, since its scales belong to the files of a cache"
+        yield from _no_effect(teacher, "teacher", ("dtype", "shard_mib", "cache_batch_size"), because="with signals live")
         return
     if teacher.cache_dir is None:
         yield f"teacher.cache_dir: missing; with signals {teacher.signals} it names the directory of the cache"
@@ -200,10 +186,7 @@ def _feature(distill: DistillConfig, feature: FeatureConfig, teacher: TeacherCon
         yield f"distill.feature.taps: {feature.taps} must name at least one module, each once"
     if teacher is not None and teacher.taps is not None and len(teacher.taps) != len(feature.taps):
         yield f"teacher.taps: {len(teacher.taps)} names, but distill.feature.taps has {len(feature.taps)}; they are pairs"
-    if feature.direction != "teacher_to_student":
-        yield from _no_effect(feature, "distill.feature", ("teacher_projector",), because=f"with direction {feature.direction}")
-    uses_pca = feature.direction == "both" or (feature.direction == "teacher_to_student" and feature.teacher_projector == "pca")
-    if not uses_pca:
+    if feature.direction == "student_to_teacher":
         yield from _no_effect(feature, "distill.feature", ("pca_images",), because="no PCA is fitted")
     yield from _at_least(feature, "distill.feature", 1, "pca_images")
 
@@ -239,7 +222,6 @@ def _train(config: RunConfig) -> Iterator[str]:
     train = config.train
     yield from _at_least(train, "train", 1, "epochs", "max_steps", "batch_size", "grad_accum_steps", "eval_batch_size")
     yield from _at_least(train, "train", 1, "eval_every_epochs", "log_every_steps")
-    yield from _at_least(train, "train", 0, "skip_non_finite")
     yield from _at_least(train, "train", 1, "timeout_s")
     if config.data.val_fraction == 0:
         yield from _no_effect(train, "train", ("eval_every_epochs",), because="with data.val_fraction 0 nothing is evaluated")

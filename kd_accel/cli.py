@@ -18,9 +18,9 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from kd_accel import __version__
-from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig, ScaleConfig
+from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
 from kd_accel.imports import allow, take_allowance
-from kd_accel.parse import HELP_OF_ALLOW, build_parser, load_config_file, nearest, parse_arguments, parse_config, plain_parser
+from kd_accel.parse import HELP_OF_ALLOW, build_parser, nearest, parse_arguments, parse_config, plain_parser
 from kd_accel.types import Interrupted, PeerLost, UserError
 
 _OTHER_RANKS_WAIT_S = 5.0
@@ -150,15 +150,7 @@ def _cache(argv: list[str]) -> None:
 def _plan(argv: list[str]) -> None:
     parser = build_parser(RunConfig, prog="kd-accel plan", description="What live and cached signals would cost here.")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    scale_help = "YAML file of rows, classes, processes and rates: reckon for those machines, measure and load nothing"
-    parser.add_argument("--scale", type=Path, default=None, metavar="FILE", help=scale_help)
     config, values = parse_config(RunConfig, argv, parser=parser)
-    if values["scale"] is not None:
-        scale = load_config_file(ScaleConfig, values["scale"])
-        from kd_accel.commands.scale import run_scale
-
-        run_scale(config, scale, as_json=values["json"])
-        return
     from kd_accel.commands.plan import run_plan
 
     run_plan(config, as_json=values["json"])

@@ -96,8 +96,7 @@ class TeacherConfig:
         signals: live = the teacher answers for each batch as it comes; cached = from the files of `kd-accel cache build`;
             logits_cached = logits from the files, features live.
         cache_dir: directory of the cache; whatever its path, it is recognised by what it holds.
-        dtype: type of the stored values, int8 for features alone (logits are float16 then); null = float16 for a new cache. A
-            live teacher's answers are rounded to it, null = not at all.
+        dtype: type of the stored values, int8 for features alone (logits are float16 then); null = float16 for a new cache.
         shard_mib: a new cache: size of the largest tensor's files, in MiB.
         cache_batch_size: a new cache: rows in one forward of the teacher; null = train.batch_size / train.grad_accum_steps.
     """
@@ -149,8 +148,6 @@ class FeatureConfig:
         weight: factor of the sum (lambda).
         direction: which side is projected: the student's up, the teacher's down, or both towards the student's width.
         taps: named modules of the student whose outputs are compared.
-        teacher_projector: teacher_to_student only: pca (fitted once, frozen) or learned (trained with the student, its
-            output normalised so that the two sides cannot shrink towards each other).
         pca_images: training images on which the PCA is fitted (view 0).
     """
 
@@ -158,7 +155,6 @@ class FeatureConfig:
     weight: float | Schedule = 0.1
     direction: Direction = "both"
     taps: list[str] = field(default_factory=lambda: ["layer1", "layer2", "layer3", "layer4"])
-    teacher_projector: Literal["pca", "learned"] = "pca"
     pca_images: int = 2048
 
 
@@ -231,12 +227,10 @@ class TrainConfig:
         log_every_steps: write a line of metrics after every so many steps.
         deterministic: only deterministic GPU kernels; slower.
         tf32: GPUs round the inputs of float32 convolutions and matrix products to TF32; false = full float32. CPUs have none.
-        skip_non_finite: how many steps in a row may be left out (by all processes, counted in the metrics) because a loss or
-            gradient is not finite; one more stops the training. fp16 overflows are the loss scaler's and count apart.
         timeout_s: how long a process waits for the others before it takes one for lost, in seconds; longer than what one does
             alone (a download, a checkpoint). null = 600 with GPUs and 1800 without.
         sync_batchnorm: BatchNorm layers see the rows of all processes (GPUs only), not each process its own. Each layer waits
-            for the device in each forward; a learned teacher_projector still normalises the rows of its own process.
+            for the device in each forward.
     """
 
     epochs: int = 10
@@ -253,7 +247,6 @@ class TrainConfig:
     log_every_steps: int = 20
     deterministic: bool = False
     tf32: bool = True
-    skip_non_finite: int = 0
     timeout_s: float | None = None
     sync_batchnorm: bool = False
 
@@ -361,35 +354,6 @@ class BenchConfig:
     min_time_s: float = 1.0
     tf32: bool = True
     cuda_graph: bool = False
-
-
-@dataclass(frozen=True)
-class ScaleConfig:
-    """`plan --scale`: what is to be reckoned for other machines and more data than stand here; nothing is measured or loaded.
-
-    Args:
-        rows: training rows.
-        num_classes: classes.
-        processes: sizes of the launch, one GPU each.
-        processes_per_node: of these, on one machine.
-        student_images_per_s: forward, backward and step of the student on one GPU, nothing else holding it up.
-        teacher_images_per_s: forward of the teacher on one GPU.
-        decoded_images_per_s: views that the CPU cores of a node can make.
-        disk_gb_per_s: reading of a node, 1e9 bytes.
-        copy_gb_per_s: from host to device, each GPU.
-        network_gb_per_s: each node to the others, one way.
-    """
-
-    rows: int
-    num_classes: int
-    student_images_per_s: float
-    teacher_images_per_s: float
-    decoded_images_per_s: float
-    disk_gb_per_s: float
-    copy_gb_per_s: float
-    network_gb_per_s: float
-    processes: list[int] = field(default_factory=lambda: [8, 64])
-    processes_per_node: int = 8
 
 
 @dataclass(frozen=True)

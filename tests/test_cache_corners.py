@@ -38,12 +38,11 @@ def plain_teacher_run(tmp_path_factory):
 def test_cached_equals_live(tmp_path, request, teacher, case):
     common = [
         f"--teacher.run={request.getfixturevalue(teacher)}",
-        "--teacher.dtype=float32",
         "--data.views=2",
         "--train.max_steps=12",
         *case,
     ]
-    use = [*common, CACHED, f"--teacher.cache_dir={tmp_path / 'cache'}"]
+    use = [*common, CACHED, f"--teacher.cache_dir={tmp_path / 'cache'}", "--teacher.dtype=float32"]
     train(tmp_path / "live", *common)
     cache("build", *use)
     cache("verify", *use)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from kd_accel.teacher.store.manifest import read_plan
 from tests.in_process import cache, train
-from tests.launching import losses
+from tests.launching import losses, summary
 
 FEATURE = "--distill.feature={weight: 0.1, direction: both, taps: [layer1, layer2], pca_images: 64}"
 
@@ -217,7 +217,7 @@ def test_a_resume_on_another_cache_is_refused(built, copied, tmp_path, teacher_r
     assert (tmp_path / "run/summary.json").is_file()
 
 
-def test_verify_and_info_say_what_is_there(built, tmp_path):
+def test_verify_and_info_say_what_is_there(built, tmp_path, teacher_run):
     flags, directory = built
     report = json.loads(cache("verify", *flags, "--json"))
     assert report["is_whole"] and report["wrong"] == {} and report["files"] == 8
@@ -231,10 +231,28 @@ def test_verify_and_info_say_what_is_there(built, tmp_path):
         "all": 1160,
         "all with raw features": 8 + 2048 + 256,
     }
+    assert about["teacher_accuracy"] == summary(teacher_run)["accuracy"]
     text = cache("info", *flags)
     assert "complete, 8 files" in text and "PCA that keeps" in text
+    assert f"the teacher's accuracy on the test rows is {100 * about['teacher_accuracy']:.2f} %" in text
     assert "holds no cache" in cache("info", *flags, f"--teacher.cache_dir={tmp_path}", code=2)
     assert "uses no cache" in cache("info", "--teacher.run=x", code=2)
+
+
+@pytest.mark.parametrize("accuracy", [None, "high", 7.0])
+def test_a_manifest_without_the_teachers_accuracy_is_complete(copied, tmp_path, accuracy):
+    flags, directory = copied
+    path = directory / "manifest.json"
+    built = path.read_text()
+    manifest = json.loads(built)
+    del manifest["teacher_accuracy"]
+    path.write_text(json.dumps(manifest if accuracy is None else {**manifest, "teacher_accuracy": accuracy}))
+    about = json.loads(cache("info", *flags, "--json"))
+    assert about["is_complete"] and about["teacher_accuracy"] is None
+    assert "teacher's accuracy" not in cache("info", *flags)
+    train(tmp_path / "run", *flags, "--train.max_steps=1")
+    cache("build", *flags)
+    assert path.read_text() == built
 
 
 def _found(pattern, text):

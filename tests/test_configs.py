@@ -9,7 +9,7 @@ from kd_accel.config import ReproduceConfig, RunConfig, Schedule
 from kd_accel.parse import build_parser, load_config_file, parse_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in ("reproduce", "nodes", "by_resnet50"))
+RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in ("reproduce", "by_resnet50"))
 CHAINS = sorted(CONFIGS.glob("*/reproduce.yaml"))
 
 

@@ -20,7 +20,7 @@ from kd_accel.engine.meters import Meters
 from kd_accel.engine.optim import set_learning_rate
 from kd_accel.engine.train import train_step
 from kd_accel.losses.combine import DistillationLoss
-from kd_accel.losses.feature import pooled_by_products, target_variance
+from kd_accel.losses.feature import pooled_by_products
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, PcaFit, build_projectors
 from kd_accel.models.student import StudentModule
@@ -57,34 +57,23 @@ def autocast(use_bf16):
 
 
 @pytest.mark.parametrize("use_bf16", [False, True])
-@pytest.mark.parametrize(
-    ("direction", "kind"),
-    [("both", "pca"), ("student_to_teacher", "pca"), ("teacher_to_student", "pca"), ("teacher_to_student", "learned")],
-)
-def test_a_step_leaves_nothing_on_the_wrong_device(direction, kind, use_bf16):
+@pytest.mark.parametrize("direction", ["both", "student_to_teacher", "teacher_to_student"])
+def test_a_step_leaves_nothing_on_the_wrong_device(direction, use_bf16):
     with FakeTensorMode(), torch.device("cuda"):
         student = build_model("torchvision/resnet18", num_classes=10)
         network = build_model("torchvision/resnet50", num_classes=10)
-        projectors = build_projectors(STUDENT, TEACHER, direction=direction, teacher_projector=kind)
+        projectors = build_projectors(STUDENT, TEACHER, direction=direction)
         frozen = {tap: FeatureProjector(TEACHER[tap][0], channels) for tap, channels in projectors.pca_channels.items()}
         normalize = Normalize([0.5] * 3, [0.25] * 3).to("cuda")
         teacher = build_teacher(network, normalize, frozen, use_bf16)
-        module = StudentModule(
-            student, normalize, taps=TAPS, student_projectors=projectors.student, teacher_projectors=projectors.teacher
-        )
+        module = StudentModule(student, normalize, taps=TAPS, student_projectors=projectors.student)
         module.open_taps()
         loss = DistillationLoss(temperature=4.0, alpha=0.5, feature_weight=0.1)
         batch = batch_on("cuda")
         with autocast(use_bf16):
             terms, output, answer = train_step(module, teacher, loss, batch)
         meters = Meters(torch.device("cuda"))
-        meters.update(
-            terms,
-            output.logits,
-            batch.labels,
-            teacher_logits_BC=answer.logits,
-            target_variance=target_variance(output.pairs),
-        )
+        meters.update(terms, output.logits, batch.labels, teacher_logits_BC=answer.logits)
         for tensor in (terms.total, terms.feature, output.logits, answer.logits, meters.sums, batch.images):
             assert tensor.device.type == "cuda"
         assert terms.total.dtype == answer.logits.dtype == torch.float32
@@ -142,17 +131,15 @@ def with_gradients():
     return network
 
 
-@pytest.mark.parametrize("may_skip", [0, 2])
-def test_the_guard_and_the_average_read_nothing(may_skip):
+def test_the_guard_and_the_average_read_nothing():
     with FakeTensorMode(), torch.device("cuda"):
         network = with_gradients()
         average, wrapped = MovingAverage(torch.nn.Identity(), decay=0.999), SimpleNamespace(optimizer=SimpleNamespace())
         average.module = build_model("torchvision/resnet18", num_classes=10).requires_grad_(
             False
         )  # no copy: fake ones have none
-        watch = FiniteWatch(FakeAccelerator(), network, wrapped, average=average, may_skip=may_skip)
+        watch = FiniteWatch(FakeAccelerator(), network, wrapped)
         batch = batch_on("cuda")
-        watch.begin()
         logits = network(batch.images.float())
         hard = torch.nn.functional.cross_entropy(logits, batch.labels)
         loss = watch.watched(LossTerms(hard, hard), StudentOutput(logits), Signals(logits.detach()), batch.rows)
@@ -160,7 +147,6 @@ def test_the_guard_and_the_average_read_nothing(may_skip):
         norm = watch.gradient_norm(1)
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm)
         average.update(network)
-        watch.settle()
         found_inf = wrapped.optimizer.found_inf
         for tensor in (loss, norm, found_inf, average.module.fc.weight):
             assert tensor.device.type == "cuda"

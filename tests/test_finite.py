@@ -1,8 +1,7 @@
-"""Losses and gradients that are not finite: told with step, term, rank and rows, or left out without a trace."""
+"""Losses and gradients that are not finite: the run stops, and names step, term, rank and rows."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from kd_accel.engine.optim import build_optimizer
 from kd_accel.engine.setup import start_processes
 from kd_accel.types import LossTerms, Signals, StudentOutput, UserError
 from tests import in_process
-from tests.launching import metrics, train
+from tests.launching import train
 from tests.own_models import SmallNet
 from tests.test_mistakes import check_message
 
@@ -32,7 +31,7 @@ def row_at(place, *, step):
 class Bench:
     """The parts of a training around one watch, and what they hold."""
 
-    def __init__(self, *, optimizer="sgd", may_skip=0, scaler=None):
+    def __init__(self, *, optimizer="sgd", scaler=None):
         torch.manual_seed(0)
         self.model = SmallNet(4, width=4, norm=True)
         self.average = MovingAverage(self.model, decay=0.9)
@@ -43,13 +42,12 @@ class Bench:
             build_optimizer(self.model.parameters(), OptimConfig(name=optimizer, lr=0.05, nesterov=optimizer == "sgd")),
         )
         self.optimizer = own
-        self.watch = FiniteWatch(self.accelerator, module, own, average=self.average, may_skip=may_skip)
+        self.watch = FiniteWatch(self.accelerator, module, own)
 
     def step(self, number, *, factor=1.0, rows=(7, 8, 9, 10)):
         """One step on images that depend on `number`; the loss is multiplied by `factor`."""
         generator = torch.Generator().manual_seed(number)
         images = torch.rand(4, 3, 32, 32, generator=generator)
-        self.watch.begin()
         logits = self.model(images)
         hard = nn.functional.cross_entropy(logits, torch.arange(4)) * factor
         loss = self.watch.watched(LossTerms(hard, hard), StudentOutput(logits), Signals(), torch.tensor(rows))
@@ -57,20 +55,24 @@ class Bench:
         norm = self.watch.gradient_norm(number)
         self.optimizer.step()
         self.average.update(self.model)
-        self.watch.settle()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     @property
-    def state(self):
+    def trained(self):
+        """Weights and the optimizer's state."""
         optimizer = {
             f"{index}.{name}": value
             for index, values in self.optimizer.state_dict()["state"].items()
             for name, value in values.items()
         }
-        return copy.deepcopy(
-            {**self.model.state_dict(), **optimizer, **{f"a.{k}": v for k, v in self.average.state_dict().items()}}
-        )
+        return copy.deepcopy({**dict(self.model.named_parameters()), **optimizer})
+
+    @property
+    def state(self):
+        """The same, and the statistics of BatchNorm and the moving average."""
+        average = {f"a.{name}": value for name, value in self.average.state_dict().items()}
+        return copy.deepcopy({**self.trained, **dict(self.model.named_buffers()), **average})
 
 
 def assert_same(one, other):
@@ -80,18 +82,21 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("bad_step", [1, 3])
-def test_a_step_left_out_leaves_no_trace(optimizer, bad_step):
-    """Weights, momentum, statistics of BatchNorm, moving average: as if it had not been; in the first step too."""
-    clean, broken = Bench(optimizer=optimizer, may_skip=1), Bench(optimizer=optimizer, may_skip=1)
+def test_a_bad_step_changes_no_weight_and_stops_the_run(optimizer, bad_step):
+    """Weights and momentum are those of a run without the step, which may be the first one; later steps do not hide it."""
+    clean, broken = Bench(optimizer=optimizer), Bench(optimizer=optimizer)
     for number in (1, 2, 3, 4):
         if number == bad_step:
             broken.step(99, factor=torch.inf)
         clean.step(number)
         broken.step(number)
-    assert_same(clean.state, broken.state)
-    seen = broken.watch.look(streak=0)
-    assert seen.counts == {"skipped_steps": 1} and seen.streak == 0
-    assert seen.notices == ["loss_hard is not finite on rank 0 (rows 7, 8, 9, 10) at step 99: the step was left out"]
+    assert_same(clean.trained, broken.trained)
+    assert clean.watch.look() == 0
+    broken.step(100, factor=torch.nan)
+    with pytest.raises(UserError) as refused:
+        broken.watch.look()
+    told = "loss_hard is not finite on rank 0 (rows 7, 8, 9, 10) at step 99: the training has diverged; lower optim.lr"
+    assert str(refused.value).startswith(told)
 
 
 def test_a_watch_changes_nothing_where_all_is_well():
@@ -108,22 +113,6 @@ def test_a_watch_changes_nothing_where_all_is_well():
     assert_same(watched.state, bare.state)
 
 
-def test_more_in_a_row_than_may_be():
-    bench = Bench(may_skip=2)
-    bench.step(1)
-    bench.step(2, factor=torch.nan)
-    bench.step(3, factor=torch.nan)
-    bench.step(4)
-    bench.step(5, factor=torch.nan)
-    seen = bench.watch.look(streak=0)
-    assert (seen.counts, seen.streak) == ({"skipped_steps": 3}, 1)
-    bench.step(6, factor=torch.nan)
-    assert bench.watch.look(streak=1).streak == 2
-    bench.step(7, factor=torch.nan)
-    with pytest.raises(UserError, match="at step 7, step 3 of such steps in a row"):
-        bench.watch.look(streak=2)
-
-
 def test_an_overflow_under_fp16_is_the_scalers():
     """torch's scaler for CPUs does what that of a GPU does."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -132,11 +121,11 @@ def test_an_overflow_under_fp16_is_the_scalers():
     bench.step(1, factor=16.0)
     assert scaler.get_scale() == 2.0**126
     assert all(torch.equal(before[name], tensor) for name, tensor in bench.model.named_parameters())
-    seen = bench.watch.look(streak=0)
-    assert (seen.counts, seen.notices, seen.streak) == ({"overflowed_steps": 1}, [], 0)
-    bench.step(2, factor=torch.nan)
-    with pytest.raises(UserError, match=r"loss_hard is not finite on rank 0 .* at step 2: the training has diverged"):
-        bench.watch.look(streak=0)
+    assert bench.watch.look() == 1 and bench.watch.look() == 0
+    bench.step(2, factor=16.0)
+    bench.step(3, factor=torch.nan)
+    with pytest.raises(UserError, match=r"loss_hard is not finite on rank 0 .* at step 3: the training has diverged"):
+        bench.watch.look()
 
 
 def test_term_step_and_rows_are_named_and_the_checkpoint_kept(tmp_path, monkeypatch):
@@ -160,32 +149,13 @@ def test_a_learning_rate_far_too_high(tmp_path):
 
 @pytest.mark.slow
 def test_one_rank_goes_wrong(tmp_path):
-    """All ranks leave out the step of which one has seen what is wrong; the same steps are counted once."""
+    """All ranks stop at the step that is not finite on one of them, and the message is printed once."""
     environment = {"KD_TEST_BREAKING_STEPS": "5,6", "KD_TEST_BREAKING_RANK": "1", "KD_TEST_BREAKS": "logits"}
     done = train(tmp_path / "stopped", *BREAKING, processes=2, code=None, **environment)
     row = row_at(10, step=5)
     assert done.stderr.count(f"loss_hard is not finite on rank 1 (the student's logits of row {row}) at step 5: ") == 1
     assert "kd_accel/engine" not in done.stderr
-    flags = [*BREAKING, "--train.skip_non_finite=2", "--train.log_every_steps=8"]
-    done = train(tmp_path / "skipped", *flags, processes=2, **environment)
-    assert f"of row {row_at(10, step=6)}) at step 6: the step was left out" in done.stdout
-    lines = metrics(tmp_path / "skipped", "train")
-    assert [line["skipped_steps"] for line in lines] == [2, 0, 0]
-    assert all(np.isfinite(line["loss"]) for line in lines)
-
-
-def test_steps_left_out_in_a_row_are_counted_over_a_resume(tmp_path, monkeypatch):
-    """The sums behind a line of metrics too."""
-    monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "6,7")
-    monkeypatch.setenv("KD_TEST_BREAKS", "logits")
-    flags = [*BREAKING, "--train.log_every_steps=8"]
-    in_process.train(tmp_path / "run", *flags, "--train.skip_non_finite=2", "--checkpoint.stop_after_steps=7")
-    monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "1")
-    said = in_process.train(tmp_path / "run", *flags, "--train.skip_non_finite=2", code=2)
-    assert "at step 8, step 3 of such steps in a row: the training has diverged" in said
-    monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "")
-    in_process.train(tmp_path / "run", *flags, "--train.skip_non_finite=2")
-    assert [line["skipped_steps"] for line in metrics(tmp_path / "run", "train")] == [2, 0, 0]
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-00000003"]
 
 
 @pytest.mark.slow

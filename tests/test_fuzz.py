@@ -34,6 +34,7 @@ from kd_accel.teacher.store.manifest import (
     read_plan,
     read_projectors,
     read_rows,
+    read_teacher_accuracy,
     write_manifest,
     write_rows,
 )
@@ -156,6 +157,7 @@ def read_whole(directory):
     plan = read_plan(directory)
     files = read_manifest(directory, plan)
     about = {"directory": "x", "is_complete": True, "files": plan.num_files(), "bytes": plan.total_bytes()}
+    about["teacher_accuracy"] = read_teacher_accuracy(directory)
     rates = {name: spec.row_bytes for name, spec in plan.tensors.items()}
     _described({**about, "bytes_per_row_and_view": {**rates, "all": plan.row_bytes(), "all with raw features": 0}}, plan)
     rows = read_rows(directory, plan)

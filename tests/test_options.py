@@ -89,7 +89,6 @@ def test_a_compiled_distillation_taps_what_an_eager_one_does(tmp_path, distilled
     [
         ("student_to_teacher", ""),
         ("teacher_to_student", ", pca_images: 64"),
-        ("teacher_to_student", ", teacher_projector: learned"),
     ],
 )
 def test_each_direction_trains_in_two_processes(tmp_path, teacher_run, direction, more):
@@ -98,7 +97,6 @@ def test_each_direction_trains_in_two_processes(tmp_path, teacher_run, direction
     launching.train(tmp_path / "run", *flags, processes=2)
     terms = [line["loss_feature"] for line in metrics(tmp_path / "run", "train")]
     assert terms[-1] < terms[0]
-    assert ("target_variance" in metrics(tmp_path / "run", "train")[0]) == ("learned" in more)
     assert summary(tmp_path / "run")["agreement"] is not None
 
 

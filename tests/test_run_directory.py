@@ -15,7 +15,7 @@ from kd_accel.engine.checkpoint import find_checkpoint
 from kd_accel.parse import load_config_file
 from kd_accel.types import UserError
 from tests import in_process
-from tests.launching import SMALL, kill_all, metrics, start, train
+from tests.launching import SMALL, kill_all, metrics, start, summary, train
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +111,12 @@ def test_a_place_that_cannot_be_a_run_directory(tmp_path, place):
     )
 
 
-def test_a_place_beside_the_run_directory_is_not_needed(tmp_path, teacher_run):
-    (tmp_path / ".teacher_accuracy").write_text("not a directory")
-    with pytest.warns(UserWarning, match="will measure the teacher's accuracy again: cannot write"):
-        text = in_process.train(tmp_path / "run", f"--teacher.run={teacher_run}", "--train.max_steps=2")
-    assert "the teacher's accuracy on the test rows is" in text
-    assert (tmp_path / "run/summary.json").exists()
+def test_nothing_is_written_next_to_the_run_directory(tmp_path, teacher_run):
+    text = in_process.train(tmp_path / "run", f"--teacher.run={teacher_run}", "--train.max_steps=2")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    accuracy = summary(tmp_path / "run")["teacher_accuracy"]
+    assert accuracy == summary(teacher_run)["accuracy"]
+    assert f"the teacher's accuracy on the test rows is {100 * accuracy:.2f} %" in text
 
 
 @pytest.fixture

@@ -1,90 +1,121 @@
-"""What `plan --scale` reckons, against the same by hand, and against the page that quotes it."""
+"""Arithmetic of docs/scaling.md: every number of its estimate for ImageNet-1k, from the rates that the page assumes."""
 
-import json
+from __future__ import annotations
+
 import re
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
-from kd_accel.commands.scale import Traffic, link_rates
-from kd_accel.config import ScaleConfig
-from tests.in_process import say
+from kd_accel.config import RunConfig
+from kd_accel.parse import load_config_file
 
 ROOT = Path(__file__).parent.parent
-COMMAND = ["plan", "--config", "configs/imagenet/hybrid.yaml", "--scale", "configs/imagenet/nodes.yaml"]
-SCALE = ScaleConfig(
-    rows=1000,
-    num_classes=10,
-    student_images_per_s=100.0,
-    teacher_images_per_s=50.0,
-    decoded_images_per_s=4000.0,
-    disk_gb_per_s=2.0,
-    copy_gb_per_s=10.0,
-    network_gb_per_s=1.0,
-    processes_per_node=4,
+PAGE = (ROOT / "docs/scaling.md").read_text().split("## ImageNet-1k on 8 and on 64 GPUs")[1]
+CONFIG = load_config_file(RunConfig, ROOT / "configs/imagenet/hybrid.yaml")
+ALL_TAPS = ["layer1", "layer2", "layer3", "layer4"]
+
+
+def tables() -> list[list[list[str]]]:
+    """The cells of the page's tables, without their two lines of header."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", PAGE, re.MULTILINE)
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]] for block in blocks]
+
+
+ASSUMED, KEPT, RESULTS = tables()
+IMAGES, CLASSES, ON_A_NODE, STUDENT, TEACHER, DECODED, DISK, COPY, NETWORK = (
+    float(value.replace(",", "")) for _, value in ASSUMED
 )
 
 
-@pytest.fixture
-def reckoned(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    return json.loads(say(*COMMAND, "--json").splitlines()[-1])
+def network(arch: str, taps: list[str]) -> tuple[int, list[torch.Size]]:
+    """Return the number of parameters and the shapes [D, H, W] of the taps of a torchvision network at 224 pixels."""
+    shapes: list[torch.Size] = []
+    size = CONFIG.data.image_size
+    with torch.device("meta"):
+        model = torchvision.models.get_model(arch.removeprefix("torchvision/"), num_classes=int(CLASSES)).eval()
+        for tap in taps:
+            model.get_submodule(tap).register_forward_hook(lambda module, args, output: shapes.append(output.shape[1:]))
+        model(torch.zeros(1, 3, size, size))
+    return sum(weight.numel() for weight in model.parameters()), shapes
+
+
+def kept_bytes(taps: list[str]) -> dict[str, int]:
+    """Bytes of an image and view in float16 by what a cache keeps; projected features have the student's widths."""
+    student, teacher = network(CONFIG.model.arch, taps)[1], network(CONFIG.teacher.arch, taps)[1]
+    logits = 2 * int(CLASSES)
+    return {
+        "logits": logits,
+        "logits and raw features": logits + sum(2 * shape.numel() for shape in teacher),
+        "logits and projected features": logits
+        + sum(2 * own[0] * shape[1:].numel() for own, shape in zip(student, teacher, strict=True)),
+    }
+
+
+def rates(gpus: int, kept: int, *, is_live: bool) -> dict[str, float]:
+    """Images per second and GPU of each part by the formulas of the page."""
+    nodes = -(-gpus // int(ON_A_NODE))
+    found = {
+        "compute": 1 / (1 / STUDENT + 1 / TEACHER) if is_live else STUDENT,
+        "views": DECODED / ON_A_NODE,
+        "copy": COPY * 1e9 / (3 * CONFIG.data.image_size**2 + kept),
+    }
+    if kept:
+        found["disk"] = DISK * 1e9 / ON_A_NODE / kept
+    if nodes > 1:
+        exchanged = 4 * network(CONFIG.model.arch, [])[0] * 2 * (nodes - 1) / nodes
+        found["network"] = NETWORK * 1e9 / exchanged * CONFIG.train.batch_size / gpus
+    return found
+
+
+def row(gpus: int, signals: str, kept: int) -> list[str]:
+    """The cells of one row of the results."""
+    found = {name: round(rate) for name, rate in rates(gpus, kept, is_live=signals == "live").items()}
+    columns = ("compute", "views", "disk", "copy", "network")
+    least = min(found.values())
+    narrowest = ", ".join(name for name in columns if found.get(name) == least)
+    cells = [f"{found[name]:,}" if name in found else "" for name in columns]
+    return [str(gpus), signals, f"{least * gpus:,}", f"{IMAGES / least / gpus:.0f}", narrowest, *cells]
+
+
+def test_what_a_cache_keeps():
+    kept = kept_bytes(CONFIG.distill.feature.taps)
+    assert kept == {"logits": 2000, "logits and raw features": 202_704, "logits and projected features": 52_176}
+    expected = [[name, f"{size:,}", f"{size * IMAGES / 2**30:.1f}"] for name, size in kept.items()]
+    assert [[name.removesuffix(" (this config)"), *cells] for name, *cells in KEPT] == expected
+
+
+def test_every_number_of_the_results():
+    ways = {"none (plain training)": 0, "live": 0}
+    ways |= {f"cached {name}": size for name, size in kept_bytes(CONFIG.distill.feature.taps).items()}
+    assert [row(gpus, signals, kept) for gpus in (8, 64) for signals, kept in ways.items()] == RESULTS
 
 
 def test_links_by_hand():
-    one_node = link_rates(SCALE, Traffic(row=10_000, copied=20_000, gradients=40_000_000), processes=4, batch_size=64)
-    assert one_node == {"views": 1000.0, "copy": 500_000.0, "disk": 2e9 / 4 / 10_000}
-    two_nodes = link_rates(SCALE, Traffic(row=0, copied=20_000, gradients=40_000_000), processes=8, batch_size=64)
-    assert two_nodes.keys() == {"views", "copy", "network"}
-    steps_per_s = 1e9 / (2 * (2 - 1) / 2 * 40_000_000)
-    assert two_nodes["network"] == pytest.approx(steps_per_s * 64 / 8)
+    maps = 2 * 512 * 7**2
+    found = rates(64, 2000 + maps, is_live=True)
+    assert found["compute"] == pytest.approx(1250) and found["views"] == 1250
+    assert found["disk"] == pytest.approx(7e9 / 8 / 52_176)
+    assert found["copy"] == pytest.approx(25e9 / (150_528 + 52_176))
+    assert found["network"] == pytest.approx(12.5e9 / (2 * 7 / 8 * 4 * 11_689_512) * 16)
+    assert rates(8, 0, is_live=False).keys() == {"compute", "views", "copy"}
 
 
-def test_imagenet_by_hand(reckoned):
-    maps = 2 * 512 * 7**2  # of layer4, in float16
-    assert reckoned["bytes_per_row_and_view"] == {
-        "logits": 2000,
-        "logits and raw features": 2000 + 4 * maps,
-        "logits and projected features": 2000 + maps,
-    }
-    assert reckoned["bytes_per_view"]["logits"] == 2000 * 1_281_167
-    assert reckoned["parameters"] == 11_689_512
-    ways = {(row["processes"], row["way"]): row for row in reckoned["ways"]}
-    assert len(ways) == 2 * 5
-    live, raw = ways[8, "live"], ways[8, "cached logits and raw features"]
-    assert live["held_up_by"] == "views" or live["images_per_s"] == pytest.approx(8 / (1 / 2500 + 1 / 2500))
-    assert raw["held_up_by"] == "views" and raw["images_per_s"] == pytest.approx(10_000)
-    assert raw["links"]["disk"] == pytest.approx(7e9 / 8 / (2000 + 4 * maps))
-    assert raw["epoch_s"] == pytest.approx(1_281_167 / raw["images_per_s"])
-
-
-def test_features_of_all_stages_by_hand(monkeypatch):
-    """What docs/scaling.md says of them."""
-    monkeypatch.chdir(ROOT)
-    said = say(*COMMAND, "--json", "--distill.feature.taps=[layer1, layer2, layer3, layer4]").splitlines()[-1]
-    row_bytes = 2000 + sum(2 * width * size**2 for size, width in {56: 64, 28: 128, 14: 256, 7: 512}.items())
-    assert json.loads(said)["bytes_per_row_and_view"]["logits and projected features"] == row_bytes == 754_640
-    cached = next(row for row in json.loads(said)["ways"] if row["way"] == "cached logits and projected features")
-    assert cached["held_up_by"] == "disk" and int(cached["links"]["disk"]) == int(7e9 / 8 / row_bytes) == 1159
-
-
-def test_the_page_quotes_what_the_command_prints(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs" / "scaling.md").read_text()
-    assert f"$ kd-accel {' '.join(COMMAND)}" in page
-    lines = {line.strip() for line in page.splitlines()}
-    printed = [line.strip() for line in say(*COMMAND).splitlines() if line.strip()]
-    assert len(printed) > 10 and not [line for line in printed if line not in lines]
-    for figure in re.findall(r"\d{1,3}(?:,\d{3})+ images per second", page):
-        assert re.search(rf"\b{figure.split()[0].replace(',', '')}\b", " ".join(printed)), figure
-
-
-def test_what_cannot_be_reckoned(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    bad = tmp_path / "nodes.yaml"
-    bad.write_text("rows: 10\nnum_classes: 0\nprocesses: []\n")
-    assert "disk_gb_per_s" in say(*COMMAND[:3], "--scale", bad, code=2)
-    text = (ROOT / "configs/imagenet/nodes.yaml").read_text()
-    bad.write_text(text.replace("num_classes: 1000", "num_classes: 0"))
-    assert "num_classes: 0 must be above 0" in say(*COMMAND[:3], "--scale", bad, code=2)
-    assert "teacher.arch: missing" in say("plan", "--scale", "configs/imagenet/nodes.yaml", code=2)
+def test_numbers_in_the_sentences():
+    all_stages = kept_bytes(ALL_TAPS)["logits and projected features"]
+    found = rates(64, all_stages, is_live=False)
+    numbers = [
+        f"takes {(kept_bytes(['layer4'])['logits and projected features'] - 2 * CLASSES) / 1e3:.0f} kB an image and view",
+        f"All four stages take {all_stages / 1e3:.0f} kB, {all_stages / 15_380:.0f} times the {15_380 / 1e3:.0f} kB",
+        f"{all_stages * IMAGES / 2**30:.0f} GiB a view",
+        f"the same drive then feeds each GPU {found['disk']:,.0f} images per second",
+        f"the CPUs decode {found['views']:,.0f} images per second and GPU",
+        f"{4 * network(CONFIG.model.arch, [])[0] / 1e6:.1f} MB of gradients",
+        f"the network allows {found['network']:,.0f} images per second and GPU",
+        f"At {CONFIG.train.batch_size // 64} images per GPU and step",
+        f"takes {IMAGES / 8 / TEACHER:.0f} s on 8 GPUs and {IMAGES / 64 / TEACHER:.0f} s on 64",
+    ]
+    page = " ".join(PAGE.split())
+    assert [number for number in numbers if number not in page] == []

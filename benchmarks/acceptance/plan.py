@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.acceptance.guard import Part
 
 ITEMS = tuple("abcdefg")
-_VARIANTS = ("plain", "live_hybrid", "cached_hybrid", "cached_hybrid_int8", "clipped", "averaged", "skipping", "host_loader")
+_VARIANTS = ("plain", "live_hybrid", "cached_hybrid", "cached_hybrid_int8", "clipped", "averaged", "host_loader")
 _DETERMINISTIC = ("deterministic", "deterministic_live_hybrid")
 _WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """What `deterministic` sets before CUDA starts, which the variants before it do."""

@@ -31,7 +31,6 @@ VARIANTS = {
     "cached_hybrid_int8": "cached_hybrid_int8",
     "clipped": "plain_clipped",
     "averaged": "plain_averaged",
-    "skipping": "plain_skipping",
     "host_loader": "plain_on_host",
     "deterministic": "plain",
     "deterministic_live_hybrid": "live_hybrid",

@@ -43,6 +43,7 @@ from kd_accel.teacher.store.manifest import (
     lock_for_building,
     write_manifest,
 )
+from kd_accel.teacher.store.reader import Reader
 from kd_accel.teacher.store.shards import damage, stored_checksum
 from kd_accel.types import Batch, UserError
 
@@ -71,7 +72,7 @@ def run_cache_build(config: RunConfig) -> None:
             is_listed = manifest.keys() == whole.keys()
             remark = "nothing to do" if is_listed else "manifest.json written"
             accelerator.print(f"{asked.directory}: complete, {len(whole)} files checked; {remark}")
-        on_main_process(accelerator, lambda: write_manifest(asked.directory, plan, whole))
+        on_main_process(accelerator, lambda: _finish(asked, plan, rows["test"], whole))
     leave_processes(accelerator)
 
 
@@ -95,6 +96,13 @@ def checked(asked: Asked, plan: Plan, manifest: Mapping[str, str], *, group: Any
     found = dict(gathered(own, group=group))
     whole = {shards[index].name: checksum for index, checksum in found.items() if checksum is not None}
     return whole, [shard for index, shard in enumerate(shards) if found[index] is None]
+
+
+def _finish(asked: Asked, plan: Plan, rows: np.ndarray, files: Mapping[str, str]) -> None:
+    """Write the manifest, with the teacher's accuracy on the cached test rows, from the stored logits."""
+    logits = Reader(asked.directory, plan, "test", rows, (LOGITS,)).read(0, rows)[LOGITS].values
+    accuracy = np.mean(logits.argmax(1).numpy() == asked.data.test.labels[rows])
+    write_manifest(asked.directory, plan, files, teacher_accuracy=float(accuracy))
 
 
 def _write(

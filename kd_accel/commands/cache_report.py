@@ -17,7 +17,7 @@ from kd_accel.engine.setup import leave_processes, patient_group, start_processe
 from kd_accel.models.kernels import choose_kernels
 from kd_accel.teacher.cached import OpenCache, refuse_lacking, refuse_other_identity, refuse_other_rows
 from kd_accel.teacher.store.layout import SPLITS, Plan
-from kd_accel.teacher.store.manifest import read_manifest, read_plan, read_projectors, read_rows
+from kd_accel.teacher.store.manifest import read_manifest, read_plan, read_projectors, read_rows, read_teacher_accuracy
 from kd_accel.teacher.store.shards import damage
 from kd_accel.types import UserError
 
@@ -64,6 +64,7 @@ def run_cache_info(config: RunConfig, *, as_json: bool) -> None:
         "bytes": plan.total_bytes(),
         "rows": plan.rows,
         "views": plan.views,
+        "teacher_accuracy": read_teacher_accuracy(directory),
         "rows_per_shard": plan.rows_per_shard,
         "bytes_per_row_and_view": {
             **{name: spec.row_bytes for name, spec in plan.tensors.items()},
@@ -140,11 +141,13 @@ def _described(about: Mapping[str, Any], plan: Plan) -> str:
         raise UserError(
             f"{about['directory']}/plan.json: is damaged (no teacher); run `kd-accel cache build` with the same config"
         )
+    accuracy = about["teacher_accuracy"]
     lines = [
         f"{about['directory']}: {'complete' if about['is_complete'] else 'not complete'}, {about['files']} files, "
         f"{readable_size(about['bytes'])}",
         f"teacher {teacher.get('arch')} ({teacher.get('weights')}), views {views}",
         f"rows: {', '.join(f'{plan.rows[split]} {split}' for split in SPLITS)}; {plan.views} views of the training rows",
+        *([] if accuracy is None else [f"the teacher's accuracy on the test rows is {100 * accuracy:.2f} %"]),
         "bytes per row and view:",
     ]
     for name, spec in plan.tensors.items():

@@ -93,20 +93,13 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
         done_steps=trainee.position.step,
         is_main=accelerator.is_main_process,
     )
-    feature = config.distill.feature if config.distill else None
     state, tensors = _checkpoint_extra(start, tracking)
     return Job(
         accelerator=accelerator,
         train=config.train,
         checkpoint=config.checkpoint,
         trainee=trainee,
-        watch=FiniteWatch(
-            accelerator,
-            trainee.module,
-            trainee.optimizer,
-            average=trainee.average,
-            may_skip=config.train.skip_non_finite,
-        ),
+        watch=FiniteWatch(accelerator, trainee.module, trainee.optimizer),
         loader=start.loader,
         signals=start.signals,
         course=start.course,
@@ -121,7 +114,6 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
         checkpoint_extra=state,
         checkpoint_tensors=tensors,
         validation=_validation(start),
-        logs_target_variance=feature is not None and feature.teacher_projector == "learned",
     )
 
 

@@ -45,7 +45,6 @@ def wrap_student(
         Normalize(data.mean, data.std, layout=maps_layout(config.train.channels_last, device)),
         taps=feature.taps if feature and projectors else (),
         student_projectors=projectors.student if projectors else None,
-        teacher_projectors=projectors.teacher if projectors else None,
     )
 
 

@@ -52,6 +52,7 @@ def _summary(start: Prepared, job: Job, test_metrics: dict[str, float]) -> dict[
         "accuracy": test_metrics["accuracy"],
         "accuracy_best_val": position.best_val_accuracy,
         "agreement": test_metrics.get("agreement"),
+        "teacher_accuracy": test_metrics.get("teacher_accuracy"),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "steps": position.step,
         "seconds": position.elapsed_s,

@@ -28,7 +28,6 @@ _MAY_CHANGE = (
     "checkpoint.",
     "tracking.",
     "data.num_workers",
-    "train.skip_non_finite",
     "train.timeout_s",
     "data.memory_limit_mib",
     "teacher.cache_dir",

@@ -138,7 +138,6 @@ def pair_taps(config: RunConfig, network: nn.Module, teacher: nn.Module) -> TapP
         probe_taps(network, feature.taps, image_size=size),
         {tap: shapes[name] for tap, name in pairs.items()},
         direction=feature.direction,
-        teacher_projector=feature.teacher_projector,
         seed=config.seed,
     )
     return TapPairs(pairs, shapes, projectors)
@@ -165,9 +164,7 @@ def live_teacher(
     projectors: Mapping[str, nn.Module],
 ) -> LiveTeacher:
     """It answers in the numeric mode of the config. taps: {name in the signals: teacher's tap}; projectors by the former."""
-    assert config.teacher is not None
-    dtype = config.teacher.dtype if config.teacher.signals == "live" else None
-    signals = LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=accelerator.autocast, rounding=dtype)
+    signals = LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=accelerator.autocast)
     if config.train.compile:
         compile_tapped(model)
     return signals

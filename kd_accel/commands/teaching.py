@@ -1,8 +1,7 @@
-"""Who answers for the batches of a run, a live teacher or its cache, and what is known of the teacher's accuracy."""
+"""Source of the teacher's signals for a run: the live network, its cache, or both."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +22,14 @@ from kd_accel.commands.teacher import (
 )
 from kd_accel.commands.wanted import refuse_other_answers, used_views, wanted_from_cache
 from kd_accel.config import FeatureConfig, RunConfig
-from kd_accel.disk import load_json, write_json
 from kd_accel.engine.checkpoint import Checkpoint
-from kd_accel.engine.evaluate import HeldOut, teacher_accuracy
-from kd_accel.engine.setup import Accelerator, on_main_process
+from kd_accel.engine.setup import Accelerator
 from kd_accel.models.projectors import FeatureProjector, Projectors
 from kd_accel.teacher.cached import OpenCache, open_cache
-from kd_accel.teacher.identity import rows_digest, settings_digest
 from kd_accel.teacher.live import LiveTeacher
 from kd_accel.teacher.store.layout import Split
 from kd_accel.teacher.store.manifest import read_projectors
-from kd_accel.types import Batch, Signals, SignalSource, UserError
+from kd_accel.types import Batch, Signals, SignalSource
 
 
 @dataclass(frozen=True)
@@ -82,34 +78,6 @@ def build_teaching(
         assert cache is not None
         return _from_cache(config, data, teacher, pairs, cache, notices, accelerator)
     return _from_network(config, data, teacher, pairs, cache, notices, accelerator, checkpoint)
-
-
-def check_teacher_accuracy(config: RunConfig, data: Data, held_out: HeldOut, *, digest: str, accelerator: Accelerator) -> float:
-    """The teacher's accuracy on the held-out rows, measured, or remembered from an earlier run beside this one."""
-    rows = {"rows": rows_digest(data.test, data.rows.test), "teacher": digest, "precision": config.train.precision}
-    path = config.directory.parent / ".teacher_accuracy" / f"{settings_digest(rows)}.json"
-    remembered = on_main_process(accelerator, lambda: _remembered(path))
-    if remembered is not None:
-        return remembered
-    accuracy = teacher_accuracy(held_out, accelerator=accelerator)
-    if accelerator.is_main_process:
-        _remember(accuracy, path)
-    return accuracy
-
-
-def _remember(accuracy: float, path: Path) -> None:
-    """Beside the run directory, which may be the only place that may be written."""
-    try:
-        write_json({"accuracy": accuracy}, path)
-    except UserError as refusal:
-        warnings.warn(f"the next run will measure the teacher's accuracy again: {refusal}", stacklevel=2)
-
-
-def _remembered(path: Path) -> float | None:
-    try:
-        return float(load_json(path)["accuracy"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _open_cache(config: RunConfig, data: Data, teacher: TeacherNetwork, pairs: TapPairs, accelerator: Accelerator) -> OpenCache:

@@ -24,9 +24,10 @@ from kd_accel.commands.run_directory import (
     refuse_other_teacher,
 )
 from kd_accel.commands.teacher import load_teacher
-from kd_accel.commands.teaching import build_teaching, check_teacher_accuracy
+from kd_accel.commands.teaching import build_teaching
 from kd_accel.config import RunConfig
 from kd_accel.engine.checkpoint import load_checkpoint
+from kd_accel.engine.evaluate import teacher_accuracy
 from kd_accel.engine.setup import (
     Accelerator,
     leave_processes,
@@ -102,8 +103,9 @@ def _train_and_save(start: Prepared, stack: ExitStack) -> None:
         stack.callback(os.close, held)
     signals = start.teaching.held_out("test") if start.teaching else None
     test = held_out(start.data, config, accelerator, split="test", signals=signals)
+    of_teacher = {}
     if start.teaching:
-        accuracy = check_teacher_accuracy(config, start.data, test, digest=start.teaching.digest, accelerator=accelerator)
+        of_teacher["teacher_accuracy"] = accuracy = teacher_accuracy(test, accelerator=accelerator)
         accelerator.print(f"{config.name}: the teacher's accuracy on the test rows is {100 * accuracy:.2f} %")
     tracking = start_tracking(start)
     stack.callback(tracking.finish)
@@ -121,4 +123,4 @@ def _train_and_save(start: Prepared, stack: ExitStack) -> None:
         return
     if start.teaching:
         start.teaching.check_unchanged()
-    save_results(start, job, test_metrics=measure(job, test), tracking=tracking)
+    save_results(start, job, test_metrics={**measure(job, test), **of_teacher}, tracking=tracking)

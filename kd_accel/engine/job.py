@@ -61,7 +61,6 @@ class Job:
     checkpoint_extra: dict[str, Any]
     checkpoint_tensors: dict[str, dict[str, Tensor]]
     validation: HeldOut | None = None
-    logs_target_variance: bool = False
 
     @property
     def is_done(self) -> bool:

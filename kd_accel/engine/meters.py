@@ -1,8 +1,7 @@
 """Means over the steps since the last line of metrics, summed on the device and read only when a line is written.
 
 Sums are float64, so that a mean does not depend on how many steps it spans; one reduction per line brings the ranks together.
-A micro-batch whose loss is not finite is in none of the means. A checkpoint may fall between two lines: it keeps each rank's
-sums, and the line after a resume is the one that would have been.
+A checkpoint may fall between two lines: it keeps each rank's sums, and the line after a resume is the same as without it.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ from torch import Tensor
 
 from kd_accel.types import LossTerms
 
-_NAMES = ("rows", "loss", "loss_hard", "loss_response", "loss_feature", "accuracy", "agreement", "target_variance")
-_COUNTS = ("skipped_steps", "overflowed_steps")
+_NAMES = ("rows", "loss", "loss_hard", "loss_response", "loss_feature", "accuracy", "agreement")
+_OVERFLOWED = "overflowed_steps"
 
 
 class Meters:
     """Running sums over rows, one row of float64 on the device of the values that come in."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(_NAMES) + len(_COUNTS), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(_NAMES) + 1, dtype=torch.float64, device=device)
         self._seen: set[str] = {"rows", "loss", "loss_hard", "accuracy"}
 
     def update(
@@ -30,7 +29,6 @@ class Meters:
         labels: Tensor,
         *,
         teacher_logits_BC: Tensor | None = None,
-        target_variance: Tensor | None = None,
     ) -> None:
         """Add one micro-batch. No value is read here, so nothing waits for the device."""
         answer = logits_BC.detach().argmax(1)
@@ -44,20 +42,18 @@ class Meters:
             "loss_feature": None if terms.feature is None else terms.feature.detach(),
             "accuracy": (answer == labels).double().mean(),
             "agreement": agreement,
-            "target_variance": target_variance,
         }
         present = {name: value for name, value in values.items() if value is not None}
         self._seen.update(present)
         zero = torch.zeros((), dtype=torch.float64, device=self._sums.device)
         one = torch.ones((), dtype=torch.float64, device=self._sums.device)
         means = torch.stack([one, *(present.get(name, zero).double() for name in _NAMES[1:])])
-        self._sums[: len(_NAMES)].add_(torch.where(terms.total.detach().isfinite(), means, zero), alpha=len(labels))
+        self._sums[: len(_NAMES)].add_(means, alpha=len(labels))
 
-    def count(self, counts: dict[str, int]) -> None:
-        """Add to numbers of which a line gives the sum over all ranks."""
-        self._seen.update(counts)
-        for name, number in counts.items():
-            self._sums[len(_NAMES) + _COUNTS.index(name)] += number
+    def count_overflows(self, number: int) -> None:
+        """Count steps that the loss scaler has left out; a line has their sum over all ranks."""
+        self._seen.add(_OVERFLOWED)
+        self._sums[-1] += number
 
     @property
     def sums(self) -> Tensor:
@@ -73,8 +69,8 @@ class Meters:
         return sorted(self._seen)
 
     def read(self, reduced_sums: Tensor) -> dict[str, float]:
-        """The means and counts that sums over all ranks stand for; starts anew. No means where no row was counted."""
-        sums = dict(zip((*_NAMES, *_COUNTS), reduced_sums.tolist(), strict=True))
+        """Compute the means and the count from sums over all ranks, and start again from zero."""
+        sums = dict(zip((*_NAMES, _OVERFLOWED), reduced_sums.tolist(), strict=True))
         self._sums.zero_()
-        means = {name: sums[name] / sums["rows"] for name in _NAMES[1:] if name in self._seen and sums["rows"]}
-        return means | {name: int(sums[name]) for name in _COUNTS if name in self._seen}
+        means = {name: sums[name] / sums["rows"] for name in _NAMES[1:] if name in self._seen}
+        return means | ({_OVERFLOWED: int(sums[_OVERFLOWED])} if _OVERFLOWED in self._seen else {})

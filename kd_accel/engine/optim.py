@@ -39,7 +39,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> t
         fused=True,
     )
     if optim.momentum:
-        # as torch would in the first step; but where that step is left out, its fused kernel goes on from memory never written
+        # torch allocates it in the first step without writing to it; where found_inf leaves that update out, the fused kernel
+        # of the next step would continue from unwritten memory
         for weight in trained:
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer

@@ -50,14 +50,13 @@ def settle(job: Job) -> None:
 
 
 def look(job: Job) -> None:
-    """Steps that were left out since the last look: into the sums behind the next line of metrics, and told."""
-    position = job.trainee.position
-    seen = job.watch.look(streak=position.skipped_in_a_row)
-    position.skipped_in_a_row = seen.streak
-    if job.accelerator.is_main_process:
-        job.trainee.meters.count(seen.counts)
-    for notice in seen.notices:
-        job.progress.say(notice)
+    """Count the fp16 overflows since the last look toward the next line of metrics. Every rank must call it.
+
+    Raises UserError, on all ranks alike, for a step that is not finite for another reason.
+    """
+    overflowed = job.watch.look()
+    if job.accelerator.scaler is not None and job.accelerator.is_main_process:
+        job.trainee.meters.count_overflows(overflowed)
 
 
 def _refuse_broken(weights: dict[str, Tensor], *, step: int) -> None:

@@ -33,7 +33,6 @@ class Position:
     """epoch: whole epochs done. step_in_epoch, step: optimizer steps done in this epoch and in all.
 
     best_val_accuracy: the best so far on the validation rows, None where nothing was measured. elapsed_s: training time.
-    skipped_in_a_row: the latest steps that were left out (engine/finite.py).
     """
 
     epoch: int = 0
@@ -41,7 +40,6 @@ class Position:
     step: int = 0
     best_val_accuracy: float | None = None
     elapsed_s: float = 0.0
-    skipped_in_a_row: int = 0
 
 
 @dataclass

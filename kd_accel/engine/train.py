@@ -20,7 +20,6 @@ from kd_accel.engine.job import Job
 from kd_accel.engine.optim import set_learning_rate
 from kd_accel.engine.saving import look, save, settle
 from kd_accel.engine.state import Trainee
-from kd_accel.losses.feature import target_variance
 from kd_accel.stages import stage, staged
 from kd_accel.types import Batch, LossFunction, LossTerms, Signals, SignalSource, StudentOutput, UserError
 
@@ -128,7 +127,6 @@ def _stop_if_asked(job: Job) -> None:
 def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction, lr: float) -> None:
     """One update from all micro-batches; the ranks exchange gradients in the last backward only."""
     accelerator, trainee, watch = job.accelerator, job.trainee, job.watch
-    watch.begin()
     for index, batch in enumerate(micro_batches):
         on_device = batch.to(accelerator.device, non_blocking=True)
         is_last = index == len(micro_batches) - 1
@@ -138,13 +136,7 @@ def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction
             with stage("backward"):
                 accelerator.backward(watch.watched(terms, output, answer, batch.rows) / len(micro_batches))
         with stage("logging"):
-            trainee.meters.update(
-                terms,
-                output.logits,
-                on_device.labels,
-                teacher_logits_BC=answer.logits,
-                target_variance=target_variance(output.pairs) if job.logs_target_variance else None,
-            )
+            trainee.meters.update(terms, output.logits, on_device.labels, teacher_logits_BC=answer.logits)
     with stage("optimizer"):
         _update(job, lr)
 
@@ -162,7 +154,6 @@ def _update(job: Job, lr: float) -> None:
     trainee.optimizer.step()
     if trainee.average is not None:
         trainee.average.update(accelerator.unwrap_model(trainee.module).student)
-    watch.settle()
     trainee.optimizer.zero_grad(set_to_none=True)
 
 

@@ -29,13 +29,6 @@ def feature_loss(pairs: Pairs) -> Tensor:
     return torch.stack(distances).sum()
 
 
-def target_variance(pairs: Pairs) -> Tensor | None:
-    """Mean over the taps of the variance of the targets: near 0, a learned teacher projector has collapsed."""
-    if not pairs:
-        return None
-    return torch.stack([full_precision(target.detach()).var(correction=0) for _, target in pairs.values()]).mean()
-
-
 class _MeanSquare(torch.autograd.Function):
     """Mean of (student - target)^2, keeping their difference alone for the backward; torch's mse_loss keeps both maps."""
 

@@ -1,8 +1,8 @@
-"""Bringing teacher and student features into the same channels: learned 1x1 convolutions, and a frozen PCA.
+"""Projectors that bring teacher and student features into the same channels: learned 1x1 convolutions, and a frozen PCA.
 
 direction            student's side            teacher's side
 student_to_teacher   learned, up               raw                        (FitNets, Romero et al. 2015)
-teacher_to_student   nothing                   learned or frozen PCA, down
+teacher_to_student   nothing                   frozen PCA, down
 both                 learned, same width       frozen PCA, down
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,28 +47,16 @@ class FeatureProjector(nn.Module):
         return torch.baddbmm(bias[:, None], weights, feature.flatten(2)).unflatten(2, (height, width))
 
 
-class NormalizedProjector(FeatureProjector):
-    """A learned projector on the teacher's side. Its output has mean 0 and variance 1 per channel over the batch.
-
-    Without that, student and projector could both shrink towards zero and agree about nothing. The usual epsilon of 1e-5 would
-    leave that way open to small weights.
-    """
-
-    def forward(self, feature: Tensor) -> Tensor:
-        projected = super().forward(feature).float()
-        return functional.batch_norm(projected, None, None, training=True, eps=1e-12)
-
-
 @dataclass(frozen=True)
 class Projectors:
-    """What a direction needs, by the student's tap.
+    """Projectors of a direction, by the student's tap.
 
-    student, teacher: learned, trained with the student. pca_channels: taps whose teacher features a frozen PCA must bring to
-    that many channels; it belongs to the teacher.
+    Args:
+        student: learned projectors of the student's features, trained with the student.
+        pca_channels: number of channels to which a frozen PCA, part of the teacher, reduces the teacher's features.
     """
 
     student: dict[str, FeatureProjector] = field(default_factory=dict)
-    teacher: dict[str, FeatureProjector] = field(default_factory=dict)
     pca_channels: dict[str, int] = field(default_factory=dict)
 
 
@@ -78,19 +65,22 @@ def build_projectors(
     teacher_shapes: Mapping[str, Shape],
     *,
     direction: Direction,
-    teacher_projector: Literal["pca", "learned"] = "pca",
     seed: int = 0,
 ) -> Projectors:
-    """Projectors for pairs of taps; both mappings have the student's taps as keys.
+    """Build the projectors of pairs of taps; initial weights depend on (seed, tap) alone, not on the global generator.
 
-    Initial weights depend on (seed, tap) alone, and the global generator does not move. Raises UserError where a PCA would
-    have to add channels.
+    Args:
+        student_shapes: shapes of the student's features by the student's tap.
+        teacher_shapes: shapes of the teacher's features by the student's tap.
+        direction: which side is projected.
+        seed: of the initial weights of the learned projectors.
+
+    Raises:
+        UserError: a PCA would have to add channels.
     """
     widths = {tap: (student_shapes[tap][0], teacher_shapes[tap][0]) for tap in student_shapes}
     if direction == "student_to_teacher":
-        return Projectors(student={t: _learned(FeatureProjector, t, s, d, seed) for t, (s, d) in widths.items()})
-    if direction == "teacher_to_student" and teacher_projector == "learned":
-        return Projectors(teacher={t: _learned(NormalizedProjector, t, d, s, seed) for t, (s, d) in widths.items()})
+        return Projectors(student={t: _learned(t, s, d, seed) for t, (s, d) in widths.items()})
     for tap, (student, teacher) in widths.items():
         if teacher < student:
             raise UserError(
@@ -101,7 +91,7 @@ def build_projectors(
     if direction == "teacher_to_student":
         return Projectors(pca_channels=pca_channels)
     return Projectors(
-        student={t: _learned(FeatureProjector, t, s, s, seed) for t, (s, _) in widths.items()},
+        student={t: _learned(t, s, s, seed) for t, (s, _) in widths.items()},
         pca_channels=pca_channels,
     )
 
@@ -161,7 +151,7 @@ def _signed(directions: Tensor) -> Tensor:
     return directions * directions.gather(1, largest).sign()
 
 
-def _learned(kind: type[FeatureProjector], tap: str, channels_in: int, channels_out: int, seed: int) -> FeatureProjector:
+def _learned(tap: str, channels_in: int, channels_out: int, seed: int) -> FeatureProjector:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{seed}/{tap}".encode()))
-        return kind(channels_in, channels_out)
+        return FeatureProjector(channels_in, channels_out)

@@ -16,7 +16,14 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 class StudentModule(nn.Module):
-    """student: plain network. normalize: pixels -> its input. Projectors by tap, for the side they stand on."""
+    """Student network with its input normalization and the learned projectors of its features.
+
+    Args:
+        student: plain network.
+        normalize: module from uint8 pixels to the input of the network.
+        taps: named modules of the network whose outputs are paired with the teacher's features.
+        student_projectors: projectors of those outputs by tap; a tap without one is compared as it is.
+    """
 
     def __init__(
         self,
@@ -25,14 +32,12 @@ class StudentModule(nn.Module):
         *,
         taps: Sequence[str] = (),
         student_projectors: Mapping[str, nn.Module] | None = None,
-        teacher_projectors: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.normalize = normalize
         self._taps = tuple(taps)
-        self.student_projectors = _by_tap(student_projectors)
-        self.teacher_projectors = _by_tap(teacher_projectors)
+        self.student_projectors = nn.ModuleDict({_key(tap): part for tap, part in (student_projectors or {}).items()})
         self._recorder = TapRecorder(student, self._taps)
 
     def open_taps(self) -> None:
@@ -55,13 +60,7 @@ class StudentModule(nn.Module):
         key = _key(tap)
         if key in self.student_projectors:
             student = self.student_projectors[key](student)
-        if key in self.teacher_projectors:
-            target = self.teacher_projectors[key](target)
         return student, target
-
-
-def _by_tap(projectors: Mapping[str, nn.Module] | None) -> nn.ModuleDict:
-    return nn.ModuleDict({_key(tap): projector for tap, projector in (projectors or {}).items()})
 
 
 def _key(tap: str) -> str:

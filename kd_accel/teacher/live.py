@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from kd_accel.config import StorageType
 from kd_accel.models.taps import TapRecorder
 from kd_accel.teacher.identity import tensors_digest
-from kd_accel.teacher.store.codec import rounded
 from kd_accel.types import Batch, Signals
 
 
@@ -28,7 +26,6 @@ class LiveTeacher:
     taps: {student tap: teacher tap}; an open recorder of the teacher's taps is made of them and must be closed.
     projectors: frozen ones by student tap; where a tap has none its features are raw.
     autocast: the context in which the teacher runs; a cached teacher must have been built in the same.
-    rounding: type to which the answers are rounded, as a cache of that type would; None = not at all.
     """
 
     model: nn.Module
@@ -36,7 +33,6 @@ class LiveTeacher:
     taps: Mapping[str, str] = field(default_factory=dict)
     projectors: Mapping[str, nn.Module] = field(default_factory=dict)
     autocast: Callable[[], AbstractContextManager] = nullcontext
-    rounding: StorageType | None = None
 
     def __post_init__(self) -> None:
         for module in (self.model, self.normalize, *self.projectors.values()):
@@ -54,10 +50,7 @@ class LiveTeacher:
             logits = self.model(self.normalize(batch.images))
             recorded = self._recorder.take()
             features = {tap: self._project(tap, recorded[name]) for tap, name in self.taps.items()}
-        if self.rounding is None:
-            return Signals(logits.float(), features)
-        features = {tap: rounded(feature, self.rounding) for tap, feature in features.items()}
-        return Signals(rounded(logits, self.rounding), features)
+        return Signals(logits.float(), features)
 
     def _project(self, tap: str, feature: torch.Tensor) -> torch.Tensor:
         return self.projectors[tap](feature) if tap in self.projectors else feature

@@ -38,11 +38,6 @@ def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
     return values if scale is None else values * _by_channel(scale, values)
 
 
-def rounded(values: Tensor, dtype: StorageType) -> Tensor:
-    """What a cache of that type gives back, without a look at the numbers. Not for int8, whose scale depends on a shard."""
-    return values.to(TORCH_TYPE[dtype]).float()
-
-
 def _by_channel(scale: Tensor, values: Tensor) -> Tensor:
     leading = scale.shape if scale.ndim == 2 else (1, *scale.shape)
     return scale.reshape(*leading, *[1] * (values.ndim - 2))

@@ -7,7 +7,7 @@
       train/view-0000/logits-00000-of-00049.safetensors      [n, C]
       train/view-0000/layer1-00000-of-00049.safetensors      [n, D, H, W], named for the teacher's tap
       val/view-0000/logits-..., test/view-0000/logits-...    held-out rows: logits, for the agreement with the student
-      manifest.json                                          checksums of all shards, written last
+      manifest.json                                          checksums of all shards and the teacher's accuracy, written last
 
 All tensors of a split are cut at the same rows, so that one pass of the teacher fills a file of each.
 """

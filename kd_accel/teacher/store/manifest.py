@@ -117,8 +117,24 @@ def find_manifest(directory: Path, plan: Plan) -> dict[str, str]:
         return {}
 
 
-def write_manifest(directory: Path, plan: Plan, files: Mapping[str, str]) -> None:
-    write_json({"version": VERSION, "cache": plan.digest, "files": dict(sorted(files.items()))}, directory / "manifest.json")
+def write_manifest(directory: Path, plan: Plan, files: Mapping[str, str], *, teacher_accuracy: float | None = None) -> None:
+    """Write manifest.json, which makes a cache complete.
+
+    Args:
+        directory: of the cache.
+        plan: of the cache.
+        files: {file name: checksum of its data}.
+        teacher_accuracy: on the cached test rows, a fraction of 1, for whoever reads the file.
+    """
+    content = {"version": VERSION, "cache": plan.digest, "teacher_accuracy": teacher_accuracy}
+    write_json({**content, "files": dict(sorted(files.items()))}, directory / "manifest.json")
+
+
+def read_teacher_accuracy(directory: Path) -> float | None:
+    """Return the accuracy that `write_manifest` was given, None where manifest.json does not have it or does not exist."""
+    path = directory / "manifest.json"
+    accuracy = read_json(path, remedy=_REBUILD).get("teacher_accuracy") if path.is_file() else None
+    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None
 
 
 def missing_shards(plan: Plan, files: Mapping[str, str]) -> Iterator[Shard]:
