@@ -20,16 +20,16 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ResNet, resnet18
 
-from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM, STUDENT, TAPS, Size, build_student, folded_teacher, frozen_projectors
-from kd_accel.models.layout import maps_layout, weights_layout
+from benchmarks.jobs import CLASSES, IMAGE_SIZE, LAYERS, OPTIM, STUDENT, Size, build_student, frozen_projectors, fused_teacher
+from kd_accel.models.memory_format import image_memory_format, weight_memory_format
 from kd_accel.models.projectors import FeatureProjector
-from kd_accel.stages import stage
+from kd_accel.profiling import profiler_range
 
 TEMPERATURE, ALPHA, FEATURE_WEIGHT = 4.0, 0.5, 0.1
 Batches = Sequence[tuple[Tensor, Tensor]]
-"""[(normalised float images [B, 3, H, W], labels [B]), ...] on the device."""
+"""[(normalized float images [B, 3, H, W], labels [B]), ...] on the device."""
 Answer = tuple[Tensor, dict[str, Tensor]]
-"""(the teacher's logits [B, C], {tap: its projected features})."""
+"""(the teacher's logits [B, C], {layer: its projected features})."""
 LimitPrecision = Literal["no", "bf16"]
 
 
@@ -53,16 +53,16 @@ LIMITS = {
 class _Student(nn.Module):
     """ResNet-18 and its learned projectors, in one module for DistributedDataParallel."""
 
-    def __init__(self, taps: Sequence[str], device: torch.device, *, is_own: bool, forms: torch.device | None) -> None:
+    def __init__(self, layers: Sequence[str], device: torch.device, *, is_own: bool, forms: torch.device | None) -> None:
         super().__init__()
         self.network = build_student(device, forms=forms) if is_own else resnet18(num_classes=CLASSES)
-        self.learned = nn.ModuleDict({tap: FeatureProjector(STUDENT[tap][0], STUDENT[tap][0]) for tap in taps})
+        self.learned = nn.ModuleDict({layer: FeatureProjector(STUDENT[layer][0], STUDENT[layer][0]) for layer in layers})
 
     def forward(self, images: Tensor) -> Answer:
         if not self.learned:
             return self.network(images), {}
         logits, maps = _with_maps(self.network, images)
-        return logits, {tap: projector(maps[tap]) for tap, projector in self.learned.items()}
+        return logits, {layer: projector(maps[layer]) for layer, projector in self.learned.items()}
 
 
 def limit_case(
@@ -78,36 +78,36 @@ def limit_case(
 
     forms: as in `Bench`.
     """
-    taps = list(TAPS) if limit.with_features else []
-    student = _student(device, taps, world_size, is_own=limit.teacher != "none", forms=forms)
+    layers = list(LAYERS) if limit.with_features else []
+    student = _student(device, layers, world_size, is_own=limit.teacher != "none", forms=forms)
     batches = random_batches(device, size, world_size, forms=forms)
     optimizer = torch.optim.SGD(
         student.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
     )
-    answer = _teacher(limit, device, taps, batches, precision=precision, forms=forms)
+    answer = _teacher(limit, device, layers, batches, precision=precision, forms=forms)
 
     def block() -> float:
         for number, (images, labels) in enumerate(batches):
             with _autocast(device, precision):
-                with stage("teacher"):
+                with profiler_range("teacher"):
                     target = answer(number, images)
-                with stage("student"):
+                with profiler_range("student"):
                     logits, maps = student(images)
-            with stage("loss"):
+            with profiler_range("loss"):
                 loss = _loss(logits, maps, labels, target)
-            with stage("backward"):
+            with profiler_range("backward"):
                 loss.backward()
-            with stage("optimizer"):
+            with profiler_range("optimizer"):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        return size.rows
+        return size.samples
 
     return block
 
 
 def forward_case(device: torch.device, images: Sequence[Tensor]) -> Callable[[], float]:
-    """The teacher's forward and the frozen projection of its features. images: normalised float."""
-    teacher, frozen = folded_teacher(device), frozen_projectors(device)
+    """The teacher's forward and the frozen projection of its features. images: normalized float."""
+    teacher, frozen = fused_teacher(device), frozen_projectors(device)
 
     @torch.no_grad()
     def block() -> float:
@@ -123,14 +123,14 @@ def random_batches(device: torch.device, size: Size, world_size: int = 1, *, for
     share = size.batch_size // world_size
     images = torch.randn(size.steps, share, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     labels = torch.randint(0, CLASSES, (size.steps, share), device=device)
-    layout = maps_layout(None, forms or device)
-    return [(batch.contiguous(memory_format=layout), own) for batch, own in zip(images, labels, strict=True)]
+    memory_format = image_memory_format(None, forms or device)
+    return [(batch.contiguous(memory_format=memory_format), own) for batch, own in zip(images, labels, strict=True)]
 
 
 def _teacher(
     limit: Limit,
     device: torch.device,
-    taps: Sequence[str],
+    layers: Sequence[str],
     batches: Batches,
     *,
     precision: LimitPrecision,
@@ -140,8 +140,8 @@ def _teacher(
     if limit.teacher == "none":
         return lambda number, images: None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = folded_teacher(device, forms=forms).to(dtype)
-    frozen = {tap: projector.to(dtype) for tap, projector in frozen_projectors(device).items() if tap in taps}
+    model = fused_teacher(device, forms=forms).to(dtype)
+    frozen = {layer: projector.to(dtype) for layer, projector in frozen_projectors(device).items() if layer in layers}
 
     @torch.no_grad()
     def live(number: int, images: Tensor) -> Answer:
@@ -160,7 +160,7 @@ def _autocast(device: torch.device, precision: LimitPrecision) -> AbstractContex
 
 def _float(logits: Tensor, maps: Mapping[str, Tensor]) -> Answer:
     """The same in float32, in which losses are computed."""
-    return logits.float(), {tap: value.float() for tap, value in maps.items()}
+    return logits.float(), {layer: value.float() for layer, value in maps.items()}
 
 
 def _loss(logits: Tensor, maps: dict[str, Tensor], labels: Tensor, target: Answer | None) -> Tensor:
@@ -174,22 +174,22 @@ def _loss(logits: Tensor, maps: dict[str, Tensor], labels: Tensor, target: Answe
     loss = ALPHA * response + (1 - ALPHA) * hard
     if not maps:
         return loss
-    return loss + FEATURE_WEIGHT * torch.stack([functional.mse_loss(maps[tap], targets[tap]) for tap in maps]).sum()
+    return loss + FEATURE_WEIGHT * torch.stack([functional.mse_loss(maps[layer], targets[layer]) for layer in maps]).sum()
 
 
 def _projected(teacher: nn.Module, frozen: Mapping[str, nn.Module], images: Tensor) -> Answer:
     if not frozen:
         return teacher(images), {}
     logits, maps = _with_maps(teacher, images)
-    return logits, {tap: projector(maps[tap]) for tap, projector in frozen.items()}
+    return logits, {layer: projector(maps[layer]) for layer, projector in frozen.items()}
 
 
 def _student(
-    device: torch.device, taps: Sequence[str], world_size: int, *, is_own: bool, forms: torch.device | None
+    device: torch.device, layers: Sequence[str], world_size: int, *, is_own: bool, forms: torch.device | None
 ) -> nn.Module:
     torch.manual_seed(0)
-    student = _Student(taps, device, is_own=is_own, forms=forms).to(device)
-    student = student.to(memory_format=weights_layout(None, forms or device)).train()
+    student = _Student(layers, device, is_own=is_own, forms=forms).to(device)
+    student = student.to(memory_format=weight_memory_format(None, forms or device)).train()
     return student if world_size == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
 
 
@@ -197,6 +197,6 @@ def _with_maps(model: nn.Module, images: Tensor) -> Answer:
     """The ResNet's own forward, its stages kept."""
     assert isinstance(model, ResNet)
     hidden, maps = model.maxpool(model.relu(model.bn1(model.conv1(images)))), {}
-    for tap in TAPS:
-        hidden = maps[tap] = getattr(model, tap)(hidden)
+    for layer in LAYERS:
+        hidden = maps[layer] = getattr(model, layer)(hidden)
     return model.fc(torch.flatten(model.avgpool(hidden), 1)), maps

@@ -29,7 +29,9 @@ def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
     device = bench.device
     student = resnet18(num_classes=CLASSES).to(device)
     teacher = resnet50(num_classes=CLASSES, zero_init_residual=True).to(device).eval()
-    projectors = nn.ModuleDict({stage: nn.Conv2d(STUDENT[stage][0], TEACHER[stage][0], 1) for stage in STAGES}).to(device)
+    projectors = nn.ModuleDict(
+        {profiler_range: nn.Conv2d(STUDENT[profiler_range][0], TEACHER[profiler_range][0], 1) for profiler_range in STAGES}
+    ).to(device)
     parameters = [*student.parameters(), *projectors.parameters()]
     optimizer = torch.optim.SGD(
         parameters, lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay
@@ -58,8 +60,10 @@ def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
                 reduction="batchmean",
             )
             loss = ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * functional.cross_entropy(logits, labels)
-            for stage in STAGES:
-                loss = loss + FEATURE_WEIGHT * functional.mse_loss(projectors[stage](kept[stage]), targets[stage])
+            for profiler_range in STAGES:
+                loss = loss + FEATURE_WEIGHT * functional.mse_loss(
+                    projectors[profiler_range](kept[profiler_range]), targets[profiler_range]
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -75,12 +79,12 @@ def _keep(model: nn.Module) -> dict[str, Tensor]:
     """{stage: what it gave in the latest forward}."""
     kept: dict[str, Tensor] = {}
 
-    def keeper(stage: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def keeper(profiler_range: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            kept[stage] = output
+            kept[profiler_range] = output
 
         return keep
 
-    for stage in STAGES:
-        getattr(model, stage).register_forward_hook(keeper(stage))
+    for profiler_range in STAGES:
+        getattr(model, profiler_range).register_forward_hook(keeper(profiler_range))
     return kept

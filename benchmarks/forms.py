@@ -21,10 +21,10 @@ from torch.nn import functional
 
 from benchmarks.harness import Result, finish, has_compiler, measure_in_turns, suite_parser
 from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM
-from kd_accel.models.cpu_forms import use_cpu_forms
-from kd_accel.models.folding import folded
-from kd_accel.models.layout import maps_layout, weights_layout
-from kd_accel.models.zoo import build_model
+from kd_accel.models.cpu_kernels import use_cpu_kernels
+from kd_accel.models.factory import build_model
+from kd_accel.models.fusion import fuse_conv_bn
+from kd_accel.models.memory_format import image_memory_format, weight_memory_format
 
 RATIOS = [
     ("student", "student_torch"),
@@ -63,11 +63,11 @@ def main() -> None:
 def student_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
     device, labels = images.device, torch.randint(0, CLASSES, (len(images),), device=images.device)
 
-    def case(*, channels_last: bool | None, has_fast_forms: bool, compiles: bool = False) -> Callable[[], object]:
-        own = copy.deepcopy(model).to(memory_format=weights_layout(channels_last, device)).train()
-        own_images = images.contiguous(memory_format=maps_layout(channels_last, device))
-        if has_fast_forms:
-            use_cpu_forms(own, device)
+    def case(*, channels_last: bool | None, has_fast_kernels: bool, compiles: bool = False) -> Callable[[], object]:
+        own = copy.deepcopy(model).to(memory_format=weight_memory_format(channels_last, device)).train()
+        own_images = images.contiguous(memory_format=image_memory_format(channels_last, device))
+        if has_fast_kernels:
+            use_cpu_kernels(own, device)
         optimizer = torch.optim.SGD(
             own.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
         )
@@ -82,28 +82,28 @@ def student_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], ob
         return step
 
     cases = {
-        "student": case(channels_last=None, has_fast_forms=True),
-        "student_torch": case(channels_last=False, has_fast_forms=False),
-        "student_channels_last": case(channels_last=True, has_fast_forms=False),
+        "student": case(channels_last=None, has_fast_kernels=True),
+        "student_torch": case(channels_last=False, has_fast_kernels=False),
+        "student_channels_last": case(channels_last=True, has_fast_kernels=False),
     }
     if has_compiler():
-        cases["student_compiled"] = case(channels_last=None, has_fast_forms=True, compiles=True)
+        cases["student_compiled"] = case(channels_last=None, has_fast_kernels=True, compiles=True)
     return cases
 
 
 def teacher_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
-    device, one = images.device, folded(model, taps=[], image_size=images.shape[-1])  # on the CPU, which has no TF32
+    device, one = images.device, fuse_conv_bn(model, layers=[], image_size=images.shape[-1])  # on the CPU, which has no TF32
 
-    def case(source: nn.Module, *, channels_last: bool | None, has_fast_forms: bool = False) -> Callable[[], object]:
-        own = copy.deepcopy(source).to(device).to(memory_format=maps_layout(channels_last, device))
-        own_images = images.contiguous(memory_format=maps_layout(channels_last, device))
-        if has_fast_forms:
-            use_cpu_forms(own, device)
+    def case(source: nn.Module, *, channels_last: bool | None, has_fast_kernels: bool = False) -> Callable[[], object]:
+        own = copy.deepcopy(source).to(device).to(memory_format=image_memory_format(channels_last, device))
+        own_images = images.contiguous(memory_format=image_memory_format(channels_last, device))
+        if has_fast_kernels:
+            use_cpu_kernels(own, device)
         return torch.no_grad()(lambda: own(own_images))
 
     as_it_answers = model if one is None else one
     cases = {
-        "teacher": case(as_it_answers, channels_last=None, has_fast_forms=True),
+        "teacher": case(as_it_answers, channels_last=None, has_fast_kernels=True),
         "teacher_torch": case(as_it_answers, channels_last=False),
         "teacher_channels_last": case(as_it_answers, channels_last=True),
     }

@@ -113,7 +113,7 @@ def _close(chain: Chain, options: Options, work: Path) -> None:
     ledger = chain.ledger
     if ledger.not_done:
         ledger.write({"not_done": list(ledger.not_done), "reasons": ledger.not_done})
-    timed = {signals: ledger.done[f"timed-{signals}"]["rates"] for signals in TIMED if f"timed-{signals}" in ledger.done}
+    timed = {outputs: ledger.done[f"timed-{outputs}"]["rates"] for outputs in TIMED if f"timed-{outputs}" in ledger.done}
     fewest = min(map(len, timed.values()), default=0)
     result = Result.of_repeats(
         "gpu-reference", {name: found[:fewest] for name, found in timed.items()}, notes=_notes(chain, options)
@@ -126,8 +126,8 @@ def _close(chain: Chain, options: Options, work: Path) -> None:
 
 
 def _notes(chain: Chain, options: Options) -> dict[str, Any]:
-    rows = chain.finished_rows()
-    by_row = {key: {name: chain.ledger.done[name][key] for name in rows} for key in ("accuracy", "agreement")}
+    rows = chain.finished_samples()
+    by_sample = {key: {name: chain.ledger.done[name][key] for name in rows} for key in ("accuracy", "agreement")}
     return {
         "part": options.part,
         "trial": options.trial,
@@ -137,7 +137,7 @@ def _notes(chain: Chain, options: Options) -> dict[str, Any]:
         "batch_size": chain.part.batch_size,
         "epochs": chain.part.epochs,
         "epochs_planned": chain.planned.epochs,
-        **by_row,
+        **by_sample,
         "failed": chain.ledger.failed,
         "not_done": chain.ledger.not_done,
         "gpu": _gpu_and_driver(),

@@ -36,7 +36,7 @@ from benchmarks.gpu_reference_plan import (
 )
 
 TIMED = ("cached", "live")
-_TRIAL_ROWS = 40
+_TRIAL_SAMPLES = 40
 _TRIAL_SOURCE = "import:benchmarks.gpu_reference_trial:images"
 _RATE_LINES = 3
 
@@ -73,13 +73,13 @@ class Chain:
         self._runner.finish(*self._begin())
         self._runner.run(self.cache("build", "teacher"), *map(self.training, self.part.students[1:]))
         self._runner.run(*map(self.training, self.part.distilled), self.cache("verify", "cache-build"))
-        for signals in TIMED:
-            self._runner.run(self.timed(signals))
+        for outputs in TIMED:
+            self._runner.run(self.timed(outputs))
         self._run_other_seeds()
 
     def report(self) -> None:
         """Run the last two commands, for the rows that are finished."""
-        finished = [str(self._work / name) for name in self.finished_rows()]
+        finished = [str(self._work / name) for name in self.finished_samples()]
         if not finished:
             for name in ("bench", "report"):
                 self.ledger.leave_out(name, "no training was finished")
@@ -93,7 +93,7 @@ class Chain:
         measured = ["--bench", str(figures)] if "bench" in self.ledger.done else []
         self._runner.run(Job("report", ["report", *finished, "--out", str(self._options.out / "report"), *measured]))
 
-    def finished_rows(self) -> list[str]:
+    def finished_samples(self) -> list[str]:
         """Names of the trainings that are done, in the order of the table."""
         return [row.name for row in self.planned.rows if row.name in self.ledger.done]
 
@@ -173,12 +173,12 @@ class Chain:
             row.name, ["train", *as_arguments({**flags, "run_dir": str(run_dir)})], run_dir, about, needs, training_figures
         )
 
-    def timed(self, signals: str) -> Job:
+    def timed(self, outputs: str) -> Job:
         """Return a short training with the settings of the first distilled row."""
-        name, steps = f"timed-{signals}", self.part.timed_steps
+        name, steps = f"timed-{outputs}", self.part.timed_steps
         flags = {**self._flags(self.part.distilled[0]), "name": name, "run_dir": str(self._work / name)}
-        flags |= {"teacher.signals": signals, "train.max_steps": steps}
-        needs = ("teacher", "cache-build") if signals == "cached" else ("teacher",)
+        flags |= {"teacher.outputs": outputs, "train.max_steps": steps}
+        needs = ("teacher", "cache-build") if outputs == "cached" else ("teacher",)
         return Job(name, ["train", *as_arguments(flags)], self._work / name, {"steps": steps}, needs, timed_figures)
 
     def cache(self, action: str, needs: str) -> Job:
@@ -195,7 +195,7 @@ class Chain:
         if row.name != self.planned.teacher.name:
             flags["data.views"] = min(self.part.views, self.part.epochs)
         if row in self.planned.distilled:
-            flags |= {"teacher.run": str(self._work / self.planned.teacher.name), "teacher.signals": "cached"}
+            flags |= {"teacher.run": str(self._work / self.planned.teacher.name), "teacher.outputs": "cached"}
             flags["teacher.cache_dir"] = str(self._work / "cache")
         return flags
 
@@ -203,7 +203,7 @@ class Chain:
 def _source(options: Options) -> Flags:
     if options.data is None:
         return {"data.source": _TRIAL_SOURCE, "data.image_column": "image"}
-    few = _TRIAL_ROWS if options.trial else None
+    few = _TRIAL_SAMPLES if options.trial else None
     limits = {"data.limit_train": options.limit_train or few, "data.limit_test": few}
     return {"data.source": f"parquet:{options.data}", "data.image_column": "img", **limits}
 

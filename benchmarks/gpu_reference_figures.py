@@ -52,7 +52,7 @@ def timed_figures(outcome: Outcome) -> Mapping[str, Any]:
 
 def build_figures(outcome: Outcome) -> Mapping[str, Any]:
     """Return the rate of `cache build`; a row counts once for each of its views."""
-    return {"rows_per_second": float(re.findall(r"\((\d+) rows/s\)", outcome.stdout)[-1])}
+    return {"rows_per_second": float(re.findall(r"\((\d+) samples/s\)", outcome.stdout)[-1])}
 
 
 def verify_figures(outcome: Outcome) -> Mapping[str, Any]:

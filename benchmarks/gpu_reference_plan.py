@@ -167,7 +167,7 @@ def pair(stem: Stem, seeds: Sequence[int]) -> Part:
     data = {"data.augment": "crop_flip", "data.mean": [0.4914, 0.4822, 0.4465], "data.std": [0.2470, 0.2435, 0.2616]}
     teacher = {"role": "teacher", "model.arch": "torchvision/resnet50", "model.arch_args": {"zero_init_residual": True}}
     student = {"model.arch": "torchvision/resnet18"}
-    distill = {"temperature": 4.0, "alpha": 0.9, "feature": {"weight": 0.1, "direction": "both", "taps": ["layer4"]}}
+    distill = {"temperature": 4.0, "alpha": 0.9, "feature": {"weight": 0.1, "direction": "both", "layers": ["layer4"]}}
     optim = {"optim.lr": 0.2, "optim.nesterov": True, "train.batch_size": 512, "train.precision": "bf16"}
     pixels = {"no_pool": 4, "cifar": 16}[stem]
     return Part(
@@ -214,15 +214,15 @@ def reference() -> Part:
 
 
 def in_small(part: Part) -> Part:
-    """Return the part for a few images on a CPU: two ResNet-18, two epochs, two views, one tap."""
+    """Return the part for a few images on a CPU: two ResNet-18, two epochs, two views, one layer."""
     small = {"train.batch_size": 4, "train.log_every_steps": 1, "train.precision": "no"}
-    taps = {"distill.feature.taps": ["layer1"], "distill.feature.pca_images": 16}
+    layers = {"distill.feature.layers": ["layer1"], "distill.feature.pca_images": 16}
     return replace(
         part,
         epochs=2,
         shared={**part.shared, **small},
         teacher=replace(part.teacher, flags={**part.teacher.flags, "model.arch": "torchvision/resnet18"}),
-        distilled=tuple(replace(row, flags={**row.flags, **taps}) for row in part.distilled),
+        distilled=tuple(replace(row, flags={**row.flags, **layers}) for row in part.distilled),
         precision="no",
         batch_size=4,
         views=2,

@@ -1,12 +1,12 @@
-"""How cost grows with images, views, classes and taps: `python -m benchmarks.growth`.
+"""How cost grows with images, views, classes and layers: `python -m benchmarks.growth`.
 
 Each case is a `cache build` and a training of one epoch from that cache (ResNet-50 teaches ResNet-18, hybrid, 32x32, random
 pixels), each command in a process of its own, with one of the numbers changed:
-    base          1,024 rows, 1 view, 10 classes, 4 taps
+    base          1,024 samples, 1 view, 10 classes, 4 layers
     rows_...      more images           views_...     more views
-    classes_...   more classes          taps_...      fewer taps
-Medians are microseconds of a row and view in the build (its own figure), and of a row in the training; the notes hold the
-largest resident memory of both commands, in MiB, and the bytes of a row and view. The cases take turns. Run it alone.
+    classes_...   more classes          taps_...      fewer layers
+Medians are microseconds of a sample and view in the build (its own figure), and of a sample in the training; the notes hold the
+largest resident memory of both commands, in MiB, and the bytes of a sample and view. The cases take turns. Run it alone.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ import numpy as np
 from safetensors.torch import save_file
 
 from benchmarks.harness import Result, cpu_threads, finish, suite_parser
-from kd_accel.models.zoo import build_model
+from kd_accel.models.factory import build_model
 
 _STAGES = ["layer1", "layer2", "layer3", "layer4"]
-_ROWS, _CLASSES = "KD_GROWTH_ROWS", "KD_GROWTH_CLASSES"
-_PCA_ROWS = 640
-"""More than the 512 directions that the last tap keeps of its one pixel."""
+_SAMPLES, _CLASSES = "KD_GROWTH_ROWS", "KD_GROWTH_CLASSES"
+_PCA_SAMPLES = 640
+"""More than the 512 directions that the last layer keeps of its one pixel."""
 _ARGS = {"zero_init_residual": True}
 
 
 @dataclass(frozen=True)
 class Case:
-    """rows: of training; as many as `--steps` batches unless said."""
+    """samples: of training; as many as `--steps` batches unless said."""
 
-    rows: int
+    samples: int
     views: int = 1
     classes: int = 10
-    taps: int = 4
+    layers: int = 4
 
 
 def images(split: str, image_size: int) -> dict[str, object]:
     """The source of the runs: random pixels, as many as the environment says."""
     generator = np.random.default_rng(0)
-    rows, classes = int(os.environ[_ROWS]) if split == "train" else 16, int(os.environ[_CLASSES])
-    pixels = generator.integers(0, 256, (rows, image_size, image_size, 3), dtype=np.uint8)
+    samples, classes = int(os.environ[_SAMPLES]) if split == "train" else 16, int(os.environ[_CLASSES])
+    pixels = generator.integers(0, 256, (samples, image_size, image_size, 3), dtype=np.uint8)
     return {
         "images": pixels,
-        "labels": generator.integers(0, classes, rows).tolist(),
+        "labels": generator.integers(0, classes, samples).tolist(),
         "label_names": [str(label) for label in range(classes)],
     }
 
@@ -59,10 +59,10 @@ def images(split: str, image_size: int) -> dict[str, object]:
 def cases(base: Case) -> dict[str, Case]:
     return {
         "base": base,
-        **{f"rows_{factor}x": replace(base, rows=factor * base.rows) for factor in (2, 4, 8)},
+        **{f"rows_{factor}x": replace(base, samples=factor * base.samples) for factor in (2, 4, 8)},
         **{f"views_{views}": replace(base, views=views) for views in (2, 4)},
         **{f"classes_{classes}": replace(base, classes=classes) for classes in (100, 1000)},
-        **{f"taps_{taps}": replace(base, taps=taps) for taps in (0, 1, 2)},
+        **{f"taps_{layers}": replace(base, layers=layers) for layers in (0, 1, 2)},
     }
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     notes: dict[str, Any] = {}
     for turn in range(arguments.repeats):
-        for name, case in cases(Case(max(_PCA_ROWS, arguments.batch_size * arguments.steps))).items():
+        for name, case in cases(Case(max(_PCA_SAMPLES, arguments.batch_size * arguments.steps))).items():
             if arguments.cases and name not in arguments.cases:
                 continue
             with tempfile.TemporaryDirectory() as directory:
@@ -92,16 +92,16 @@ def run_case(case: Case, directory: Path, *, batch_size: int, threads: int) -> d
     flags = [
         *("--data.source=import:benchmarks.growth:images", "--data.val_fraction=0", f"--data.views={case.views}"),
         *("--teacher.arch=torchvision/resnet50", f"--teacher.weights={weights}", f"--teacher.arch_args={json.dumps(_ARGS)}"),
-        *("--teacher.mean=[0.5, 0.5, 0.5]", "--teacher.std=[0.25, 0.25, 0.25]", "--teacher.signals=cached"),
+        *("--teacher.mean=[0.5, 0.5, 0.5]", "--teacher.std=[0.25, 0.25, 0.25]", "--teacher.outputs=cached"),
         *(f"--teacher.cache_dir={directory / 'cache'}", f"--train.batch_size={batch_size}", "--train.epochs=1"),
     ]
-    if case.taps:
+    if case.layers:
         flags.append(
-            f"--distill.feature={{direction: both, pca_images: {_PCA_ROWS}, taps: [{', '.join(_STAGES[-case.taps :])}]}}"
+            f"--distill.feature={{direction: both, pca_images: {_PCA_SAMPLES}, layers: [{', '.join(_STAGES[-case.layers :])}]}}"
         )
-    environment = {**cpu_threads(threads), _ROWS: str(case.rows), _CLASSES: str(case.classes)}
+    environment = {**cpu_threads(threads), _SAMPLES: str(case.samples), _CLASSES: str(case.classes)}
     said, build_mib = _run(["cache", "build", *flags], environment)
-    rate = float(re.findall(r"([0-9.]+) rows/s", said)[-1])
+    rate = float(re.findall(r"([0-9.]+) samples/s", said)[-1])
     run_dir = directory / "run"
     unwatched = ["--tracking.wandb=disabled", "--checkpoint.every_epochs=null", "--train.log_every_steps=1"]
     _, train_mib = _run(["train", f"--run_dir={run_dir}", *unwatched, *flags], environment)
@@ -113,7 +113,7 @@ def run_case(case: Case, directory: Path, *, batch_size: int, threads: int) -> d
         "train_us": 1e6 / float(np.median(rates)),
         "build_mib": round(build_mib),
         "train_mib": round(train_mib),
-        "row_bytes": json.loads(info[info.index("{") :])["bytes_per_row_and_view"]["all"],
+        "sample_bytes": json.loads(info[info.index("{") :])["bytes_per_sample_and_view"]["all"],
     }
 
 

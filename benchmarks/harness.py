@@ -91,7 +91,9 @@ def suite_parser(
         parser.add_argument("--repeats", type=int, default=repeats, help="blocks (or launches) of each case")
     if threads is not None:
         parser.add_argument("--threads", type=int, default=threads, help="CPU threads; several of them wait for each other")
-    parser.add_argument("--batch_size", type=int, default=batch_size, help="rows in a forward; fewer for a trial of the suite")
+    parser.add_argument(
+        "--batch_size", type=int, default=batch_size, help="samples in a forward; fewer for a trial of the suite"
+    )
     if steps is not None:
         parser.add_argument("--steps", type=int, default=steps, help="such batches in a block, epoch or launch")
     return parser

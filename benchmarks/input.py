@@ -1,11 +1,11 @@
 """What it costs to bring images to the model: `python -m benchmarks.input`.
 
-All cases give batches of 128 normalised float images of 32x32 pixels, cropped and flipped at random, with their labels, from
+All cases give batches of 128 normalized float images of 32x32 pixels, cropped and flipped at random, with their labels, from
 the same 1,024 images; the first four in one process without workers, as many threads as `--threads` says.
     loader          the program's own: views of whole batches, from uint8 pixels in memory
     v2              PIL images, torchvision.transforms.v2 for each of them, and a DataLoader: what most people write
     with_transform  Hugging Face `datasets`: encoded images, decoded and transformed one by one in `with_transform`
-    gather          a gather from one uint8 tensor in memory and the normalisation, no augmentation: what the hardware gives
+    gather          a gather from one uint8 tensor in memory and the normalization, no augmentation: what the hardware gives
     student         a training step of the student (ResNet-18), to see what share of it the loader takes (on a GPU the
                     views of such a training are made there, `loader` is then for sets that do not fit)
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def cases(bench: Bench, directory: Path, repeats: int) -> dict[str, Callable[[], float]]:
-    pixels = bench.images.pixels(bench.rows)
+    pixels = bench.images.pixels(bench.samples)
     config = training_config(bench.size, epochs=repeats + 1)
     return {
         "loader": _loader(bench),
@@ -57,7 +57,7 @@ def cases(bench: Bench, directory: Path, repeats: int) -> dict[str, Callable[[],
 
 
 def _loader(bench: Bench) -> Callable[[], float]:
-    loader = TrainLoader(bench.images, VIEWS, rows=bench.rows, batch_size=bench.size.batch_size)
+    loader = TrainLoader(bench.images, VIEWS, samples=bench.samples, batch_size=bench.size.batch_size)
     normalize, epochs = normalization(torch.device("cpu")), iter(range(1 << 30))
 
     def block() -> float:
@@ -65,7 +65,7 @@ def _loader(bench: Bench) -> Callable[[], float]:
             for micro_batches in loader.epoch(next(epochs)):
                 for batch in micro_batches:
                     normalize(batch.images)
-        return FAST_TURNS * bench.size.rows
+        return FAST_TURNS * bench.size.samples
 
     return block
 
@@ -75,10 +75,10 @@ def _gather(bench: Bench, stored: torch.Tensor) -> Callable[[], float]:
 
     def block() -> float:
         for _ in range(FAST_TURNS):
-            for rows in torch.randperm(bench.size.rows).split(bench.size.batch_size):
-                normalize(stored.index_select(0, rows))
-                labels[rows]
-        return FAST_TURNS * bench.size.rows
+            for samples in torch.randperm(bench.size.samples).split(bench.size.batch_size):
+                normalize(stored.index_select(0, samples))
+                labels[samples]
+        return FAST_TURNS * bench.size.samples
 
     return block
 

@@ -8,7 +8,7 @@ operator; the line of metrics is left out. The size of the batch makes no differ
 The counting rule: one dispatched operator is one launch; views, allocations and work on the host are none; a fused or foreach
 operator is one (operators.py). docs/gpu.md has the printed tables:
 
-    loader ... logging      parts as marked in kd_accel/stages.py, `student` without `projector`
+    loader ... logging      parts as marked in kd_accel/profiling.py, `student` without `projector`
     rest                    outside of the marks: copies of a host batch
     in all                  launches per step
     limit, distance         launches of the same training as a bare loop, and the difference
@@ -88,7 +88,7 @@ def count_step(block: Callable[[], float]) -> StepCounts:
 def table(counts: Counts) -> str:
     """Return a Markdown table with a row for each case."""
     head = ["case", *PARTS, "in all", "limit", "distance", "views, allocations"]
-    rows = [[name, *_row(name, counts)] for name in counts]
+    rows = [[name, *_sample(name, counts)] for name in counts]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
 
 
@@ -98,7 +98,7 @@ def _block(name: str, bench: Bench, programs: Programs, directory: Path, precisi
     return limit_case(LIMITS[name], bench.device, bench.size, precision=precision, forms=GPU)
 
 
-def _row(name: str, counts: Counts) -> list[str]:
+def _sample(name: str, counts: Counts) -> list[str]:
     step, limit = counts[name], counts.get(LIMIT_OF.get(name, ""))
     numbers = [step.by_part.get(part, 0) for part in PARTS]
     total = step.launches.total()

@@ -25,11 +25,11 @@ from torch.utils.benchmark import Timer
 from benchmarks.harness import Result, TurnRatio, finish, has_compiler, turn_ratio
 from benchmarks.jobs import CLASSES, IMAGE_SIZE
 from kd_accel.bench.latency import compile_for_latency, measure_latency
-from kd_accel.bench.params import count_macs, count_parameters
-from kd_accel.config import Stem
+from kd_accel.bench.model_stats import count_macs, count_parameters
+from kd_accel.config.schema import Stem
+from kd_accel.models.factory import build_model
 from kd_accel.models.kernels import choose_kernels
-from kd_accel.models.layout import maps_layout
-from kd_accel.models.zoo import build_model
+from kd_accel.models.memory_format import image_memory_format
 
 STEMS: tuple[Stem, ...] = ("imagenet", "no_pool")
 _TURN_S = 0.1
@@ -52,14 +52,14 @@ def main() -> None:
     notes = {name: {**count_parameters(model), "macs": count_macs(model, _images(1))} for name, model in models.items()}
     result = Result("model-cost", notes=dict(notes), unit="ms")
     for model in models.values():
-        model.to(device).to(memory_format=maps_layout(None, device))
+        model.to(device).to(memory_format=image_memory_format(None, device))
     agreement: dict[int, TurnRatio] = {}
     for mode in arguments.modes:
         timed = {name: MODES[mode](model) for name, model in models.items()}
         if mode == "compiled":
             compile_for_latency(timed.values(), batch_sizes=len(arguments.batch_sizes))
         for batch_size in arguments.batch_sizes:
-            images = {name: _images(batch_size).to(device, memory_format=maps_layout(None, device)) for name in timed}
+            images = {name: _images(batch_size).to(device, memory_format=image_memory_format(None, device)) for name in timed}
             found = measure_latency(timed, images, min_iterations=arguments.iterations, min_time_s=arguments.min_time_s)
             for name, figures in found.items():
                 case = f"{name}/{mode}/{batch_size}"

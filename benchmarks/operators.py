@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_accel.stages import Stage, observed
+from kd_accel.profiling import RangeName, observed
 
 REST = "rest"
 """The part of operators outside of any mark."""
 
-_LAST: Stage = "optimizer"
+_LAST: RangeName = "optimizer"
 _FREE = {
     # views, and changes of a tensor's own shape, which their schemas do not declare as such
     *("aten::_unsafe_view", "aten::unsqueeze_", "aten::squeeze_", "aten::transpose_", "aten::t_", "aten::as_strided_"),
@@ -69,7 +69,7 @@ class OperatorCounter(TorchDispatchMode):
         self._is_copying = self._creates_on_host = False
 
     @contextmanager
-    def part(self, name: Stage) -> Iterator[None]:
+    def part(self, name: RangeName) -> Iterator[None]:
         """Attribute the operators inside to this part of the step."""
         self._parts.append(name)
         try:
@@ -160,7 +160,7 @@ class _Calls(TorchFunctionMode):
 
 @contextmanager
 def counted(counter: OperatorCounter) -> Iterator[OperatorCounter]:
-    """Count the operators inside, and attribute them by the marks of kd_accel/stages.py."""
+    """Count the operators inside, and attribute them by the marks of kd_accel/profiling.py."""
     from_numpy = torch.from_numpy
     with (
         mock.patch.object(torch, "from_numpy", lambda array: counter.keep_on_host(from_numpy(array))),

@@ -32,11 +32,11 @@ WIDTHS = {"layer1": (64, 256), "layer2": (128, 512), "layer3": (256, 1024), "lay
 class Pictures(Dataset[Any]):
     """Random pictures that lie in memory, transformed one by one, as torchvision's CIFAR10 gives them."""
 
-    def __init__(self, rows: int, size: int, classes: int, transform: Any) -> None:
+    def __init__(self, samples: int, size: int, classes: int, transform: Any) -> None:
         generator = np.random.default_rng(0)
-        pixels = generator.integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
+        pixels = generator.integers(0, 256, (samples, size, size, 3), dtype=np.uint8)
         self.pictures = [Image.fromarray(image) for image in pixels]
-        self.labels, self.transform = generator.integers(0, classes, rows).tolist(), transform
+        self.labels, self.transform = generator.integers(0, classes, samples).tolist(), transform
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -91,7 +91,7 @@ def build_box(settings: dict[str, Any]) -> Any:
             transforms.Normalize(settings["mean"], settings["std"]),
         ]
     )
-    pictures = Pictures(settings["rows"], settings["image_size"], settings["classes"], transform)
+    pictures = Pictures(settings["samples"], settings["image_size"], settings["classes"], transform)
     teacher = models.resnet50(num_classes=settings["classes"], zero_init_residual=True)
     teacher.eval()
     student = models.resnet18(num_classes=settings["classes"])
@@ -102,14 +102,14 @@ def build_box(settings: dict[str, Any]) -> Any:
 def train_config(settings: dict[str, Any]) -> dict[str, Any]:
     stages = list(WIDTHS)
     connectors = {
-        f"connector_{stage}": {
+        f"connector_{profiler_range}": {
             "conv2d_kwargs": {"in_channels": narrow, "out_channels": wide, "kernel_size": 1},
             "io": "output",
-            "path": f"student_model.{stage}",
+            "path": f"student_model.{profiler_range}",
         }
-        for stage, (narrow, wide) in WIDTHS.items()
+        for profiler_range, (narrow, wide) in WIDTHS.items()
     }
-    connected = [f"connector_dict.connector_{stage}" for stage in stages]
+    connected = [f"connector_dict.connector_{profiler_range}" for profiler_range in stages]
     return {
         "num_epochs": 1,
         "train_data_loader": {
@@ -126,7 +126,9 @@ def train_config(settings: dict[str, Any]) -> dict[str, Any]:
         "student": {
             "forward_proc": "forward_batch_only",
             "auxiliary_model_wrapper": {"key": "Connector4DAB", "kwargs": {"connectors": connectors}},
-            "forward_hook": {"output": [*(f"student_model.{stage}" for stage in stages), *connected, "student_model.fc"]},
+            "forward_hook": {
+                "output": [*(f"student_model.{profiler_range}" for profiler_range in stages), *connected, "student_model.fc"]
+            },
         },
         "optimizer": {"key": "SGD", "kwargs": settings["sgd"]},
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": _terms(settings)}},
@@ -138,12 +140,12 @@ def _terms(settings: dict[str, Any]) -> dict[str, Any]:
     paths |= {"student_module_io": "output", "teacher_module_io": "output"}
     kd = {"key": "KDLoss", "kwargs": {**paths, "temperature": settings["temperature"], "alpha": 1 - settings["alpha"]}}
     terms: dict[str, Any] = {"kd": {"criterion": kd, "weight": 1.0}}
-    for stage in WIDTHS:
+    for profiler_range in WIDTHS:
         sides = {
-            "input": {"is_from_teacher": False, "module_path": f"connector_dict.connector_{stage}", "io": "output"},
-            "target": {"is_from_teacher": True, "module_path": stage, "io": "output"},
+            "input": {"is_from_teacher": False, "module_path": f"connector_dict.connector_{profiler_range}", "io": "output"},
+            "target": {"is_from_teacher": True, "module_path": profiler_range, "io": "output"},
         }
-        terms[stage] = {
+        terms[profiler_range] = {
             "criterion": {"key": "MSELoss", "kwargs": {}},
             "criterion_wrapper": {"key": "SimpleLossWrapper", "kwargs": sides},
             "weight": settings["feature_weight"],

@@ -54,7 +54,7 @@ class Peer:
 
     def __init__(self, python: Path, bench: Bench, *, threads: int, workers: int) -> None:
         sgd = {"lr": OPTIM.lr, "momentum": OPTIM.momentum, "nesterov": True, "weight_decay": OPTIM.weight_decay}
-        job = {"rows": bench.size.rows, "batch_size": bench.size.batch_size, "image_size": IMAGE_SIZE, "classes": CLASSES}
+        job = {"samples": bench.size.samples, "batch_size": bench.size.batch_size, "image_size": IMAGE_SIZE, "classes": CLASSES}
         loss = {"temperature": TEMPERATURE, "alpha": ALPHA, "feature_weight": FEATURE_WEIGHT}
         settings = {**job, **loss, "sgd": sgd, "mean": MEAN, "std": STD, "threads": threads, "workers": workers}
         script = Path(__file__).with_name("peer_torchdistill.py")
@@ -127,11 +127,11 @@ def main() -> None:
 def peer_python(environment: Path) -> Path | None:
     """The interpreter of an environment that has torchdistill, made where it is not there; None where that fails."""
     python = environment / "bin" / "python"
-    wanted = [PEER, *(f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision"))]
+    request = [PEER, *(f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision"))]
     try:
         if not python.exists():
             venv.create(environment, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *request], check=True, stderr=subprocess.DEVNULL)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         print(f"{PEER} is left out: its environment cannot be made ({error})", file=sys.stderr)
         return None

@@ -12,7 +12,7 @@ from benchmarks.jobs import IMAGE_SIZE, MEAN, STD, Bench
 
 
 def transform() -> v2.Compose:
-    """Crop and flip, to normalised float."""
+    """Crop and flip, to normalized float."""
     return v2.Compose(
         [
             v2.RandomCrop(IMAGE_SIZE, padding=4),
@@ -25,7 +25,7 @@ def transform() -> v2.Compose:
 
 
 def pictures_of(bench: Bench) -> tuple[list[Image.Image], list[int]]:
-    return [Image.fromarray(image) for image in bench.images.pixels(bench.rows)], bench.images.labels[bench.rows].tolist()
+    return [Image.fromarray(image) for image in bench.images.pixels(bench.samples)], bench.images.labels[bench.samples].tolist()
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):

@@ -5,8 +5,8 @@ Each student (ResNet-18, jobs.py says the rest) is built anew and trained for `-
     cached   hybrid, both logits and features from one cache
     live     hybrid, the teacher (ResNet-50) answers for each batch
     build    the pass of the teacher that fills such a cache, flushed to disk, once in each turn, counted once in a sweep
-Left out is what does not grow with rows and views: the fit of the PCA (2,048 images and an eigendecomposition, once a cache)
-and the check of a few rows at each start. The cache is read from the page cache.
+Left out is what does not grow with samples and views: the fit of the PCA (2,048 images and an eigendecomposition, once a cache)
+and the check of a few samples at each start. The cache is read from the page cache.
 
 The cases take turns, one student of each a turn. Medians are seconds. The ratios are time over time (less is better):
 `sweep/plain` = (one build + all cached students) / all plain students, `live/plain` = all live students / all plain ones.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.caches import cache_plan, fill_cache, write_cache
+from benchmarks.caches import cache_specs, fill_cache, write_cache
 from benchmarks.harness import Result, finish, suite_parser
 from benchmarks.jobs import (
     Bench,
@@ -37,9 +37,9 @@ from benchmarks.jobs import (
     open_bench,
     training_config,
 )
-from kd_accel.config import DistillConfig
-from kd_accel.teacher.live import LiveTeacher
-from kd_accel.types import SignalSource, no_signals
+from kd_accel.config.schema import DistillConfig
+from kd_accel.teacher.teacher import LiveTeacher
+from kd_accel.types import TeacherSource, no_teacher
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         directory = Path(name)
         cached = write_cache(bench, directory / "cache", teacher, views=epochs).source("train")
         cases: dict[str, Callable[[Path], None]] = {
-            "plain": lambda place: _train(bench, place, epochs, None, no_signals),
+            "plain": lambda place: _train(bench, place, epochs, None, no_teacher),
             "cached": lambda place: _train(bench, place, epochs, hybrid(), cached),
             "live": lambda place: _train(bench, place, epochs, hybrid(), teacher),
             "build": lambda place: _build(bench, place, epochs, teacher),
@@ -69,7 +69,12 @@ def main() -> None:
                 if turn:  # the first one warms up
                     seconds[case].append(time.perf_counter() - started_at)
                 shutil.rmtree(place)
-    notes = {"students": arguments.students, "epochs": epochs, "rows": bench.size.rows, "batch_size": arguments.batch_size}
+    notes = {
+        "students": arguments.students,
+        "epochs": epochs,
+        "samples": bench.size.samples,
+        "batch_size": arguments.batch_size,
+    }
     result = Result.of_repeats("sweep", seconds, notes=notes, unit="s")
     build_s = statistics.median(seconds["build"])
     result.ratios["sweep/plain"] = (build_s + sum(seconds["cached"])) / sum(seconds["plain"])
@@ -77,15 +82,15 @@ def main() -> None:
     finish(result)
 
 
-def _train(bench: Bench, directory: Path, epochs: int, distill: DistillConfig | None, signals: SignalSource) -> None:
+def _train(bench: Bench, directory: Path, epochs: int, distill: DistillConfig | None, teacher: TeacherSource) -> None:
     config = training_config(bench.size, epochs=epochs, views=epochs, distill=distill)
-    epoch = epochs_of(build_job(bench, config, directory, signals=signals))
+    epoch = epochs_of(build_job(bench, config, directory, teacher=teacher))
     for _ in range(epochs):
         epoch()
 
 
 def _build(bench: Bench, directory: Path, views: int, teacher: LiveTeacher) -> None:
-    fill_cache(bench, directory, cache_plan(bench, views=views), teacher)
+    fill_cache(bench, directory, cache_specs(bench, views=views), teacher)
 
 
 if __name__ == "__main__":

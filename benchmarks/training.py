@@ -6,10 +6,10 @@
                                                      and what the feature term takes by itself
 
 All cases train the same student (jobs.py says which) with fused SGD and Nesterov momentum. Those of this program go its whole
-path: order of the rows, views (crop_flip), loading, normalisation, teacher, loss, metrics, learning rate, the line of metrics
+path: order of the samples, views (crop_flip), loading, normalization, teacher, loss, metrics, learning rate, the line of metrics
 at the end of a block. `cached_...` read a real cache, with another view in each block, so a block also pays for opening that
 view, which in a training an epoch of hundreds of steps does. Hybrids are of direction `both` unless another is named.
-`bare` and `limit...` (bare.py) do nothing but forward, backward and step on normalised tensors in memory; `limit` has a live
+`bare` and `limit...` (bare.py) do nothing but forward, backward and step on normalized tensors in memory; `limit` has a live
 teacher and the feature term, `limit_cached_hybrid` has the teacher's answers in memory.
 
 One unit is an image; a block is an epoch of a few steps; the cases take turns. In each round all students are built anew: where

@@ -35,11 +35,11 @@ from benchmarks.jobs import (
     open_bench,
     training_config,
 )
-from kd_accel.config import DistillConfig, StorageType
-from kd_accel.engine.job import Job
-from kd_accel.engine.profile import stage_shares
-from kd_accel.models.taps import compile_tapped
-from kd_accel.types import SignalSource, no_signals
+from kd_accel.config.schema import DistillConfig, StorageType
+from kd_accel.models.feature_extractor import compile_with_hooks
+from kd_accel.training.job import Job
+from kd_accel.training.profile import range_shares
+from kd_accel.types import TeacherSource, no_teacher
 
 CACHED_VIEWS = 4
 BLOCK = "block"
@@ -54,7 +54,7 @@ class Program:
     """
 
     distill: DistillConfig | None = None
-    signals: Literal["live", "cached"] = "live"
+    outputs: Literal["live", "cached"] = "live"
     features: Features = "none"
     dtype: StorageType = "float16"
     clip_norm: float | None = None
@@ -71,12 +71,12 @@ PROGRAMS = {
     "live_logits": Program(DistillConfig()),
     "live_hybrid": _HYBRID,
     "cached_logits": Program(DistillConfig(), "cached"),
-    "cached_hybrid": replace(_HYBRID, signals="cached"),
+    "cached_hybrid": replace(_HYBRID, outputs="cached"),
     "live_hybrid_student_to_teacher": _UP,
     "live_hybrid_teacher_to_student": _DOWN,
-    "cached_hybrid_student_to_teacher": replace(_UP, signals="cached"),
-    "cached_hybrid_teacher_to_student": replace(_DOWN, signals="cached"),
-    "cached_hybrid_int8": replace(_HYBRID, signals="cached", dtype="int8"),
+    "cached_hybrid_student_to_teacher": replace(_UP, outputs="cached"),
+    "cached_hybrid_teacher_to_student": replace(_DOWN, outputs="cached"),
+    "cached_hybrid_int8": replace(_HYBRID, outputs="cached", dtype="int8"),
     "plain_clipped": Program(clip_norm=1.0),
     "plain_averaged": Program(ema_decay=0.999),
     "plain_on_host": Program(on_host=True),
@@ -88,7 +88,7 @@ class Programs:
 
     def __init__(self, bench: Bench, directory: Path, *, views: int = CACHED_VIEWS, compiles: bool = False) -> None:
         self._bench, self._directory, self._views, self._compiles = bench, directory, views, compiles
-        self._signals = cache(self._make_signals)
+        self._outputs = cache(self._make_outputs)
         self._teacher = cache(lambda features: live_teacher(bench, features))
 
     def case(self, name: str, directory: Path, *, blocks: int) -> Callable[[], float]:
@@ -106,15 +106,15 @@ class Programs:
             train=replace(config.train, compile=self._compiles, ema_decay=program.ema_decay),
             optim=replace(config.optim, clip_norm=program.clip_norm),
         )
-        signals = self._signals(program.signals, program.features, program.dtype) if program.distill else no_signals
-        return build_job(self._bench, config, directory, signals=signals, keeps_images_on_host=program.on_host)
+        outputs = self._outputs(program.outputs, program.features, program.dtype) if program.distill else no_teacher
+        return build_job(self._bench, config, directory, teacher=outputs, keeps_images_on_host=program.on_host)
 
-    def _make_signals(self, kind: str, features: Features, dtype: StorageType) -> SignalSource:
+    def _make_outputs(self, kind: str, features: Features, dtype: StorageType) -> TeacherSource:
         if kind == "live":
             if not self._compiles:
                 return self._teacher(features)
             teacher = live_teacher(self._bench, features)
-            compile_tapped(teacher.model)
+            compile_with_hooks(teacher.model)
             return teacher
         place, writer = self._directory / f"cache-{features}-{dtype}", self._teacher(features)
         cache = write_cache(self._bench, place, writer, views=self._views, features=features, dtype=dtype)
@@ -156,7 +156,7 @@ def _shares(case: Callable[[], float]) -> dict[str, float]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as profiler, record_function(BLOCK):
         case()
-    step_ms, shares = stage_shares(profiler.events(), whole=BLOCK)
+    step_ms, shares = range_shares(profiler.events(), whole=BLOCK)
     return {"step_ms": round(step_ms, 2), **{name: round(share, 4) for name, share in shares.items()}}
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from kd_accel import __version__
-from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
-from kd_accel.imports import allow, take_allowance
-from kd_accel.parse import HELP_OF_ALLOW, build_parser, nearest, parse_arguments, parse_config, plain_parser
-from kd_accel.types import Interrupted, PeerLost, UserError
+from kd_accel.config.parsing import HELP_OF_ALLOW, build_parser, nearest, parse_arguments, parse_config, plain_parser
+from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
+from kd_accel.errors import PeerLost, Preempted, UserError
+from kd_accel.io.user_code import allow, take_allowance
 
 _OTHER_RANKS_WAIT_S = 5.0
 
@@ -53,7 +53,7 @@ def _run(arguments: list[str]) -> int:
     except UserError as error:
         _report_once(str(error))
         return 2
-    except Interrupted as stop:
+    except Preempted as stop:
         if not _is_another_rank():
             print(f"kd-accel: {stop}", file=sys.stderr, flush=True)
         return 128 + stop.number
@@ -159,7 +159,7 @@ def _plan(argv: list[str]) -> None:
 def _evaluate(argv: list[str]) -> None:
     parser = _parser("evaluate", "RUN [--split test|val]", "Accuracy, loss and agreement with the teacher of a trained run.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--split", choices=["test", "val"], default="test", help="held-out rows to evaluate on")
+    parser.add_argument("--split", choices=["test", "val"], default="test", help="held-out samples to evaluate on")
     values = parse_arguments(parser, argv)
     from kd_accel.commands.evaluate import run_evaluation
 
@@ -220,7 +220,7 @@ def _parser(command: str, arguments: str, description: str) -> ArgumentParser:
 
 
 _CACHE_ACTIONS = {
-    "build": "let the teacher answer for all rows and views, and write what the cache lacks",
+    "build": "let the teacher answer for all samples and views, and write what the cache lacks",
     "verify": "check every byte, and a few answers against the teacher",
     "info": "what a cache holds",
 }

@@ -1,6 +1,6 @@
 """The values that cross the borders between packages. No torch is imported here at run time.
 
-Shape letters, used everywhere: B batch, C classes, D channels, H W, N rows, K views.
+Shape letters, used everywhere: B batch, C classes, D channels, H W, N samples, K views.
 """
 
 from __future__ import annotations
@@ -13,53 +13,37 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class UserError(Exception):
-    """The user's mistake: one paragraph that says field, value, rule and remedy. The program exits with 2."""
-
-
-class Interrupted(Exception):  # noqa: N818  (it is no error)
-    """A signal has ended the work at a place from which it can go on. The program exits with 128 + number."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
-
-
-class PeerLost(Exception):  # noqa: N818  (the machine's fault, not the program's)
-    """Another process of the launch does not answer any more. The program exits with 1 and no traceback."""
-
-
 @dataclass(frozen=True)
 class Batch:
-    """One view of some rows.
+    """One view of some samples.
 
     images: uint8 [B, 3, H, W], the pixels of the view, laid out channels_last.
     labels: int64 [B].
-    rows: int64 [B], each image's index in its source split, before any cut. A cached teacher answers by (rows, view). They
+    samples: int64 [B], each image's index in its source split, before any cut. A cached teacher answers by (samples, view). They
         stay on the host, where it looks them up: reading them back from a GPU would wait for all queued work.
-    view: which view of the rows these pixels are.
+    view: which view of the samples these pixels are.
     """
 
     images: Tensor
     labels: Tensor
-    rows: Tensor
+    samples: Tensor
     view: int
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Batch:
         images, labels = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.labels))
-        return Batch(images, labels, self.rows, self.view)
+        return Batch(images, labels, self.samples, self.view)
 
     def pin_memory(self) -> Batch:
         """In host memory from which a GPU copies without waiting."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.rows, self.view)
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.samples, self.view)
 
 
 @dataclass(frozen=True)
-class Signals:
+class TeacherOutput:
     """What the teacher says about one batch; the same type whether it answers live or from a cache.
 
     logits: [B, C], never probabilities, so that the temperature can change later; None where there is no teacher.
-    features: the teacher's side of each tap pair, by the student's tap name, [B, D, H, W]: raw, or already projected
+    features: the teacher's side of each layer pair, by the student's layer name, [B, D, H, W]: raw, or already projected
         where the teacher's projector is frozen.
     """
 
@@ -71,7 +55,7 @@ class Signals:
 class StudentOutput:
     """What one forward of the trained module gives.
 
-    logits: [B, C]. pairs: for each tap, the (student, target) feature maps in the channels in which they are compared;
+    logits: [B, C]. pairs: for each layer, the (student, target) feature maps in the channels in which they are compared;
     their heights and widths may still differ.
     """
 
@@ -81,7 +65,7 @@ class StudentOutput:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The summands of the loss, scalars, each before its weight; `total` is the weighted sum that is minimised."""
+    """The summands of the loss, scalars, each before its weight; `total` is the weighted sum that is minimized."""
 
     total: Tensor
     hard: Tensor
@@ -89,13 +73,13 @@ class LossTerms:
     feature: Tensor | None = None
 
 
-SignalSource = Callable[[Batch], Signals]
+TeacherSource = Callable[[Batch], TeacherOutput]
 """Anything that answers for a batch: a live teacher, a cached one, or `no_signals`."""
 
-LossFunction = Callable[[StudentOutput, Signals, "Tensor"], LossTerms]
+LossFunction = Callable[[StudentOutput, TeacherOutput, "Tensor"], LossTerms]
 """(output, signals, labels) -> terms."""
 
 
-def no_signals(batch: Batch) -> Signals:
+def no_teacher(batch: Batch) -> TeacherOutput:
     """The signal source of a run without a teacher."""
-    return Signals()
+    return TeacherOutput()

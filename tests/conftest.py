@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from kd_accel.imports import VARIABLE
-from tests.fault_record import FaultRecord
+from kd_accel.io.user_code import VARIABLE
 from tests.launching import train
+from tests.training.fault_record import FaultRecord
 
 os.environ[VARIABLE] = "1"
 """Runs that tests leave name `import:tests.own_models:...`; what happens without the allowance is in test_imports.py."""
@@ -34,5 +34,5 @@ def distilled(teacher_run):
         f"--teacher.run={teacher_run}",
         "--distill.temperature={start: 4.0, floor: 2.0, decay: 0.9}",
         "--distill.alpha={start: 0.8, floor: 0.5, decay: 0.95}",
-        "--distill.feature={weight: 0.1, direction: both, taps: [layer1, layer2], pca_images: 64}",
+        "--distill.feature={weight: 0.1, direction: both, layers: [layer1, layer2], pca_images: 64}",
     ]

@@ -25,7 +25,7 @@ SMALL = [
     "--train.log_every_steps=1",
     "--tracking.wandb=disabled",
 ]
-"""A training of 24 steps in three epochs (128 training rows, 32 validation rows, 41 test rows) that takes a second."""
+"""A training of 24 steps in three epochs (128 training samples, 32 validation samples, 41 test samples) that takes a second."""
 
 
 def environment(**changes):

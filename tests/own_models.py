@@ -13,13 +13,13 @@ class SmallNet(nn.Module):
 
     def __init__(self, num_classes: int, *, width: int, norm: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
-        self.layer1 = self._stage(3, width, norm)
-        self.layer2 = self._stage(width, 2 * width, norm)
+        self.layer1 = self._range(3, width, norm)
+        self.layer2 = self._range(width, 2 * width, norm)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(2 * width, num_classes)
 
     @staticmethod
-    def _stage(channels_in: int, channels_out: int, norm: bool) -> nn.Sequential:
+    def _range(channels_in: int, channels_out: int, norm: bool) -> nn.Sequential:
         layers = [nn.Conv2d(channels_in, channels_out, 3, stride=4, padding=1), nn.ReLU()]
         return nn.Sequential(*layers[:1], *([nn.BatchNorm2d(channels_out)] if norm else []), *layers[1:])
 
@@ -80,12 +80,12 @@ def without_a_classifier(num_classes: int) -> nn.Module:
 
 
 def images(split: str, image_size: int) -> dict[str, object]:
-    """A data source of one's own: coloured noise around one mean colour per class, the same at every call."""
+    """A data source of one's own: colored noise around one mean color per class, the same at every call."""
     generator = torch.Generator().manual_seed({"train": int(os.environ.get("KD_TEST_NOISE_SEED", "1")), "test": 2}[split])
-    rows = {"train": 160, "test": 41}[split]
-    labels = torch.arange(rows) % 4
+    samples = {"train": 160, "test": 41}[split]
+    labels = torch.arange(samples) % 4
     colours = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [150, 150, 40]])
-    noise = torch.randint(-40, 40, (rows, image_size, image_size, 3), generator=generator)
+    noise = torch.randint(-40, 40, (samples, image_size, image_size, 3), generator=generator)
     pixels = (colours[labels][:, None, None] + noise).clamp(0, 255).to(torch.uint8)
     return {"images": pixels.numpy(), "labels": labels.tolist(), "label_names": ["red", "green", "blue", "olive"]}
 
@@ -103,7 +103,7 @@ def wide_student(num_classes: int) -> nn.Module:
 
 
 def swapped_images(split: str, image_size: int) -> dict[str, object]:
-    """Two training rows in each other's place."""
+    """Two training samples in each other's place."""
     content = images(split, image_size)
     if split == "train":
         pixels, labels = content["images"].copy(), list(content["labels"])
@@ -114,7 +114,7 @@ def swapped_images(split: str, image_size: int) -> dict[str, object]:
 
 
 def touched_images(split: str, image_size: int) -> dict[str, object]:
-    """One channel of one pixel of one training row has changed by one."""
+    """One channel of one pixel of one training sample has changed by one."""
     content = images(split, image_size)
     pixels = content["images"].copy()
     pixels[5, 0, 0, 0] ^= 1
@@ -123,7 +123,7 @@ def touched_images(split: str, image_size: int) -> dict[str, object]:
 
 def relabelled_images(split: str, image_size: int) -> dict[str, object]:
     content = images(split, image_size)
-    return {**content, "labels": [2 if row == 5 else label for row, label in enumerate(content["labels"])]}
+    return {**content, "labels": [2 if sample == 5 else label for sample, label in enumerate(content["labels"])]}
 
 
 class SlowNet(SmallNet):
@@ -142,7 +142,7 @@ def late_teacher(num_classes: int) -> nn.Module:
     """Takes KD_TEST_FORWARD_S for each batch of a build, on rank 1 alone: the other is done long before."""
 
     def wait(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if os.environ.get("RANK") == "1" and len(inputs[0]) >= 16:  # fewer rows are answered elsewhere
+        if os.environ.get("RANK") == "1" and len(inputs[0]) >= 16:  # fewer samples are answered elsewhere
             time.sleep(float(os.environ["KD_TEST_FORWARD_S"]))
 
     model = SmallNet(num_classes, width=16, norm=True)
@@ -153,7 +153,7 @@ def late_teacher(num_classes: int) -> nn.Module:
 class BreakingNet(SmallNet):
     """Goes wrong in the steps of KD_TEST_BREAKING_STEPS, counted in this process, on rank KD_TEST_BREAKING_RANK alone.
 
-    KD_TEST_BREAKS: `gradient`, behind a loss that is finite; `logits` of the third row of the batch; `weights`, changed a bit.
+    KD_TEST_BREAKS: `gradient`, behind a loss that is finite; `logits` of the third sample of the batch; `weights`, changed a bit.
     """
 
     forwards = 0
@@ -177,7 +177,7 @@ class BreakingNet(SmallNet):
 
 class MortalNet(SmallNet):
     """Something happens to it at KD_TEST_AT: `train:5` = in the forward of this process's fifth step, `eval:5` or `test:5` =
-    in an evaluation of the validation rows, or of the 41 test rows, after as many. KD_TEST_HAPPENS: the number of a signal to
+    in an evaluation of the validation samples, or of the 41 test samples, after as many. KD_TEST_HAPPENS: the number of a signal to
     this process, or a file that grows until its disk is full. BatchNorm and dropout; the average has the same counter.
     """
 

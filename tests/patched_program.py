@@ -7,9 +7,9 @@ that nobody foresaw, while the others wait for it.
 import os
 import sys
 
+from kd_accel.cache import manifest
 from kd_accel.cli import main
 from kd_accel.commands import train
-from kd_accel.teacher.store import manifest
 
 
 def record_flushes():

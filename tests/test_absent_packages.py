@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 UNTRACKED = "wandb is not installed; metrics go to metrics.jsonl only"
 NO_PICTURES = "pictures are left out: matplotlib is not installed"
-CACHED = ["--distill.feature={weight: 0.1, taps: [layer1, layer2], pca_images: 64}", "--teacher.signals=cached"]
+CACHED = ["--distill.feature={weight: 0.1, layers: [layer1, layer2], pca_images: 64}", "--teacher.outputs=cached"]
 
 
 def run_hidden(where, argv, *, cwd=ROOT, code=0, **changes):
@@ -99,8 +99,10 @@ def test_the_report_has_the_table_and_no_pictures(chain):
     assert {path.name for path in out.iterdir()} == {"results.md", "results.json"}
     table = (out / "results.md").read_text()
     assert table.count("(teacher)") == table.count("(distilled)") == 1
-    rows = json.loads((out / "results.json").read_text())["rows"]
-    assert [row["role"] for row in rows] == ["teacher", "distilled"] and all(row["latency_ms"] > 0 for row in rows)
+    samples = json.loads((out / "results.json").read_text())["samples"]
+    assert [sample["role"] for sample in samples] == ["teacher", "distilled"] and all(
+        sample["latency_ms"] > 0 for sample in samples
+    )
     said = chain.reported.stdout + chain.reported.stderr
     assert said.count(NO_PICTURES) == said.count("matplotlib") == 1 and table in said
 
@@ -116,10 +118,10 @@ def test_tracking_that_is_asked_for_by_name_is_refused_before_the_training(tmp_p
 
 PROBE = """
 import importlib.metadata, importlib.util, sys
-from kd_accel.config import DataConfig
+from kd_accel.config.schema import DataConfig
 from kd_accel.data.sources import load_splits
-from kd_accel.models.zoo import build_model
-from kd_accel.types import UserError
+from kd_accel.models.factory import build_model
+from kd_accel.errors import UserError
 from benchmarks.harness import Result, finish
 
 for package in sys.argv[1:]:

@@ -18,10 +18,10 @@ from benchmarks.acceptance.guard import Cases
 from benchmarks.acceptance.record import Figures, Setting
 from benchmarks.caches import write_cache
 from benchmarks.jobs import IMAGE_SIZE, Bench, Size, live_teacher, open_bench
-from kd_accel.config import Augment, StorageType
-from kd_accel.data.views import ViewFunction
-from kd_accel.teacher.cached import largest_difference, tolerance
-from kd_accel.teacher.live import LiveTeacher
+from kd_accel.cache.compatibility import largest_difference, tolerance
+from kd_accel.config.schema import Augment, StorageType
+from kd_accel.data.transforms import ViewTransform
+from kd_accel.teacher.teacher import LiveTeacher
 
 POLICIES: tuple[Augment, ...] = ("none", "crop", "crop_flip")
 TYPES: tuple[StorageType, ...] = ("float32", "float16", "bfloat16", "int8")
@@ -38,15 +38,15 @@ def build(setting: Setting, part: str) -> Cases:
 
 
 def views_agree(policy: Augment, device: torch.device) -> Figures:
-    views_of = ViewFunction(policy, IMAGE_SIZE)
+    transform = ViewTransform(policy, IMAGE_SIZE)
     generator = np.random.default_rng(1)
     pixels = generator.integers(0, 256, (256, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    rows = np.sort(generator.choice(50_000, len(pixels), replace=False))
+    samples = np.sort(generator.choice(50_000, len(pixels), replace=False))
     stored = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device, memory_format=torch.channels_last)
     differing = 0
     for view in _VIEWS:
-        expected = torch.from_numpy(views_of(pixels, rows, view)).permute(0, 3, 1, 2)
-        differing += int((views_of.on_device(stored, rows, view).cpu() != expected).sum())
+        expected = torch.from_numpy(transform(pixels, samples, view)).permute(0, 3, 1, 2)
+        differing += int((transform.on_device(stored, samples, view).cpu() != expected).sum())
     return {"ok": differing == 0, "differing_values": differing, "views": len(_VIEWS), "images": len(pixels)}
 
 
@@ -54,7 +54,7 @@ def cached_and_live(bench: Bench, teacher_of: Callable[[], LiveTeacher], directo
     """Compare relative to the largest value of each tensor; on a CPU a float32 cache must be exact."""
     teacher = teacher_of()
     source = write_cache(bench, directory, teacher, views=1, dtype=dtype).source("train")
-    shares = [(rows, 0) for rows in np.split(bench.rows, bench.size.steps)]
+    shares = [(samples, 0) for samples in np.split(bench.samples, bench.size.steps)]
     found = [
         largest_difference(source(batch), teacher(batch), source.ranges(batch)) for batch in bench.batches("train", shares)
     ]

@@ -1,6 +1,6 @@
 """Item f: a cache of ResNet-50's logits and features by the program's own commands, built, verified and built again.
 
-build    rows and views per second of the teacher's pass, and of the whole command
+build    samples and views per second of the teacher's pass, and of the whole command
 verify   every byte, and a few answers of the teacher again: the largest difference, relative to the largest value
 rebuild  nothing is left to do
 """
@@ -23,13 +23,13 @@ _LIMIT_S = 120.0
 
 def build(setting: Setting, starter: Starter) -> Cases:
     directory = setting.scratch / "cache"
-    rows, taps = setting.size(8192, 64), setting.size(4, 2)
+    samples, layers = setting.size(8192, 64), setting.size(4, 2)
     flags = [
-        *(*UNTRACKED, *MANY_IMAGES, f"--data.limit_train={rows}", f"--data.views={setting.size(2, 1)}"),
+        *(*UNTRACKED, *MANY_IMAGES, f"--data.limit_train={samples}", f"--data.views={setting.size(2, 1)}"),
         *("--model.arch=torchvision/resnet18", *teacher_flags(setting, starter, "torchvision/resnet50")),
-        *("--teacher.signals=cached", f"--teacher.cache_dir={directory}", f"--train.batch_size={setting.size(128, 16)}"),
+        *("--teacher.outputs=cached", f"--teacher.cache_dir={directory}", f"--train.batch_size={setting.size(128, 16)}"),
         f"--distill.feature={{direction: both, pca_images: {setting.size(2048, 64)}, "
-        f"taps: [{', '.join(f'layer{number}' for number in range(1, taps + 1))}]}}",
+        f"layers: [{', '.join(f'layer{number}' for number in range(1, layers + 1))}]}}",
     ]
     return {
         "build": partial(_built, starter, flags),
@@ -42,8 +42,8 @@ def _built(starter: Starter, flags: list[str]) -> Figures:
     started_at = time.monotonic()
     printed = starter.command("f-build", "cache", "build", *flags).finish(_LIMIT_S)
     command_s = time.monotonic() - started_at
-    rows, rate = re.findall(r": (\d+) rows in \d+ s \((\d+) rows/s\)", printed)[-1]
-    return {"images_per_s": int(rate), "images": int(rows), "command_s": round(command_s, 2)}
+    samples, rate = re.findall(r": (\d+) samples in \d+ s \((\d+) samples/s\)", printed)[-1]
+    return {"images_per_s": int(rate), "images": int(samples), "command_s": round(command_s, 2)}
 
 
 def _verified(starter: Starter, flags: list[str]) -> Figures:

@@ -23,8 +23,8 @@ LIMIT_S = 240.0
 
 def build(setting: Setting, starter: Starter) -> Cases:
     student, teacher = networks(setting)
-    taps = "[layer1, layer2]" if setting.is_trial else "[layer1, layer2, layer3, layer4]"
-    feature = f"--distill.feature={{direction: both, taps: {taps}, pca_images: {setting.size(2048, 64)}}}"
+    layers = "[layer1, layer2]" if setting.is_trial else "[layer1, layer2, layer3, layer4]"
+    feature = f"--distill.feature={{direction: both, layers: {layers}, pca_images: {setting.size(2048, 64)}}}"
     distilled = [*teacher_flags(setting, starter, teacher), feature]
     flags = [
         *("train", *UNTRACKED, *MANY_IMAGES, f"--data.limit_train={setting.size(8192, 512)}", f"--model.arch={student}"),
@@ -43,13 +43,13 @@ def _trained(setting: Setting, starter: Starter, name: str, flags: list[str]) ->
     env = {"TORCHINDUCTOR_CACHE_DIR": str(setting.scratch / ("inductor" if setting.is_trial else f"inductor-{name}"))}
     starter.command(f"g-{name}", *flags, f"--run_dir={run_dir}", env=env).finish(LIMIT_S)
     first, *others = _rates(run_dir)
-    rate, rows = statistics.median(others), setting.size(128, 8) * setting.size(20, 3)
-    return {"images_per_s": round(rate, 1), "start_s": round(rows / first - rows / rate, 2), "lines": len(others)}
+    rate, samples = statistics.median(others), setting.size(128, 8) * setting.size(20, 3)
+    return {"images_per_s": round(rate, 1), "start_s": round(samples / first - samples / rate, 2), "lines": len(others)}
 
 
-def _equal_batches(rows: int) -> list[str]:
+def _equal_batches(samples: int) -> list[str]:
     """Return flags with which the evaluation at the end needs no other shape to be compiled."""
-    return [f"--train.batch_size={rows}", f"--train.eval_batch_size={rows}", f"--data.limit_test={rows}"]
+    return [f"--train.batch_size={samples}", f"--train.eval_batch_size={samples}", f"--data.limit_test={samples}"]
 
 
 def _rates(run_dir: Path) -> list[float]:

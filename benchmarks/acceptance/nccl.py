@@ -43,10 +43,10 @@ def one_rank_over_nccl(setting: Setting) -> Figures:
 def _weights_after_an_epoch(bench: Bench, directory: Path) -> dict[str, Tensor]:
     """Train in DistributedDataParallel where the process has joined: for one rank on a GPU Accelerate leaves it out."""
     job = Programs(bench, directory).job("plain", directory, blocks=1)
-    trainee = job.trainee
-    if torch.distributed.is_initialized() and not isinstance(trainee.module, DistributedDataParallel):
-        trainee.module = DistributedDataParallel(
-            trainee.module, device_ids=[bench.device.index], gradient_as_bucket_view=True, broadcast_buffers=True
+    train_state = job.train_state
+    if torch.distributed.is_initialized() and not isinstance(train_state.module, DistributedDataParallel):
+        train_state.module = DistributedDataParallel(
+            train_state.module, device_ids=[bench.device.index], gradient_as_bucket_view=True, broadcast_buffers=True
         )
     epochs_of(job)()
-    return bench.accelerator.unwrap_model(trainee.module).state_dict()
+    return bench.accelerator.unwrap_model(train_state.module).state_dict()

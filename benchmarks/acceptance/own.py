@@ -15,24 +15,24 @@ import torch
 from torch import Tensor, nn
 
 CLASSES = 10
-ROWS = {"train": 2048, "test": 256}
+SAMPLES = {"train": 2048, "test": 256}
 BROKEN_PLACE = 2
-"""Place in the batch of the row that `logits` breaks."""
+"""Place in the batch of the sample that `logits` breaks."""
 
 
 def images(split: str, image_size: int) -> dict[str, object]:
     """Return noise around a color per class, as `data.source` expects it, the same at every call."""
-    return _images(ROWS[split], image_size, seed=len(split))
+    return _images(SAMPLES[split], image_size, seed=len(split))
 
 
 def many_images(split: str, image_size: int) -> dict[str, object]:
     """Return more of the same."""
-    return _images(4 * ROWS[split], image_size, seed=len(split))
+    return _images(4 * SAMPLES[split], image_size, seed=len(split))
 
 
-def _images(rows: int, image_size: int, *, seed: int) -> dict[str, object]:
+def _images(samples: int, image_size: int, *, seed: int) -> dict[str, object]:
     generator = np.random.default_rng(seed)
-    labels = np.arange(rows) % CLASSES
+    labels = np.arange(samples) % CLASSES
     colors = np.random.default_rng(0).integers(0, 200, (CLASSES, 1, 1, 3), dtype=np.uint8)
     noise = generator.integers(0, 56, (len(labels), image_size, image_size, 3), dtype=np.uint8)
     return {"images": colors[labels] + noise, "labels": labels.tolist(), "label_names": [str(name) for name in range(CLASSES)]}

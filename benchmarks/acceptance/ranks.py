@@ -2,7 +2,7 @@
 
     cache     the files of a cache are the same bytes, built by one rank and by two
     losses    20 steps of a float64 network without BatchNorm and its teacher: the losses of two ranks are those of one
-    sigterm   one rank is signalled in step 10: both leave with 143, and resumed they end with the bytes of the undisturbed
+    sigterm   one rank is signaled in step 10: both leave with 143, and resumed they end with the bytes of the undisturbed
     2-to-1    the same checkpoint, resumed by one rank
 
 All runs are `deterministic`. Those of two ranks join over gloo before the program would join them over NCCL.
@@ -107,9 +107,9 @@ def _cache_flags(setting: Setting, starter: Starter, directory: Path, ranks: int
     return [
         *("cache", "build", *_SHARED, f"--data.limit_train={setting.size(2048, 96)}", "--data.views=2"),
         *("--model.arch=torchvision/resnet18", *teacher_flags(setting, starter, "torchvision/resnet50")),
-        *("--teacher.signals=cached", "--teacher.shard_mib=1", f"--teacher.cache_dir={directory / f'cache-{ranks}'}"),
+        *("--teacher.outputs=cached", "--teacher.shard_mib=1", f"--teacher.cache_dir={directory / f'cache-{ranks}'}"),
         f"--train.batch_size={setting.size(128, 16)}",
-        f"--distill.feature={{direction: both, taps: [layer1, layer2], pca_images: {setting.size(1024, 64)}}}",
+        f"--distill.feature={{direction: both, layers: [layer1, layer2], pca_images: {setting.size(1024, 64)}}}",
     ]
 
 
@@ -117,8 +117,10 @@ def _digests(directory: Path) -> dict[str, str]:
     """Return a digest of each file that a build leaves, of the plan without what it records for people."""
     files = [path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(".")]
     contents = {str(path.relative_to(directory)): path.read_bytes() for path in files}
-    plan = {name: value for name, value in json.loads(contents["plan.json"]).items() if name not in ("recorded", "checksum")}
-    contents["plan.json"] = json.dumps(plan).encode()
+    cache_spec = {
+        name: value for name, value in json.loads(contents["spec.json"]).items() if name not in ("recorded", "checksum")
+    }
+    contents["spec.json"] = json.dumps(cache_spec).encode()
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 

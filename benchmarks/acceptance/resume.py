@@ -1,7 +1,7 @@
 """Item e: exact resume with deterministic kernels, and numbers that go wrong.
 
 resume/PRECISION      20 steps of ResNet-18 with a live ResNet-50, its features and a moving average, against 10 and 10: bytes
-logits/PRECISION      logits of one row of step 5 are not a number: the training stops and names term, rank, row and step
+logits/PRECISION      logits of one sample of step 5 are not a number: the training stops and names term, rank, sample and step
 gradient/bf16         the gradient of step 5 is not a number behind a finite loss: the same, with the parameter
 overflow/fp16         the same is an overflow under fp16: the loss scaler leaves the step out, and the training ends well
 """
@@ -26,8 +26,8 @@ PRECISIONS = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}
 _REFUSED = 2
 _LIMIT_S = 120.0
 _SAID = {
-    "logits": rf"loss_hard is not finite on rank 0 \(the student's logits of row \d+\) at step {BROKEN_STEP}: [^\n]*",
-    "gradient": rf"the gradient of \S+ is not finite \(rank 0 had rows [^)]*\) at step {BROKEN_STEP}: [^\n]*",
+    "logits": rf"loss_hard is not finite on rank 0 \(the student's logits of sample \d+\) at step {BROKEN_STEP}: [^\n]*",
+    "gradient": rf"the gradient of \S+ is not finite \(rank 0 had samples [^)]*\) at step {BROKEN_STEP}: [^\n]*",
 }
 
 
@@ -50,7 +50,7 @@ def _resume(name: str, setting: Setting, starter: Starter) -> Callable[[], Figur
     flags = [
         *("train", *UNTRACKED, *IMAGES, "--data.limit_train=1664", f"--model.arch={student}"),
         *teacher_flags(setting, starter, teacher),
-        f"--distill.feature={{direction: both, taps: [layer1, layer2], pca_images: {setting.size(640, 64)}}}",
+        f"--distill.feature={{direction: both, layers: [layer1, layer2], pca_images: {setting.size(640, 64)}}}",
         *("--optim.lr=0.01", "--optim.nesterov=true", "--optim.clip_norm=5", "--train.ema_decay=0.9"),
         *(f"--train.batch_size={setting.size(128, 32)}", "--train.max_steps=20", "--train.epochs=20"),
         *("--train.log_every_steps=3", "--train.deterministic=true", f"--train.precision={precision}"),

@@ -63,7 +63,7 @@ def teacher_flags(setting: Setting, starter: Starter, arch: str) -> list[str]:
 def save_weights(arch: str, arguments: dict[str, Any], path: Path) -> None:
     from safetensors.torch import save_file
 
-    from kd_accel.models.zoo import build_model
+    from kd_accel.models.factory import build_model
 
     model = build_model(arch, num_classes=10, arch_args=arguments)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)

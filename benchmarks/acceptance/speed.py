@@ -35,7 +35,7 @@ RATIOS = (
 """Of images per second."""
 NAMES = tuple(dict.fromkeys(name for ratio in RATIOS for name in ratio))
 BATCH_SIZES = {"128": 20, "1024": 8}
-"""{rows in a batch: steps in a block}."""
+"""{samples in a batch: steps in a block}."""
 _WARM_UP, _REPEATS = 2, 5
 Block = Callable[[], float]
 
@@ -56,7 +56,7 @@ def measure(setting: Setting, precision: LimitPrecision, batch_size: int) -> Fig
             "spread": round(result.spread[name], 4),
             "ms_per_step": round(1000 * size.batch_size / result.medians[name], 3),
             "peak_mib": peaks[name],
-            **device_figures(_events(block), steps=size.steps, block_s=size.rows / result.medians[name]),
+            **device_figures(_events(block), steps=size.steps, block_s=size.samples / result.medians[name]),
         }
         for name, block in blocks.items()
     }

@@ -19,10 +19,10 @@ from benchmarks.acceptance.guard import Cases
 from benchmarks.acceptance.record import Figures, Setting
 from benchmarks.jobs import Size, open_bench
 from benchmarks.training_case import Programs
-from kd_accel.config import Precision
-from kd_accel.engine.profile import StepProfiler
-from kd_accel.engine.train import train_epoch
+from kd_accel.config.schema import Precision
 from kd_accel.models.kernels import choose_kernels
+from kd_accel.training.profile import StepProfiler
+from kd_accel.training.trainer import train_epoch
 
 VARIANTS = {
     "plain": "plain",
@@ -51,13 +51,13 @@ def watched_steps(programs: Programs, name: str, directory: Path, *, warm_up: in
     """Run an epoch of a variant. Raises RuntimeError where a watched step waits for the device."""
     with _kernels(deterministic=name.startswith("deterministic")):
         job = programs.job(VARIANTS[name], directory, blocks=1)
-        watch = SyncWatch(directory, first=warm_up, steps=steps)
+        guard = SyncWatch(directory, first=warm_up, steps=steps)
         try:
-            train_epoch(replace(job, profiler=watch))
+            train_epoch(replace(job, profiler=guard))
         finally:
-            watch.close()
+            guard.close()
     (line,) = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return {"watched_steps": watch.watched, "loss": line["loss"]}
+    return {"watched_steps": guard.guarded, "loss": line["loss"]}
 
 
 class SyncWatch(StepProfiler):
@@ -65,14 +65,14 @@ class SyncWatch(StepProfiler):
 
     def __init__(self, directory: Path, *, first: int, steps: int) -> None:
         super().__init__(directory, steps=None, rank=0, say=print)
-        self._first, self._steps, self._done, self.watched = first, steps, 0, 0
+        self._first, self._steps, self._done, self.guarded = first, steps, 0, 0
 
     def step(self) -> None:
         self._done += 1
-        self.watched = min(max(0, self._done - self._first), self._steps)
+        self.guarded = min(max(0, self._done - self._first), self._steps)
         if self._done == self._first:
             _set_mode("error")
-        if self.watched == self._steps:
+        if self.guarded == self._steps:
             _set_mode("default")
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_accel.bench.graphs import capture
-from kd_accel.config import Precision
+from kd_accel.config.schema import Precision
 
 Forward = Callable[[], Tensor]
 _WARM_UP_ITERATIONS = 20

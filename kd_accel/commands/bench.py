@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_accel.bench.named import bench_models
-from kd_accel.config import BenchConfig
-from kd_accel.disk import write_json
-from kd_accel.types import UserError
+from kd_accel.bench.runner import bench_models
+from kd_accel.config.schema import BenchConfig
+from kd_accel.errors import UserError
+from kd_accel.io.files import write_json
 
 
 def run_bench(models: Sequence[str], config: BenchConfig, *, out: Path | None) -> None:
@@ -20,7 +20,7 @@ def run_bench(models: Sequence[str], config: BenchConfig, *, out: Path | None) -
     for entry in figures["models"]:
         for latency in entry["latency"]:
             print(_line(entry, latency))
-    print(f"on {figures['device']}, {figures['threads']} threads, precision {figures['precision']}, {figures['layout']}")
+    print(f"on {figures['device']}, {figures['threads']} threads, precision {figures['precision']}, {figures['memory_format']}")
     if out is not None:
         write_json(figures, out)
         print(f"written to {out}")

@@ -8,23 +8,23 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kd_accel.commands.data import HeldOutSplit, held_out, load_data
 from kd_accel.commands.teacher import load_teacher, ready_teacher
-from kd_accel.config import RunConfig
-from kd_accel.engine.evaluate import evaluate
-from kd_accel.engine.setup import leave_processes, start_processes
-from kd_accel.models.cpu_forms import use_cpu_forms
-from kd_accel.models.files import load_run_model
+from kd_accel.config.parsing import load_config_file
+from kd_accel.config.schema import RunConfig
+from kd_accel.data.datamodule import load_data
+from kd_accel.distributed import leave_processes, start_processes
+from kd_accel.errors import UserError
+from kd_accel.models.cpu_kernels import use_cpu_kernels
 from kd_accel.models.kernels import choose_kernels
-from kd_accel.models.layout import maps_layout
+from kd_accel.models.memory_format import image_memory_format
 from kd_accel.models.preprocess import Normalize
-from kd_accel.parse import load_config_file
-from kd_accel.teacher.live import LiveTeacher
-from kd_accel.types import UserError
+from kd_accel.models.weights import load_run_model
+from kd_accel.teacher.teacher import LiveTeacher
+from kd_accel.training.evaluation import HeldOutSplit, evaluate, held_out
 
 
 def run_evaluation(directory: Path, *, split: HeldOutSplit) -> None:
-    """Print one line of JSON: run, split, rows, loss, accuracy and, for a distilled run, agreement."""
+    """Print one line of JSON: run, split, samples, loss, accuracy and, for a distilled run, agreement."""
     network, card = load_run_model(directory, field="evaluate")
     config_file = directory / "config.yaml"
     if not config_file.is_file():
@@ -33,22 +33,22 @@ def run_evaluation(directory: Path, *, split: HeldOutSplit) -> None:
     choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     accelerator = start_processes(config.train.precision)
     data = load_data(config.data)
-    use_cpu_forms(network, accelerator.device)
+    use_cpu_kernels(network, accelerator.device)
     network.to(accelerator.device)
-    layout = maps_layout(config.train.channels_last, accelerator.device)
-    normalize = Normalize(card.mean, card.std, layout=layout).to(accelerator.device)
+    memory_format = image_memory_format(config.train.channels_last, accelerator.device)
+    normalize = Normalize(card.mean, card.std, memory_format=memory_format).to(accelerator.device)
 
     def forward(images: Tensor) -> Tensor:
         return network(normalize(images))
 
     with ExitStack() as stack:
-        signals = None
+        source = None
         if config.teacher is not None:
             teacher = load_teacher(config.teacher, data)
-            model, teacher_input = ready_teacher(config, teacher, accelerator, taps={})
-            signals = LiveTeacher(model, teacher_input, autocast=accelerator.autocast)
-            stack.callback(signals.close)
-        rows = held_out(data, config, accelerator, split=split, signals=signals)
-        result = evaluate(forward, rows, accelerator=accelerator)
+            model, teacher_input = ready_teacher(config, teacher, accelerator, layers={})
+            source = LiveTeacher(model, teacher_input, autocast=accelerator.autocast)
+            stack.callback(source.close)
+        samples = held_out(data, config, accelerator, split=split, teacher=source)
+        result = evaluate(forward, samples, accelerator=accelerator)
     accelerator.print(json.dumps({"run": str(directory), "split": split, **result}))
     leave_processes(accelerator)

@@ -5,51 +5,52 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kd_accel.commands.course import build_course
-from kd_accel.commands.data import Data, data_identity, held_out, keep_images_on_gpu, training_loader
-from kd_accel.commands.teaching import Teaching
-from kd_accel.config import RunConfig
+from kd_accel.commands.schedule import build_schedule
+from kd_accel.commands.teacher_setup import TeacherSetup
+from kd_accel.config.schema import RunConfig
+from kd_accel.data.datamodule import Data, data_fingerprint, keep_images_on_gpu, training_loader
 from kd_accel.data.loader import TrainLoader
-from kd_accel.engine.average import MovingAverage
-from kd_accel.engine.checkpoint import Checkpoint, CheckpointWriter, module_tensors
-from kd_accel.engine.evaluate import HeldOut
-from kd_accel.engine.finite import FiniteWatch
-from kd_accel.engine.interruption import Interruption
-from kd_accel.engine.job import Course, Job
-from kd_accel.engine.journal import Journal
-from kd_accel.engine.meters import Meters
-from kd_accel.engine.optim import build_optimizer
-from kd_accel.engine.profile import StepProfiler
-from kd_accel.engine.progress import Progress
-from kd_accel.engine.setup import Accelerator, on_main_process, wrap_for_training
-from kd_accel.engine.state import Trainee, restore
-from kd_accel.models.layout import weights_layout
+from kd_accel.distributed import Accelerator, on_main_process
+from kd_accel.errors import UserError
+from kd_accel.models.feature_extractor import compile_with_hooks
+from kd_accel.models.memory_format import weight_memory_format
 from kd_accel.models.student import StudentModule
-from kd_accel.models.taps import compile_tapped
-from kd_accel.report.tracking import WandbTracking, missing_package_notices
-from kd_accel.types import SignalSource, UserError, no_signals
+from kd_accel.training.average import MovingAverage
+from kd_accel.training.checkpoint import Checkpoint, CheckpointWriter, module_tensors
+from kd_accel.training.evaluation import HeldOut, held_out
+from kd_accel.training.job import Job, TrainingSchedule
+from kd_accel.training.metrics import Meters
+from kd_accel.training.metrics_log import MetricsLog
+from kd_accel.training.nonfinite import NonFiniteGuard
+from kd_accel.training.optim import build_optimizer
+from kd_accel.training.preemption import PreemptionHandler
+from kd_accel.training.profile import StepProfiler
+from kd_accel.training.progress import Progress
+from kd_accel.training.state import TrainState, restore, wrap_for_training
+from kd_accel.training.wandb_tracker import WandbTracking, missing_package_notices
+from kd_accel.types import TeacherSource, no_teacher
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TrainingSetup:
     """What is there before the first step."""
 
     config: RunConfig
     data: Data
     loader: TrainLoader
-    course: Course
+    schedule: TrainingSchedule
     module: StudentModule
-    teaching: Teaching | None
+    teacher_setup: TeacherSetup | None
     checkpoint: Checkpoint | None
     accelerator: Accelerator
     notices: list[str]
 
     @property
-    def signals(self) -> SignalSource:
-        return self.teaching.signals if self.teaching else no_signals
+    def teacher(self) -> TeacherSource:
+        return self.teacher_setup.source if self.teacher_setup else no_teacher
 
 
-def start_tracking(start: Prepared) -> WandbTracking:
+def start_tracking(start: TrainingSetup) -> WandbTracking:
     """W&B on the main process, through Accelerate's tracker; a resumed run goes on in the same W&B run."""
     config, accelerator = start.config, start.accelerator
     tracking = WandbTracking(
@@ -71,26 +72,26 @@ def _wandb_run(accelerator: Accelerator, config: RunConfig, kwargs: dict[str, An
     return accelerator.get_tracker("wandb", unwrap=True)
 
 
-def plan_course(config: RunConfig, data: Data, accelerator: Accelerator) -> tuple[TrainLoader, Course]:
-    """The batches of this rank and the steps that they make. Raises UserError for what these rows cannot be trained with."""
+def plan_schedule(config: RunConfig, data: Data, accelerator: Accelerator) -> tuple[TrainLoader, TrainingSchedule]:
+    """The batches of this rank and the steps that they make. Raises UserError for what these samples cannot be trained with."""
     loader = training_loader(data, config, accelerator)
-    course = build_course(config, steps_per_epoch=loader.steps_per_epoch)
-    _refuse_a_pause_beyond_the_end(config, course.total_steps)
-    return loader, course
+    schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
+    _refuse_a_pause_beyond_the_end(config, schedule.total_steps)
+    return loader, schedule
 
 
-def build_job(start: Prepared, tracking: WandbTracking) -> Job:
+def build_job(start: TrainingSetup, tracking: WandbTracking) -> Job:
     config, accelerator = start.config, start.accelerator
-    trainee, notices = _build_trainee(start)
+    train_state, notices = _build_train_state(start)
     start.notices.extend(notices)
     keep_images_on_gpu(start.loader, start.data, config.data, accelerator.device)
-    journal = Journal(config.directory / "metrics.jsonl", is_main=accelerator.is_main_process, tracker=tracking)
+    metrics_log = MetricsLog(config.directory / "metrics.jsonl", is_main=accelerator.is_main_process, tracker=tracking)
     length_bytes = start.checkpoint.state["metrics_bytes"] if start.checkpoint else 0
-    on_main_process(accelerator, lambda: journal.start(length_bytes))
+    on_main_process(accelerator, lambda: metrics_log.start(length_bytes))
     progress = Progress(
         config.name,
-        total_steps=start.course.total_steps,
-        done_steps=trainee.position.step,
+        total_steps=start.schedule.total_steps,
+        done_steps=train_state.position.step,
         is_main=accelerator.is_main_process,
     )
     state, tensors = _checkpoint_extra(start, tracking)
@@ -98,17 +99,17 @@ def build_job(start: Prepared, tracking: WandbTracking) -> Job:
         accelerator=accelerator,
         train=config.train,
         checkpoint=config.checkpoint,
-        trainee=trainee,
-        watch=FiniteWatch(accelerator, trainee.module, trainee.optimizer),
+        train_state=train_state,
+        guard=NonFiniteGuard(accelerator, train_state.module, train_state.optimizer),
         loader=start.loader,
-        signals=start.signals,
-        course=start.course,
-        journal=journal,
+        teacher=start.teacher,
+        schedule=start.schedule,
+        metrics_log=metrics_log,
         progress=progress,
         profiler=StepProfiler(
             config.directory / "profile", steps=config.profile, rank=accelerator.process_index, say=progress.say
         ),
-        interruption=Interruption(accelerator, timeout_s=config.train.timeout_s),
+        preemption=PreemptionHandler(accelerator, timeout_s=config.train.timeout_s),
         writer=CheckpointWriter(),
         checkpoint_dir=config.directory / "checkpoints",
         checkpoint_extra=state,
@@ -126,25 +127,25 @@ def _refuse_a_pause_beyond_the_end(config: RunConfig, total_steps: int) -> None:
         )
 
 
-def _build_trainee(start: Prepared) -> tuple[Trainee, list[str]]:
+def _build_train_state(start: TrainingSetup) -> tuple[TrainState, list[str]]:
     """What a step changes, wrapped by Accelerate, in the state of the checkpoint where there is one."""
     config, accelerator, module = start.config, start.accelerator, start.module
-    module.to(accelerator.device).to(memory_format=weights_layout(config.train.channels_last, accelerator.device))
+    module.to(accelerator.device).to(memory_format=weight_memory_format(config.train.channels_last, accelerator.device))
     decay = config.train.ema_decay
     average = None if decay is None else MovingAverage(module.student, decay=decay)
     if config.train.compile:
-        compile_tapped(module.student)
+        compile_with_hooks(module.student)
     wrapped, wrapped_optimizer = wrap_for_training(accelerator, module, build_optimizer(module.parameters(), config.optim))
-    trainee = Trainee(wrapped, wrapped_optimizer, Meters(accelerator.device), average)
+    train_state = TrainState(wrapped, wrapped_optimizer, Meters(accelerator.device), average)
     if start.checkpoint is None:
-        return trainee, []
-    return trainee, _restored(trainee, start.checkpoint, accelerator)
+        return train_state, []
+    return train_state, _restored(train_state, start.checkpoint, accelerator)
 
 
-def _restored(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator) -> list[str]:
+def _restored(train_state: TrainState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[str]:
     """Its settings and data fit, so what does not is damage, of whatever kind."""
     try:
-        return restore(trainee, checkpoint, accelerator)
+        return restore(train_state, checkpoint, accelerator)
     except (KeyError, IndexError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
@@ -153,25 +154,25 @@ def _restored(trainee: Trainee, checkpoint: Checkpoint, accelerator: Accelerator
         ) from error
 
 
-def _validation(start: Prepared) -> HeldOut | None:
-    if not len(start.data.rows.val):
+def _validation(start: TrainingSetup) -> HeldOut | None:
+    if not len(start.data.splits.val):
         return None
-    signals = start.teaching.held_out("val") if start.teaching else None
-    return held_out(start.data, start.config, start.accelerator, split="val", signals=signals)
+    teacher = start.teacher_setup.held_out("val") if start.teacher_setup else None
+    return held_out(start.data, start.config, start.accelerator, split="val", teacher=teacher)
 
 
-def _checkpoint_extra(start: Prepared, tracking: WandbTracking) -> tuple[dict[str, Any], dict[str, Any]]:
+def _checkpoint_extra(start: TrainingSetup, tracking: WandbTracking) -> tuple[dict[str, Any], dict[str, Any]]:
     """(plain state, tensors by file) that every checkpoint holds besides the trainee's own."""
-    frozen = start.teaching.frozen if start.teaching else {}
+    frozen = start.teacher_setup.frozen if start.teacher_setup else {}
     tensors = {
-        f"{tap}|{name}": tensor for tap, projector in frozen.items() for name, tensor in module_tensors(projector).items()
+        f"{layer}|{name}": tensor for layer, projector in frozen.items() for name, tensor in module_tensors(projector).items()
     }
     state = {
         "config": asdict(start.config),
-        "data": data_identity(start.data),
+        "data": data_fingerprint(start.data),
         "wandb_id": tracking.run_id,
-        "teacher_digest": start.teaching.digest if start.teaching else None,
-        "cache": start.teaching.cache if start.teaching else None,
-        "pca_explained": start.teaching.explained if start.teaching else {},
+        "teacher_digest": start.teacher_setup.digest if start.teacher_setup else None,
+        "cache": start.teacher_setup.cache if start.teacher_setup else None,
+        "pca_explained": start.teacher_setup.explained if start.teacher_setup else {},
     }
     return state, {"frozen": tensors} if tensors else {}

@@ -6,17 +6,17 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd_accel.commands.data import Data
-from kd_accel.config import RunConfig
-from kd_accel.models.cpu_forms import use_cpu_forms
-from kd_accel.models.files import ModelCard, load_weights
-from kd_accel.models.layout import maps_layout
+from kd_accel.config.schema import RunConfig
+from kd_accel.data.datamodule import Data
+from kd_accel.errors import UserError
+from kd_accel.models.cpu_kernels import use_cpu_kernels
+from kd_accel.models.factory import build_model
+from kd_accel.models.feature_extractor import probe_logits
+from kd_accel.models.memory_format import image_memory_format
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import Projectors
 from kd_accel.models.student import StudentModule
-from kd_accel.models.taps import probe_logits
-from kd_accel.models.zoo import build_model
-from kd_accel.types import UserError
+from kd_accel.models.weights import ModelCard, load_weights
 
 
 def build_network(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
@@ -35,15 +35,15 @@ def build_network(config: RunConfig, data: Data) -> tuple[nn.Module, list[str]]:
 def wrap_student(
     network: nn.Module, config: RunConfig, data: Data, device: torch.device, *, projectors: Projectors | None
 ) -> StudentModule:
-    """The one module that is trained, its taps not yet open. device: where it will be."""
+    """The one module that is trained, its layers not yet open. device: where it will be."""
     feature = config.distill.feature if config.distill else None
-    use_cpu_forms(network, device)
+    use_cpu_kernels(network, device)
     if config.train.sync_batchnorm:
         network = _with_sync_batchnorm(network)
     return StudentModule(
         network,
-        Normalize(data.mean, data.std, layout=maps_layout(config.train.channels_last, device)),
-        taps=feature.taps if feature and projectors else (),
+        Normalize(data.mean, data.std, memory_format=image_memory_format(config.train.channels_last, device)),
+        layers=feature.layers if feature and projectors else (),
         student_projectors=projectors.student if projectors else None,
     )
 

@@ -18,22 +18,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_accel.commands.course import build_course, total_steps
-from kd_accel.commands.data import Data, keep_images_on_gpu, load_data, training_loader
+from kd_accel.cache.compatibility import stored_type
+from kd_accel.cache.spec import LOGITS, TensorSpec
 from kd_accel.commands.networks import build_network, wrap_student
-from kd_accel.commands.teacher import TapPairs, live_teacher, load_teacher, pair_taps, ready_teacher
-from kd_accel.config import RunConfig, StorageType
-from kd_accel.disk import readable_size
-from kd_accel.engine.optim import build_optimizer
-from kd_accel.engine.setup import Accelerator, leave_processes, start_processes
-from kd_accel.engine.train import train_step
+from kd_accel.commands.schedule import build_schedule, total_steps
+from kd_accel.commands.teacher import LayerPairs, live_teacher, load_teacher, pair_layers, ready_teacher
+from kd_accel.config.schema import RunConfig, StorageType
+from kd_accel.data.datamodule import Data, keep_images_on_gpu, load_data, training_loader
+from kd_accel.distributed import Accelerator, leave_processes, start_processes
+from kd_accel.errors import UserError
+from kd_accel.io.files import readable_size
 from kd_accel.models.kernels import choose_kernels
-from kd_accel.models.layout import weights_layout
+from kd_accel.models.memory_format import weight_memory_format
 from kd_accel.models.projectors import FeatureProjector
 from kd_accel.models.student import StudentModule
-from kd_accel.teacher.cached import stored_type
-from kd_accel.teacher.store.layout import LOGITS, TensorSpec
-from kd_accel.types import Batch, UserError
+from kd_accel.training.optim import build_optimizer
+from kd_accel.training.trainer import train_step
+from kd_accel.types import Batch
 
 _STUDENTS = (1, 2, 5, 10)
 _PROBE_BYTES = 32 * 2**20
@@ -42,7 +43,7 @@ _MEASURED_S = 2.0
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds for one row of the data on one process: its view, the teacher's answer, the student's step without it; bytes per
+    """Seconds for one sample of the data on one process: its view, the teacher's answer, the student's step without it; bytes per
     second of the disk of the cache.
     """
 
@@ -55,24 +56,24 @@ class Measured:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned. rows: of training. row_bytes: of one row and view in the cache. processes: of the launch."""
+    """What is to be planned. samples: of training. sample_bytes: of one sample and view in the cache. processes: of the launch."""
 
-    rows: int
+    samples: int
     views: int
     epochs: int
     processes: int
-    row_bytes: int
+    sample_bytes: int
 
 
 def costs(measured: Measured, job: Job) -> dict[str, Any]:
     """Seconds of both ways, for several numbers of students, and where the cache has paid for itself.
 
     break_even_epoch: the first epoch, over all students together, after which building and reading was cheaper than live
-    answers; None where reading a row costs more than computing it.
+    answers; None where reading a sample costs more than computing it.
     """
-    per_epoch = job.rows / job.processes
-    read_s = job.row_bytes / measured.read_bytes_per_s
-    build_s = job.views * per_epoch * (measured.view_s + measured.teacher_s + job.row_bytes / measured.write_bytes_per_s)
+    per_epoch = job.samples / job.processes
+    read_s = job.sample_bytes / measured.read_bytes_per_s
+    build_s = job.views * per_epoch * (measured.view_s + measured.teacher_s + job.sample_bytes / measured.write_bytes_per_s)
     shared_s = measured.view_s + measured.student_s
     live_epoch_s, cached_epoch_s = per_epoch * (shared_s + measured.teacher_s), per_epoch * (shared_s + read_s)
     saved_s = live_epoch_s - cached_epoch_s
@@ -102,23 +103,23 @@ def run_plan(config: RunConfig, *, as_json: bool) -> None:
     data = load_data(config.data)
     network, _ = build_network(config, data)
     teacher = load_teacher(config.teacher, data)
-    pairs = pair_taps(config, network, teacher.model)
+    pairs = pair_layers(config, network, teacher.model)
     directory = _existing(Path(config.teacher.cache_dir or config.directory))
     measured = _measure(config, data, network, teacher, pairs, accelerator, directory)
     dtype = config.teacher.dtype or "float16"
-    kinds = row_bytes(len(data.label_names), pairs, dtype)
+    kinds = sample_bytes(len(data.label_names), pairs, dtype)
     chosen = kind_of(config, pairs)
     views = config.data.views or config.train.epochs
     epochs = math.ceil(total_steps(config, _steps(config, data)) / _steps(config, data))
-    job = Job(len(data.rows.train), views, epochs, accelerator.num_processes, kinds[chosen])
+    job = Job(len(data.splits.train), views, epochs, accelerator.num_processes, kinds[chosen])
     result = {
         "measured": asdict(measured),
         "job": asdict(job),
         "kind": chosen,
         "dtype": dtype,
         "free_bytes": shutil.disk_usage(directory).free,
-        "bytes_per_row_and_view": kinds,
-        "bytes": {name: size * job.rows * views for name, size in kinds.items()},
+        "bytes_per_sample_and_view": kinds,
+        "bytes": {name: size * job.samples * views for name, size in kinds.items()},
         **costs(measured, job),
     }
     result["recommendation"] = recommendation(result)
@@ -134,7 +135,7 @@ def recommendation(result: dict[str, Any]) -> str:
             f"{readable_size(result['free_bytes'])} are free; fewer data.views or direction both would make it smaller"
         )
     if result["break_even_epoch"] is None:
-        return "live: here reading a row takes longer than letting the teacher answer"
+        return "live: here reading a sample takes longer than letting the teacher answer"
     epochs, even = result["job"]["epochs"], result["break_even_epoch"]
     if even <= epochs:
         return f"cached: it has paid for itself after epoch {even} of the {epochs} of the first student"
@@ -151,43 +152,43 @@ def _measure(
     data: Data,
     network: nn.Module,
     teacher: Any,
-    pairs: TapPairs,
+    pairs: LayerPairs,
     accelerator: Accelerator,
     directory: Path,
 ) -> Measured:
     batches = _batches(config, data, accelerator)
     view_s = _seconds(lambda: next(batches), accelerator)
     batch = next(batches)
-    model, normalize = ready_teacher(config, teacher, accelerator, taps=pairs.teacher)
+    model, normalize = ready_teacher(config, teacher, accelerator, layers=pairs.teacher)
     projectors = {
-        tap: FeatureProjector(pairs.shapes[pairs.teacher[tap]][0], width).to(accelerator.device)
-        for tap, width in pairs.projectors.pca_channels.items()
+        layer: FeatureProjector(pairs.shapes[pairs.teacher[layer]][0], width).to(accelerator.device)
+        for layer, width in pairs.projectors.pca_channels.items()
     }
-    live = live_teacher(config, model, normalize, accelerator, taps=pairs.teacher, projectors=projectors)
+    live = live_teacher(config, model, normalize, accelerator, layers=pairs.teacher, projectors=projectors)
     module = wrap_student(network, config, data, accelerator.device, projectors=pairs.projectors).to(accelerator.device).train()
-    module.to(memory_format=weights_layout(config.train.channels_last, accelerator.device))
-    module.open_taps()
+    module.to(memory_format=weight_memory_format(config.train.channels_last, accelerator.device))
+    module.start_recording()
     try:
         teacher_s = _seconds(lambda: live(batch), accelerator)
         student_s = _seconds(_step(config, module, batch, live, accelerator), accelerator)
     finally:
-        module.close_taps()
+        module.stop_recording()
         live.close()
-    rows = len(batch.rows)
-    return Measured(view_s / rows, teacher_s / rows, student_s / rows, *_disk_rates(directory))
+    samples = len(batch.samples)
+    return Measured(view_s / samples, teacher_s / samples, student_s / samples, *_disk_rates(directory))
 
 
 def _step(
     config: RunConfig, module: StudentModule, batch: Batch, live: Callable[[Batch], Any], accelerator: Accelerator
 ) -> Callable[[], None]:
     """The student's optimizer step with answers that are there already."""
-    signals = live(batch)
+    outputs = live(batch)
     optimizer = build_optimizer(module.parameters(), config.optim)
-    loss, _ = build_course(config, steps_per_epoch=1).loss_at(0, 0)
+    loss, _ = build_schedule(config, steps_per_epoch=1).loss_at(0, 0)
 
     def step() -> None:
         with accelerator.autocast():
-            terms, _, _ = train_step(module, lambda batch: signals, loss, batch)
+            terms, _, _ = train_step(module, lambda batch: outputs, loss, batch)
         terms.total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -206,7 +207,7 @@ def _batches(config: RunConfig, data: Data, accelerator: Accelerator) -> Iterato
 
 
 def _steps(config: RunConfig, data: Data) -> int:
-    return max(1, len(data.rows.train) // config.train.batch_size)
+    return max(1, len(data.splits.train) // config.train.batch_size)
 
 
 def _seconds(work: Callable[[], object], accelerator: Accelerator) -> float:
@@ -251,24 +252,24 @@ def _existing(directory: Path) -> Path:
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
 
 
-def row_bytes(num_classes: int, pairs: TapPairs, dtype: StorageType) -> dict[str, int]:
-    """Bytes of one row and view by what is kept: logits alone, with raw features, with projected ones."""
-    logits = TensorSpec((num_classes,), stored_type(dtype, is_logits=True)).row_bytes
+def sample_bytes(num_classes: int, pairs: LayerPairs, dtype: StorageType) -> dict[str, int]:
+    """Bytes of one sample and view by what is kept: logits alone, with raw features, with projected ones."""
+    logits = TensorSpec((num_classes,), stored_type(dtype, is_logits=True)).sample_bytes
     sizes = {LOGITS: logits}
     if not pairs.teacher:
         return sizes
-    raw = {tap: TensorSpec(shape, dtype).row_bytes for tap, shape in pairs.shapes.items()}
+    raw = {layer: TensorSpec(shape, dtype).sample_bytes for layer, shape in pairs.shapes.items()}
     sizes["logits and raw features"] = logits + sum(raw.values())
     widths = pairs.pca_channels()
     if widths:
-        projected = (TensorSpec((width, *pairs.shapes[tap][1:]), dtype).row_bytes for tap, width in widths.items())
+        projected = (TensorSpec((width, *pairs.shapes[layer][1:]), dtype).sample_bytes for layer, width in widths.items())
         sizes["logits and projected features"] = logits + sum(projected)
     return sizes
 
 
-def kind_of(config: RunConfig, pairs: TapPairs) -> str:
+def kind_of(config: RunConfig, pairs: LayerPairs) -> str:
     """Which of these a cache of this config keeps."""
-    if (config.teacher is not None and config.teacher.signals == "logits_cached") or not pairs.teacher:
+    if (config.teacher is not None and config.teacher.outputs == "mixed") or not pairs.teacher:
         return LOGITS
     return "logits and projected features" if pairs.projectors.pca_channels else "logits and raw features"
 
@@ -276,16 +277,18 @@ def kind_of(config: RunConfig, pairs: TapPairs) -> str:
 def _described(result: dict[str, Any], job: Job, config: RunConfig) -> str:
     measured = result["measured"]
     lines = [
-        f"measured here, a row: teacher {1e6 * measured['teacher_s']:.0f} us, student's step "
+        f"measured here, a sample: teacher {1e6 * measured['teacher_s']:.0f} us, student's step "
         f"{1e6 * measured['student_s']:.0f} us, view {1e6 * measured['view_s']:.0f} us; disk: "
         f"{measured['write_bytes_per_s'] / 1e6:.0f} MB/s written, {measured['read_bytes_per_s'] / 1e6:.0f} MB/s read again",
-        f"{job.views} views of {job.rows} rows, {job.epochs} epochs, {job.processes} processes; "
+        f"{job.views} views of {job.samples} samples, {job.epochs} epochs, {job.processes} processes; "
         f"{readable_size(result['free_bytes'])} free. In {result['dtype']} a cache takes",
     ]
-    for name, size in result["bytes_per_row_and_view"].items():
+    for name, size in result["bytes_per_sample_and_view"].items():
         marker = " <- this config" if name == result["kind"] else ""
         marker += " (more than is free)" if result["bytes"][name] > result["free_bytes"] else ""
-        lines.append(f"  {name:30} {size:>8} bytes per row and view, {readable_size(size * job.rows * job.views):>10}{marker}")
+        lines.append(
+            f"  {name:30} {size:>8} bytes per sample and view, {readable_size(size * job.samples * job.views):>10}{marker}"
+        )
     lines.append(
         f"an epoch: live {_time(result['live_epoch_s'])}, cached {_time(result['cached_epoch_s'])}; "
         f"build {_time(result['build_s'])}; break-even after epoch {result['break_even_epoch'] or 'never'}"

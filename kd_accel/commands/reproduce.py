@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kd_accel.bench.identity import is_measured
-from kd_accel.config import BenchConfig, ReproduceConfig, RunConfig
-from kd_accel.parse import build_parser, parse_config
-from kd_accel.types import UserError
-from kd_accel.written import read_written, read_yaml
+from kd_accel.bench.provenance import is_measured
+from kd_accel.config.parsing import build_parser, parse_config
+from kd_accel.config.reading import read_written, read_yaml
+from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
+from kd_accel.errors import UserError
 
 
 def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
@@ -64,7 +64,7 @@ def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConf
 def _needs_its_cache(run: RunConfig) -> bool:
     """Whether a training that is not finished reads a cache: a build writes what that cache lacks, and checks the rest."""
     is_finished = (run.directory / "summary.json").is_file()
-    return run.teacher is not None and run.teacher.signals != "live" and not is_finished
+    return run.teacher is not None and run.teacher.outputs != "live" and not is_finished
 
 
 def _launch(arguments: list[str], *, launch: str, what: str) -> None:

@@ -10,27 +10,27 @@ import torch
 import torchvision
 
 import kd_accel
-from kd_accel.commands.data import data_identity
-from kd_accel.commands.job import Prepared
+from kd_accel.commands.job import TrainingSetup
 from kd_accel.commands.networks import card_of
-from kd_accel.config import RunConfig, Schedule
-from kd_accel.disk import write_json
-from kd_accel.engine.job import Job
-from kd_accel.engine.setup import on_main_process
-from kd_accel.models.files import save_model
-from kd_accel.report.tracking import WandbTracking
+from kd_accel.config.schema import RunConfig, Schedule
+from kd_accel.data.datamodule import data_fingerprint
+from kd_accel.distributed import on_main_process
+from kd_accel.io.files import write_json
+from kd_accel.models.weights import save_model
+from kd_accel.training.job import Job
+from kd_accel.training.wandb_tracker import WandbTracking
 
 
-def save_results(start: Prepared, job: Job, *, test_metrics: dict[str, float], tracking: WandbTracking) -> None:
+def save_results(start: TrainingSetup, job: Job, *, test_metrics: dict[str, float], tracking: WandbTracking) -> None:
     """Write model.safetensors, model.json and, last, summary.json; print the result. The main process writes."""
-    position = job.trainee.position
-    job.journal.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
+    position = job.train_state.position
+    job.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
     on_main_process(start.accelerator, lambda: _save(start, job, test_metrics, tracking))
     job.progress.say(f"{start.config.name}: test accuracy {100 * test_metrics['accuracy']:.2f} % ({start.config.directory})")
 
 
-def _save(start: Prepared, job: Job, test_metrics: dict[str, float], tracking: WandbTracking) -> None:
-    average = job.trainee.average
+def _save(start: TrainingSetup, job: Job, test_metrics: dict[str, float], tracking: WandbTracking) -> None:
+    average = job.train_state.average
     network = start.module.student if average is None else average.module
     save_model(start.config.directory, network, card=card_of(start.config, start.data))
     summary = _summary(start, job, test_metrics)
@@ -41,12 +41,12 @@ def _save(start: Prepared, job: Job, test_metrics: dict[str, float], tracking: W
 _TABLE = ("name", "role", "arch", "accuracy", "parameters")
 
 
-def _summary(start: Prepared, job: Job, test_metrics: dict[str, float]) -> dict[str, Any]:
-    config, position = start.config, job.trainee.position
+def _summary(start: TrainingSetup, job: Job, test_metrics: dict[str, float]) -> dict[str, Any]:
+    config, position = start.config, job.train_state.position
     student = start.module.student
     return {
         "name": config.name,
-        "role": "distilled" if start.teaching else config.role,
+        "role": "distilled" if start.teacher_setup else config.role,
         "arch": config.model.arch,
         "stem": config.model.stem,
         "accuracy": test_metrics["accuracy"],
@@ -63,9 +63,9 @@ def _summary(start: Prepared, job: Job, test_metrics: dict[str, float]) -> dict[
         "device": _device_name(start.accelerator.device),
         "is_scheduled": _is_scheduled(config),
         "source": config.data.source,
-        "data": data_identity(start.data),
-        "teacher_digest": start.teaching.digest if start.teaching else None,
-        "pca_explained": start.teaching.explained if start.teaching else {},
+        "data": data_fingerprint(start.data),
+        "teacher_digest": start.teacher_setup.digest if start.teacher_setup else None,
+        "pca_explained": start.teacher_setup.explained if start.teacher_setup else {},
         "versions": {
             "kd_accel": kd_accel.__version__,
             "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""From teacher settings to a loaded teacher, its taps paired with the student's, and the frozen projectors that go with it."""
+"""From teacher settings to a loaded teacher, its layers paired with the student's, and the frozen projectors that go with it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_accel.commands.data import Data, view_function
-from kd_accel.config import FeatureConfig, RunConfig, TeacherConfig
+from kd_accel.config.schema import FeatureConfig, RunConfig, TeacherConfig
+from kd_accel.data.datamodule import Data, view_transform
 from kd_accel.data.hashing import hashed_order
-from kd_accel.engine.setup import Accelerator, on_main_process
-from kd_accel.models.cpu_forms import use_cpu_forms
-from kd_accel.models.files import load_run_model, load_weights
-from kd_accel.models.folding import folded
-from kd_accel.models.layout import maps_layout
+from kd_accel.distributed import Accelerator, on_main_process
+from kd_accel.errors import UserError
+from kd_accel.io.hashing import settings_digest, tensors_digest
+from kd_accel.models.cpu_kernels import use_cpu_kernels
+from kd_accel.models.factory import build_model
+from kd_accel.models.feature_extractor import FeatureExtractor, compile_with_hooks, probe_layers
+from kd_accel.models.fusion import fuse_conv_bn
+from kd_accel.models.memory_format import image_memory_format
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import FeatureProjector, PcaFit, Projectors, Shape, build_projectors
-from kd_accel.models.taps import TapRecorder, compile_tapped, probe_taps
-from kd_accel.models.zoo import build_model
-from kd_accel.teacher.identity import settings_digest, tensors_digest
-from kd_accel.teacher.live import LiveTeacher
-from kd_accel.types import UserError
+from kd_accel.models.weights import load_run_model, load_weights
+from kd_accel.teacher.teacher import LiveTeacher
 
-_PCA_BATCH_ROWS = 128
-_PCA_ROWS = 31
+_PCA_BATCH_SAMPLES = 128
+_PCA_SAMPLES = 31
 
 
 @dataclass(frozen=True)
@@ -43,31 +43,31 @@ class TeacherNetwork:
     mean: list[float]
     std: list[float]
     label_names: tuple[str, ...] | None
-    _folded: dict[tuple[str, ...], nn.Module | None] = field(default_factory=dict, repr=False, compare=False)
+    _fused: dict[tuple[str, ...], nn.Module | None] = field(default_factory=dict, repr=False, compare=False)
 
-    def folded(self, taps: Mapping[str, str], *, image_size: int) -> nn.Module | None:
-        """With BatchNorm inside the convolutions, None where that cannot be. taps: {...: teacher's tap} that are recorded."""
-        names = tuple(sorted(taps.values()))
-        if names not in self._folded:
-            self._folded[names] = folded(self.model, taps=names, image_size=image_size)
-        return self._folded[names]
+    def fuse_conv_bn(self, layers: Mapping[str, str], *, image_size: int) -> nn.Module | None:
+        """With BatchNorm inside the convolutions, None where that cannot be. layers: {...: teacher's layer} that are recorded."""
+        names = tuple(sorted(layers.values()))
+        if names not in self._fused:
+            self._fused[names] = fuse_conv_bn(self.model, layers=names, image_size=image_size)
+        return self._fused[names]
 
-    def identity(self) -> dict[str, Any]:
-        """What decides its answers: weights and buffers, architecture, normalisation."""
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """What decides its answers: weights and buffers, architecture, normalization."""
         weights = tensors_digest(self.model.state_dict())
         shared = {"arch": self.arch, "stem": self.stem, "arch_args": self.arch_args}
         return {"weights": weights, **shared, "mean": self.mean, "std": self.std}
 
     @property
     def digest(self) -> str:
-        return settings_digest(self.identity())
+        return settings_digest(self.fingerprint_fields())
 
 
 @dataclass(frozen=True)
-class TapPairs:
-    """Taps of a student and a teacher that are compared. teacher: {student tap: teacher tap}. shapes: of the teacher's taps.
+class LayerPairs:
+    """Layers of a student and a teacher that are compared. teacher: {student layer: teacher layer}. shapes: of the teacher's layers.
 
-    projectors: what the direction needs on both sides, by the student's tap; the PCA's are not fitted yet.
+    projectors: what the direction needs on both sides, by the student's layer; the PCA's are not fitted yet.
     """
 
     teacher: dict[str, str] = field(default_factory=dict)
@@ -75,28 +75,28 @@ class TapPairs:
     projectors: Projectors = field(default_factory=Projectors)
 
     def pca_channels(self) -> dict[str, int]:
-        """Width of each frozen projector, by the teacher's tap. Raises UserError where one tap would need two."""
+        """Width of each frozen projector, by the teacher's layer. Raises UserError where one layer would need two."""
         widths: dict[str, int] = {}
-        for tap, channels in self.projectors.pca_channels.items():
-            name = self.teacher[tap]
+        for layer, channels in self.projectors.pca_channels.items():
+            name = self.teacher[layer]
             if widths.setdefault(name, channels) != channels:
                 raise UserError(
-                    f"teacher.taps: {name} is paired with taps of {widths[name]} and of {channels} channels; a PCA has one "
-                    "width: use direction student_to_teacher, or other taps"
+                    f"teacher.layers: {name} is paired with layers of {widths[name]} and of {channels} channels; a PCA has one "
+                    "width: use direction student_to_teacher, or other layers"
                 )
         return widths
 
 
 @dataclass(frozen=True)
 class FrozenProjectors:
-    """Fitted PCA projectors by the teacher's tap, and the share of the teacher's variance that each keeps."""
+    """Fitted PCA projectors by the teacher's layer, and the share of the teacher's variance that each keeps."""
 
     modules: dict[str, FeatureProjector] = field(default_factory=dict)
     explained: dict[str, float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 
-    def by_student_tap(self, pairs: Mapping[str, str]) -> dict[str, FeatureProjector]:
-        return {tap: self.modules[name] for tap, name in pairs.items() if name in self.modules}
+    def by_student_layer(self, pairs: Mapping[str, str]) -> dict[str, FeatureProjector]:
+        return {layer: self.modules[name] for layer, name in pairs.items() if name in self.modules}
 
     def to(self, device: torch.device) -> FrozenProjectors:
         for module in self.modules.values():
@@ -125,33 +125,33 @@ def load_teacher(config: TeacherConfig, data: Data) -> TeacherNetwork:
     return teacher
 
 
-def pair_taps(config: RunConfig, network: nn.Module, teacher: nn.Module) -> TapPairs:
-    """The taps that the feature term compares, none without one, and the projectors between them."""
+def pair_layers(config: RunConfig, network: nn.Module, teacher: nn.Module) -> LayerPairs:
+    """The layers that the feature term compares, none without one, and the projectors between them."""
     feature = config.distill.feature if config.distill else None
     if feature is None:
-        return TapPairs()
+        return LayerPairs()
     assert config.teacher is not None
-    pairs = dict(zip(feature.taps, config.teacher.taps or feature.taps, strict=True))
+    pairs = dict(zip(feature.layers, config.teacher.layers or feature.layers, strict=True))
     size = config.data.image_size
-    shapes = probe_taps(teacher, list(pairs.values()), image_size=size, field="teacher.taps")
+    shapes = probe_layers(teacher, list(pairs.values()), image_size=size, field="teacher.layers")
     projectors = build_projectors(
-        probe_taps(network, feature.taps, image_size=size),
-        {tap: shapes[name] for tap, name in pairs.items()},
+        probe_layers(network, feature.layers, image_size=size),
+        {layer: shapes[name] for layer, name in pairs.items()},
         direction=feature.direction,
         seed=config.seed,
     )
-    return TapPairs(pairs, shapes, projectors)
+    return LayerPairs(pairs, shapes, projectors)
 
 
 def ready_teacher(
-    config: RunConfig, teacher: TeacherNetwork, accelerator: Accelerator, *, taps: Mapping[str, str]
+    config: RunConfig, teacher: TeacherNetwork, accelerator: Accelerator, *, layers: Mapping[str, str]
 ) -> tuple[nn.Module, Normalize]:
-    """(model, normalisation) as it answers: a copy on the device, in the memory layout of the config, BatchNorm folded."""
-    layout = maps_layout(config.train.channels_last, accelerator.device)
-    own = teacher.folded(taps, image_size=config.data.image_size) or copy.deepcopy(teacher.model)
-    use_cpu_forms(own, accelerator.device)
-    model = own.to(accelerator.device).to(memory_format=layout)
-    return model, Normalize(teacher.mean, teacher.std, layout=layout).to(accelerator.device)
+    """(model, normalization) as it answers: a copy on the device, in the memory layout of the config, BatchNorm folded."""
+    memory_format = image_memory_format(config.train.channels_last, accelerator.device)
+    own = teacher.fuse_conv_bn(layers, image_size=config.data.image_size) or copy.deepcopy(teacher.model)
+    use_cpu_kernels(own, accelerator.device)
+    model = own.to(accelerator.device).to(memory_format=memory_format)
+    return model, Normalize(teacher.mean, teacher.std, memory_format=memory_format).to(accelerator.device)
 
 
 def live_teacher(
@@ -160,25 +160,25 @@ def live_teacher(
     normalize: nn.Module,
     accelerator: Accelerator,
     *,
-    taps: Mapping[str, str],
+    layers: Mapping[str, str],
     projectors: Mapping[str, nn.Module],
 ) -> LiveTeacher:
-    """It answers in the numeric mode of the config. taps: {name in the signals: teacher's tap}; projectors by the former."""
-    signals = LiveTeacher(model, normalize, taps=taps, projectors=projectors, autocast=accelerator.autocast)
+    """It answers in the numeric mode of the config. layers: {name in the signals: teacher's layer}; projectors by the former."""
+    outputs = LiveTeacher(model, normalize, layers=layers, projectors=projectors, autocast=accelerator.autocast)
     if config.train.compile:
-        compile_tapped(model)
-    return signals
+        compile_with_hooks(model)
+    return outputs
 
 
-def numeric_mode(config: RunConfig, teacher: TeacherNetwork, taps: Mapping[str, str], device: torch.device) -> dict[str, Any]:
+def numeric_mode(config: RunConfig, teacher: TeacherNetwork, layers: Mapping[str, str], device: torch.device) -> dict[str, Any]:
     """How the teacher computes: part of a cache's identity. Without `tf32` it was full float32, as it always is on a CPU."""
     train = config.train
-    is_folded = teacher.folded(taps, image_size=config.data.image_size) is not None
-    is_last = maps_layout(train.channels_last, device) == torch.channels_last
+    is_fused = teacher.fuse_conv_bn(layers, image_size=config.data.image_size) is not None
+    is_last = image_memory_format(train.channels_last, device) == torch.channels_last
     switches = {"precision": train.precision, "channels_last": is_last, "compile": train.compile}
     if device.type == "cuda" and train.tf32:
         switches["tf32"] = True
-    return {**switches, "batchnorm": "folded" if is_folded else "apart"}
+    return {**switches, "batchnorm": "folded" if is_fused else "apart"}
 
 
 def fit_projectors(
@@ -189,7 +189,7 @@ def fit_projectors(
     channels: Mapping[str, int],
     accelerator: Accelerator,
 ) -> FrozenProjectors:
-    """A PCA for each teacher tap in `channels`, fitted on the main process whatever the number of processes."""
+    """A PCA for each teacher layer in `channels`, fitted on the main process whatever the number of processes."""
     feature = config.distill.feature if config.distill else None
     if feature is None or not channels:
         return FrozenProjectors()
@@ -197,29 +197,29 @@ def fit_projectors(
     def fit() -> dict[str, tuple[FeatureProjector, float]]:
         fits: dict[str, PcaFit] = {}
         for recorded in _sampled_features(config, data, feature, model, normalize, list(channels), accelerator):
-            for tap, values in recorded.items():
-                fits.setdefault(tap, PcaFit(values.shape[1])).update(values)
-        return {tap: fits[tap].finish(width, tap=tap) for tap, width in channels.items()}
+            for layer, values in recorded.items():
+                fits.setdefault(layer, PcaFit(values.shape[1])).update(values)
+        return {layer: fits[layer].finish(width, layer=layer) for layer, width in channels.items()}
 
     fitted = on_main_process(accelerator, fit)
-    modules = {tap: projector for tap, (projector, _) in fitted.items()}
-    explained = {tap: share for tap, (_, share) in fitted.items()}
-    notices = [f"PCA at {tap} explains {share:.1%} of the variance" for tap, share in explained.items()]
-    if feature.pca_images > len(data.rows.train):
+    modules = {layer: projector for layer, (projector, _) in fitted.items()}
+    explained = {layer: share for layer, (_, share) in fitted.items()}
+    notices = [f"PCA at {layer} explains {share:.1%} of the variance" for layer, share in explained.items()]
+    if feature.pca_images > len(data.splits.train):
         notices.append(
-            f"distill.feature.pca_images: {feature.pca_images} is more than the {len(data.rows.train)} training rows; the PCA "
+            f"distill.feature.pca_images: {feature.pca_images} is more than the {len(data.splits.train)} training samples; the PCA "
             "is fitted on all of them"
         )
     return FrozenProjectors(modules, explained, tuple(notices))
 
 
 def projectors_from(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, FeatureProjector]:
-    """Frozen projectors from their saved tensors, by tap."""
+    """Frozen projectors from their saved tensors, by layer."""
     projectors = {}
-    for tap, named in tensors.items():
+    for layer, named in tensors.items():
         channels_out, channels_in = named["conv.weight"].shape[:2]
-        projectors[tap] = FeatureProjector(channels_in, channels_out).requires_grad_(False)
-        projectors[tap].load_state_dict(named)
+        projectors[layer] = FeatureProjector(channels_in, channels_out).requires_grad_(False)
+        projectors[layer].load_state_dict(named)
     return projectors
 
 
@@ -229,15 +229,15 @@ def _sampled_features(
     feature: FeatureConfig,
     model: nn.Module,
     normalize: nn.Module,
-    taps: list[str],
+    layers: list[str],
     accelerator: Accelerator,
 ) -> Iterator[dict[str, Tensor]]:
-    """The raw teacher features of `pca_images` training rows, drawn from all of them, view 0, in the order of the rows."""
-    views = view_function(config.data)
-    rows = np.sort(hashed_order((_PCA_ROWS,), data.rows.train)[: feature.pca_images])
+    """The raw teacher features of `pca_images` training samples, drawn from all of them, view 0, in the order of the samples."""
+    views = view_transform(config.data)
+    samples = np.sort(hashed_order((_PCA_SAMPLES,), data.splits.train)[: feature.pca_images])
     model.eval()
-    with TapRecorder(model, taps) as recorder, torch.no_grad(), accelerator.autocast():
-        for part in np.array_split(rows, -(-len(rows) // _PCA_BATCH_ROWS)):
+    with FeatureExtractor(model, layers) as recorder, torch.no_grad(), accelerator.autocast():
+        for part in np.array_split(samples, -(-len(samples) // _PCA_BATCH_SAMPLES)):
             pixels = torch.from_numpy(views(data.train.pixels(part), part, 0)).permute(0, 3, 1, 2)
             model(normalize(pixels.to(accelerator.device)))
             yield recorder.take()

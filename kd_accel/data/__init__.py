@@ -1,1 +1,1 @@
-"""Images, which rows of them are used for what, how they are seen, and in which order they come."""
+"""Images, which samples of them are used for what, how they are seen, and in which order they come."""

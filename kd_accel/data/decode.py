@@ -1,8 +1,8 @@
 """From encoded bytes or odd arrays to the one form that everything else reads: uint8 RGB, [S, S, 3].
 
-Grey, palette, CMYK and 16-bit images become RGB; transparency is laid over black; the EXIF orientation is applied. Another
-size is resized until the shorter side is S and cut at the centre. What cannot be read raises ValueError, and the caller, who
-knows the row, names it.
+Gray, palette, CMYK and 16-bit images become RGB; transparency is laid over black; the EXIF orientation is applied. Another
+size is resized until the shorter side is S and cut at the center. What cannot be read raises ValueError, and the caller, who
+knows the sample, names it.
 """
 
 from __future__ import annotations

@@ -16,18 +16,18 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 def hash_words(keys: tuple[int, ...], counters: np.ndarray, words: int) -> np.ndarray:
     """uint64 [len(counters), words]: for each counter as many independent words as asked for.
 
-    keys: whole numbers that name the purpose (a constant), a seed, a view. counters: int64 [n], row numbers for instance.
+    keys: whole numbers that name the purpose (a constant), a seed, a view. counters: int64 [n], sample numbers for instance.
     """
     state = np.uint64(_fold(keys))
-    rows = _mix(state ^ _mix(counters.astype(np.uint64)))
+    samples = _mix(state ^ _mix(counters.astype(np.uint64)))
     steps = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(_GAMMA)
-    return _mix(rows[:, None] + steps)
+    return _mix(samples[:, None] + steps)
 
 
-def hashed_order(keys: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
-    """The rows in an order that depends on the keys and on the rows alone."""
-    words = hash_words(keys, rows, 1)[:, 0]
-    return rows[np.lexsort((rows, words))]
+def hashed_order(keys: tuple[int, ...], samples: np.ndarray) -> np.ndarray:
+    """The samples in an order that depends on the keys and on the samples alone."""
+    words = hash_words(keys, samples, 1)[:, 0]
+    return samples[np.lexsort((samples, words))]
 
 
 @lru_cache(maxsize=1024)

@@ -1,6 +1,6 @@
 """Where images come from: the hub, Parquet files, a folder of images, the digits of scikit-learn, or the user's own code.
 
-In: data settings. Out: two `ImageSet`s, train and test, that give pixels by row number. A set whose decoded images fit in
+In: data settings. Out: two `ImageSet`s, train and test, that give pixels by sample number. A set whose decoded images fit in
 `data.memory_limit_mib` is decoded once; a larger one keeps the encoded bytes (memory-mapped Arrow) and decodes when asked, in
 whatever process asks. The labels of the training split say which classes there are.
 """
@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from kd_accel.config import DataConfig
+from kd_accel.config.schema import DataConfig
+from kd_accel.data.dataset import EncodedImages as EncodedImages
+from kd_accel.data.dataset import ImageSet as ImageSet
+from kd_accel.data.dataset import MemoryImages as MemoryImages
+from kd_accel.data.dataset import empty_images
 from kd_accel.data.decode import fit_array
-from kd_accel.data.images import EncodedImages as EncodedImages
-from kd_accel.data.images import ImageSet as ImageSet
-from kd_accel.data.images import MemoryImages as MemoryImages
-from kd_accel.data.images import empty_images
-from kd_accel.imports import PREFIX, call_import
-from kd_accel.types import UserError
+from kd_accel.errors import UserError
+from kd_accel.io.user_code import PREFIX, call_import
 
-_CHUNK_ROWS = 1024
+_CHUNK_SAMPLES = 1024
 _MAX_CLASSES = 1_000_000
 """Where labels have no names: a larger one is an identifier in the wrong column, and would cost its value in memory."""
 
@@ -42,7 +42,7 @@ def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """8x8 grey digits of 16 levels as RGB; every fifth row (360 of 1,797) is held out."""
+    """8x8 gray digits of 16 levels as RGB; every fifth sample (360 of 1,797) is held out."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -58,11 +58,11 @@ def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     )
 
 
-def _refuse_large(rows: int, config: DataConfig) -> None:
+def _refuse_large(samples: int, config: DataConfig) -> None:
     """Of a source that is always held in memory."""
-    if (needed := rows * config.image_size**2 * 3) > config.memory_limit_mib * 2**20:
+    if (needed := samples * config.image_size**2 * 3) > config.memory_limit_mib * 2**20:
         raise UserError(
-            f"data.image_size: {rows} images of {config.image_size} x {config.image_size} pixels take {needed // 2**20} MiB of "
+            f"data.image_size: {samples} images of {config.image_size} x {config.image_size} pixels take {needed // 2**20} MiB of "
             f"memory, and data.memory_limit_mib is {config.memory_limit_mib}; lower the one or raise the other"
         )
 
@@ -100,17 +100,17 @@ def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
             f"and {list(labels.shape)}"
         )
     if not images.size:
-        raise UserError(f"{where}: has no rows, or images without pixels: {list(images.shape)}")
+        raise UserError(f"{where}: has no samples, or images without pixels: {list(images.shape)}")
     _refuse_large(len(images), config)
     fitted = empty_images(len(images), config.image_size)
-    for row, image in enumerate(images):
-        fitted[row] = fit_array(image, config.image_size)
+    for sample, image in enumerate(images):
+        fitted[sample] = fit_array(image, config.image_size)
     return MemoryImages(fitted, _checked_labels(labels, len(names), where), names)
 
 
 def _load_columns(kind: str, place: str, config: DataConfig, split: str) -> Any:
     """A datasets.Dataset with the columns `image` (undecoded) and `label`. kind: hub, parquet or imagefolder; place: what
-    follows it in data.source. Raises UserError for what is not there, cannot be read or holds no rows.
+    follows it in data.source. Raises UserError for what is not there, cannot be read or holds no samples.
     """
     datasets = _datasets(config)
     datasets.disable_progress_bars()
@@ -118,13 +118,13 @@ def _load_columns(kind: str, place: str, config: DataConfig, split: str) -> Any:
     if split not in available:
         raise UserError(f"data.source: {config.source} has no split {split!r} (there are: {', '.join(available) or 'none'})")
     if kind == "parquet":
-        arguments = {"data_files": {split: _files_with_rows(arguments["data_files"][split], config, split)}}
+        arguments = {"data_files": {split: _files_with_samples(arguments["data_files"][split], config, split)}}
     try:
         dataset = datasets.load_dataset(builder, split=split, **arguments)
     except Exception as error:  # each reader raises its own kinds on damaged or unreachable files
         raise UserError(f"data.source: cannot read {config.source} ({_brief(error.__cause__ or error)})") from None
     if not len(dataset):
-        raise _no_rows(config, split)
+        raise _no_samples(config, split)
     return _two_columns(dataset, config, split, is_folder=kind == "imagefolder")
 
 
@@ -159,8 +159,8 @@ def _locate(kind: str, place: str, split: str) -> tuple[str, dict[str, Any], lis
     return "imagefolder", {"data_files": {split: pattern}, "drop_labels": False, "drop_metadata": True}, folders
 
 
-def _files_with_rows(paths: list[str], config: DataConfig, split: str) -> list[str]:
-    """Patterns of the files that hold rows: one without any is more than `datasets` can read."""
+def _files_with_samples(paths: list[str], config: DataConfig, split: str) -> list[str]:
+    """Patterns of the files that hold samples: one without any is more than `datasets` can read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -169,12 +169,12 @@ def _files_with_rows(paths: list[str], config: DataConfig, split: str) -> list[s
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"data.source: cannot read {config.source} ({_brief(error)})") from None
     if not kept:
-        raise _no_rows(config, split)
+        raise _no_samples(config, split)
     return kept
 
 
-def _no_rows(config: DataConfig, split: str) -> UserError:
-    return UserError(f"data.source: the {split} split of {config.source} has no rows; name another split or source")
+def _no_samples(config: DataConfig, split: str) -> UserError:
+    return UserError(f"data.source: the {split} split of {config.source} has no samples; name another split or source")
 
 
 def _hub_splits(name: str, revision: str | None) -> list[str]:
@@ -245,10 +245,10 @@ def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: 
     decoded_bytes = len(labels) * config.image_size**2 * 3
     if decoded_bytes > config.memory_limit_mib * 2**20:
         return encoded
-    rows = np.arange(len(labels))
+    samples = np.arange(len(labels))
     images = empty_images(len(labels), config.image_size)
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        images[start : start + _CHUNK_ROWS] = encoded.pixels(rows[start : start + _CHUNK_ROWS])
+    for start in range(0, len(samples), _CHUNK_SAMPLES):
+        images[start : start + _CHUNK_SAMPLES] = encoded.pixels(samples[start : start + _CHUNK_SAMPLES])
     return MemoryImages(images, labels, names, encoded=encoded)
 
 
@@ -269,13 +269,15 @@ def _labels(dataset: Any, where: str) -> np.ndarray:
 
 
 def _checked_labels(labels: Any, num_classes: int | None, where: str) -> np.ndarray:
-    """int64 labels in 0..num_classes-1. Raises UserError that names the first row which is not."""
-    for row, label in enumerate(labels):
+    """int64 labels in 0..num_classes-1. Raises UserError that names the first sample which is not."""
+    for sample, label in enumerate(labels):
         if not isinstance(label, int | np.integer) or isinstance(label, bool):
-            raise UserError(f"{where}: the label in row {row} is {label!r}, not a whole number; labels count from 0")
+            raise UserError(f"{where}: the label in sample {sample} is {label!r}, not a whole number; labels count from 0")
         if not 0 <= label < (_MAX_CLASSES if num_classes is None else num_classes):
             allowed = f"0 or above, below {_MAX_CLASSES}" if num_classes is None else f"0..{num_classes - 1}"
-            raise UserError(f"{where}: the label in row {row} is {label}, but classes are {allowed}; mend or remove the row")
+            raise UserError(
+                f"{where}: the label in sample {sample} is {label}, but classes are {allowed}; mend or remove the sample"
+            )
     return np.asarray(labels, dtype=np.int64)
 
 

@@ -1,6 +1,6 @@
 """One random operation of random strength on an image: TrivialAugment, wide space (Müller and Hutter, ICCV 2021, table 1).
 
-Operation and strength come from two hash words, so the result is a pure function of them. Geometry uses nearest-neighbour
+Operation and strength come from two hash words, so the result is a pure function of them. Geometry uses nearest-neighbor
 sampling and black outside; strengths are in 31 steps.
 """
 

@@ -19,10 +19,10 @@ class Normalize(nn.Module):
     shift: Tensor
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], *, layout: torch.memory_format = torch.preserve_format
+        self, mean: Sequence[float], std: Sequence[float], *, memory_format: torch.memory_format = torch.preserve_format
     ) -> None:
         super().__init__()
-        self._layout = layout
+        self._memory_format = memory_format
         mean_3 = torch.tensor(mean, dtype=torch.float64).view(1, 3, 1, 1)
         std_3 = torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
         self.register_buffer("scale", (1 / (255 * std_3)).float(), persistent=False)
@@ -30,16 +30,16 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
-            pixels = images.to(torch.float32, memory_format=self._layout)
+            pixels = images.to(torch.float32, memory_format=self._memory_format)
             return pixels.mul_(_along_rows(self.scale, pixels)).add_(_along_rows(self.shift, pixels))
-        pixels = images.to(memory_format=self._layout)
+        pixels = images.to(memory_format=self._memory_format)
         return pixels * _along_rows(self.scale, pixels) + _along_rows(self.shift, pixels)
 
 
 def _along_rows(values: Tensor, pixels: Tensor) -> Tensor:
     """[1, 3, 1, 1] as [1, 3, 1, W] where a CPU has channels innermost.
 
-    A kernel's inner loop then runs along a row of pixels and not along three values, in a sixth of the time.
+    A kernel's inner loop then runs along a sample of pixels and not along three values, in a sixth of the time.
     """
     if pixels.device.type != "cpu" or not pixels.is_contiguous(memory_format=torch.channels_last):
         return values

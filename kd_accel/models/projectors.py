@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kd_accel.config import Direction
-from kd_accel.types import UserError
+from kd_accel.config.schema import Direction
+from kd_accel.errors import UserError
 
 Shape = tuple[int, int, int]
-"""(D, H, W) of a tap."""
+"""(D, H, W) of a layer."""
 
 
 class FeatureProjector(nn.Module):
@@ -49,7 +49,7 @@ class FeatureProjector(nn.Module):
 
 @dataclass(frozen=True)
 class Projectors:
-    """Projectors of a direction, by the student's tap.
+    """Projectors of a direction, by the student's layer.
 
     Args:
         student: learned projectors of the student's features, trained with the student.
@@ -67,27 +67,27 @@ def build_projectors(
     direction: Direction,
     seed: int = 0,
 ) -> Projectors:
-    """Build the projectors of pairs of taps; initial weights depend on (seed, tap) alone, not on the global generator.
+    """Build the projectors of pairs of layers; initial weights depend on (seed, layer) alone, not on the global generator.
 
     Args:
-        student_shapes: shapes of the student's features by the student's tap.
-        teacher_shapes: shapes of the teacher's features by the student's tap.
+        student_shapes: shapes of the student's features by the student's layer.
+        teacher_shapes: shapes of the teacher's features by the student's layer.
         direction: which side is projected.
         seed: of the initial weights of the learned projectors.
 
     Raises:
         UserError: a PCA would have to add channels.
     """
-    widths = {tap: (student_shapes[tap][0], teacher_shapes[tap][0]) for tap in student_shapes}
+    widths = {layer: (student_shapes[layer][0], teacher_shapes[layer][0]) for layer in student_shapes}
     if direction == "student_to_teacher":
         return Projectors(student={t: _learned(t, s, d, seed) for t, (s, d) in widths.items()})
-    for tap, (student, teacher) in widths.items():
+    for layer, (student, teacher) in widths.items():
         if teacher < student:
             raise UserError(
-                f"distill.feature.direction: {direction} cannot bring the teacher's {teacher} channels at {tap} to the "
+                f"distill.feature.direction: {direction} cannot bring the teacher's {teacher} channels at {layer} to the "
                 f"student's {student}: a PCA only removes channels; use student_to_teacher"
             )
-    pca_channels = {tap: student for tap, (student, _) in widths.items()}
+    pca_channels = {layer: student for layer, (student, _) in widths.items()}
     if direction == "teacher_to_student":
         return Projectors(pca_channels=pca_channels)
     return Projectors(
@@ -120,7 +120,7 @@ class PcaFit:
         self._sum += centred.sum(0)
         self._outer += centred.T @ centred
 
-    def finish(self, out_channels: int, *, tap: str) -> tuple[FeatureProjector, float]:
+    def finish(self, out_channels: int, *, layer: str) -> tuple[FeatureProjector, float]:
         """(frozen projector of the leading directions, explained share of the variance).
 
         Each direction's entry of largest magnitude is positive; the mean is the convolution's bias. Raises UserError when
@@ -128,7 +128,7 @@ class PcaFit:
         """
         if self._count <= out_channels:
             raise UserError(
-                f"distill.feature.pca_images: {self._count} samples at {tap}, but {out_channels} directions need more than "
+                f"distill.feature.pca_images: {self._count} samples at {layer}, but {out_channels} directions need more than "
                 "that many; raise pca_images (an image gives height times width samples)"
             )
         assert self._origin is not None
@@ -146,12 +146,12 @@ class PcaFit:
 
 
 def _signed(directions: Tensor) -> Tensor:
-    """Each row with its entry of largest magnitude made positive, so that a fit is one and not one of 2^D."""
+    """Each sample with its entry of largest magnitude made positive, so that a fit is one and not one of 2^D."""
     largest = directions.abs().argmax(1, keepdim=True)
     return directions * directions.gather(1, largest).sign()
 
 
-def _learned(tap: str, channels_in: int, channels_out: int, seed: int) -> FeatureProjector:
+def _learned(layer: str, channels_in: int, channels_out: int, seed: int) -> FeatureProjector:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{seed}/{tap}".encode()))
+        torch.manual_seed(zlib.crc32(f"{seed}/{layer}".encode()))
         return FeatureProjector(channels_in, channels_out)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from kd_accel.models.taps import TapRecorder
-from kd_accel.stages import stage
+from kd_accel.models.feature_extractor import FeatureExtractor
+from kd_accel.profiling import profiler_range
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
@@ -21,8 +21,8 @@ class StudentModule(nn.Module):
     Args:
         student: plain network.
         normalize: module from uint8 pixels to the input of the network.
-        taps: named modules of the network whose outputs are paired with the teacher's features.
-        student_projectors: projectors of those outputs by tap; a tap without one is compared as it is.
+        layers: named modules of the network whose outputs are paired with the teacher's features.
+        student_projectors: projectors of those outputs by layer; a layer without one is compared as it is.
     """
 
     def __init__(
@@ -30,39 +30,39 @@ class StudentModule(nn.Module):
         student: nn.Module,
         normalize: nn.Module,
         *,
-        taps: Sequence[str] = (),
+        layers: Sequence[str] = (),
         student_projectors: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.normalize = normalize
-        self._taps = tuple(taps)
-        self.student_projectors = nn.ModuleDict({_key(tap): part for tap, part in (student_projectors or {}).items()})
-        self._recorder = TapRecorder(student, self._taps)
+        self._layers = tuple(layers)
+        self.student_projectors = nn.ModuleDict({_key(layer): part for layer, part in (student_projectors or {}).items()})
+        self._recorder = FeatureExtractor(student, self._layers)
 
-    def open_taps(self) -> None:
-        """Start recording; `close_taps` must follow."""
+    def start_recording(self) -> None:
+        """Start recording; `stop_recording` must follow."""
         self._recorder.open()
 
-    def close_taps(self) -> None:
+    def stop_recording(self) -> None:
         self._recorder.close()
 
     def forward(self, images: Tensor, teacher_features: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Pairs]:
-        """uint8 images [B, 3, H, W] -> (logits [B, C], {tap: (student map, target map)} where features were given)."""
+        """uint8 images [B, 3, H, W] -> (logits [B, C], {layer: (student map, target map)} where features were given)."""
         logits = self.student(self.normalize(images))
         recorded = self._recorder.take()
         if teacher_features is None:
             return logits, {}
-        with stage("projector"):
-            return logits, {tap: self._pair(tap, recorded[tap], teacher_features[tap]) for tap in self._taps}
+        with profiler_range("projector"):
+            return logits, {layer: self._pair(layer, recorded[layer], teacher_features[layer]) for layer in self._layers}
 
-    def _pair(self, tap: str, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        key = _key(tap)
+    def _pair(self, layer: str, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        key = _key(layer)
         if key in self.student_projectors:
             student = self.student_projectors[key](student)
         return student, target
 
 
-def _key(tap: str) -> str:
+def _key(layer: str) -> str:
     """A ModuleDict takes no dots."""
-    return tap.replace(".", "/")
+    return layer.replace(".", "/")

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kd_accel.bench.identity import model_digest
-from kd_accel.disk import read_json
-from kd_accel.types import UserError
+from kd_accel.bench.provenance import model_digest
+from kd_accel.errors import UserError
+from kd_accel.io.files import read_json
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -1,1 +1,1 @@
-"""Who teaches: a teacher that answers live, locked, and the digests by which it is recognised."""
+"""Who teaches: a teacher that answers live, locked, and the digests by which it is recognized."""

@@ -1,0 +1,172 @@
+"""Measurement of models by name: runs of this program from the files that a user would deploy, or bare architectures.
+
+In: names and a BenchConfig. Out: one dict for a JSON file: the settings, the circumstances (device, dtype, threads, kernels,
+versions), and for each model its parameters, bytes, multiply-adds and latency per batch size. Kernels and memory format
+are those of training; layers are the library's own, as a user deploys them. A run goes by its path, which is how a report finds
+it, and by the digest of its files.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from kd_accel.bench.latency import compile_for_latency, measure_latency
+from kd_accel.bench.model_stats import count_macs, count_parameters, model_bytes
+from kd_accel.bench.provenance import model_digest
+from kd_accel.config.schema import BenchConfig
+from kd_accel.errors import UserError
+from kd_accel.models.factory import build_model
+from kd_accel.models.kernels import choose_kernels
+from kd_accel.models.memory_format import image_memory_format
+from kd_accel.models.weights import load_run_model
+
+_DEFAULT_IMAGE_SIZE = 32
+_ARCHS = ("torchvision/", "timm/", "import:")
+_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+    arch: str
+    model: nn.Module
+    image_size: int
+    digest: str | None = None
+
+
+def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
+    """Figures of each model, ready for JSON. Raises UserError for what cannot be measured here, before anything is timed."""
+    choose_kernels(deterministic=False, tf32=config.tf32)
+    device = _device(config.device)
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UserError("precision: fp16 needs a GPU; use bf16 or no")
+    if config.cuda_graph and device.type == "cpu":
+        raise UserError("cuda_graph: true needs a GPU; leave it out")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    loaded = [_load(name, config) for name in names]
+    counts = [_counts(entry) for entry in loaded]
+    latency = _latencies(loaded, config, device)
+    entries = [
+        {**_identity(entry), **counted, "latency": measured}
+        for entry, counted, measured in zip(loaded, counts, latency, strict=True)
+    ]
+    return {"settings": asdict(config), **_circumstances(config, device), "models": entries}
+
+
+def _load(name: str, config: BenchConfig) -> _Named:
+    path = Path(name)
+    if path.is_dir():
+        model, card = load_run_model(path, field=name)
+        return _Named(str(path), card.arch, model, config.image_size or card.image_size, model_digest(path))
+    if not name.startswith(_ARCHS):
+        raise UserError(f"bench: there is no run directory {name!r}; an arch is torchvision/NAME, timm/NAME or import:...")
+    model = build_model(name, num_classes=config.num_classes, field="bench").eval()
+    return _Named(name, name, model, config.image_size or _DEFAULT_IMAGE_SIZE)
+
+
+def _identity(entry: _Named) -> dict[str, Any]:
+    return {"name": entry.name, "arch": entry.arch, "digest": entry.digest, "image_size": entry.image_size}
+
+
+def _counts(entry: _Named) -> dict[str, int]:
+    """On the CPU, before anything is compiled; also the first forward, where a size that does not fit shows."""
+    try:
+        macs = count_macs(entry.model, _images(1, entry.image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = entry.image_size
+        raise UserError(
+            f"image_size: {entry.name} does not take images of {size}x{size} ({' '.join(str(error).split())}); "
+            "give it a size that it takes: --image_size"
+        ) from None
+    return {**count_parameters(entry.model), "bytes": model_bytes(entry.model), "macs": macs}
+
+
+def _latencies(loaded: Sequence[_Named], config: BenchConfig, device: torch.device) -> list[list[dict[str, Any]]]:
+    """Measure each model per batch size. Models are moved in place."""
+    memory_format = image_memory_format(config.channels_last, device)
+    models = {str(index): entry.model.to(device).to(memory_format=memory_format) for index, entry in enumerate(loaded)}
+    if config.compile:
+        compile_for_latency(models.values(), batch_sizes=len(config.batch_sizes))
+    latency: dict[str, list[dict[str, Any]]] = {key: [] for key in models}
+    for batch_size in config.batch_sizes:
+        images = {
+            str(index): _images(batch_size, entry.image_size).to(device, memory_format=memory_format)
+            for index, entry in enumerate(loaded)
+        }
+        measured = measure_latency(
+            models,
+            images,
+            min_iterations=config.min_iterations,
+            min_time_s=config.min_time_s,
+            precision=config.precision,
+            cuda_graph=config.cuda_graph,
+        )
+        for key, figures in measured.items():
+            latency[key].append({"batch_size": batch_size, **figures})
+    return list(latency.values())
+
+
+def _images(batch_size: int, image_size: int) -> torch.Tensor:
+    try:
+        return torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    except (RuntimeError, TypeError, OverflowError):
+        size = f"{image_size}x{image_size}"
+        raise UserError(f"batch_sizes: {batch_size} images of {size} do not fit in memory; measure fewer") from None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: {name!r} is no device to measure on; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs found); use auto or cpu")
+    return device
+
+
+def _circumstances(config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": config.precision,
+        "dtype": _DTYPES[config.precision],
+        "memory_format": "channels_last"
+        if image_memory_format(config.channels_last, device) == torch.channels_last
+        else "contiguous",
+        "compile": config.compile,
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "tf32": _tf32(device),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def _tf32(device: torch.device) -> dict[str, bool | None]:
+    """Return whether float32 convolutions and matrix products may use TF32, each as PyTorch has it; null on a CPU."""
+    if device.type == "cpu":
+        return {"convolutions": None, "matmul": None}
+    is_allowed = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # NVIDIA's libraries then ignore PyTorch's switches
+    return {
+        "convolutions": is_allowed and torch.backends.cudnn.allow_tf32,
+        "matmul": is_allowed and torch.backends.cuda.matmul.allow_tf32,
+    }

@@ -1,0 +1,1 @@
+"""The teacher cache: its files, its reader and its writer."""

@@ -1,0 +1,1 @@
+"""Run configuration: schema, validation, parsing. No torch is imported."""

@@ -1,0 +1,300 @@
+"""The rules of a config that need more than a type. `problems(config)` lists every broken one; none stops at the first.
+
+Pure and without torch, so that a mistake is answered in well under a second. A rule about the data or a model (a column, a
+layer) is checked where those are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from kd_accel.config.schema import (
+    MAX_IMAGE_SIZE,
+    BenchConfig,
+    DataConfig,
+    DistillConfig,
+    FeatureConfig,
+    OptimConfig,
+    ReproduceConfig,
+    RunConfig,
+    Schedule,
+    TeacherConfig,
+)
+
+SOURCES = ("hub:", "parquet:", "imagefolder:", "import:")
+_MAX_WORKERS = 1024
+ARCHS = ("torchvision/", "timm/", "import:")
+
+
+def problems(config: object) -> list[str]:
+    """One sentence for each broken rule: field, value, rule and remedy. Empty when the config can run."""
+    if isinstance(config, ReproduceConfig):
+        return [*_values(config), *(f"bench.{problem}" for problem in _bench(config.bench))]
+    if isinstance(config, BenchConfig):
+        return [*_values(config), *_bench(config)]
+    assert isinstance(config, RunConfig)
+    checks = (_values, _name, _data, _model, _teacher, _distill, _optim, _train, _checkpoint)
+    return [problem for check in checks for problem in check(config)]
+
+
+def _values(config: object) -> Iterator[str]:
+    """What no setting can be, whatever its name."""
+    for name, value in _leaves("", asdict(config)):  # type: ignore[call-overload]
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name}: {value} must be a finite number"
+        elif isinstance(value, int) and not -(2**31) <= value < 2**32:
+            yield f"{name}: {str(value)[:20]} is too large a number"
+        elif isinstance(value, str) and any(ord(letter) < 32 or 0xD7FF < ord(letter) < 0xE000 for letter in value):
+            yield f"{name}: {ascii(value)[:60]} holds control characters, or halves of a character; leave them out"
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _leaves(f"{name}.{key}" if name else key, part)
+            yield f"a key of {name}", key
+    elif isinstance(value, list):
+        for part in value:
+            yield from _leaves(name, part)
+    else:
+        yield name, value
+
+
+def _bench(bench: BenchConfig) -> Iterator[str]:
+    for name in ("min_iterations", "num_classes", "image_size", "threads"):
+        value = getattr(bench, name)
+        if value is not None and value < 1:
+            yield f"{name}: {value} must be at least 1"
+    if (bench.image_size or 0) > MAX_IMAGE_SIZE:
+        yield f"image_size: {bench.image_size} must be at most {MAX_IMAGE_SIZE}"
+    if not bench.batch_sizes or min(bench.batch_sizes) < 1:
+        yield f"batch_sizes: {bench.batch_sizes} must list at least one number, each at least 1"
+    if bench.cuda_graph and bench.device == "cpu":
+        yield "cuda_graph: has no effect with device cpu; leave it out"
+
+
+def _name(config: RunConfig) -> Iterator[str]:
+    if not 0 <= config.seed < 2**32:
+        yield f"seed: {config.seed} must be at least 0 and below 2**32"
+    if not config.run_dir and (not config.name or "/" in config.name or config.name.startswith(".")):
+        yield f"name: {config.name!r} must be a plain directory name; give run_dir for a path"
+    if (config.run_dir or "").startswith("-"):
+        yield f"run_dir: {config.run_dir!r} would be taken for an option; write ./{config.run_dir}"
+    if config.profile is not None and config.profile < 1:
+        yield f"profile: {config.profile} must be at least 1"
+    if config.role == "teacher" and config.teacher:
+        yield "role: teacher has no effect where there is a teacher (the run is called distilled); leave it out"
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.source != "digits" and not data.source.startswith(SOURCES):
+        yield f"data.source: {data.source!r} must be digits or start with one of {', '.join(SOURCES)}"
+    yield from _at_least(data, "data", 1, "image_size", "views", "limit_train", "limit_test", "memory_limit_mib")
+    yield from _at_least(data, "data", 0, "crop_padding", "num_workers", "view_seed")
+    for name, most in (("image_size", MAX_IMAGE_SIZE), ("crop_padding", data.image_size), ("num_workers", _MAX_WORKERS)):
+        if getattr(data, name) > most:
+            yield f"data.{name}: {getattr(data, name)} must be at most {most}"
+    if not 0 <= data.val_fraction < 1:
+        yield f"data.val_fraction: {data.val_fraction} must be at least 0 and below 1"
+    yield from _data_without_effect(data)
+    if (data.mean is None) != (data.std is None):
+        yield "data.mean and data.std: give both or none"
+    yield from _pixel_statistics("data", data.mean, data.std)
+
+
+def _data_without_effect(data: DataConfig) -> Iterator[str]:
+    columns, splits = ("image_column", "label_column"), ("train_split", "test_split")
+    if data.source == "digits":
+        yield from _no_effect(data, "data", (*columns, *splits), because="with source digits")
+    elif data.source.startswith(("imagefolder:", "import:")):
+        yield from _no_effect(data, "data", columns, because="with this source")
+    if data.augment == "none":
+        yield from _no_effect(data, "data", ("view_seed", "crop_padding"), because="with augment none")
+        if data.views not in (None, 1):
+            yield "data.views: has no effect (with augment none all views are the image itself); leave it out"
+    if data.augment == "resized_crop":
+        yield from _no_effect(data, "data", ("crop_padding",), because="with augment resized_crop")
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    yield from _arch("model.arch", config.model.arch)
+
+
+def _teacher(config: RunConfig) -> Iterator[str]:
+    teacher = config.teacher
+    if teacher is None:
+        if config.distill is not None:
+            yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
+        return
+    if teacher.layers is not None and (config.distill is None or config.distill.feature is None):
+        yield "teacher.layers: has no effect without distill.feature; leave it out"
+    if (teacher.run is None) == (teacher.arch is None):
+        yield "teacher: give either teacher.run (a run directory) or teacher.arch with teacher.weights"
+    elif teacher.run is not None:
+        yield from _no_effect(
+            teacher, "teacher", ("stem", "weights", "arch_args", "mean", "std"), because="teacher.run says it"
+        )
+    else:
+        yield from _own_teacher(teacher)
+    yield from _outputs(config, teacher)
+
+
+def _outputs(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
+    """Where the teacher's answers come from."""
+    yield from _at_least(teacher, "teacher", 1, "cache_batch_size")
+    if not (math.isfinite(teacher.shard_mib) and teacher.shard_mib > 0):
+        yield f"teacher.shard_mib: {teacher.shard_mib} must be above 0"
+    if teacher.outputs == "live":
+        yield from _no_effect(teacher, "teacher", ("dtype", "shard_mib", "cache_batch_size"), because="with outputs live")
+        return
+    if teacher.cache_dir is None:
+        yield f"teacher.cache_dir: missing; with signals {teacher.outputs} it names the directory of the cache"
+    if config.data.views is None and config.data.augment != "none":
+        yield f"data.views: null means new views in each epoch; with signals {teacher.outputs} give the number that is cached"
+    if teacher.outputs == "mixed" and (config.distill is None or config.distill.feature is None):
+        yield "teacher.outputs: mixed differs from cached only in the features; without distill.feature use cached"
+
+
+def _own_teacher(teacher: TeacherConfig) -> Iterator[str]:
+    yield from _arch("teacher.arch", str(teacher.arch))
+    if teacher.weights is None:
+        yield "teacher.weights: null, but a teacher must have learned something; give a .safetensors file or a name"
+    if teacher.mean is None or teacher.std is None:
+        yield "teacher.mean and teacher.std: must be given with teacher.arch: what the teacher was trained with, in 0..1"
+    yield from _pixel_statistics("teacher", teacher.mean, teacher.std)
+
+
+def _distill(config: RunConfig) -> Iterator[str]:
+    distill = config.distill
+    if distill is None:
+        return
+    yield from _schedule("distill.temperature", distill.temperature, above=0.0)
+    yield from _schedule("distill.alpha", distill.alpha, most=1.0)
+    if distill.feature is not None:
+        yield from _feature(distill, distill.feature, config.teacher)
+
+
+def _feature(distill: DistillConfig, feature: FeatureConfig, teacher: TeacherConfig | None) -> Iterator[str]:
+    yield from _schedule("distill.feature.weight", feature.weight)
+    if feature.weight == 0:
+        yield "distill.feature.weight: 0, so the term has no effect; set distill.feature to null"
+    if not feature.layers or len(set(feature.layers)) < len(feature.layers):
+        yield f"distill.feature.layers: {feature.layers} must name at least one module, each once"
+    if teacher is not None and teacher.layers is not None and len(teacher.layers) != len(feature.layers):
+        yield f"teacher.layers: {len(teacher.layers)} names, but distill.feature.layers has {len(feature.layers)}; they are pairs"
+    if feature.direction == "student_to_teacher":
+        yield from _no_effect(feature, "distill.feature", ("pca_images",), because="no PCA is fitted")
+    yield from _at_least(feature, "distill.feature", 1, "pca_images")
+
+
+def _optim(config: RunConfig) -> Iterator[str]:
+    optim = config.optim
+    if not (math.isfinite(optim.lr) and optim.lr > 0):
+        yield f"optim.lr: {optim.lr} must be above 0"
+    yield from _at_least(optim, "optim", 0, "weight_decay", "momentum")
+    if optim.momentum >= 1:
+        yield f"optim.momentum: {optim.momentum} must be below 1"
+    if optim.clip_norm is not None and not optim.clip_norm > 0:
+        yield f"optim.clip_norm: {optim.clip_norm} must be above 0, or null"
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas: {optim.betas} must be two numbers in [0, 1)"
+    unused = ("betas",) if optim.name == "sgd" else ("momentum", "nesterov")
+    yield from _no_effect(optim, "optim", unused, because=f"with optimizer {optim.name}")
+    if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
+        yield "optim.nesterov: needs optim.momentum above 0"
+    yield from _learning_rate_schedule(optim)
+
+
+def _learning_rate_schedule(optim: OptimConfig) -> Iterator[str]:
+    if optim.schedule != "step":
+        yield from _no_effect(optim, "optim", ("step_epochs", "step_gamma"), because=f"with {optim.schedule}")
+    elif not optim.step_epochs:
+        yield "optim.step_epochs: empty; the step schedule needs the epochs after which the rate falls"
+    if optim.warmup_fraction is not None and not 0 <= optim.warmup_fraction < 1:
+        yield f"optim.warmup_fraction: {optim.warmup_fraction} must be at least 0 and below 1"
+
+
+def _train(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    yield from _at_least(train, "train", 1, "epochs", "max_steps", "batch_size", "grad_accum_steps", "eval_batch_size")
+    yield from _at_least(train, "train", 1, "eval_every_epochs", "log_every_steps")
+    yield from _at_least(train, "train", 1, "timeout_s")
+    if config.data.val_fraction == 0:
+        yield from _no_effect(train, "train", ("eval_every_epochs",), because="with data.val_fraction 0 nothing is evaluated")
+    if config.optim.schedule == "step" and any(not 0 < epoch < train.epochs for epoch in config.optim.step_epochs):
+        yield f"optim.step_epochs: {config.optim.step_epochs} must lie above 0 and below train.epochs ({train.epochs})"
+    if not 0 <= train.label_smoothing < 1:
+        yield f"train.label_smoothing: {train.label_smoothing} must be at least 0 and below 1"
+    if train.ema_decay is not None and not 0 < train.ema_decay < 1:
+        yield f"train.ema_decay: {train.ema_decay} must lie between 0 and 1, or be null"
+    if train.grad_accum_steps >= 1 and train.batch_size % train.grad_accum_steps:
+        yield (
+            f"train.batch_size: {train.batch_size} does not divide by train.grad_accum_steps ({train.grad_accum_steps});"
+            " it is the samples of one optimizer step, over all processes and accumulation steps"
+        )
+
+
+def _checkpoint(config: RunConfig) -> Iterator[str]:
+    yield from _at_least(config.checkpoint, "checkpoint", 1, "every_epochs", "every_steps", "keep", "stop_after_steps")
+    yield from _at_least(config.tracking, "tracking", 1, "timeout_s")
+
+
+def _arch(name: str, arch: str) -> Iterator[str]:
+    if not arch.startswith(ARCHS):
+        yield f"{name}: {arch!r} must start with one of {', '.join(ARCHS)}"
+
+
+def _pixel_statistics(section: str, mean: list[float] | None, std: list[float] | None) -> Iterator[str]:
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or not all(0 <= value <= 1 for value in values)):
+            yield f"{section}.{name}: {values} must be three numbers in 0..1, one for each of red, green and blue"
+    if std is not None and any(value == 0 for value in std):
+        yield f"{section}.std: {std} must be above 0"
+
+
+def _schedule(name: str, value: float | Schedule, *, above: float | None = None, most: float | None = None) -> Iterator[str]:
+    if isinstance(value, Schedule):
+        yield from _schedule_fields(name, value)
+        numbers = [number for number in (value.start, value.floor, value.end) if number is not None]
+    else:
+        numbers = [value]
+    for number in numbers:
+        if not math.isfinite(number) or number < 0 or (above is not None and number <= above):
+            yield f"{name}: {number} must be {'above 0' if above is not None else 'at least 0'}"
+        elif most is not None and number > most:
+            yield f"{name}: {number} must be at most {most:g}"
+
+
+def _schedule_fields(name: str, schedule: Schedule) -> Iterator[str]:
+    needed = {"exponential": ("floor", "decay"), "linear": ("end",), "cosine": ("end",), "constant": ()}[schedule.kind]
+    allowed = (*needed, "length") if needed == ("end",) else needed
+    if schedule.kind == "constant" and schedule.unit != "epoch":
+        yield f"{name}.unit: has no effect with kind constant; leave it out"
+    for field_name in ("floor", "decay", "end", "length"):
+        is_given = getattr(schedule, field_name) is not None
+        if field_name in needed and not is_given:
+            yield f"{name}.{field_name}: missing; a schedule of kind {schedule.kind} needs it"
+        if is_given and field_name not in allowed:
+            yield f"{name}.{field_name}: has no effect with kind {schedule.kind}; leave it out or set it to null"
+    if schedule.decay is not None and not 0 < schedule.decay <= 1:
+        yield f"{name}.decay: {schedule.decay} must be above 0 and at most 1"
+    yield from _at_least(schedule, name, 1, "length")
+
+
+def _at_least(section: object, name: str, least: int, *field_names: str) -> Iterator[str]:
+    for field_name in field_names:
+        value = getattr(section, field_name)
+        if value is not None and not value >= least:
+            yield f"{name}.{field_name}: {value} must be at least {least}"
+
+
+def _no_effect(section: object, name: str, field_names: tuple[str, ...], *, because: str) -> Iterator[str]:
+    """A setting that was changed from its default and that nothing reads in this mode."""
+    default = type(section)()
+    for field_name in field_names:
+        if getattr(section, field_name) != getattr(default, field_name):
+            yield f"{name}.{field_name}: has no effect ({because}); leave it out"

@@ -1,1 +1,0 @@
-"""Training and evaluation over any number of processes: the only package that knows that there is more than one."""

@@ -1,0 +1,1 @@
+"""Files on disk: atomic writes, YAML, tensors, digests, and the user's own code."""

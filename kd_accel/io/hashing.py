@@ -1,0 +1,39 @@
+"""Digests by which a teacher and the images it was measured on are recognized, whatever their paths and times.
+
+xxh3_128 over names, types, shapes and bytes: fast enough to be taken at every start (about 20 GB/s), and not meant against
+forgery.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of the named tensors, in the order of their names."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Of plain settings, in a canonical form."""
+    return xxhash.xxh3_128(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def arrays_digest(*arrays: np.ndarray) -> str:
+    """Of the bytes of arrays, one after the other."""
+    digest = xxhash.xxh3_128()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

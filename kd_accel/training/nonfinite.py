@@ -1,0 +1,161 @@
+"""Detection of losses and gradients that are not finite, on the device and without synchronization.
+
+A loss term that is not finite makes the whole gradient not finite, and the exchange of gradients carries that to all ranks. The
+optimizer's fused kernel then leaves weights and momentum alone, as it does for a loss scaler. The record of each step stays on
+the device until a line of metrics or a checkpoint is due; a bad step ends the training at that point.
+
+Under fp16 a gradient that is not finite behind finite losses is an overflow: the loss scaler leaves the update out and lowers
+its scale. Such steps are only counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from kd_accel.distributed import gathered
+from kd_accel.errors import UserError
+from kd_accel.types import LossTerms, StudentOutput, TeacherOutput
+
+_LISTED = 5
+_NAMES = {"hard": "loss_hard", "response": "loss_response", "feature": "loss_feature"}
+_OVERFLOW = "overflow"
+_GRADIENT = "the gradient"
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Finiteness of the numbers of one micro-batch. terms: bool by name. student, teacher: bool [B], of the logits."""
+
+    samples: Tensor
+    terms: dict[str, Tensor]
+    student: Tensor
+    teacher: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Record of one optimizer step. norms: of the gradients of all parameters after the exchange, [P]."""
+
+    number: int
+    forwards: list[_Forward]
+    norms: Tensor
+
+
+class NonFiniteGuard:
+    """Guard of each optimizer step: `watched` per micro-batch, `gradient_norm` before the update; `look` reads the results."""
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: Any) -> None:
+        """module, optimizer: as prepared by Accelerate."""
+        self._accelerator = accelerator
+        self._named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+        self._is_bad = torch.zeros((), device=accelerator.device)
+        if accelerator.scaler is None:
+            optimizer.optimizer.grad_scale, optimizer.optimizer.found_inf = None, self._is_bad  # read by the fused kernels
+        self._forwards: list[_Forward] = []
+        self._steps: list[_Step] = []
+
+    def guarded(self, terms: LossTerms, output: StudentOutput, answer: TeacherOutput, samples: Tensor) -> Tensor:
+        """Record one micro-batch. samples: on the host, [B].
+
+        Returns:
+            The total loss to go backward from; its gradient is NaN where the total is not finite.
+        """
+        named = {name: getattr(terms, name) for name in _NAMES}
+        self._forwards.append(
+            _Forward(
+                samples,
+                {name: value.detach().isfinite() for name, value in named.items() if value is not None},
+                output.logits.detach().isfinite().all(1),
+                None if answer.logits is None else answer.logits.isfinite().all(1),
+            )
+        )
+        return terms.total * torch.where(terms.total.detach().isfinite(), 1.0, torch.nan)
+
+    def without_gradient(self) -> list[str]:
+        """List the trained parameters that the backward has not reached."""
+        return [own_name(name) for name, weight in self._named if weight.grad is None]
+
+    def gradient_norm(self, step: int) -> Tensor:
+        """Return the norm of all gradients after the exchange; where it is not finite, the update of `step` is left out."""
+        gradients = [weight.grad for _, weight in self._named if weight.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = torch.linalg.vector_norm(norms)
+        self._is_bad.copy_(~norm.isfinite())
+        self._steps.append(_Step(step, self._forwards, norms))
+        self._forwards = []
+        return norm
+
+    def look(self) -> int:
+        """Read the steps since the last look, which synchronizes with the device. Every rank must call it.
+
+        Returns:
+            How many of them were fp16 overflows.
+
+        Raises:
+            UserError: on all ranks alike, for the first step that is not finite for another reason; the message names step,
+                loss term or parameter, rank and samples.
+        """
+        steps, self._steps = self._steps, []
+        is_finite = torch.stack([step.norms for step in steps]).isfinite().all(1).tolist() if steps else []
+        bad = [step for step, is_fine in zip(steps, is_finite, strict=True) if not is_fine]
+        if not bad:  # the norms are the same on all ranks, so an exchange is needed only where something went wrong
+            return 0
+        for step, *causes in zip(bad, *gathered([[self._cause(step) for step in bad]]), strict=True):
+            if set(causes) != {_OVERFLOW}:
+                raise diverged(f"{_first_of(causes)} at step {step.number}")
+        return len(bad)
+
+    def _cause(self, step: _Step) -> str:
+        """Describe what this rank has recorded of a step that went wrong."""
+        rank = self._accelerator.process_index
+        for forward in step.forwards:
+            for name, is_finite in forward.terms.items():
+                if not is_finite:
+                    return f"{_NAMES[name]} is not finite on rank {rank} ({_samples_of(forward)})"
+        if self._accelerator.scaler is not None:
+            return _OVERFLOW
+        name = self._named[int((~step.norms.isfinite()).int().argmax())][0]
+        samples = torch.cat([forward.samples for forward in step.forwards])
+        return f"{_GRADIENT} of {own_name(name)} is not finite (rank {rank} had {_listed(samples)})"
+
+
+def diverged(what: str) -> UserError:
+    """Build the error of a training whose numbers are not finite. what: the number and its place."""
+    return UserError(
+        f"{what}: the training has diverged; lower optim.lr, set optim.clip_norm, or use train.precision 'no'. The last "
+        "checkpoint is untouched"
+    )
+
+
+def own_name(name: str) -> str:
+    """Return the name of a parameter in the user's model."""
+    return name.removeprefix("module.").removeprefix("student.")
+
+
+def _first_of(causes: Sequence[str]) -> str:
+    """Join the causes of all ranks: loss terms before an overflow, or before the gradient that they made so on all ranks."""
+    terms = [cause for cause in causes if not cause.startswith((_OVERFLOW, _GRADIENT))]
+    return "; ".join(terms[:_LISTED] or causes[:_LISTED])
+
+
+def _samples_of(forward: _Forward) -> str:
+    """List the samples whose logits are not finite, of the teacher or of the student; all samples if there are none."""
+    for whose, is_finite in (("teacher", forward.teacher), ("student", forward.student)):
+        if is_finite is not None and not is_finite.all():
+            return f"the {whose}'s logits of {_listed(forward.samples[~is_finite.cpu()])}"
+    return _listed(forward.samples)
+
+
+def _listed(samples: Tensor) -> str:
+    shown = ", ".join(str(sample) for sample in samples[:_LISTED].tolist())
+    return (
+        f"sample {shown}"
+        if len(samples) == 1
+        else f"samples {shown}{f', ... {len(samples)} in all' if len(samples) > _LISTED else ''}"
+    )

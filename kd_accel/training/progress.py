@@ -1,0 +1,100 @@
+"""What a person sees while a training runs: a bar on a terminal, plain lines elsewhere, nothing on other ranks."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts optimizer steps; `note` shows the latest metrics."""
+
+    def __init__(self, name: str, *, total_steps: int, done_steps: int, is_main: bool) -> None:
+        self._is_main = is_main
+        self._started_at = time.perf_counter()
+        self._start_steps = self._done_steps = done_steps
+        self._total_steps = total_steps
+        self._name = name
+        use_bar = is_main and sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=done_steps, desc=name, unit="step") if use_bar else None
+
+    def advance(self) -> None:
+        self._done_steps += 1
+        if self._bar is not None:
+            self._bar.update()
+
+    def note(self, epoch: int, values: dict[str, float]) -> None:
+        """Training metrics, where a line of them was written."""
+        text = _shown(values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"epoch {epoch + 1}, {text}")
+        elif self._is_main:
+            print(
+                f"{self._name}: step {self._done_steps + 1}/{self._total_steps}, {text}, {self._left()} left",
+                flush=True,
+            )
+
+    def note_epoch(self, epochs_done: int, values: dict[str, float]) -> None:
+        """Validation metrics after an epoch."""
+        self.say(f"{self._name}: epoch {epochs_done} done, validation: {_shown(values)}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._is_main:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _left(self) -> str:
+        done = self._done_steps + 1 - self._start_steps
+        left_s = (time.perf_counter() - self._started_at) / done * (self._total_steps - self._done_steps - 1)
+        return _minutes(left_s)
+
+
+class SampleProgress:
+    """The same for a pass over samples: how many are done, how fast, how long it will take."""
+
+    def __init__(self, name: str, *, total_samples: int, is_main: bool, every_s: float = 5.0) -> None:
+        self._name, self._total, self._done, self._is_main = name, total_samples, 0, is_main
+        self._started_at = self._said_at = time.perf_counter()
+        self._every_s = every_s
+        self._bar = tqdm(total=total_samples, desc=name, unit="sample") if is_main and sys.stderr.isatty() else None
+
+    def advance(self, samples: int) -> None:
+        self._done += samples
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(samples)
+        elif self._is_main and (now - self._said_at > self._every_s or self._done == self._total):
+            self._said_at = now
+            rate = self._done / (now - self._started_at)
+            left_s = (self._total - self._done) / rate
+            print(
+                f"{self._name}: {self._done}/{self._total} samples, {rate:.0f} samples/s, {_minutes(left_s)} left", flush=True
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _shown(values: dict[str, float]) -> str:
+    parts = []
+    if "loss" in values:
+        parts.append(f"loss {values['loss']:.4f}")
+    for name in ("accuracy", "agreement"):
+        if name in values:
+            parts.append(f"{name} {100 * values[name]:.2f} %")
+    if "images_per_second" in values:
+        parts.append(f"{values['images_per_second']:.0f} images/s")
+    return ", ".join(parts)

@@ -1,0 +1,57 @@
+"""Stand-in for the program: within a second it prints and writes what benchmarks/gpu_reference reads of each command.
+
+QUICK_PRODUCT holds JSON: {"step_s": {run: seconds of a step that its metrics show}, "fails": [jobs]}.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+STEPS_PER_EPOCH = 20
+BATCH = 4
+SLEEP_S = 0.02
+
+
+def main():
+    command, *rest = sys.argv[1:]
+    flags = dict(token.removeprefix("--").split("=", 1) for token in rest if token.startswith("--") and "=" in token)
+    settings = json.loads(os.environ["QUICK_PRODUCT"])
+    name = Path(flags["run_dir"]).name if command == "train" else f"cache-{rest[0]}" if command == "cache" else command
+    if name in settings.get("fails", []):
+        sys.exit(f"{name} fails on purpose")
+    if command == "train":
+        train(Path(flags["run_dir"]), flags, settings.get("step_s", {}).get(name, 0.01))
+    elif command == "cache":
+        print("there: 10 samples in 1 s (10 samples/s)")
+        print(json.dumps({"is_whole": True, "files": 1, "bytes": 1, "largest_difference": 0.0}))
+    elif command == "bench":
+        runs = [token for token in rest if not token.startswith("--")]
+        models = [{"name": run, "latency": [{"batch_size": 1, "median_ms": 1.0}]} for run in runs]
+        Path(flags["out"]).write_text(json.dumps({"models": models}))
+
+
+def train(run_dir, flags, step_s):
+    total = min(int(flags["train.epochs"]) * STEPS_PER_EPOCH, int(flags.get("train.max_steps", 10**6)))
+    checkpoints = run_dir / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    position = max((int(path.name[-8:]) for path in checkpoints.iterdir()), default=0)
+
+    def stop(number, frame):
+        (checkpoints / f"step-{position:08d}").mkdir()
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    while position < total:
+        time.sleep(SLEEP_S)
+        position += 1
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": position, "split": "train", "images_per_second": BATCH / step_s}) + "\n")
+        print(f"{run_dir.name}: step {position}/{total}, loss 1.0", flush=True)
+    (run_dir / "summary.json").write_text(json.dumps({"accuracy": 0.5, "agreement": None, "steps": total}))
+
+
+if __name__ == "__main__":
+    main()

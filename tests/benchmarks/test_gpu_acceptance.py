@@ -1,0 +1,289 @@
+"""The acceptance of a GPU, all of it in small on a CPU, and what becomes of cases that fail, crash, hang or find no time."""
+
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from benchmarks.acceptance import ranks, speed, steps
+from benchmarks.acceptance.guard import Part
+from benchmarks.acceptance.plan import ITEMS, planned
+from benchmarks.acceptance.runs import relative_difference
+from benchmarks.acceptance.starting import Started, Starter
+from benchmarks.gpu_acceptance import run
+from benchmarks.harness import has_compiler
+from tests.hidden_packages import hidden_environment, imports_of_hidden
+from tests.launching import ROOT, environment
+
+
+def acceptance(out, *flags, env=None):
+    """(exit code, streams) of the program in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_acceptance", f"--out={out}", *flags],
+        cwd=ROOT,
+        env=env or environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def lines_of(out):
+    """({item/case: line}, closing line)."""
+    *lines, closing = map(json.loads, (out / "gpu_acceptance.jsonl").read_text().splitlines())
+    return {f"{line['item']}/{line['case']}": line for line in lines}, closing
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """Where wandb, datasets, matplotlib, scikit-learn, timm and git are absent, as they can be on a machine with a GPU."""
+    out, hidden = tmp_path_factory.mktemp("acceptance"), tmp_path_factory.mktemp("hidden")
+    done = acceptance(out, "--trial", "--budget_s=480", env=hidden_environment(hidden, CUDA_VISIBLE_DEVICES=""))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert imports_of_hidden(hidden) == set()
+    assert done.stdout.splitlines()[-1] == (out / "gpu_acceptance.jsonl").read_text().splitlines()[-1]
+    return lines_of(out)
+
+
+@pytest.mark.slow
+def test_all_cases_are_in_the_record_and_ok(trial):
+    lines, closing = trial
+    names = [f"{part.item}/{part.label(case)}" for part in planned(is_trial=True) for case in part.cases]
+    left_out = {} if has_compiler() else {"g/plain": "no compiler", "g/live_hybrid": "no compiler"}
+    assert sorted([*lines, *left_out]) == sorted(names)
+    assert {name.partition("/")[0] for name in names} == set(ITEMS)
+    assert closing["benchmark"] == "gpu-acceptance" and {"commit", "hardware", "versions"} <= closing.keys()
+    notes = closing["notes"]
+    assert sorted(notes["ok"]) == sorted(lines) and notes["failed"] == [] and notes["not_run"] == left_out
+    assert all({"ok", "seconds", "commit", "card", "versions"} <= line.keys() for line in lines.values())
+    assert closing["commit"] is None and closing["versions"]["datasets"] is None and closing["versions"]["torch"]
+
+
+@pytest.mark.slow
+def test_the_steps_of_each_variant_were_watched(trial):
+    lines = [line for name, line in trial[0].items() if name.startswith("a/")]
+    assert len(lines) == 2 * len(steps.VARIANTS)
+    assert {line["watched_steps"] for line in lines} == {2}
+    assert all(line["loss"] > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_figures_of_the_program_and_its_limits(trial):
+    for case in ("no/128", "no/1024", "bf16/128", "bf16/1024"):
+        line = trial[0][f"b/{case}"]
+        assert line["cases"].keys() == set(speed.NAMES)
+        assert list(line["ratios"]) == ["/".join(ratio) for ratio in speed.RATIOS]
+        for figures in line["cases"].values():
+            assert figures["images_per_s"] * figures["ms_per_step"] == pytest.approx(1000 * line["batch_size"], rel=0.01)
+            assert figures["operators_per_step"] is None and figures["peak_mib"] is None  # without a GPU
+    assert trial[1]["medians"]["b/bf16/128/plain"] == trial[0]["b/bf16/128"]["cases"]["plain"]["images_per_s"]
+
+
+@pytest.mark.slow
+def test_what_must_agree_agrees(trial):
+    lines = trial[0]
+    for name in ("c/losses/float32", "c/losses/tf32"):
+        assert lines[name]["largest_relative_difference"] == 0 and lines[name]["steps"] == 10
+    assert {lines[f"c/views/{policy}"]["differing_values"] for policy in ("none", "crop", "crop_flip")} == {0}
+    assert lines["c/cached-live/float32"]["largest_difference"] == 0
+    assert (
+        0 < lines["c/cached-live/float16"]["largest_difference"] < lines["c/cached-live/bfloat16"]["largest_difference"] < 0.01
+    )
+    assert lines["d/losses"]["largest_relative_difference"] < 1e-10 and lines["d/losses"]["steps"] == 20
+    assert lines["d/2-to-1"]["largest_relative_difference"] < 1e-10 and lines["d/2-to-1"]["steps"] == 20
+    assert lines["d/cache"]["files"] > 5 and lines["d/cache"]["differing_files"] == []
+    assert lines["d/nccl"]["backend"] == "gloo" and lines["d/nccl"]["largest_difference"] == 0
+
+
+@pytest.mark.slow
+def test_signals_resumes_and_numbers_that_go_wrong(trial):
+    lines = trial[0]
+    assert lines["d/sigterm"]["exit_code"] == 143 and lines["d/sigterm"]["same_bytes"]
+    assert 10 <= lines["d/sigterm"]["steps_before"] <= 12
+    for name in ("e/resume/float32", "e/resume/bf16"):
+        assert lines[name]["same_bytes"] and lines[name]["same_metrics"] and lines[name]["steps"] == 20
+    (told,) = lines["e/logits/bf16"]["said"]
+    assert (
+        told.startswith("loss_hard is not finite on rank 0 (the student's logits of row ") and "at step 5: the training" in told
+    )
+    (told,) = lines["e/gradient/bf16"]["said"]
+    assert (
+        told.startswith("the gradient of layer1.0.weight is not finite (rank 0 had rows ") and "at step 5: the training" in told
+    )
+
+
+@pytest.mark.slow
+def test_caches_and_compiled_trainings(trial):
+    lines = trial[0]
+    assert lines["f/build"]["images"] == 64 + 64 and lines["f/build"]["images_per_s"] > 0
+    assert 0 < lines["f/verify"]["largest_difference"] < 0.01
+    if has_compiler():
+        assert lines["g/plain"]["images_per_s"] > 0 and lines["g/plain"]["start_s"] > 0
+
+
+@pytest.mark.slow
+def test_items_by_name(tmp_path):
+    done = acceptance(tmp_path, "--trial", "--only=f")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(lines_of(tmp_path)[0]) == ["f/build", "f/verify", "f/rebuild"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == 3 and left[1:] == ["gpu_acceptance.jsonl", "gpu_acceptance.log"], "few files, no directory of logs"
+    assert "== f-verify" in (tmp_path / "gpu_acceptance.log").read_text()
+    done = acceptance(tmp_path, "--trial", "--only=f,h")
+    assert done.returncode == 2 and "--only: h is not a valid item; choose from a, b, c, d, e, f, g" in done.stderr
+
+
+def test_the_page_has_a_row_for_each_item():
+    page = (ROOT / "docs/gpu.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith(("| gpu_", "| kd-accel bench"))]
+    assert [row[1] for row in rows if row[0] == "| gpu_acceptance"] == list(ITEMS)
+    assert [row[1] for row in rows if row[0] == "| gpu_reference"] == ["pair", "reference"]
+    assert all(row[-1] == "not run |" or '"commit"' in row[-1] for row in rows)
+
+
+@pytest.mark.slow
+def test_without_a_gpu(tmp_path):
+    done = acceptance(tmp_path)
+    assert (done.returncode, done.stdout) == (0, "there is no GPU here: nothing was measured\n"), done.stderr
+    assert not (tmp_path / "gpu_acceptance.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_it_with_the_closing_line(tmp_path):
+    argv = [sys.executable, "-m", "benchmarks.gpu_acceptance", f"--out={tmp_path}", "--trial", "--only=b"]
+    process = subprocess.Popen(argv, cwd=ROOT, env=environment(CUDA_VISIBLE_DEVICES=""), stdout=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "logs/b-no-1.log").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        printed, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    closing = json.loads(printed.splitlines()[-1])
+    assert closing["notes"]["not_run"] == dict.fromkeys(["b/no/128", "b/no/1024", "b/bf16/128", "b/bf16/1024"], "budget")
+    assert lines_of(tmp_path) == ({}, closing)
+
+
+@pytest.mark.slow
+def test_a_case_that_fails_leaves_the_others_alone(tmp_path):
+    """The limit of a case is longer than what it takes to start a process."""
+    faulty = "tests.benchmarks.faulty_cases:build"
+    cases = [
+        *("fine", "wrong_figures", "raises", "raises_in_the_program", "leaves"),
+        *("poisons", "dies", "hangs", "after"),
+    ]
+    parts = [
+        Part("a", "x", cases, faulty, in_child=True, limit_s=15),
+        Part("b", "", ["one", "other"], "tests.benchmarks.faulty_cases:broken_build", in_child=True, is_timed=True),
+        Part("c", "", ["command", "refused"], "tests.benchmarks.faulty_cases:build_here", is_timed=True),
+        Part("d", "", ["absent"], "tests.benchmarks.faulty_cases:build_here", is_timed=True),
+    ]
+    with Starter(tmp_path / "logs", budget_s=200) as starter:
+        assert run(parts, tmp_path, starter) is False
+    lines, closing = lines_of(tmp_path)
+    assert closing["notes"]["ok"] == ["a/x/fine", "a/x/after", "c/command"] and closing["notes"]["not_run"] == {}
+    assert sorted(closing["notes"]["failed"]) == sorted(lines.keys() - {"a/x/fine", "a/x/after", "c/command"})
+    assert lines["a/x/wrong_figures"]["difference"] == 1.5
+    assert lines["a/x/raises"]["error"] == "ValueError: first line\nsecond line\n0\n1" and lines["a/x/raises"]["where"] is None
+    assert lines["a/x/raises_in_the_program"]["where"].startswith("kd_accel/models/feature_extractor.py:")
+    assert lines["a/x/leaves"]["error"] == "SystemExit: 4"
+    assert lines["a/x/poisons"]["error"].startswith("RuntimeError: CUDA error: an illegal memory access")
+    assert lines["a/x/dies"]["error"].startswith("its process ended with -9")
+    assert lines["a/x/hangs"]["error"].startswith("a-x-3 has not ended within 15 s")
+    assert lines["a/x/after"]["pid"] != lines["a/x/fine"]["pid"]
+    assert "the network cannot be built" in lines["b/one"]["error"] and lines["b/one"]["error"] == lines["b/other"]["error"]
+    assert (
+        lines["c/refused"]["error"].startswith("RuntimeError: refused ended with 2, not 0")
+        and "trane" in lines["c/refused"]["error"]
+    )
+    assert lines["d/absent"]["error"] == "KeyError: 'absent'"
+
+
+@pytest.mark.slow
+def test_what_the_budget_does_not_allow_is_named(tmp_path):
+    parts = [
+        Part("a", "x", ["fine", "hangs", "after"], "tests.benchmarks.faulty_cases:build", in_child=True),
+        Part("b", "", ["hangs", "never"], "tests.benchmarks.faulty_cases:build_here", is_timed=True),
+    ]
+    with Starter(tmp_path / "logs", budget_s=1e9) as starter:
+        starter.choose_method()
+        starter._ends_at = starter._ends_at - starter.left_s + 8
+        assert run(parts, tmp_path, starter) is True
+    lines, closing = lines_of(tmp_path)
+    assert list(lines) == closing["notes"]["ok"] == ["a/x/fine"]
+    assert closing["notes"]["not_run"] == dict.fromkeys(["a/x/hangs", "a/x/after", "b/hangs", "b/never"], "budget")
+
+
+def test_waiting_is_forbidden_in_the_watched_steps_alone(tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(steps, "_set_mode", modes.append)
+    guard = steps.SyncWatch(tmp_path, first=3, steps=10)
+    seen = []
+    for _ in range(14):
+        seen.append(modes[-1] if modes else "default")
+        guard.step()
+    assert seen == 3 * ["default"] + 10 * ["error"] + ["default"]
+    assert guard.guarded == 10 and modes[-1] == "default"
+
+
+def test_figures_from_the_events_of_a_profile():
+    def event(name, us, *, device=DeviceType.CUDA, is_mark=False):
+        time_range = SimpleNamespace(elapsed_us=lambda: us)
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=is_mark, time_range=time_range)
+
+    events = [
+        *(event("gemm", 100.0) for _ in range(6)),
+        *(event("Memcpy HtoD", 50.0), event("Memset (Device)", 10.0)),
+        *(event("backward", 900.0, is_mark=True), event("cudaLaunchKernel", 5.0, device=DeviceType.CPU)),
+    ]
+    figures = speed.device_figures(events, steps=2, block_s=0.0012)
+    assert figures == {"operators_per_step": 3.0, "copies_per_step": 1.0, "busy_share": 0.5}
+    assert set(speed.device_figures(events[-1:], steps=2, block_s=1.0).values()) == {None}
+
+
+def test_comparisons_can_fail(tmp_path):
+    for ranks_of, content in ((1, b"same"), (2, b"same")):
+        directory = tmp_path / f"cache-{ranks_of}"
+        directory.mkdir()
+        (directory / "spec.json").write_text(json.dumps({"views": 2, "recorded": ranks_of, "checksum": str(ranks_of)}))
+        (directory / "train-0.safetensors").write_bytes(content)
+    finished = {name: [] for name in ("cache-1", "cache-2")}
+    assert ranks.same_cache(finished, tmp_path) == {"ok": True, "files": 2, "differing_files": []}
+    (tmp_path / "cache-2/train-0.safetensors").write_bytes(b"sane")
+    (tmp_path / "cache-2/train-1.safetensors").write_bytes(b"")
+    assert ranks.same_cache(finished, tmp_path)["differing_files"] == ["train-0.safetensors", "train-1.safetensors"]
+    assert relative_difference([1.0, 2.0], [1.0, 4.0]) == 0.5
+    with pytest.raises(ValueError, match="longer"):
+        relative_difference([1.0], [1.0, 2.0])
+
+
+def test_a_process_that_ends_otherwise_than_it_must(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("what it printed")
+    started = Started("name", 0, log, lambda: 1, lambda: 100.0)
+    with pytest.raises(RuntimeError, match="name ended with 1, not 0\nwhat it printed"):
+        started.finish(1)
+    assert started.finish(1, code=1) == "what it printed"
+
+
+def test_the_networks_of_the_acceptance_break_when_asked(monkeypatch):
+    from benchmarks.acceptance.own import BROKEN_PLACE, disturbed
+
+    images, outcome = torch.rand(4, 3, 32, 32), {}
+    for what in ("logits:2", "gradient:2", ""):
+        monkeypatch.setenv("KD_ACCEPTANCE_BREAKS", what)
+        network = disturbed(10).train()
+        network(images)
+        logits = network(images)
+        logits.sum().backward()
+        outcome[what] = (logits.isfinite().all(1).tolist(), bool(network.fc.weight.grad.isfinite().all()))
+    rows = [place != BROKEN_PLACE for place in range(4)]
+    assert outcome == {"logits:2": (rows, True), "gradient:2": ([True] * 4, False), "": ([True] * 4, True)}

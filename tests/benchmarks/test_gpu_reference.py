@@ -1,0 +1,241 @@
+"""benchmarks/gpu_reference: the trial with the program itself; what budgets and failures do, with a quick stand-in of it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks import gpu_reference
+from benchmarks.budgeted_jobs import Job, Ledger, Runner
+from benchmarks.gpu_reference_chain import Chain, Options
+from benchmarks.gpu_reference_plan import FirstRates, choose, fitting_epochs, pair
+from kd_accel.config.parsing import build_parser, flatten, parse_config
+from kd_accel.config.schema import RunConfig
+from tests.benchmarks.quick_product import STEPS_PER_EPOCH
+from tests.hidden_packages import hidden_environment, imports_of_hidden
+from tests.launching import ROOT, environment
+
+RATES = FirstRates(startup_s=20.0, trained_s=2.0, steps_per_epoch=87, teacher_step_s=0.010, student_step_s=0.005)
+SAMPLES = {
+    "pair": ["teacher", "plain-0", "distilled-0"],
+    "reference": ["teacher", "student", "hybrid-fixed", "hybrid-scheduled"],
+}
+OTHERS = ["cache-build", "cache-verify", "timed-cached", "timed-live", "bench", "report"]
+
+
+def lines_in(out):
+    return lines_in_file(out / "gpu_reference.jsonl")
+
+
+def lines_in_file(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def by_job(out):
+    return {line["job"]: line for line in lines_in(out) if "job" in line}
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Run gpu_reference in this process on the quick stand-in. Returns (exit code, directory of the results)."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*flags, **settings):
+        monkeypatch.setenv("QUICK_PRODUCT", json.dumps(settings))
+        monkeypatch.setattr(gpu_reference, "_PROGRAM", (sys.executable, "-m", "tests.benchmarks.quick_product"))
+        monkeypatch.setattr(sys, "argv", ["gpu_reference", f"--out={tmp_path / 'out'}", "--trial", *flags])
+        try:
+            gpu_reference.main()
+        except SystemExit as stop:
+            return stop.code, tmp_path / "out"
+        return 0, tmp_path / "out"
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["pair", pytest.param("reference", marks=pytest.mark.faults)])
+def test_the_trial(part, tmp_path):
+    """Where wandb, datasets, matplotlib, scikit-learn, timm and git are absent, as they can be on a machine with a GPU."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "benchmarks.gpu_reference", f"--out={out}", f"--part={part}", "--trial", "--budget_s=500"]
+    variables = hidden_environment(tmp_path / "hidden", TMPDIR=str(tmp_path))
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert imports_of_hidden(tmp_path / "hidden") == {("matplotlib", "kd_accel.report.plots")}
+    jobs, rows = by_job(out), SAMPLES[part]
+    assert jobs.keys() == {*rows, *OTHERS, "epochs", f"{rows[1]}-stop"}
+    for name in rows:
+        assert jobs[name]["steps"] == 18 and jobs[name]["epochs"] == 2 and 0 <= jobs[name]["accuracy"] <= 1
+    assert all(0 <= jobs[name]["agreement"] <= 1 for name in rows[2:])
+    stopped, resumed = jobs[f"{rows[1]}-stop"], jobs[rows[1]]
+    assert stopped["code"] == resumed["stopped_with_code"] == 143
+    assert 6 <= stopped["checkpoint_steps"][-1] == resumed["resumed_from_step"] < resumed["first_step_shown"] <= 18
+    assert jobs["cache-verify"]["is_whole"] and jobs["cache-build"]["rows_per_second"] > 0
+    assert all(len(jobs[f"timed-{outputs}"]["rates"]) == 3 for outputs in ("cached", "live"))
+    closing = json.loads(done.stdout.splitlines()[-1])
+    assert lines_in(out)[-1] == closing and closing["benchmark"] == "gpu-reference"
+    assert {"commit", "hardware", "versions"} <= closing.keys() and list(closing["ratios"]) == ["cached/live"]
+    assert closing["commit"] is None and closing["versions"]["datasets"] is None and closing["versions"]["torch"]
+    assert closing["notes"]["accuracy"] == {name: jobs[name]["accuracy"] for name in rows}
+    assert closing["notes"]["failed"] == [] and closing["notes"]["not_done"] == {}
+    table = json.loads((out / "report" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in table] == rows and all(row["latency_ms"] > 0 for row in table)
+    assert not list(tmp_path.glob("gpu-reference-*")), "runs and caches are removed"
+
+
+@pytest.mark.slow
+def test_without_a_gpu_and_without_a_budget(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_reference", f"--out={tmp_path}", "--part=pair"]
+    variables = environment(CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "there is no GPU here: nothing was measured\n")
+    command += ["--trial", "--seeds=2", "--budget_s=1"]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    named, closing = lines_in(tmp_path)
+    assert set(named["not_done"]) == {*SAMPLES["pair"], "plain-1", "distilled-1", *OTHERS} == named["reasons"].keys()
+    assert named["reasons"]["teacher"].startswith("takes 10 s or more, and ")
+    assert named["reasons"]["distilled-0"] == "needs teacher and cache-build, not done"
+    assert closing["notes"]["not_done"] == named["reasons"] and closing["ratios"] == {}
+
+
+def test_all_seeds_where_they_fit(quick):
+    code, out = quick("--part=pair", "--seeds=2")
+    jobs = by_job(out)
+    assert code == 0 and lines_in(out)[-1]["notes"]["not_done"] == {}
+    assert list(lines_in(out)[-1]["notes"]["accuracy"]) == ["teacher", "plain-0", "plain-1", "distilled-0", "distilled-1"]
+    assert (jobs["distilled-1"]["seed"], jobs["distilled-0"]["seed"], jobs["epochs"]["starts_again"]) == (1, 0, False)
+
+
+def test_fewer_epochs_where_the_first_rates_leave_no_time(quick):
+    code, out = quick("--part=reference", step_s={"teacher": 60.0})
+    jobs, stops = by_job(out), [line.get("job") for line in lines_in(out)].count("student-stop")
+    assert code == 0 and jobs["epochs"]["starts_again"] and jobs["epochs"]["epochs"] == 1 and stops == 2
+    for name in SAMPLES["reference"]:
+        assert (jobs[name]["epochs"], jobs[name]["epochs_planned"], jobs[name]["steps"]) == (1, 2, STEPS_PER_EPOCH)
+
+
+@pytest.mark.parametrize(("student_step_s", "not_done"), [(2.0, []), (2.5, ["plain-1", "distilled-1"])])
+def test_another_seed_comes_last_or_is_named(quick, student_step_s, not_done):
+    code, out = quick("--part=pair", "--seeds=2", step_s={"plain-0": student_step_s})
+    jobs, lines = by_job(out), lines_in(out)
+    assert code == 0 and jobs["epochs"]["rows"] == SAMPLES["pair"] and not jobs["epochs"]["starts_again"]
+    assert [name for line in lines for name in line.get("not_done", [])] == not_done
+    assert not_done or list(jobs).index("distilled-1") > list(jobs).index("timed-live")
+
+
+@pytest.mark.parametrize(
+    ("fails", "not_done"),
+    [
+        ("distilled-0", []),
+        ("timed-live", []),
+        ("bench", []),
+        ("plain-0", ["plain-0-stop"]),
+        ("cache-build", ["distilled-0", "cache-verify", "timed-cached"]),
+        ("teacher", ["cache-build", "distilled-0", "cache-verify", "timed-cached", "timed-live"]),
+    ],
+)
+def test_a_failing_job_leaves_the_others_alone(quick, fails, not_done):
+    code, out = quick("--part=pair", fails=[fails])
+    jobs, closing = by_job(out), lines_in(out)[-1]["notes"]
+    assert code == 1 and closing["failed"] == [fails] and list(closing["not_done"]) == not_done
+    assert jobs[fails]["failed"] and jobs[fails]["code"] == 1 and jobs[fails]["stderr"] == [f"{fails} fails on purpose"]
+    others = {*SAMPLES["pair"], *OTHERS} - {fails, *not_done}
+    assert all(jobs[name]["code"] == 0 for name in others)
+
+
+def test_epochs_and_seeds_by_the_time_left():
+    part = pair("no_pool", (0, 1))
+    all_seeds, first_seed = (
+        next(left_s for left_s in range(1000) if fitting_epochs(one, RATES, left_s=left_s + RATES.trained_s) >= 30)
+        for one in (part, part.of_first_seed())
+    )
+    assert 100 < first_seed < all_seeds < 205, "thirty epochs fit into four minutes at the rates that are expected"
+    found = {left_s: choose(part, RATES, left_s=left_s) for left_s in (all_seeds, all_seeds - 1, first_seed, first_seed - 1, 1)}
+    assert found[all_seeds].part == part
+    assert found[all_seeds - 1].part == found[first_seed].part == part.of_first_seed()
+    assert [choice.starts_again for choice in found.values()] == [False, False, False, True, True]
+    assert 10 <= found[first_seed - 1].part.epochs < 30 and found[1].part.epochs == 1
+    assert [row.name for row in found[1].part.rows] == ["teacher", "plain-0", "distilled-0"]
+
+
+def parsed(*arguments):
+    config, _ = parse_config(RunConfig, arguments, parser=build_parser(RunConfig, prog="", description=""))
+    return flatten(asdict(config))
+
+
+@pytest.mark.parametrize("part", ["pair", "reference"])
+def test_the_commands_on_a_gpu_are_understood(part, tmp_path):
+    options = Options(Path("DIR"), tmp_path, part, 240.0, "no_pool", 2, None, None, False, None)
+    chain = Chain(options, tmp_path, runner(tmp_path, seconds=60))
+    trainings = {row.name: parsed(*chain.training(row).arguments[1:]) for row in chain.part.rows}
+    assert {settings["train.precision"] for settings in trainings.values()} == {"bf16" if part == "pair" else "no"}
+    timed = {outputs: parsed(*chain.timed(outputs).arguments[1:]) for outputs in ("cached", "live")}
+    changed = {key for key in timed["live"] if timed["live"][key] != timed["cached"][key]} - {"name", "run_dir"}
+    assert changed == {"teacher.outputs"}
+    distilled = trainings[chain.part.distilled[0].name]
+    for action, first in (("build", 2), ("verify", 3)):
+        cache = parsed(*chain.cache(action, "teacher").arguments[first:])
+        assert {key for key in cache if cache[key] != distilled[key]} == {"run_dir"}
+
+
+def test_the_reference_job_keeps_its_values(tmp_path):
+    options = Options(Path("DIR"), tmp_path, "reference", 240.0, "no_pool", 2, None, None, False, None)
+    chain = Chain(options, tmp_path, runner(tmp_path, seconds=60))
+    of_the_machine = {"name", "run_dir", "data.source", "teacher.run", "teacher.cache_dir", "tracking.wandb"}
+    of_the_course = {"train.eval_every_epochs", "checkpoint.every_epochs"}
+    files = ["teacher_scratch", "student", "hybrid_fixed", "hybrid_scheduled"]
+    for row, file in zip(chain.part.rows, files, strict=True):
+        settings, written = parsed(*chain.training(row).arguments[1:]), parsed(f"--config={ROOT}/configs/cifar10/{file}.yaml")
+        assert {key for key in settings if settings[key] != written[key]} <= of_the_machine | of_the_course
+        assert settings["train.epochs"] == 30
+
+
+def runner(tmp_path, *, seconds):
+    ledger = Ledger(tmp_path / "lines.jsonl")
+    ends_at = time.monotonic() + seconds
+    return Runner(ledger, tmp_path / "logs", ends_at=ends_at, least_s=0.0, program=("sh", "-c"), environment={})
+
+
+def is_gone(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_at_the_end_of_the_budget_all_that_a_job_has_started_is_stopped(tmp_path):
+    with runner(tmp_path, seconds=1.0) as jobs:
+        run = jobs.start(Job("long", ["sleep 600 & echo $!; echo long: step 3/9, >&1; wait"]))
+        jobs.finish(run, jobs.start(Job("short", ["exit 0"])))
+        assert jobs.ledger.not_done == {"long": "stopped when the budget ended after step 3 of 9"}
+        assert list(jobs.ledger.done) == ["short"] and jobs.ledger.failed == []
+        assert jobs.start(Job("late", ["exit 0"])) is None and "of the budget are left" in jobs.ledger.not_done["late"]
+    assert is_gone(int(run.outcome().stdout.split()[0]))
+
+
+def test_what_ignores_the_signal_is_killed(tmp_path):
+    with runner(tmp_path, seconds=60) as jobs:
+        run = jobs.start(Job("deaf", ["trap '' TERM; echo ready; while :; do sleep 0.05; done"]))
+        assert jobs.wait_until(lambda: "ready" in run.stdout.read_text(), run)
+        jobs.stop(run, grace_s=0.3)
+        assert run.process.returncode == -signal.SIGKILL
+
+
+def test_an_error_leaves_no_job_behind(tmp_path):
+    with pytest.raises(KeyError), runner(tmp_path, seconds=60) as jobs:
+        run = jobs.start(Job("long", ["sleep 600"]))
+        raise KeyError
+    run.process.wait(timeout=10)
+
+
+def test_a_job_that_leaves_no_figures_has_failed(tmp_path):
+    with runner(tmp_path, seconds=60) as jobs:
+        jobs.run(Job("empty", ["echo said >&2"], figures=lambda outcome: {"first": outcome.steps_shown[0]}))
+    (line,) = lines_in_file(tmp_path / "lines.jsonl")
+    assert line["failed"] and line["error"].startswith("IndexError") and line["stderr"] == ["said"]

@@ -1,0 +1,195 @@
+"""A student that learns from a cache ends as the one that learned from the live teacher, bit for bit (one process, CPU)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from kd_accel.cache.manifest import read_manifest, read_spec, write_manifest
+from kd_accel.cache.shard import write_shard
+from kd_accel.commands.cache_request import sample_of
+from kd_accel.config.schema import DataConfig
+from kd_accel.data.splits import split_samples
+from kd_accel.teacher.teacher import LiveTeacher
+from kd_accel.types import TeacherOutput
+from tests import launching
+from tests.in_process import cache, train
+from tests.launching import losses, metrics
+
+FEATURE = "--distill.feature={weight: 0.1, layers: [layer1, layer2], %s}"
+DIRECTIONS = {
+    "both": "direction: both, pca_images: 64",
+    "teacher_to_student": "direction: teacher_to_student, pca_images: 64",
+    "student_to_teacher": "direction: student_to_teacher",
+}
+STUDENT = "--model.arch=import:tests.own_models:student_with_everything"
+
+
+def flags(teacher_run, direction, *, augment="crop_flip"):
+    return [
+        STUDENT,
+        f"--teacher.run={teacher_run}",
+        "--distill.temperature={start: 4.0, floor: 2.0, decay: 0.9}",
+        FEATURE % DIRECTIONS[direction],
+        f"--data.augment={augment}",
+        "--data.views=2",
+    ]
+
+
+def cached(cache_dir, *, outputs="cached", dtype="float32"):
+    return [f"--teacher.outputs={outputs}", f"--teacher.cache_dir={cache_dir}", f"--teacher.dtype={dtype}"]
+
+
+def build(*arguments):
+    return cache("build", *arguments)
+
+
+def weights(run_dir):
+    return (Path(run_dir) / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("direction", "augment", "image_size"),
+    [("both", "crop_flip", 32), ("both", "trivial_augment", 32), ("both", "none", 32), ("teacher_to_student", "crop_flip", 32)]
+    + [("student_to_teacher", "trivial_augment", 32)]
+    + [("student_to_teacher", "crop_flip", 16), ("both", "crop_flip", 16)],  # maps of one pixel
+)
+def test_cached_equals_live(tmp_path, teacher_run, direction, augment, image_size):
+    common = [*flags(teacher_run, direction, augment=augment), f"--data.image_size={image_size}"]
+    if augment == "none":
+        common.remove("--data.views=2")
+    train(tmp_path / "live", *common)
+    build(*common, *cached(tmp_path / "cache"))
+    train(tmp_path / "cached", *common, *cached(tmp_path / "cache"))
+    assert weights(tmp_path / "cached") == weights(tmp_path / "live")
+    assert metrics(tmp_path / "cached") == metrics(tmp_path / "live")
+
+
+def rounding_call(dtype):
+    """A `LiveTeacher.__call__` whose logits and features are rounded to a type."""
+    call = LiveTeacher.__call__
+
+    def rounded(teacher, batch):
+        outputs = call(teacher, batch)
+        features = {layer: feature.to(dtype).float() for layer, feature in outputs.features.items()}
+        return TeacherOutput(outputs.logits.to(dtype).float(), features)
+
+    return rounded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_rounding_cache_equals_live_answers_that_are_rounded_alike(tmp_path, teacher_run, dtype, monkeypatch):
+    common = flags(teacher_run, "both")
+    train(tmp_path / "exact", *common)
+    with monkeypatch.context() as patched:
+        patched.setattr(LiveTeacher, "__call__", rounding_call(getattr(torch, dtype)))
+        train(tmp_path / "live", *common)
+    build(*common, *cached(tmp_path / "cache", dtype=dtype))
+    train(tmp_path / "cached", *common, *cached(tmp_path / "cache", dtype=dtype))
+    assert weights(tmp_path / "cached") == weights(tmp_path / "live") != weights(tmp_path / "exact")
+
+
+@pytest.mark.slow
+def test_logits_from_the_cache_and_features_live(tmp_path, teacher_run):
+    common = flags(teacher_run, "both")
+    train(tmp_path / "live", *common)
+    use = cached(tmp_path / "cache", outputs="mixed")
+    build(*common, *use)
+    assert set(read_spec(tmp_path / "cache").tensors) == {"logits"}
+    train(tmp_path / "cached", *common, *use)
+    assert weights(tmp_path / "cached") == weights(tmp_path / "live")
+
+
+@pytest.mark.slow
+def test_int8_features_stay_close(tmp_path, teacher_run):
+    common = flags(teacher_run, "both")
+    train(tmp_path / "live", *common)
+    build(*common, *cached(tmp_path / "cache", dtype="int8"))
+    train(tmp_path / "cached", *common, *cached(tmp_path / "cache", dtype="int8"))
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), rel=0.02)
+    assert weights(tmp_path / "cached") != weights(tmp_path / "live")
+
+
+def test_answers_for_other_samples_are_noticed(tmp_path, teacher_run):
+    """Files whose headers and checksums are right, but whose samples are reversed."""
+    common = flags(teacher_run, "both")
+    use = cached(tmp_path / "cache")
+    build(*common, *use)
+    _reverse_samples(tmp_path / "cache")
+    for refused in (train(tmp_path / "run", *common, *use, code=2), cache("verify", *common, *use, code=2)):
+        assert "does not hold what the teacher says here" in refused
+
+
+@pytest.mark.slow
+def test_answers_for_other_samples_make_another_student(teacher_run, tmp_path):
+    """So that the comparisons above can fail."""
+    common = flags(teacher_run, "both")
+    use = cached(tmp_path / "cache")
+    build(*common, *use)
+    train(tmp_path / "right", *common, *use)
+    train(tmp_path / "wrong", *common, *use, "--checkpoint.stop_after_steps=1")
+    _reverse_samples(tmp_path / "cache", keep=_drawn_samples())
+    train(tmp_path / "wrong", *common, *use)
+    assert weights(tmp_path / "wrong") != weights(tmp_path / "right")
+
+
+@pytest.mark.slow
+def test_one_cache_serves_every_seed(tmp_path, teacher_run):
+    """Another seed takes the samples in another order, from the same cache."""
+    common = flags(teacher_run, "both")
+    build(*common, *cached(tmp_path / "cache"))
+    for seed in (1, 2):
+        train(tmp_path / f"live{seed}", *common, f"--seed={seed}")
+        train(tmp_path / f"cached{seed}", *common, *cached(tmp_path / "cache"), f"--seed={seed}")
+        assert weights(tmp_path / f"cached{seed}") == weights(tmp_path / f"live{seed}")
+    assert weights(tmp_path / "cached1") != weights(tmp_path / "cached2")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_reads_the_same_cache(tmp_path, teacher_run):
+    common = [*flags(teacher_run, "both"), *cached(tmp_path / "cache")]
+    build(*common)
+    train(tmp_path / "straight", *common)
+    train(tmp_path / "stopped", *common, "--checkpoint.stop_after_steps=11")
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    moved = [*flags(teacher_run, "both"), *cached(tmp_path / "moved")]
+    train(tmp_path / "stopped", *moved)
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_two_processes_read_what_one_wrote(tmp_path, teacher_run):
+    common = flags(teacher_run, "both")
+    common[0] = "--model.arch=import:tests.own_models:student"
+    use = cached(tmp_path / "cache")
+    build(*common, *use)
+    train(tmp_path / "one", *common, *use)
+    launching.train(tmp_path / "two", *common, *use, processes=2)
+    launching.train(tmp_path / "live", *common, processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "live"), rel=1e-5)
+
+
+def _reverse_samples(cache_dir, keep=()):
+    """Write each training shard again with its samples reversed, apart from the positions in `keep`."""
+    cache_spec = read_spec(cache_dir)
+    files = dict(read_manifest(cache_dir, cache_spec))
+    for shard in cache_spec.all_shards():
+        if shard.split == "train":
+            with safe_open(cache_dir / shard.name, "pt") as file:
+                values = file.get_tensor("values")
+            order = np.arange(len(values))
+            free = np.setdiff1d(order, keep)
+            order[free] = free[::-1]
+            files[shard.name] = write_shard(cache_dir, cache_spec, shard, values[torch.from_numpy(order)], None)
+    write_manifest(cache_dir, cache_spec, files)
+
+
+def _drawn_samples():
+    """Positions, among the 128 training samples of the small data, of those that a start lets the teacher answer again."""
+    train_samples = split_samples(160, 41, DataConfig(val_fraction=0.2)).train
+    return np.searchsorted(train_samples, sample_of(train_samples, rank=0))

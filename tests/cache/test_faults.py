@@ -1,0 +1,290 @@
+"""What happens to a cache that is killed, cut, flipped, exchanged, forbidden or full: told by file, mended by a build."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from tests import in_process
+from tests.cache.test_compatibility import asking, files_of
+from tests.launching import SMALL, kill_all, losses, run, start, train
+
+SMALL_FILES = ["--teacher.cache_batch_size=16", "--teacher.shard_mib=0.04"]
+"""32 samples in a file: four files for each view and tensor."""
+
+
+@pytest.fixture(scope="module")
+def slow_teacher_run(tmp_path_factory):
+    """A teacher whose forward takes as long as KD_TEST_FORWARD_S says."""
+    run_dir = tmp_path_factory.mktemp("teachers") / "slow"
+    in_process.train(run_dir, "--role=teacher", "--model.arch=import:tests.own_models:slow_teacher", "--train.max_steps=4")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, slow_teacher_run):
+    directory = tmp_path_factory.mktemp("caches") / "cache"
+    in_process.cache("build", *asking(slow_teacher_run, directory), *SMALL_FILES)
+    return directory
+
+
+@pytest.fixture
+def copied(built, tmp_path, slow_teacher_run):
+    shutil.copytree(built, tmp_path / "cache")
+    return asking(slow_teacher_run, tmp_path / "cache"), tmp_path / "cache"
+
+
+def whole(directory):
+    """Bytes by name of all shards and of the manifest."""
+    found = {str(path.relative_to(directory)): content for path, (_, content) in files_of(directory).items()}
+    return {**found, "manifest.json": (directory / "manifest.json").read_bytes()}
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 8
+    path.write_bytes(data)
+
+
+FILE = "train/view-0001/layer1-00002-of-00004.safetensors"
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "data": lambda path: flip(path, -200),
+    "header": lambda path: flip(path, 100),
+    "length": lambda path: flip(path, 1),
+    "another shard": lambda path: shutil.copy(path.with_name(path.name.replace("00002", "00001")), path),
+    "another view": lambda path: shutil.copy(str(path).replace("view-0001", "view-0000"), path),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_is_named_and_mended_alone(built, copied, tmp_path, kind):
+    flags, directory = copied
+    DAMAGES[kind](directory / FILE)
+    before = files_of(directory)
+    report = in_process.cache("verify", *flags, code=2)
+    assert f"{FILE}: " in report
+    assert "1 of the files of" in report
+    refused = in_process.train(tmp_path / "run", *flags, code=2)
+    assert FILE in refused and "kd-accel cache build" in refused
+    assert "1 of 27 files to write" in in_process.cache("build", *flags)
+    assert whole(directory) == whole(built)
+    after = files_of(directory)
+    assert {path for path in before if after[path] != before[path]} <= {directory / FILE}
+    assert json.loads(in_process.cache("verify", *flags, "--json"))["is_whole"]
+
+
+def test_a_file_of_another_cache_is_noticed(built, copied, tmp_path, teacher_run):
+    flags, directory = copied
+    other = tmp_path / "other"
+    in_process.cache("build", *asking(teacher_run, other), *SMALL_FILES)
+    shutil.copy(other / FILE, directory / FILE)
+    assert f"{FILE}: has the header of another cache" in in_process.cache("verify", *flags, code=2)
+    in_process.cache("build", *flags)
+    assert whole(directory) == whole(built)
+
+
+@pytest.mark.parametrize("name", ["spec.json", "manifest.json", "samples.safetensors", "targets.safetensors"])
+@pytest.mark.parametrize("kind", ["missing", "truncated", "data"])
+def test_damage_of_what_describes_a_cache(built, copied, tmp_path, name, kind):
+    flags, directory = copied
+    content = (directory / name).read_bytes()
+    middle = content.index(b"logits") if name == "manifest.json" else len(content) // 2  # in a name, not in a checksum
+    damages = {
+        "missing": lambda path: path.unlink(),
+        "truncated": lambda path: path.write_bytes(content[: len(content) // 2]),
+        "data": lambda path: flip(path, middle),
+    }
+    damages[kind](directory / name)
+    before = files_of(directory)
+    assert in_process.cache("verify", *flags, code=2).strip()
+    refused = in_process.train(tmp_path / "run", *flags, code=2)
+    assert "kd-accel cache build" in refused
+    in_process.cache("build", *flags, *SMALL_FILES)
+    assert files_of(directory) == before
+    assert whole(directory) == whole(built)
+    assert json.loads(in_process.cache("verify", *flags, "--json"))["is_whole"]
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hosts", "train/../../x.safetensors"])
+def test_a_manifest_that_leads_out_is_refused_with_nothing_touched(copied, tmp_path, name):
+    flags, directory = copied
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"][name] = "0" * 32
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    (directory / FILE).unlink()
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    for text in (
+        in_process.cache("build", *flags, code=2),
+        in_process.cache("verify", *flags, code=2),
+        in_process.cache("info", *flags, code=2),
+        in_process.train(tmp_path / "run", *flags, code=2),
+    ):
+        assert f"names {name!r}, which leads out of the cache" in text
+    after = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["spec.json", "manifest.json"])
+def test_a_later_version_is_refused_with_nothing_touched(copied, tmp_path, name):
+    flags, directory = copied
+    content = json.loads((directory / name).read_text())
+    (directory / name).write_text(json.dumps({**content, "version": 2}))
+    (directory / FILE).unlink()
+    before = files_of(directory)
+    for action in ("build", "verify", "info"):
+        assert "has version 2, this program reads 1" in in_process.cache(action, *flags, code=2)
+    assert files_of(directory) == before
+
+
+@pytest.mark.parametrize("place", ["/proc/kd_accel/cache", "/dev/null/cache"])
+def test_a_place_that_cannot_be_written(slow_teacher_run, place):
+    text = in_process.cache("build", *asking(slow_teacher_run, place), code=2)
+    assert f"cannot write to {place}" in text
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_what_is_whole_and_a_read_only_one_can_be_read(built, tmp_path, slow_teacher_run):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    flags = asking(slow_teacher_run, disk / "cache")
+    try:
+        (disk / "ballast").write_bytes(b"x" * 500_000)
+        text = in_process.cache("build", *flags, *SMALL_FILES, code=2)
+        assert "would need another" in text and "are free there" in text
+        (disk / "ballast").write_bytes(b"x" * 200_000)
+        process = start("cache", "build", *SMALL, *flags, *SMALL_FILES, KD_TEST_FORWARD_S="0.3")
+        while not (disk / "cache/train/view-0000").is_dir():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        (disk / "ballast").write_bytes(b"x" * 450_000)  # somebody else fills the disk while the build is at work
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 2, said
+        assert "cannot write" in said and "No space left" in said and "goes on with the files that are whole" in said
+        before = files_of(disk / "cache")
+        (disk / "ballast").unlink()
+        in_process.cache("build", *flags)
+        after = files_of(disk / "cache")
+        assert before.items() <= after.items()
+        assert whole(disk / "cache") == whole(built)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        assert "cannot write to" in in_process.cache("build", *flags, code=2)
+        in_process.cache("verify", *flags)
+        in_process.train(tmp_path / "run", *flags, "--train.max_steps=1")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+def test_two_builders_at_once(tmp_path, slow_teacher_run):
+    """Also when only one process of the first build is left."""
+    flags = [*asking(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
+    first = start_build(flags, processes=2, forward_s=3.0)
+    try:
+        wait_for(tmp_path / "cache/spec.json", first)
+        for text in (
+            in_process.cache("build", *flags, code=2),
+            run("cache", "build", *SMALL, *flags, processes=2, code=None).stderr,
+        ):
+            assert text.count("is being written by another build") == 1
+        ranks = ranks_of(first.pid)
+        first.kill()  # the launcher, then rank 0; rank 1 lives on for a while
+        ranks[0].kill()
+        assert "is being written by another build" in in_process.cache("build", *flags, code=2)
+        ranks[1].kill()
+        psutil.wait_procs(ranks, timeout=30)
+    finally:
+        first.kill()
+        first.wait()
+    in_process.cache("build", *flags)
+
+
+@pytest.mark.slow
+def test_an_interrupted_build_says_so_in_a_line(tmp_path, slow_teacher_run):
+    flags = [*asking(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
+    process = start("cache", "build", *SMALL, *flags, KD_TEST_FORWARD_S="0.5")
+    wait_for(tmp_path / "cache/train", process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines() == ["kd-accel: stopped by SIGINT; what was written last is whole"]
+    in_process.cache("build", *flags)
+
+
+def start_build(flags, *, processes, forward_s):
+    return start("cache", "build", *SMALL, *flags, processes=processes, quiet=True, KD_TEST_FORWARD_S=str(forward_s))
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ranks_of(pid):
+    alive = [child for child in psutil.Process(pid).children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    children = [child for child in alive if "RANK" in child.environ()]
+    return sorted(children, key=lambda child: int(child.environ()["RANK"]))
+
+
+def kill_builds(directory, flags, *, kills, processes, generator):
+    """Kill builds at random instants. For each kill: (files whole before it, and after it, temporary files that it left)."""
+    while kills:
+        if (directory / "manifest.json").exists():
+            shutil.rmtree(directory)
+        before = files_of(directory)
+        process = start_build(flags, processes=processes, forward_s=0.1)
+        instant = generator.uniform(0, 1.5)
+        if generator.random() < 0.8:  # most of them while answers are being written
+            wait_for(directory / "train", process)
+        time.sleep(instant)
+        if process.poll() is not None:  # it was faster
+            continue
+        kill_all(process)
+        kills -= 1
+        yield before, files_of(directory), list(directory.rglob(".*.tmp-*"))
+
+
+SHORT = [pytest.param(processes, 2, marks=pytest.mark.slow) for processes in (1, 2)]
+FULL = [pytest.param(processes, kills, marks=pytest.mark.faults) for processes, kills in ((1, 13), (2, 12))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kills"), [*SHORT, *FULL])
+def test_killed_builds_end_in_the_same_bytes(tmp_path, fault_record, built, slow_teacher_run, processes, kills):
+    directory = tmp_path / "cache"
+    flags = [*asking(slow_teacher_run, directory), *SMALL_FILES]
+    generator = fault_record.generator("build", processes, kills)
+    for before, after, lost in kill_builds(directory, flags, kills=kills, processes=processes, generator=generator):
+        with fault_record.trial(f"SIGKILL of a cache build, {processes} process{'es' if processes > 1 else ''}"):
+            assert before.items() <= after.items(), "what was whole was written again"
+            assert len(lost) <= processes
+    with fault_record.trial("cache builds that go on after all kills"):
+        before = files_of(directory)
+        in_process.cache("build", *flags)
+        assert before.items() <= files_of(directory).items()
+        assert whole(directory) == whole(built)
+        assert not list(directory.rglob(".*.tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.faults)])
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path, built, slow_teacher_run, processes):
+    flags = [*asking(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
+    run("cache", "build", *SMALL, *flags, processes=processes)
+    assert whole(tmp_path / "cache") == whole(built)
+    assert "complete, 27 files checked" in run("cache", "build", *SMALL, *flags, processes=processes).stdout
+    if processes == 2:
+        train(tmp_path / "two", *flags, processes=2)
+        train(tmp_path / "one", *flags)
+        assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

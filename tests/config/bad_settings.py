@@ -1,0 +1,199 @@
+"""Bad settings, bad weights and code of strangers: samples of test_bad_inputs.py.
+
+A sample: what it is; how it is made; the command; what its message says, `...` standing for anything. `{p}` in a command is the
+directory of the case.
+"""
+
+from tests.io import bad_files as make
+from tests.io.bad_files import config, cut, header, put, tensor, weights, write
+from tests.launching import ROOT, SMALL
+
+PARSE = ["train", "--config={p}/bad.yaml"]
+WEIGHTS = ["train", *SMALL, "--run_dir={p}/new", "--model.weights={p}/w.safetensors"]
+TEACHER = ["train", *SMALL, "--run_dir={p}/new", "--teacher.run={p}/run"]
+OWN = ["train", "--run_dir={p}/new", "--tracking.wandb=disabled"]
+
+CONFIGS = [
+    ("unknown key", config("optim: {lrr: 1}"), PARSE, "optim.lrr: no such setting; did you mean optim.lr?"),
+    ("python tag", config("name: !!python/object/apply:os.system [true]"), PARSE, "could not determine a constructor"),
+    ("python name", config("name: !!python/name:os.system"), PARSE, "could not determine a constructor"),
+    ("tag that does not fit", config("name: !!bool perhaps"), PARSE, "a value does not fit its tag"),
+    ("billion laughs", config(make.LAUGHS), PARSE, "more than 20000 values, its aliases written out"),
+    ("alias of itself", config("data: &a {x: *a}"), PARSE, "an alias stands for what contains it"),
+    ("nested deeply", config(f"name: {make.nested(5000)}"), PARSE, "nested more than 32 deep"),
+    ("nested quite deeply", config(f"name: {make.nested(60)}"), PARSE, "nested more than 32 deep"),
+    ("key twice", config("seed: 1\nseed: 2"), PARSE, "seed stands there twice"),
+    ("a long file", config("#" * 300_000), PARSE, "more than 256 KiB are no settings"),
+    ("no text", config(b"\xff\xfe\x00"), PARSE, "is not YAML that can be read"),
+    ("a list", config("[1, 2]"), PARSE, "holds a list; it must hold settings"),
+    ("nothing", config(""), PARSE, "holds nothing"),
+    ("no file", lambda place: None, PARSE, "cannot read"),
+    ("infinite", config("optim: {weight_decay: .inf}"), PARSE, "optim.weight_decay: inf must be a finite number"),
+    ("too large for a float", config("optim: {lr: 1.0e+999}"), PARSE, "optim.lr: inf must be a finite number"),
+    ("no number", config("optim: {step_gamma: .nan}"), PARSE, "optim.step_gamma: nan must be a finite number"),
+    ("thousands of digits", config(f"seed: {'9' * 5000}"), PARSE, "Exceeds the limit"),
+    ("a large whole number", config(f"train: {{epochs: {10**30}}}"), PARSE, "train.epochs: 10000000000000000000 is too large"),
+    ("null for a text", config("data: {source: null}"), PARSE, "data.source: must be text, not null"),
+    ("null for a number", config("seed: null"), PARSE, "seed: must be a whole number, not null"),
+    ("a truth as a number", config("train: {epochs: true}"), PARSE, "train.epochs: must be a whole number, not True"),
+    (
+        "a zero byte",
+        config('data: {source: "parquet:a\\0b"}'),
+        PARSE,
+        "data.source: 'parquet:a\\x00b' holds control characters",
+    ),
+    ("half a character", config('name: "\\ud800"'), PARSE, "invalid Unicode character"),
+    ("a terminal escape", config('"\\e[2J": 1'), PARSE, "\\x1b[2J: no such setting"),
+    ("a name that leads out", config("name: ../../x"), PARSE, "must be a plain directory name"),
+    ("a name that is above", config("name: .."), PARSE, "must be a plain directory name"),
+    ("a directory like an option", config("run_dir: --allow_import"), PARSE, "would be taken for an option"),
+    (
+        "a class to be imported",
+        config("model: {arch_args: {x: {class_path: antigravity.Class, init_args: {}}}}"),
+        PARSE,
+        "model.arch_args: must be settings as `key: value`, not {'x'",
+    ),
+    ("a huge image size", config("data: {image_size: 100000}"), PARSE, "data.image_size: 100000 must be at most 4096"),
+    ("more memory than allowed", config("data: {image_size: 4000}"), PARSE, "data.memory_limit_mib is 4096"),
+    ("a huge border", config("data: {crop_padding: 1000000}"), PARSE, "data.crop_padding: 1000000 must be at most 32"),
+    ("a million workers", config("data: {num_workers: 1000000}"), PARSE, "data.num_workers: 1000000 must be at most 1024"),
+    ("the allowance in a file", config("allow_import: true"), PARSE, "allow_import: no such setting"),
+    ("the allowance as a value", None, ["train", "--allow_import=yes"], "allow_import: no such setting"),
+    ("no such command", None, ["trian"], "did you mean train?"),
+    ("a deep flag", None, ["train", f"--model.arch_args={make.nested(3000)}"], "model.arch_args: must be settings"),
+    ("a batch of terabytes", None, ["bench", "torchvision/resnet18", "--batch_sizes=[900000000]"], "do not fit in memory"),
+    ("a report on a file", write("out", ""), ["report", "{p}/run", "--out={p}/out"], "cannot write to"),
+]
+
+FILES_OF_WEIGHTS = [
+    ("pickle", make.pickled("w.pt"), [*WEIGHTS[:-1], "--model.weights={p}/w.pt"], "is a pickle, which can run code"),
+    ("pickle under another name", make.pickled("w.safetensors"), WEIGHTS, "its header claims"),
+    ("empty", write("w.safetensors", b""), WEIGHTS, "its header claims 0 bytes"),
+    ("truncated", lambda place: (weights(dict)(place), cut("w.safetensors")(place)), WEIGHTS, "is damaged or no safetensors"),
+    ("header beyond the end", header({}, length=1000), WEIGHTS, "its header claims 1000 bytes"),
+    ("header of exabytes", header({}, length=2**60), WEIGHTS, f"its header claims {2**60} bytes"),
+    ("header of megabytes", header(b" " * (17 * 2**20)), WEIGHTS, "16777216 and the file itself"),
+    ("header that is no JSON", header(b"{{{"), WEIGHTS, "is damaged or no safetensors"),
+    ("header nested deeply", header(b'{"x":' + b"[" * 9000 + b"]" * 9000 + b"}"), WEIGHTS, "is damaged or no safetensors"),
+    ("tensor of terabytes", header(tensor("F32", [2**40], 0, 2**42)), WEIGHTS, "is damaged or no safetensors"),
+    ("shape that overflows", header(tensor("F32", [2**62, 8], 0, 4), b"1234"), WEIGHTS, "is damaged or no safetensors"),
+    ("data outside the file", header(tensor("F32", [1], 2**40, 2**40 + 4)), WEIGHTS, "is damaged or no safetensors"),
+    ("unknown type", header(tensor("Q7", [1], 0, 4), b"1234"), WEIGHTS, "is damaged or no safetensors"),
+    ("a directory", lambda place: (place / "w.safetensors").mkdir(), WEIGHTS, "no finished run there"),
+    ("a pipe", make.pipe("w.safetensors"), WEIGHTS, "is no file"),
+    ("other keys", header(tensor("F32", [1], 0, 4), b"1234"), WEIGHTS, "does not fit import:tests.own_models:student"),
+    (
+        "other shape",
+        weights(lambda t: t.update({"layer2.0.bias": t["layer2.0.bias"][:2].clone()})),
+        WEIGHTS,
+        "of another shape (layer2.0.bias)",
+    ),
+    (
+        "not finite",
+        weights(lambda t: t["fc.bias"].fill_(float("nan"))),
+        WEIGHTS,
+        "fc.bias of ... holds numbers that are not finite",
+    ),
+]
+
+OWN_CODE = [
+    (
+        "own code of one argument",
+        make.module("bad_one", "def f(split): pass"),
+        [*OWN, "--data.source=import:bad_one:f"],
+        "data.source: import:bad_one:f does not take its arguments",
+    ),
+    (
+        "own code that fails",
+        make.module("bad_two", "def f(*a):\n    return 1 / 0"),
+        [*OWN, "--data.source=import:bad_two:f"],
+        "fails with ZeroDivisionError: division by zero in ...bad_two.py, line 2",
+    ),
+    (
+        "own module that fails",
+        make.module("bad_three", "1 / 0"),
+        [*OWN, "--data.source=import:bad_three:f"],
+        "importing 'bad_three' fails with ZeroDivisionError",
+    ),
+    (
+        "own module that ends the program",
+        make.module("bad_four", "import sys; sys.exit(0)"),
+        [*OWN, "--model.arch=import:bad_four:f"],
+        "importing 'bad_four' fails with SystemExit",
+    ),
+    (
+        "own model that ends the program",
+        make.module("bad_five", "def f(num_classes): raise SystemExit"),
+        [*OWN, "--model.arch=import:bad_five:f"],
+        "fails with SystemExit",
+    ),
+    ("own code that is no model", None, [*OWN, "--model.arch=import:builtins:dict"], "gave dict, not a torch.nn.Module"),
+    ("own code that gives no images", None, [*OWN, "--data.source=import:tests.own_models:no_images"], "must return a mapping"),
+    ("no form of own code", None, [*OWN, "--data.source=import:x"], "must have the form"),
+]
+"""Typed by the user, so that they run."""
+
+SPY = make.module("spy", "open('was_here', 'w')\ndef f(*a, **k): pass")
+BOTH = lambda text: lambda place: (SPY(place), config(text)(place))  # noqa: E731
+FOREIGN = [
+    (
+        "a source",
+        BOTH("data: {source: import:spy:f}"),
+        PARSE,
+        "data.source: ...bad.yaml names 'import:spy:f', which would run code",
+    ),
+    ("a model", BOTH("model: {arch: import:spy:f}"), PARSE, "model.arch: ...bad.yaml names 'import:spy:f'"),
+    (
+        "a teacher",
+        BOTH("teacher: {arch: import:spy:f, weights: w, mean: [0, 0, 0], std: [1, 1, 1]}"),
+        PARSE,
+        "teacher.arch: ...bad.yaml names",
+    ),
+    (
+        "a file of a section",
+        BOTH("source: import:spy:f"),
+        ["train", "--data={p}/bad.yaml"],
+        "data.source: ...bad.yaml names 'import:spy:f'",
+    ),
+    (
+        "a file after the flag",
+        BOTH("data: {source: import:spy:f}"),
+        ["train", "--data.source=import:tests.own_models:images", "--config={p}/bad.yaml"],
+        "bad.yaml names 'import:spy:f'",
+    ),
+    (
+        "another name was typed",
+        BOTH("data: {source: import:spy:f}"),
+        [*PARSE, "--model.arch=import:spy:g"],
+        "data.source: ...names 'import:spy:f'",
+    ),
+    (
+        "a file with the name of the command line",
+        lambda place: (SPY(place), write("the command line", "model: {arch: import:spy:f}")(place)),
+        ["train", "--config=the command line"],
+        "names 'import:spy:f'",
+    ),
+    (
+        "a teacher's run",
+        lambda place: (SPY(place), put("run/model.json", arch="import:spy:f")(place)),
+        TEACHER,
+        "teacher: ...run/model.json names 'import:spy:f'",
+    ),
+    (
+        "a run to evaluate",
+        None,
+        ["evaluate", "{p}/run"],
+        "run/model.json names 'import:tests.own_models:teacher'...add --allow_import",
+    ),
+    ("data of a run to evaluate", make.library_run, ["evaluate", "{p}/run"], "run/config.yaml names 'import:spy:f'"),
+    ("a run to measure", None, ["bench", "{p}/run"], "run/model.json names 'import:tests.own_models:teacher'"),
+    (
+        "a chain",
+        lambda place: (
+            BOTH("model: {arch: import:spy:f}")(place),
+            write("chain.yaml", f"runs: [{place}/bad.yaml]\nlaunch: {ROOT}/launch/cpu2.yaml\nreport_dir: r")(place),
+        ),
+        ["reproduce", "--config={p}/chain.yaml"],
+        "bad.yaml: model.arch: ...names 'import:spy:f'",
+    ),
+]

@@ -1,0 +1,72 @@
+"""Every config that ships loads, keeps the rules, and its models can be built."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kd_accel.config.parsing import build_parser, load_config_file, parse_config
+from kd_accel.config.schema import ReproduceConfig, RunConfig, Schedule
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in ("reproduce", "by_resnet50"))
+CHAINS = sorted(CONFIGS.glob("*/reproduce.yaml"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_run_config_loads_and_its_model_is_built(path):
+    from kd_accel.models.factory import build_model
+
+    config = load_config_file(RunConfig, path)
+    model = build_model(
+        config.model.arch, stem=config.model.stem, num_classes=10, arch_args=config.model.arch_args, seed=config.seed
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    expected = 23_528_522 if "resnet50" in config.model.arch else 11_181_642
+    if config.model.stem == "cifar":
+        expected += 64 * 3 * (3 * 3 - 7 * 7)
+    assert parameters == expected
+
+
+@pytest.mark.slow
+def test_the_teacher_of_a_short_run_can_be_the_resnet50_from_scratch():
+    teacher = load_config_file(RunConfig, CONFIGS / "cifar10/teacher_scratch.yaml")
+    parser = build_parser(RunConfig, prog="kd-accel train", description="")
+    for path in (CONFIGS / "cifar10_short").glob("hybrid*.yaml"):
+        alone = load_config_file(RunConfig, path)
+        files = [f"--config={path}", f"--config={CONFIGS / 'cifar10_short/by_resnet50.yaml'}"]
+        both, _ = parse_config(RunConfig, files, parser=parser)
+        assert both.teacher.run == str(teacher.directory) and both.teacher.cache_dir != alone.teacher.cache_dir
+        assert replace(both, teacher=alone.teacher) == alone
+
+
+@pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.parent.name)
+def test_a_chain_names_files_that_ship(path):
+    chain = load_config_file(ReproduceConfig, path)
+    runs = [load_config_file(RunConfig, CONFIGS.parent / file) for file in chain.runs]
+    assert (CONFIGS.parent / chain.launch).is_file()
+    assert [run.role if run.teacher is None else "distilled" for run in runs] == [
+        "teacher",
+        "student",
+        "distilled",
+        "distilled",
+    ]
+    assert {run.teacher.run for run in runs if run.teacher} == {str(runs[0].directory)}
+
+
+def test_the_references_values_to_the_letter():
+    fixed = load_config_file(RunConfig, CONFIGS / "cifar10/hybrid_fixed.yaml").distill
+    scheduled = load_config_file(RunConfig, CONFIGS / "cifar10/hybrid_scheduled.yaml").distill
+    assert (fixed.temperature, fixed.alpha) == (0.5, 0.7)
+    assert scheduled.temperature == Schedule(start=0.5, floor=0.3, decay=0.95)
+    assert scheduled.alpha == Schedule(start=0.8, floor=0.5, decay=0.95)
+    assert fixed.feature.weight == scheduled.feature.weight == 0.1
+
+
+def test_the_students_of_a_chain_differ_in_nothing_but_the_teaching():
+    for folder in ("digits", "cifar10"):
+        runs = [
+            load_config_file(RunConfig, CONFIGS / folder / f"{name}.yaml")
+            for name in ("student", "hybrid_fixed", "hybrid_scheduled")
+        ]
+        assert len({str((run.data, run.model, run.optim, run.train, run.seed)) for run in runs}) == 1

@@ -1,0 +1,225 @@
+"""Bad run directories, checkpoints, caches and data sets: samples of test_bad_inputs.py.
+
+A sample: what it is; how it is made; the command; what its message says, `...` standing for anything. `{p}` in a command is the
+directory of the case.
+"""
+
+from tests.cache.test_compatibility import asking
+from tests.io import bad_files as make
+from tests.io.bad_files import change, checkpoint_file, cut, link, put, state, table, write
+from tests.launching import SMALL
+
+TEACHER = ["train", *SMALL, "--run_dir={p}/new", "--teacher.run={p}/run"]
+RESUME = ["train", *SMALL, "--run_dir={p}/paused"]
+CACHED = ["train", *SMALL, "--run_dir={p}/new", *asking("{p}/run", "{p}/cache")]
+BUILD, VERIFY, INFO = (["cache", action, *SMALL, *asking("{p}/run", "{p}/cache")] for action in ("build", "verify", "info"))
+DATA = ["train", "--data.source=parquet:{p}/data", "--data.image_column=img", "--run_dir={p}/new", "--tracking.wandb=disabled"]
+FOLDER = ["train", "--data.source=imagefolder:{p}/folder", "--run_dir={p}/new", "--tracking.wandb=disabled"]
+SHARD = "cache/train/view-0001/layer1-00000-of-00001.safetensors"
+STATE = "is damaged ({} wrong or missing)"
+
+RUNS = [
+    ("no card", make.remove("run/model.json"), TEACHER, "no finished run there"),
+    ("card that is no JSON", write("run/model.json", "{"), TEACHER, "is damaged (no JSON)"),
+    ("card nested deeply", write("run/model.json", make.nested(100_000)), TEACHER, "is damaged (nested too deeply)"),
+    (
+        "card nested quite deeply",
+        put("run/model.json", arch_args={"x": [[[]]] * 2, "y": eval("[" * 70 + "]" * 70)}),
+        TEACHER,
+        "too deeply",
+    ),
+    ("card of gigabytes", make.sparse("run/model.json", 2**32), TEACHER, "is damaged (longer than 64.0 MiB)"),
+    ("card that is a pipe", make.pipe("run/model.json"), TEACHER, "is damaged (no file)"),
+    ("card with a size that is none", put("run/model.json", image_size=True), TEACHER, "image_size wrong or missing"),
+    ("card of huge images", put("run/model.json", image_size=10**9), TEACHER, "image_size wrong or missing"),
+    ("card with infinities", put("run/model.json", mean=[1e999] * 3), TEACHER, "mean wrong or missing"),
+    (
+        "card that names a pickle",
+        put("run/model.json", arch="timm/resnet18", arch_args={"checkpoint_path": "/tmp/x.pth"}),
+        TEACHER,
+        "checkpoint_path would load weights past all checks",
+    ),
+    (
+        "card of a network of terabytes",
+        put("run/model.json", **{**make.SMALL_CARD, "arch_args": {"width_per_group": 10**9}}),
+        TEACHER,
+        "does not take",
+    ),
+    ("weights cut", cut("run/model.safetensors"), TEACHER, "is damaged or no safetensors file"),
+    ("weights missing", make.remove("run/model.safetensors"), ["bench", "{p}/run"], "no file"),
+    ("no config to evaluate", make.remove("run/config.yaml"), ["evaluate", "{p}/run"], "no config.yaml"),
+    ("config with code", write("run/config.yaml", "name: !!python/name:os.system"), ["evaluate", "{p}/run"], "constructor"),
+    ("summary that is a list", write("run/summary.json", "[]"), ["report", "{p}/run", "--out={p}/new"], "no JSON object"),
+    ("summary of no run", put("run/summary.json", role="king"), ["report", "{p}/run", "--out={p}/new"], "are damaged"),
+    ("infinite count", put("run/summary.json", parameters=1e999), ["report", "{p}/run", "--out={p}/new"], "are damaged"),
+    (
+        "metrics of no numbers",
+        write("run/metrics.jsonl", '{"step": "x", "epoch": 0, "split": "train", "loss": 1}\n'),
+        ["report", "{p}/run", "--out={p}/new"],
+        "without step, epoch",
+    ),
+    (
+        "bench file of nothing",
+        write("b.json", "{}"),
+        ["report", "{p}/run", "--out={p}/new", "--bench={p}/b.json"],
+        "is no file of",
+    ),
+    (
+        "finished run without data",
+        put("run/summary.json", data=[]),
+        [
+            "train",
+            *SMALL,
+            "--run_dir={p}/run",
+            "--role=teacher",
+            "--model.arch=import:tests.own_models:teacher",
+            "--train.log_every_steps=4",
+        ],
+        "is damaged (no data)",
+    ),
+]
+
+CHECKPOINTS = [
+    ("state that is no JSON", make.state_text("{"), RESUME, "holds no whole checkpoint"),
+    ("state nested deeply", make.state_text(make.nested(100_000)), RESUME, "holds no whole checkpoint"),
+    ("state of a later version", state(lambda s: s.update(version=2)), RESUME, "holds no whole checkpoint"),
+    ("state that is a list", state(lambda s: s.update(state=[])), RESUME, "holds no whole checkpoint"),
+    (
+        "file outside",
+        state(lambda s: s["files"].update({"../../config.yaml": {"bytes": 1, "xxh3_128": ""}})),
+        RESUME,
+        "no whole",
+    ),
+    ("no position", state(lambda s: s["state"].pop("position")), RESUME, STATE.format("position")),
+    ("position of text", state(lambda s: s["state"]["position"].update(step="5")), RESUME, STATE.format("position")),
+    ("step below zero", state(lambda s: s["state"]["position"].update(step=-5)), RESUME, STATE.format("position")),
+    ("infinite time", state(lambda s: s["state"]["position"].update(elapsed_s=1e999)), RESUME, STATE.format("position")),
+    ("config of text", state(lambda s: s["state"].update(config="x")), RESUME, STATE.format("config")),
+    ("no ranks", state(lambda s: s["state"].update(ranks=[])), RESUME, STATE.format("ranks")),
+    ("another teacher", state(lambda s: s["state"].update(teacher_digest="0")), RESUME, "was trained with the teacher 0"),
+    ("generators of nothing", state(lambda s: s["state"]["ranks"][0].update(random={})), RESUME, "does not fit the training"),
+    ("negative metrics", state(lambda s: s["state"].update(metrics_bytes=-1)), RESUME, STATE.format("metrics_bytes")),
+    ("metrics cut", cut("paused/metrics.jsonl", 5), RESUME, "shorter than the checkpoint remembers"),
+    ("no tensors in a file", checkpoint_file("module.safetensors", b"no tensors"), RESUME, "is no safetensors file"),
+    (
+        "tensors of another model",
+        checkpoint_file("module.safetensors", lambda t: t.pop(min(t))),
+        RESUME,
+        "does not fit the training",
+    ),
+    (
+        "optimizer of another model",
+        checkpoint_file("optimizer.safetensors", lambda t: t.update({"99.x": t[min(t)].clone()})),
+        RESUME,
+        "does not fit",
+    ),
+    ("metrics that are a link", link("paused/metrics.jsonl", "elsewhere.jsonl"), RESUME, "metrics.jsonl is a link"),
+    ("checkpoints that are a link", link("paused/checkpoints", "elsewhere"), RESUME, "checkpoints is a link"),
+]
+
+CACHES = [
+    ("plan that is no JSON", write("cache/spec.json", "{"), CACHED, "is damaged (no JSON)"),
+    ("plan of many samples", make.cache_spec(lambda c: c["samples"].update(train=10**12)), INFO, "spec.json: is damaged"),
+    ("plan of many files", make.cache_spec(lambda c: c.update(views=10**6)), INFO, "spec.json: is damaged"),
+    ("plan of no samples in a file", make.cache_spec(lambda c: c.update(samples_per_shard=0)), INFO, "spec.json: is damaged"),
+    ("plan of infinite samples", make.cache_spec(lambda c: c.update(batch_samples=1e999)), INFO, "spec.json: is damaged"),
+    (
+        "plan of terabytes",
+        make.cache_spec(lambda c: c["tensors"]["layer1"].update(shape=[2**30, 2**30])),
+        INFO,
+        "spec.json: is damaged",
+    ),
+    (
+        "plan of an unknown type",
+        make.cache_spec(lambda c: c["tensors"]["layer1"].update(dtype="q4")),
+        INFO,
+        "spec.json: is damaged",
+    ),
+    ("plan without logits", make.cache_spec(lambda c: c["tensors"].pop("logits")), INFO, "spec.json: is damaged"),
+    (
+        "plan with half a character",
+        make.cache_spec(lambda c: c["fingerprint_fields"].update(teacher="\ud800")),
+        INFO,
+        "spec.json: is damaged",
+    ),
+    (
+        "plan without a teacher",
+        lambda place: (
+            make.cache_spec(lambda c: c["fingerprint_fields"].pop("teacher"))(place),
+            make.remove("cache/manifest.json")(place),
+        ),
+        INFO,
+        "is damaged (no teacher)",
+    ),
+    ("plan of other shapes", make.cache_spec(lambda c: c["tensors"]["layer1"].update(shape=[8, 4, 4])), CACHED, "wrong files"),
+    ("plan of a later version", put("cache/spec.json", version=9), BUILD, "has version 9, this program reads 1"),
+    (
+        "manifest that leads out",
+        change("cache/manifest.json", lambda c: c["files"].update({"../x": "0"})),
+        BUILD,
+        "leads out of the cache",
+    ),
+    ("manifest of another cache", put("cache/manifest.json", cache="0" * 32), CACHED, "belongs to another cache"),
+    ("manifest of numbers", put("cache/manifest.json", files={"a": 1}), VERIFY, "is damaged"),
+    ("shard missing", make.remove(SHARD), CACHED, "is missing"),
+    ("shard that is a pipe", make.pipe(SHARD), CACHED, "is no file"),
+    ("shard cut", cut(SHARD), CACHED, "bytes instead of"),
+    ("samples that are far apart", make.far_samples, CACHED, "samples.safetensors: does not match spec.json"),
+    ("samples that are no tensors", write("cache/samples.safetensors", b"x" * 99), CACHED, "samples.safetensors: is damaged"),
+    (
+        "projectors of nothing",
+        write("cache/targets.safetensors", (2).to_bytes(8, "little") + b"{}"),
+        CACHED,
+        "another projector for layer1",
+    ),
+    (
+        "lock that is a link",
+        link("cache/.lock", "elsewhere"),
+        BUILD,
+        "cannot write to ...cache (Too many levels of symbolic links)",
+    ),
+]
+
+SETS = [
+    ("samples missing", lambda place: (place / "data/train-00000-of-00001.parquet").unlink(), DATA, "has no split 'train'"),
+    ("no Parquet", write("data/train-00000-of-00001.parquet", b"PAR1"), DATA, "cannot read parquet:"),
+    ("column missing", None, [*DATA, "--data.label_column=fine"], "has no column 'fine'"),
+    ("no labels", table(labels=[0, None, 2, 3, 0, 1, 2, 3]), DATA, "the label in sample 1 is None"),
+    ("labels of text", table(labels=list("abcdabcd")), DATA, "the label in sample 0 is 'a', not a whole number"),
+    ("a label below zero", table(labels=[0, 1, -1, 3, 0, 1, 2, 3]), DATA, "the label in sample 2 is -1"),
+    ("a label that is an identifier", table(labels=[0, 1, 2**40, 3, 0, 1, 2, 3]), DATA, f"the label in sample 2 is {2**40}"),
+    ("a label that the other split lacks", table("test", labels=[0, 1, 9, 3, 0, 1, 2, 3]), DATA, "the label in sample 2 is 9"),
+    ("a bomb", table(images=[make.bomb()] * 8), DATA, "sample 0 of the train split cannot be decoded ...decompression bomb"),
+    ("a smaller bomb", table(images=[make.bomb(9000)] * 8), DATA, "9000 x 9000 pixels are more than 64000000"),
+    ("a picture that is a program", table(images=[make.EPS] * 8), DATA, "not an image file of a known kind"),
+    (
+        "a cut image",
+        table(images=[make.encoded(make.colour(1))[:50]] * 8),
+        DATA,
+        "sample 0 of the train split cannot be decoded",
+    ),
+    ("an image that names another file", make.cells([{"path": "/etc/passwd"}] * 8), DATA, "names a file outside the data set"),
+    ("an image that leads out", make.cells([{"path": "{p}/data/../x"}] * 8), DATA, "names a file outside the data set"),
+    ("an image of nothing", make.cells([{}] * 8), DATA, "sample 0 of the train split cannot be decoded"),
+    (
+        "images of numbers",
+        None,
+        ["--data.image_column=label" if "image_column" in f else f for f in DATA],
+        "holds no images",
+    ),
+    ("other names in the other split", make.named(train=["a", "b"], test=["b", "a"]), DATA, "has other classes than the train"),
+    ("a folder without classes", make.folder("train/1.png", "test/1.png"), FOLDER, "has other classes than the train split"),
+    (
+        "a folder with other classes",
+        make.folder("train/cat/1.png", "test/dog/1.png"),
+        FOLDER,
+        "has other classes than the train",
+    ),
+    (
+        "a text under an image's name",
+        make.folder("train/cat/1.png", "test/cat/1.png", texts=["train/cat/2.png"]),
+        FOLDER,
+        "sample 1 of the train split, ...known kind",
+    ),
+    ("a split that is not there", make.folder("train/cat/1.png"), FOLDER, "has no split 'test'"),
+]

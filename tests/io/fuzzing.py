@@ -1,0 +1,193 @@
+"""Mutations of what is whole, and a loop with a time limit, a memory limit and an alarm: for test_fuzz.py."""
+
+import copy
+import dataclasses
+import math
+import resource
+import signal
+import time
+import typing
+from contextlib import contextmanager
+
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from kd_accel.config.reading import field_types, section_type
+
+HANGS_AFTER_S = 20
+MEMORY_BYTES = 2 * 2**30
+BATCH = 50
+LEAST = 2 * BATCH
+
+ODD = [0, -1, 1, 2**31, 2**53, 2**63, 2**64, 10**30, 1e999, -1e999, math.nan, 1e-320, 0.5, True, None]
+ODD += ["", ".", "..", "/", "\0"]
+ODD += [
+    "\ud800",
+    "null",
+    "no",
+    "1e3",
+    "[",
+    "{a: b}",
+    "../x",
+    "import:os:system",
+    "digits",
+    "x" * 3000,
+    "9" * 5000,
+    [],
+    {},
+    [[]],
+]
+ODD += [{"a": {"b": [1]}}, [1, [2, [3]]], {"": 1}, {"class_path": "os.system"}]
+TOKENS = [
+    b"&a ",
+    b"*a",
+    b"!!python/name:os.system ",
+    b"!!bool ",
+    b"!!binary ",
+    b"<<: ",
+    b"? ",
+    b"[" * 40,
+    b"{",
+    b"}",
+    b"\t",
+    b"\0",
+]
+TOKENS += [b"\xff", b"- ", b": ", b"\n", b"%", b"|", b"'", b'"', b"1e999", b"9" * 30, b"---\n", b"\\ud800", b"\xf0\x9f\x98\x80"]
+
+plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.sampled_from(ODD))
+junk = st.one_of(plain, st.lists(plain, max_size=4), st.dictionaries(st.text(max_size=6), plain, max_size=3))
+
+
+def places(node, path=()):
+    """Paths to all values of a structure, itself included."""
+    yield path
+    parts = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, part in parts:
+        yield from places(part, (*path, key))
+
+
+@st.composite
+def mutated(draw, content):
+    """The structure with one to three values replaced, removed, renamed or copied elsewhere."""
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(list(places(content))))
+        if not path:
+            return copy.deepcopy(draw(junk)) if draw(st.integers(0, 9)) == 0 else content
+        *above, last = path
+        parent = content
+        for key in above:
+            parent = parent[key]
+        action = draw(st.sampled_from(["replace", "replace", "remove", "rename", "copy"]))
+        if action == "remove":
+            del parent[last]
+        elif action == "rename" and isinstance(parent, dict):
+            parent[draw(st.one_of(st.text(max_size=6), st.sampled_from(["..", "../x", "\ud800"])))] = parent.pop(last)
+        elif action == "copy":
+            other = content
+            for key in draw(st.sampled_from(list(places(content)))):
+                other = other[key]
+            parent[last] = copy.deepcopy(other)
+        else:
+            parent[last] = copy.deepcopy(draw(junk))  # those of ODD are shared by all examples
+    return content
+
+
+@st.composite
+def mutated_bytes(draw, data):
+    """One to four places flipped, cut, repeated or with something put in."""
+    data = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        action = draw(st.sampled_from(["flip", "token", "cut", "end", "repeat"]))
+        if action == "flip" and at < len(data):
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif action == "token":
+            data[at:at] = draw(st.one_of(st.sampled_from(TOKENS), st.binary(max_size=9)))
+        elif action == "cut":
+            del data[at : at + draw(st.integers(1, 40))]
+        elif action == "end":
+            del data[at:]
+        else:
+            data[at:at] = data[at : at + draw(st.integers(1, 60))] * draw(st.integers(1, 9))
+    return bytes(data)
+
+
+@st.composite
+def settings_of(draw, config_class, *, is_tame=None):
+    """Some fields of a config; in every second one few, with values of their type, so that it may be accepted."""
+    is_tame = draw(st.booleans()) if is_tame is None else is_tame
+    chosen = {}
+    for name, annotation in field_types(config_class).items():
+        if draw(st.integers(0, 9 if is_tame else 4)):
+            continue
+        section = section_type(annotation)
+        if section and (is_tame or draw(st.integers(0, 5))):
+            chosen[name] = draw(settings_of(section, is_tame=is_tame))
+        else:
+            chosen[name] = draw(values_of(annotation) if is_tame else st.one_of(values_of(annotation), junk))
+    if not is_tame and draw(st.integers(0, 9)) == 0:
+        chosen[draw(st.text(max_size=9))] = draw(junk)
+    return chosen
+
+
+def values_of(annotation):
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
+    if origin is list:
+        return st.lists(values_of(arguments[0]), max_size=4)
+    if origin is dict:
+        return st.dictionaries(st.text(max_size=6), values_of(arguments[1]), max_size=3)
+    if arguments:
+        return st.one_of(*map(values_of, arguments))
+    if dataclasses.is_dataclass(annotation):
+        return settings_of(annotation)
+    of_type = {int: st.integers(-3, 300), float: st.floats(-1, 2), bool: st.booleans(), str: st.text(max_size=9)}
+    return of_type.get(annotation, st.none())
+
+
+@contextmanager
+def limited():
+    """No more memory than MEMORY_BYTES beyond what is taken now."""
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def hangs(number, frame):
+    raise AssertionError(f"took more than {HANGS_AFTER_S} seconds")
+
+
+def fuzz(strategy, check, *, seconds, first_seed=0):
+    """`check` of example after example until the time is over, but of LEAST on a slow machine too.
+
+    Returns how many it has seen to their end.
+    """
+    count, ends_at = 0, time.monotonic() + seconds
+
+    def tried(example):
+        nonlocal count
+        if time.monotonic() > ends_at + HANGS_AFTER_S:  # a failure that is being made smaller may take longer
+            return
+        signal.setitimer(signal.ITIMER_REAL, HANGS_AFTER_S)
+        try:
+            check(example)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        count += 1
+
+    options = settings(max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    old = signal.signal(signal.SIGALRM, hangs)
+    try:
+        with limited():
+            while (now := time.monotonic()) < ends_at or (count < LEAST and now < ends_at + HANGS_AFTER_S):
+                seed(first_seed + count)(options(given(strategy)(lambda example: tried(example))))()
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    return count

@@ -1,0 +1,312 @@
+"""What strangers may have written, mutated at random: each reader works, or says a UserError; nothing else, no hang, no bomb.
+
+A short form runs with all tests; `make faults` runs two minutes of it, from another seed each time, which is printed.
+"""
+
+import json
+import random
+import shutil
+import warnings
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+import yaml
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from kd_accel.cache.manifest import (
+    CachedSamples,
+    read_manifest,
+    read_projectors,
+    read_samples,
+    read_spec,
+    read_teacher_accuracy,
+    write_manifest,
+    write_samples,
+)
+from kd_accel.cache.reader import Reader
+from kd_accel.cache.shard import damage, stored_checksum
+from kd_accel.cache.spec import SPLITS, spec_to_json
+from kd_accel.commands.cache_report import _described
+from kd_accel.config.parsing import build_parser, load_config_file, parse_config
+from kd_accel.config.schema import BenchConfig, CheckpointConfig, ReproduceConfig, RunConfig
+from kd_accel.config.validation import problems
+from kd_accel.errors import UserError
+from kd_accel.io.tensors import read_tensors
+from kd_accel.models.weights import load_card
+from kd_accel.report.tables import load_result
+from kd_accel.training.run_dir import checkpoint_to_resume, finished_summary
+from tests.cache.test_store import spec_of, written
+from tests.in_process import train
+from tests.io.bad_files import sealed
+from tests.io.fuzzing import fuzz, junk, mutated, mutated_bytes, settings_of
+from tests.launching import ROOT
+
+LONG = pytest.param(15.0, marks=pytest.mark.faults)
+timed = pytest.mark.parametrize("seconds", [1.5, LONG])
+
+
+def run(strategy, check, seconds):
+    first_seed = random.SystemRandom().randrange(2**31) if seconds > 2 else 0
+    count = fuzz(strategy, check, seconds=seconds, first_seed=first_seed)
+    print(f"{count} examples from seed {first_seed}")
+    assert count >= 20
+
+
+@pytest.fixture
+def parsed(tmp_path):
+    """Parse a file and flags as a training does, or as other commands do; says what came of it. The parsers are made once."""
+    classes = (RunConfig, BenchConfig, ReproduceConfig)
+    parsers = [(each, build_parser(each, prog="x", description="")) for each in classes]
+
+    def parse(data, flags=(), *, commands=1):
+        path = tmp_path / "config.yaml"
+        path.write_bytes(data)
+        for config_class, parser in parsers[:commands]:
+            try:
+                config, _ = parse_config(config_class, [f"--config={path}", *flags], parser=parser)
+            except UserError as error:
+                assert str(error).strip() and "Traceback" not in str(error)
+                seen["refused"] += 1
+            else:
+                assert isinstance(config, config_class) and not problems(config)
+                seen["accepted"] += 1
+
+    seen = parse.seen = Counter()
+    return parse
+
+
+def dumped(settings):
+    return yaml.safe_dump(settings, allow_unicode=False).encode()
+
+
+@pytest.mark.slow
+@timed
+def test_trees_of_settings(parsed, seconds):
+    run(settings_of(RunConfig), lambda settings: parsed(dumped(settings)), seconds)
+    assert parsed.seen["refused"] and parsed.seen["accepted"]
+
+
+@pytest.mark.slow
+@timed
+def test_flags(parsed, seconds):
+    """Each value as it would be typed, beside a file with others."""
+    names = [name for name, _ in _leaves(RunConfig)]
+    flag = st.tuples(st.sampled_from(names), junk).map(lambda pair: f"--{pair[0]}={_typed(pair[1])}")
+    odd = st.text(max_size=20).map(lambda text: f"--{text}")
+    run(st.lists(st.one_of(flag, flag, odd), max_size=5), lambda flags: parsed(b"seed: 1\n", _without_help(flags)), seconds)
+    assert parsed.seen["refused"] and parsed.seen["accepted"]
+
+
+def _leaves(config_class):
+    from kd_accel.config.reading import field_types, section_type
+
+    for name, annotation in field_types(config_class).items():
+        section = section_type(annotation)
+        yield name, annotation
+        for inner, of in _leaves(section) if section else ():
+            yield f"{name}.{inner}", of
+
+
+def _typed(value):
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _without_help(flags):
+    return [flag for flag in flags if not flag.startswith(("--help", "-h", "--print_config"))]
+
+
+@pytest.mark.slow
+@timed
+def test_texts_of_configs(parsed, seconds):
+    texts = [path.read_bytes() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    run(
+        st.one_of(st.sampled_from(texts).flatmap(mutated_bytes), st.binary(max_size=60)),
+        lambda data: parsed(data, commands=3),
+        seconds,
+    )
+    assert parsed.seen["refused"] and parsed.seen["accepted"]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A whole cache and what stands in its files."""
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    samples = {split: np.arange(count) for split, count in (("train", 100), ("val", 5), ("test", 7))}
+    cached = {split: CachedSamples(samples[split], samples[split].astype(np.uint64)) for split in SPLITS}
+    cache_spec = spec_of("int8", views=1)
+    contents = {split: cached[split].digest for split in SPLITS}
+    cache_spec.fingerprint_fields.update(teacher={"arch": "a", "weights": "w"}, views={"policy": "crop"})
+    cache_spec.fingerprint_fields["data"] = {"contents": contents, "train_size": 200, "test_size": 7}
+    written(directory, cache_spec)
+    write_samples(directory, cached)
+    (directory / "spec.json").write_text(json.dumps(spec_to_json(cache_spec)))
+    write_manifest(
+        directory, cache_spec, {shard.name: stored_checksum(directory, cache_spec, shard) for shard in cache_spec.all_shards()}
+    )
+    save_file({"layer1|conv.weight": torch.ones(6, 24, 1, 1)}, directory / "targets.safetensors")
+    return directory
+
+
+def read_whole(directory):
+    """All that a training reads of a cache."""
+    cache_spec = read_spec(directory)
+    files = read_manifest(directory, cache_spec)
+    about = {"directory": "x", "is_complete": True, "files": cache_spec.num_files(), "bytes": cache_spec.total_bytes()}
+    about["teacher_accuracy"] = read_teacher_accuracy(directory)
+    rates = {name: spec.sample_bytes for name, spec in cache_spec.tensors.items()}
+    _described(
+        {**about, "bytes_per_sample_and_view": {**rates, "all": cache_spec.sample_bytes(), "all with raw features": 0}},
+        cache_spec,
+    )
+    samples = read_samples(directory, cache_spec)
+    for shard in cache_spec.all_shards():
+        if damage(directory, cache_spec, shard, checksum=files.get(shard.name)) is not None:
+            raise UserError("a file is damaged")
+    with suppress(UserError):
+        read_projectors(directory, cache_spec)
+    for split in SPLITS:
+        tensors = tuple(cache_spec.tensors) if split == "train" else ("logits",)
+        Reader(directory, cache_spec, split, samples[split].samples, tensors).read(0, samples[split].samples[:3])
+
+
+def mutations_of(path, *, reseal=None):
+    """Of a JSON file: as a structure, perhaps with digests to match, and as bytes."""
+    content = json.loads(path.read_text())
+    structures = mutated(content)
+    if reseal is not None:
+        structures = st.one_of(structures, structures.map(lambda changed: _resealed(changed, reseal)))
+    return st.one_of(structures.map(lambda changed: json.dumps(changed).encode()), mutated_bytes(path.read_bytes()))
+
+
+def _resealed(content, reseal):
+    try:
+        return reseal(content)
+    except (TypeError, KeyError, AttributeError, ValueError):
+        return content
+
+
+@pytest.mark.slow
+@timed
+def test_specs_manifests_and_samples(cache, seconds):
+    names = ("spec.json", "manifest.json", "samples.safetensors", "targets.safetensors")
+    whole = {name: (cache / name).read_bytes() for name in names}
+    read_whole(cache)
+    changes = st.one_of(
+        st.tuples(st.just("spec.json"), mutations_of(cache / "spec.json", reseal=sealed)),
+        st.tuples(st.just("manifest.json"), mutations_of(cache / "manifest.json")),
+        *(st.tuples(st.just(name), mutated_bytes(whole[name])) for name in names[2:]),
+    )
+
+    def check(change):
+        (cache / change[0]).write_bytes(change[1])
+        try:
+            with suppress(UserError):
+                read_whole(cache)
+        finally:
+            (cache / change[0]).write_bytes(whole[change[0]])
+
+    run(changes, check, seconds)
+
+
+@pytest.mark.slow
+@timed
+def test_shards_and_tensor_files(cache, seconds):
+    cache_spec, samples = read_spec(cache), {"train": np.arange(100)}
+    shard = cache_spec.shards("train", 0, "layer1")[1]
+    path, whole = cache / shard.name, (cache / shard.name).read_bytes()
+
+    def check(data):
+        path.write_bytes(data)
+        reader = Reader(cache, cache_spec, "train", samples["train"], ("layer1",))
+        is_whole = damage(cache, cache_spec, shard) is None
+        assert is_whole == (data == whole)
+        with suppress(UserError):
+            reader.read(0, np.arange(40))
+        with suppress(ValueError):
+            read_tensors(path)
+
+    run(st.one_of(mutated_bytes(whole), st.binary(max_size=200), _headers()), check, seconds)
+
+
+def _headers():
+    """A safetensors file with a header that is JSON, but hardly a good one."""
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    whole = {"a": entry, "b": {**entry, "dtype": "I64", "shape": [3], "data_offsets": [24, 48]}, "__metadata__": {"x": "y"}}
+
+    def file_of(content):
+        text = json.dumps(content).encode()
+        return len(text).to_bytes(8, "little") + text + bytes(48)
+
+    types = st.sampled_from(["F8_E4M3", "F8_E8M0", "F4", "BOOL", "C64", "U16", "U64", "BF16", "F6_E2M3", "X"])
+    typed = types.map(lambda name: {"a": {**entry, "dtype": name}})
+    return st.one_of(mutated(whole), typed).map(file_of)
+
+
+@pytest.fixture(scope="module")
+def paused(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "paused"
+    train(run_dir, "--checkpoint.every_steps=2", "--checkpoint.stop_after_steps=3")
+    return run_dir
+
+
+@pytest.mark.slow
+@timed
+@pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
+def test_checkpoints(paused, seconds):
+    """Reading one for a resume, with sizes and checksums that match what was mutated or do not."""
+    config = replace(load_config_file(RunConfig, paused / "config.yaml"), checkpoint=CheckpointConfig())
+    directory = max((paused / "checkpoints").iterdir())
+    whole = {path.name: path.read_bytes() for path in directory.iterdir()}
+    tensors = ("module.safetensors", "optimizer.safetensors")
+    changes = st.one_of(
+        st.tuples(st.just("state.json"), mutations_of(directory / "state.json"), st.just(False)),
+        *(st.tuples(st.just(name), mutated_bytes(whole[name]), st.booleans()) for name in tensors),
+    )
+
+    def check(change):
+        name, data, is_vouched_for = change
+        (directory / name).write_bytes(data)
+        if is_vouched_for:
+            content = json.loads(whole["state.json"])
+            content["files"][name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+            (directory / "state.json").write_text(json.dumps(content))
+        try:
+            with suppress(UserError), warnings.catch_warnings(action="ignore"):
+                checkpoint_to_resume(config)
+        finally:
+            for file in ("state.json", name):
+                (directory / file).write_bytes(whole[file])
+
+    assert checkpoint_to_resume(config) == directory
+    run(changes, check, seconds)
+
+
+@pytest.mark.slow
+@timed
+def test_what_a_finished_run_leaves(teacher_run, tmp_path, seconds):
+    """Its card for a teacher, its summary and metrics for a report, its config for another start."""
+    shutil.copytree(teacher_run, tmp_path / "run")
+    directory = tmp_path / "run"
+    config = replace(load_config_file(RunConfig, directory / "config.yaml"), run_dir=str(directory))
+    whole = {name: (directory / name).read_bytes() for name in ("model.json", "summary.json", "config.yaml", "metrics.jsonl")}
+    assert finished_summary(config) and load_result(directory, None) and load_card(directory)
+    changes = st.one_of(
+        *(st.tuples(st.just(name), mutations_of(directory / name)) for name in ("model.json", "summary.json")),
+        *(st.tuples(st.just(name), mutated_bytes(whole[name])) for name in ("config.yaml", "metrics.jsonl")),
+    )
+
+    def check(change):
+        (directory / change[0]).write_bytes(change[1])
+        for read in (lambda: load_card(directory), lambda: load_result(directory, None), lambda: finished_summary(config)):
+            with suppress(UserError):
+                read()
+        (directory / change[0]).write_bytes(whole[change[0]])
+
+    run(changes, check, seconds)

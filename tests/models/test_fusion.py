@@ -1,0 +1,127 @@
+"""A folded network is the same function with fewer layers, and one that cannot be folded safely stays as it is."""
+
+import pytest
+import torch
+from torch import nn
+
+from kd_accel.models.factory import build_model
+from kd_accel.models.feature_extractor import FeatureExtractor
+from kd_accel.models.fusion import fuse_conv_bn
+
+STAGES = ["layer1", "layer2", "layer3", "layer4"]
+
+
+class Block(nn.Module):
+    """conv -> norm -> relu, with statistics as after a training."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 4)
+        _train(self.norm)
+
+    def forward(self, images):
+        return self.head(torch.relu(self.norm(self.conv(images))).mean((2, 3)))
+
+
+class Twice(Block):
+    """Its convolution is used without the norm as well."""
+
+    def forward(self, images):
+        seen = self.conv(images)
+        return self.head((self.norm(seen) + seen).mean((2, 3)))
+
+
+class Shared(Block):
+    """One norm for two convolutions: it is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Conv2d(3, 6, 3)
+
+    def forward(self, images):
+        return self.head((self.norm(self.conv(images)) + self.norm(self.other(images))).mean((2, 3)))
+
+
+class Branching(Block):
+    """Cannot be traced."""
+
+    def forward(self, images):
+        return super().forward(images if images.sum() > 0 else -images)
+
+
+class Reaching(Block):
+    """Reads a weight of the layer that would be gone."""
+
+    def forward(self, images):
+        return super().forward(images) * self.norm.weight.mean()
+
+
+class OfTheBatch(Block):
+    """Its norm keeps no statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(6, track_running_stats=False)
+
+
+def _train(module):
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
+                tensor.normal_(1.0, 0.3)
+            norm.running_var.uniform_(0.5, 2.0)
+
+
+def _norms(module):
+    return sum(isinstance(layer, nn.BatchNorm2d) for layer in module.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet50", "resnet18", "mobilenet_v2"])
+def test_the_same_function_in_float64(arch):
+    model = build_model(f"torchvision/{arch}", num_classes=7, seed=1)
+    _train(model)
+    model.double().eval()
+    own = fuse_conv_bn(model, layers=[], image_size=32)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    assert _norms(model) > 0 and _norms(own) == 0
+    assert torch.allclose(own(images), model(images), rtol=1e-11, atol=1e-11)
+
+
+def test_layers_keep_their_names_and_values():
+    model = build_model("torchvision/resnet18", num_classes=7).double().eval()
+    _train(model)
+    own = fuse_conv_bn(model, layers=STAGES, image_size=32)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    seen = []
+    for network in (model, own):
+        with FeatureExtractor(network, STAGES) as recorder, torch.no_grad():
+            network(images)
+            seen.append(recorder.take())
+    for layer in STAGES:
+        assert torch.allclose(seen[0][layer], seen[1][layer], rtol=1e-10)
+
+
+def test_the_model_that_is_given_stays_as_it_is():
+    model = Block().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    own = fuse_conv_bn(model, layers=[], image_size=8)
+    assert model.training and _norms(model) == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not own.training and not any(weight.requires_grad for weight in own.parameters())
+
+
+@pytest.mark.parametrize("layer", ["conv", "norm", "head"])
+def test_only_the_output_before_the_norm_stands_in_the_way(layer):
+    assert (fuse_conv_bn(Block(), layers=[layer], image_size=8) is None) == (layer == "conv")
+
+
+@pytest.mark.parametrize("kind", [Twice, Shared, Branching, Reaching, OfTheBatch])
+def test_what_cannot_be_folded_safely_is_left_alone(kind):
+    assert fuse_conv_bn(kind(), layers=[], image_size=8) is None
+
+
+def test_a_network_without_batch_norm():
+    assert fuse_conv_bn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), layers=[], image_size=8) is None

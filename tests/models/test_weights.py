@@ -1,0 +1,257 @@
+"""Models on disk: what a run leaves is the same model again; weights from elsewhere fit or are refused by name."""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision import models
+
+from kd_accel.errors import UserError
+from kd_accel.io import files
+from kd_accel.models.factory import build_model
+from kd_accel.models.weights import ModelCard, load_card, load_run_model, load_weights, save_model
+
+CARD = ModelCard("import:tests.own_models:student_with_everything", "imagenet", {}, list("abcd"), [0.5] * 3, [0.2] * 3, 32)
+
+
+def small(num_classes=4, seed=0):
+    return build_model(CARD.arch, num_classes=num_classes, seed=seed)
+
+
+def test_a_saved_model_is_the_same_model(tmp_path):
+    model = small(seed=5).eval()
+    save_model(tmp_path, model, card=CARD)
+    loaded, card = load_run_model(tmp_path)
+    images = torch.rand(2, 3, 32, 32)
+    assert card == CARD
+    assert not loaded.training
+    assert torch.equal(loaded(images), model(images))
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_tensors_that_two_modules_share_are_saved_under_both_names(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    save_model(tmp_path, model, card=CARD)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["1.weight"], model[0].weight)
+
+
+def test_other_classes_replace_the_head_of_the_trained_model_and_refuse_a_teacher(tmp_path):
+    save_file(small(num_classes=7).state_dict(), tmp_path / "w.safetensors")
+    target = small(num_classes=4, seed=9)
+    head = target.fc.weight.clone()
+    notices = load_weights(target, str(tmp_path / "w.safetensors"), arch="x", is_exact=False)
+    assert len(notices) == 1
+    assert notices[0].startswith("fc: starts from random weights")
+    assert torch.equal(target.fc.weight, head)
+    assert torch.equal(target.layer1[0].weight, small(num_classes=7).layer1[0].weight)
+    with pytest.raises(UserError, match="has 7 classes .*but 4 are wanted"):
+        load_weights(small(), str(tmp_path / "w.safetensors"), arch="x", is_exact=True, field="teacher")
+
+
+def test_another_stem_replaces_the_stem(tmp_path):
+    save_file(build_model("torchvision/resnet18", num_classes=10).state_dict(), tmp_path / "w.safetensors")
+    target = build_model("torchvision/resnet18", num_classes=10, stem="cifar")
+    assert [
+        notice.split(":")[0] for notice in load_weights(target, str(tmp_path / "w.safetensors"), arch="x", is_exact=False)
+    ] == ["conv1"]
+
+
+def test_a_teachers_stem_must_fit_and_is_not_taken_for_its_classes(tmp_path):
+    save_file(build_model("torchvision/resnet18", num_classes=10).state_dict(), tmp_path / "w.safetensors")
+    model = build_model("torchvision/resnet18", num_classes=10, stem="cifar")
+    with pytest.raises(UserError, match="teacher.weights: .* 1 of another shape .conv1.weight"):
+        load_weights(model, str(tmp_path / "w.safetensors"), arch="torchvision/resnet18", is_exact=True, field="teacher")
+
+
+def test_half_precision_files_are_widened(tmp_path):
+    save_file(
+        {name: t.half() if t.is_floating_point() else t for name, t in small().state_dict().items()}, tmp_path / "w.safetensors"
+    )
+    model = small(seed=3)
+    load_weights(model, str(tmp_path / "w.safetensors"), arch="x", is_exact=True)
+    assert model.fc.weight.dtype == torch.float32
+    assert torch.equal(model.fc.weight, small().fc.weight.half().float())
+
+
+def test_batch_counters_may_be_missing(tmp_path):
+    source = small(seed=1)
+    kept = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("num_batches_tracked")}
+    save_file(kept, tmp_path / "w.safetensors")
+    model = small()
+    assert load_weights(model, str(tmp_path / "w.safetensors"), arch=CARD.arch, is_exact=True) == []
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    save_file(build_model("torchvision/resnet50", num_classes=10).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="does not fit torchvision/resnet18.*unknown.*Set arch and stem"):
+        load_weights(
+            build_model("torchvision/resnet18", num_classes=10),
+            str(tmp_path / "w.safetensors"),
+            arch="torchvision/resnet18",
+            is_exact=False,
+        )
+
+
+def test_a_run_of_another_architecture_is_named(tmp_path):
+    save_model(tmp_path, small(), card=CARD)
+    for weights in (tmp_path, tmp_path / "model.safetensors"):
+        model = build_model("torchvision/resnet18", num_classes=4)
+        with pytest.raises(
+            UserError,
+            match="does not fit torchvision/resnet18.*import:tests.own_models:student_with_everything, stem imagenet$",
+        ):
+            load_weights(model, str(weights), arch="torchvision/resnet18", is_exact=False)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("nowhere.safetensors", "no file nowhere.safetensors"),
+        ("model.pth", "is a pickle"),
+        ("runs/nowhere", "there is no run directory"),
+        ("IMAGENET1K_V9", "has no weights 'IMAGENET1K_V9' .there are: IMAGENET1K_V1"),
+    ],
+)
+def test_weights_that_are_not_there(weights, said):
+    with pytest.raises(UserError, match=said):
+        load_weights(build_model("torchvision/resnet18", num_classes=10), weights, arch="torchvision/resnet18", is_exact=False)
+
+
+def test_weights_by_name_of_a_library_that_has_none():
+    with pytest.raises(UserError, match="'best' is no run directory and no .safetensors file"):
+        load_weights(small(), "best", arch=CARD.arch, is_exact=False)
+
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """Puts a state dict where torchvision keeps the weights that it has downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def put(name, tensors):
+        path = tmp_path / "hub/checkpoints" / Path(models.get_model_weights(name).DEFAULT.url).name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, path)
+
+    return put
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_weights_with_auxiliary_heads_by_name(name, downloaded, tmp_path):
+    arch, needed = f"torchvision/{name}", {"transform_input": True}
+    whole = models.get_model(name, weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
+    downloaded(name, whole.state_dict())
+    model = build_model(arch, num_classes=1000, arch_args=needed).eval()
+    state = torch.get_rng_state()
+    assert load_weights(model, "DEFAULT", arch=arch, is_exact=True) == []
+    assert torch.equal(torch.get_rng_state(), state)
+    images = torch.randn(1, 3, 96, 96)
+    assert torch.equal(model(images), whole(images))
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    other = build_model(arch, num_classes=4)
+    (notice,) = load_weights(other, str(tmp_path / "w.safetensors"), arch=arch, is_exact=False)
+    assert notice.startswith("fc: starts from random weights")
+    with pytest.raises(UserError, match=r"model.weights: DEFAULT .* set model.arch_args: \{transform_input: true\}"):
+        load_weights(other, "DEFAULT", arch=arch, is_exact=False)
+
+
+@pytest.mark.slow
+def test_weights_by_name_under_the_keys_of_older_files(downloaded):
+    whole = {name: tensor for name, tensor in models.densenet121().state_dict().items() if "tracked" not in name}
+    old_key = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")
+    downloaded("densenet121", {old_key.sub(r"\1.\2", name): tensor for name, tensor in whole.items()})
+    model = build_model("torchvision/densenet121", num_classes=1000, seed=1)
+    assert load_weights(model, "DEFAULT", arch="torchvision/densenet121", is_exact=True) == []
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.items())
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="no finished run"):
+        load_card(tmp_path)
+    save_model(tmp_path, small(), card=CARD)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-7])
+    with pytest.raises(UserError, match="damaged"):
+        load_run_model(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps({"arch": "x"}))
+    with pytest.raises(UserError, match="stem, arch_args.* missing"):
+        load_card(tmp_path)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(UserError, match="no JSON"):
+        load_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arch": 3},
+        {"stem": "odd"},
+        {"arch_args": [1]},
+        {"label_names": None},
+        {"label_names": []},
+        {"label_names": [1, 2]},
+        {"mean": "gray"},
+        {"mean": [0.1, 0.2]},
+        {"std": [0.1, 0.2, 0.0]},
+        {"std": [0.1, 0.2, float("nan")]},
+        {"image_size": "32"},
+        {"image_size": 0},
+    ],
+)
+def test_a_card_with_a_damaged_value_names_it(tmp_path, change):
+    (tmp_path / "model.json").write_text(json.dumps({**dataclasses.asdict(CARD), **change}))
+    with pytest.raises(UserError, match=rf"model.json: damaged \({next(iter(change))} wrong or missing\)"):
+        load_card(tmp_path)
+
+
+def test_a_card_that_is_no_mapping(tmp_path):
+    (tmp_path / "model.json").write_text("[]")
+    with pytest.raises(UserError, match="is damaged .no JSON object"):
+        load_card(tmp_path)
+
+
+def test_a_run_without_its_weights(tmp_path):
+    save_model(tmp_path, small(), card=CARD)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.weights: no file .*model.safetensors; check the path, or train the run again"):
+        load_run_model(tmp_path)
+
+
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    save_model(tmp_path, small(seed=1), card=CARD)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full_disk)
+    with pytest.raises(UserError, match="cannot write the model to .*No space left"):
+        save_model(tmp_path, small(seed=2), card=CARD)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_both_files_and_the_directory_reach_the_disk(tmp_path, monkeypatch):
+    flushed = []
+    flush = os.fsync
+
+    def record(descriptor):
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name.split(".tmp")[0])
+        flush(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", record)
+    save_model(tmp_path, small(), card=CARD)
+    assert flushed == [".model.safetensors", tmp_path.name, ".model.json", tmp_path.name]
+
+
+def test_a_directory_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="cannot write the model"):
+        save_model(tmp_path / "nowhere", small(), card=CARD)

@@ -1,0 +1,231 @@
+"""A checkpoint is whole or passed over, keeps optimizer state exactly, and never takes the last good one with it."""
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from kd_accel.config.schema import OptimConfig
+from kd_accel.errors import UserError
+from kd_accel.io.files import remove_leftovers
+from kd_accel.training.checkpoint import (
+    CheckpointWriter,
+    find_checkpoint,
+    load_checkpoint,
+    module_tensors,
+    optimizer_tensors,
+    restore_module,
+    restore_optimizer,
+    save_checkpoint,
+)
+from kd_accel.training.optim import build_optimizer
+from tests.in_process import train
+from tests.launching import metrics
+
+
+def save(directory, step, keep=3, value=1.0):
+    tensors = {"module": {"weight": torch.full((3, 2), value)}, "optimizer": {}}
+    return save_checkpoint(directory, step=step, tensors=tensors, state={"step": step}, keep=keep)
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    save(tmp_path, 7, value=2.5)
+    checkpoint = load_checkpoint(find_checkpoint(tmp_path))
+    assert checkpoint.state == {"step": 7}
+    assert torch.equal(checkpoint.tensors["module"]["weight"], torch.full((3, 2), 2.5))
+    assert checkpoint.tensors["optimizer"] == {}
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 30):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000030"]
+
+
+def test_one_that_was_passed_over_does_not_push_out_the_good_ones(tmp_path):
+    save(tmp_path, 1)
+    truncate(save(tmp_path, 9))
+    save(tmp_path, 2, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_nothing_there():
+    from pathlib import Path
+
+    assert find_checkpoint(Path("nowhere")) is None
+
+
+def truncate(path):
+    data = (path / "module.safetensors").read_bytes()
+    (path / "module.safetensors").write_bytes(data[:-1])
+
+
+def flip_a_bit(path):
+    data = bytearray((path / "module.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "module.safetensors").write_bytes(data)
+
+
+def remove_a_file(path):
+    (path / "optimizer.safetensors").unlink()
+
+
+def cut_the_state(path):
+    (path / "state.json").write_text((path / "state.json").read_text()[:-9])
+
+
+def remove_the_state(path):
+    (path / "state.json").unlink()
+
+
+def point_outside(path):
+    content = json.loads((path / "state.json").read_text())
+    content["files"]["../secret.safetensors"] = content["files"]["module.safetensors"]
+    (path / "state.json").write_text(json.dumps(content))
+
+
+def write_another_type(path):
+    (path / "state.json").write_text("[1]")
+
+
+def come_from_the_future(path):
+    content = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**content, "version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, "instead of"),
+        (flip_a_bit, "does not match its checksum"),
+        (remove_a_file, "optimizer.safetensors cannot be read"),
+        (cut_the_state, "state.json is damaged"),
+        (remove_the_state, "state.json cannot be read"),
+        (point_outside, "outside the directory"),
+        (write_another_type, "state.json is damaged"),
+        (come_from_the_future, "version 99"),
+    ],
+)
+def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, damage, said):
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2))
+    with pytest.warns(UserWarning, match=f"step-00000002 is passed over: .*{said}"):
+        assert find_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_a_leftover_of_a_killed_writer_is_no_checkpoint_and_goes_away(tmp_path):
+    shutil.copytree(save(tmp_path, 1), tmp_path / ".step-00000002.tmp-123")
+    assert find_checkpoint(tmp_path).name == "step-00000001"
+    save(tmp_path, 3)
+    assert not list(tmp_path.glob(".step*"))
+
+
+def test_a_disk_that_refuses_is_the_users_business(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*goes on from the last whole checkpoint"):
+        save(tmp_path / "file" / "checkpoints", 1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_optimizer_goes_on_exactly(name, tmp_path):
+    def trained(model, optimizer, steps):
+        for step in range(steps):
+            optimizer.zero_grad()
+            model(torch.full((2, 3, 8, 8), 0.1 * (step + 1))).square().sum().backward()
+            optimizer.step()
+
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+        return model, build_optimizer(model.parameters(), OptimConfig(name=name, lr=0.01))
+
+    straight, straight_optimizer = build()
+    trained(straight, straight_optimizer, 3)
+    tensors, numbers = optimizer_tensors(straight_optimizer)
+    path = save_checkpoint(
+        tmp_path, step=3, tensors={"m": module_tensors(straight), "o": tensors}, state={"numbers": numbers}, keep=1
+    )
+    trained(straight, straight_optimizer, 3)
+
+    resumed, resumed_optimizer = build()
+    checkpoint = load_checkpoint(path)
+    restore_module(resumed, checkpoint.tensors["m"])
+    restore_optimizer(resumed_optimizer, checkpoint.tensors["o"], checkpoint.state["numbers"])
+    trained(resumed, resumed_optimizer, 3)
+    for before, after in zip(straight.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(before, after)
+    momentum = next(iter(resumed_optimizer.state.values()))
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in momentum.values() if value.dim() == 4)
+
+
+def test_a_link_among_the_checkpoints_is_neither_read_nor_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    whole = save(elsewhere, 9)
+    directory = tmp_path / "checkpoints"
+    save(directory, 1)
+    for name in ("step-00000002", "step-00000009", ".step-00000003.tmp-1"):
+        (directory / name).symlink_to(whole)
+    assert find_checkpoint(directory).name == "step-00000001"
+    save(directory, 2, keep=1)
+    assert (directory / "step-00000002").is_dir() and not (directory / "step-00000002").is_symlink()
+    assert not (directory / "step-00000001").exists()
+    assert find_checkpoint(elsewhere) == whole
+
+
+def test_a_file_of_a_checkpoint_that_is_a_link(tmp_path):
+    save(tmp_path, 1)
+    file = save(tmp_path, 2) / "module.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="step-00000002 is passed over: module.safetensors is no file, or a link"):
+        assert find_checkpoint(tmp_path).name == "step-00000001"
+
+
+def test_leftovers_behind_a_link_are_not_ours(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("cache", "cache/train"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / ".x.tmp-1").write_text("")
+    (tmp_path / "elsewhere/.x.tmp-1").write_text("")
+    (tmp_path / "cache/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "cache/.folder.tmp-1").mkdir()
+    remove_leftovers(tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*")) == [".folder.tmp-1", "link", "train"]
+    assert (tmp_path / "elsewhere/.x.tmp-1").exists()
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    reached = {}
+
+    def slow(directory, *, step, **content):
+        deadline = time.monotonic() + 60
+        while step == 3 and metrics(tmp_path / "slow", "train")[-1]["step"] < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        reached[step] = metrics(tmp_path / "slow", "train")[-1]["step"]
+        return save_checkpoint(directory, step=step, **content)
+
+    flags = ["--checkpoint.every_steps=3", "--checkpoint.every_epochs=null", "--checkpoint.keep=20"]
+    train(tmp_path / "plain", *flags)
+    monkeypatch.setattr("kd_accel.training.checkpoint.save_checkpoint", slow)
+    train(tmp_path / "slow", *flags)
+    assert reached[3] >= 6
+    assert list(reached) == list(range(3, 25, 3))  # in their order, none at the same time as another
+    for step in reached:
+        for file in ("module.safetensors", "optimizer.safetensors"):
+            one, other = (tmp_path / run / "checkpoints" / f"step-{step:08d}" / file for run in ("plain", "slow"))
+            assert one.read_bytes() == other.read_bytes()
+
+
+def test_what_the_disk_refuses_is_told_by_the_next_who_asks(tmp_path):
+    (tmp_path / "file").write_text("")
+    writer = CheckpointWriter()
+    writer.write(tmp_path / "file" / "checkpoints", step=1, tensors={}, state={}, keep=1)
+    with pytest.raises(UserError, match="cannot write"):
+        writer.write(tmp_path / "checkpoints", step=2, tensors={}, state={}, keep=1)
+    writer.write(tmp_path / "checkpoints", step=3, tensors={}, state={}, keep=1)
+    writer.wait()
+    writer.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]

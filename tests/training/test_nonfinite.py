@@ -1,0 +1,169 @@
+"""Losses and gradients that are not finite: the run stops, and names step, term, rank and samples."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kd_accel.config.schema import DataConfig, OptimConfig
+from kd_accel.data.loader import epoch_order
+from kd_accel.data.splits import split_samples
+from kd_accel.distributed import start_processes
+from kd_accel.errors import UserError
+from kd_accel.training.average import MovingAverage
+from kd_accel.training.nonfinite import NonFiniteGuard
+from kd_accel.training.optim import build_optimizer
+from kd_accel.types import LossTerms, StudentOutput, TeacherOutput
+from tests import in_process
+from tests.config.test_mistakes import check_message
+from tests.launching import train
+from tests.own_models import SmallNet
+
+BREAKING = ["--model.arch=import:tests.own_models:breaking", "--checkpoint.every_steps=3", "--checkpoint.keep=1"]
+
+
+def sample_at(place, *, step):
+    """The sample at a place of the global batch of a step of the first epoch."""
+    samples = split_samples(160, 41, DataConfig(val_fraction=0.2)).train
+    return epoch_order(samples, seed=0, epoch=0)[16 * (step - 1) + place]
+
+
+class Bench:
+    """The parts of a training around one watch, and what they hold."""
+
+    def __init__(self, *, optimizer="sgd", scaler=None):
+        torch.manual_seed(0)
+        self.model = SmallNet(4, width=4, norm=True)
+        self.average = MovingAverage(self.model, decay=0.9)
+        self.accelerator = start_processes("no")
+        self.accelerator.scaler = scaler
+        module, own = self.accelerator.prepare(
+            self.model,
+            build_optimizer(self.model.parameters(), OptimConfig(name=optimizer, lr=0.05, nesterov=optimizer == "sgd")),
+        )
+        self.optimizer = own
+        self.guard = NonFiniteGuard(self.accelerator, module, own)
+
+    def step(self, number, *, factor=1.0, samples=(7, 8, 9, 10)):
+        """One step on images that depend on `number`; the loss is multiplied by `factor`."""
+        generator = torch.Generator().manual_seed(number)
+        images = torch.rand(4, 3, 32, 32, generator=generator)
+        logits = self.model(images)
+        hard = nn.functional.cross_entropy(logits, torch.arange(4)) * factor
+        loss = self.guard.guarded(LossTerms(hard, hard), StudentOutput(logits), TeacherOutput(), torch.tensor(samples))
+        self.accelerator.backward(loss)
+        norm = self.guard.gradient_norm(number)
+        self.optimizer.step()
+        self.average.update(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @property
+    def trained(self):
+        """Weights and the optimizer's state."""
+        optimizer = {
+            f"{index}.{name}": value
+            for index, values in self.optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+        }
+        return copy.deepcopy({**dict(self.model.named_parameters()), **optimizer})
+
+    @property
+    def state(self):
+        """The same, and the statistics of BatchNorm and the moving average."""
+        average = {f"a.{name}": value for name, value in self.average.state_dict().items()}
+        return copy.deepcopy({**self.trained, **dict(self.model.named_buffers()), **average})
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("bad_step", [1, 3])
+def test_a_bad_step_changes_no_weight_and_stops_the_run(optimizer, bad_step):
+    """Weights and momentum are those of a run without the step, which may be the first one; later steps do not hide it."""
+    clean, broken = Bench(optimizer=optimizer), Bench(optimizer=optimizer)
+    for number in (1, 2, 3, 4):
+        if number == bad_step:
+            broken.step(99, factor=torch.inf)
+        clean.step(number)
+        broken.step(number)
+    assert_same(clean.trained, broken.trained)
+    assert clean.guard.look() == 0
+    broken.step(100, factor=torch.nan)
+    with pytest.raises(UserError) as refused:
+        broken.guard.look()
+    told = "loss_hard is not finite on rank 0 (samples 7, 8, 9, 10) at step 99: the training has diverged; lower optim.lr"
+    assert str(refused.value).startswith(told)
+
+
+def test_a_watch_changes_nothing_where_all_is_well():
+    guarded, bare = Bench(), Bench()
+    for number in (1, 2, 3):
+        norm = guarded.step(number)
+        images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(number))
+        nn.functional.cross_entropy(bare.model(images), torch.arange(4)).backward()
+        expected = torch.cat([weight.grad.flatten() for weight in bare.model.parameters()]).double().norm()
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+        bare.optimizer.step()
+        bare.average.update(bare.model)
+        bare.optimizer.zero_grad()
+    assert_same(guarded.state, bare.state)
+
+
+def test_an_overflow_under_fp16_is_the_scalers():
+    """torch's scaler for CPUs does what that of a GPU does."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    bench = Bench(scaler=scaler)
+    before = {name: tensor.clone() for name, tensor in bench.model.named_parameters()}
+    bench.step(1, factor=16.0)
+    assert scaler.get_scale() == 2.0**126
+    assert all(torch.equal(before[name], tensor) for name, tensor in bench.model.named_parameters())
+    assert bench.guard.look() == 1 and bench.guard.look() == 0
+    bench.step(2, factor=16.0)
+    bench.step(3, factor=torch.nan)
+    with pytest.raises(UserError, match=r"loss_hard is not finite on rank 0 .* at step 3: the training has diverged"):
+        bench.guard.look()
+
+
+def test_term_step_and_samples_are_named_and_the_checkpoint_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "5")
+    monkeypatch.setenv("KD_TEST_BREAKS", "logits")
+    said = in_process.train(tmp_path / "run", *BREAKING, "--train.log_every_steps=20", code=2)
+    where = f"loss_hard is not finite on rank 0 (the student's logits of sample {sample_at(2, step=5)}) at step 5: "
+    assert f"kd-accel: {where}the training has diverged; lower optim.lr" in said and "Traceback" not in said
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    monkeypatch.setenv("KD_TEST_BREAKS", "gradient")
+    said = in_process.train(tmp_path / "other", *BREAKING, code=2)
+    assert "the gradient of layer1.0.weight is not finite (rank 0 had samples " in said and "at step 5" in said
+
+
+def test_a_learning_rate_far_too_high(tmp_path):
+    done = train(tmp_path / "run", "--optim.lr=1e30", "--optim.schedule=constant", "--train.log_every_steps=7", code=2)
+    check_message(done, "loss_hard is not finite on rank 0", "at step 2: the training has diverged", "lower optim.lr")
+    done = train(tmp_path / "weights", "--optim.lr=1e40", "--optim.schedule=constant", "--checkpoint.every_steps=1", code=2)
+    check_message(done, "is not finite after step 1: the training has diverged")
+
+
+@pytest.mark.slow
+def test_one_rank_goes_wrong(tmp_path):
+    """All ranks stop at the step that is not finite on one of them, and the message is printed once."""
+    environment = {"KD_TEST_BREAKING_STEPS": "5,6", "KD_TEST_BREAKING_RANK": "1", "KD_TEST_BREAKS": "logits"}
+    done = train(tmp_path / "stopped", *BREAKING, processes=2, code=None, **environment)
+    sample = sample_at(10, step=5)
+    assert done.stderr.count(f"loss_hard is not finite on rank 1 (the student's logits of sample {sample}) at step 5: ") == 1
+    assert "kd_accel/engine" not in done.stderr
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-00000003"]
+
+
+@pytest.mark.slow
+def test_weights_that_differ_between_ranks_are_not_saved(tmp_path):
+    environment = {"KD_TEST_BREAKING_STEPS": "5", "KD_TEST_BREAKING_RANK": "1", "KD_TEST_BREAKS": "weights"}
+    done = train(tmp_path / "run", *BREAKING, processes=2, code=None, **environment)
+    told = "kd-accel: the weights of rank 1 differ from those of rank 0 after step 6 (first in layer2.0.weight)"
+    assert done.stderr.count(told) == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    train(tmp_path / "run", *BREAKING, processes=2)

@@ -1,0 +1,77 @@
+"""The learning rate is a function of the step; its courses agree with torch's own schedulers."""
+
+import math
+
+import pytest
+import torch
+
+from kd_accel.config.schema import OptimConfig
+from kd_accel.errors import UserError
+from kd_accel.training.optim import build_optimizer, learning_rate, set_learning_rate
+
+
+def rates(optim, total_steps, steps_per_epoch=10):
+    return [
+        learning_rate(optim, step=step, total_steps=total_steps, steps_per_epoch=steps_per_epoch) for step in range(total_steps)
+    ]
+
+
+def torch_rates(build_scheduler, total_steps, lr):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler = build_scheduler(optimizer)
+    found = []
+    for _ in range(total_steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_cosine_is_torchs():
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=40), 40, 0.3)
+    assert rates(OptimConfig(lr=0.3, schedule="cosine"), 40) == pytest.approx(expected, rel=1e-12)
+
+
+def test_step_is_torchs():
+    expected = torch_rates(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [20, 30], gamma=0.2), 40, 0.3)
+    assert rates(OptimConfig(lr=0.3, schedule="step", step_epochs=[2, 3], step_gamma=0.2), 40) == pytest.approx(expected)
+
+
+def test_constant_with_warmup_rises_linearly():
+    found = rates(OptimConfig(lr=0.4, schedule="constant", warmup_fraction=0.1), 40)
+    assert found == pytest.approx([0.1, 0.2, 0.3, 0.4] + [0.4] * 36)
+
+
+def test_one_cycle_has_torchs_peak_and_ends():
+    found = rates(OptimConfig(lr=0.5), 1000)
+    expected = torch_rates(
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=1000, pct_start=0.3), 1000, 0.5
+    )
+    assert max(found) == pytest.approx(0.5)
+    assert found.index(max(found)) == 299
+    assert max(abs(mine - theirs) for mine, theirs in zip(found, expected, strict=True)) < 0.5 * 0.006
+    assert found[0] < 0.5 / 20
+    assert found[-1] < 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
+@pytest.mark.parametrize("total_steps", [1, 2, 7])
+def test_short_runs_have_finite_positive_rates(schedule, total_steps):
+    found = rates(OptimConfig(lr=0.5, schedule=schedule, warmup_fraction=0.5), total_steps)
+    assert all(math.isfinite(rate) and 0 < rate <= 0.5 for rate in found)
+
+
+def test_the_settings_reach_the_optimizer():
+    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2), requires_grad=False)]
+    sgd = build_optimizer(parameters, OptimConfig(lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.1))
+    adamw = build_optimizer(parameters, OptimConfig(name="adamw", lr=0.3, betas=[0.8, 0.9], weight_decay=0.2))
+    group = sgd.param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["weight_decay"], len(group["params"])) == (0.8, True, 0.1, 1)
+    assert (adamw.param_groups[0]["betas"], adamw.param_groups[0]["weight_decay"]) == ((0.8, 0.9), 0.2)
+    set_learning_rate(adamw, 0.01)
+    assert adamw.param_groups[0]["lr"] == 0.01
+
+
+def test_nothing_to_train():
+    with pytest.raises(UserError, match="no parameter that can be trained"):
+        build_optimizer([torch.nn.Parameter(torch.zeros(2), requires_grad=False)], OptimConfig())

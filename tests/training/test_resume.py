@@ -1,0 +1,105 @@
+"""A training that was stopped, in the middle of an epoch or by a kill, ends as one that never was: bit for bit."""
+
+import json
+
+import pytest
+
+from tests.launching import metrics, run, summary, train
+
+EVERYTHING = [
+    "--model.arch=import:tests.own_models:student_with_everything",
+    "--optim.nesterov=true",
+    "--train.ema_decay=0.9",
+    "--train.max_steps=20",
+    "--train.log_every_steps=3",
+    "--data.views=2",
+]
+"""BatchNorm, dropout, momentum, a moving average, lines of metrics that span the stop, 8 steps to an epoch."""
+
+
+def assert_same_run(one, other):
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert metrics(one) == metrics(other)
+    assert summary(one) == {**summary(other), "name": summary(one)["name"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "image_size"), [(1, 32), (2, 32), (1, 16)])  # maps of 2x2 pixels, and of one
+def test_stop_after_7_of_20_steps_and_go_on(tmp_path, distilled, processes, image_size):
+    flags = [*EVERYTHING, *distilled, f"--data.image_size={image_size}"]
+    train(tmp_path / "straight", *flags, processes=processes)
+    train(tmp_path / "stopped", *flags, "--checkpoint.stop_after_steps=7", processes=processes)
+    assert not (tmp_path / "stopped/summary.json").exists()
+    train(tmp_path / "stopped", *flags, "--checkpoint.resume=must", processes=processes)
+    assert metrics(tmp_path / "straight")[-1]["step"] == 20
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_one_step_more_is_not_the_same(tmp_path):
+    """So that the comparison can fail."""
+    for steps in (7, 8):
+        train(tmp_path / str(steps), f"--train.max_steps={steps}")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "7", tmp_path / "8")
+
+
+@pytest.mark.slow
+def test_more_processes_go_on_with_the_same_samples(tmp_path):
+    train(tmp_path / "straight")
+    train(tmp_path / "moved", "--checkpoint.stop_after_steps=5")
+    done = train(tmp_path / "moved", processes=2)
+    assert "was written by 1 processes and is resumed by 2" in done.stdout
+    for one, two in zip(metrics(tmp_path / "straight"), metrics(tmp_path / "moved"), strict=True):
+        assert one.pop("split") == two.pop("split")
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_what_a_start_says_about_a_run_directory_in_use(tmp_path, teacher_run):
+    run_dir = tmp_path / "run"
+    train(run_dir, "--train.epochs=1", "--checkpoint.keep=3", "--checkpoint.every_steps=4")
+    assert "finished already" in train(run_dir, "--train.epochs=1").stdout
+    assert "resume: never" in train(run_dir, "--train.epochs=1", "--checkpoint.resume=never", code=2).stderr
+    other = train(run_dir, "--optim.lr=0.06", "--train.epochs=1", code=2).stderr
+    assert "optim.lr: 0.05 there, 0.06 here" in other
+    nothing = train(tmp_path / "empty", "--checkpoint.resume=must", code=2).stderr
+    assert "holds no whole checkpoint" in nothing
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    flags = ["--checkpoint.every_steps=3", "--checkpoint.keep=5"]
+    train(tmp_path / "straight", *flags)
+    train(tmp_path / "damaged", *flags, "--checkpoint.stop_after_steps=7")
+    weights = tmp_path / "damaged/checkpoints/step-00000007/module.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = train(tmp_path / "damaged", *flags)
+    assert "step-00000007 is passed over" in done.stderr
+    assert_same_run(tmp_path / "straight", tmp_path / "damaged")
+
+
+def test_another_teacher_under_the_same_path_is_refused(tmp_path, teacher_run):
+    import shutil
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_run, teacher)
+    flags = [f"--teacher.run={teacher}"]
+    train(tmp_path / "run", *flags, "--checkpoint.stop_after_steps=3")
+    data = bytearray((teacher / "model.safetensors").read_bytes())
+    data[-2] ^= 1
+    (teacher / "model.safetensors").write_bytes(data)
+    assert "was trained with the teacher" in train(tmp_path / "run", *flags, code=2).stderr
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+    train(tmp_path / "run", "--checkpoint.stop_after_steps=3")
+    done = train(tmp_path / "run", code=2, KD_TEST_NOISE_SEED="9")
+    assert "was trained on other data (digest:" in done.stderr
+
+
+@pytest.mark.slow
+def test_evaluate_agrees_with_the_summary(tmp_path, distilled):
+    train(tmp_path / "run", *EVERYTHING, *distilled, processes=2)
+    result = json.loads(run("evaluate", tmp_path / "run").stdout.splitlines()[-1])
+    assert result["accuracy"] == summary(tmp_path / "run")["accuracy"]
+    assert result["agreement"] == summary(tmp_path / "run")["agreement"]

@@ -1,0 +1,189 @@
+"""W&B, by real offline runs read back from disk; and what happens when it does not answer."""
+
+import socket
+import sys
+import time
+from importlib.metadata import PackageNotFoundError
+
+import psutil
+import pytest
+
+from kd_accel.config.schema import TrackingConfig
+from kd_accel.errors import UserError
+from kd_accel.training.wandb_tracker import (
+    WandbTracking,
+    choose_mode,
+    missing_package_notices,
+    refuse_missing_package,
+    tracker_name,
+)
+from tests.launching import SMALL, kill_all, metrics, start, train
+from tests.training.wandb_reader import read_run
+
+
+@pytest.mark.slow
+def test_an_offline_run_holds_config_curves_temperature_and_alpha(tmp_path, distilled):
+    done = train(tmp_path / "run", *distilled, "--tracking.wandb=auto", processes=2, WANDB_API_KEY="")
+    assert "metrics.jsonl has everything" not in done.stderr
+    run = read_run(tmp_path / "run")
+    assert run["config"]["optim"]["lr"] == 0.05
+    assert run["config"]["distill"]["temperature"]["decay"] == 0.9
+    assert {"step", "epoch"} <= set(run["metrics"])
+    assert any(name.startswith("train/") for name in run["metrics"])
+    tracked = [line for line in run["history"] if "train/loss" in line]
+    written = metrics(tmp_path / "run", "train")
+    assert len(tracked) == len(written) == 24
+    for there, here in zip(tracked, written, strict=True):
+        assert there["step"] == here["step"]
+        assert there["train/loss"] == pytest.approx(here["loss"])
+        assert there["train/temperature"] == here["temperature"]
+        assert there["train/alpha"] == here["alpha"]
+    assert [line["train/temperature"] for line in tracked][::8] == pytest.approx([4.0, 3.6, 3.24])
+    assert [line["train/alpha"] for line in tracked][::8] == pytest.approx([0.8, 0.76, 0.722])
+    assert len([line for line in run["history"] if "val/accuracy" in line]) == 3
+    assert any("results" in key for line in run["history"] for key in line)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_under_the_same_id(tmp_path):
+    flags = ["--tracking.wandb=offline"]
+    train(tmp_path / "run", *flags, "--checkpoint.stop_after_steps=3")
+    first = read_run(tmp_path / "run")["id"]
+    (tmp_path / "run/wandb").rename(tmp_path / "first")
+    train(tmp_path / "run", *flags)
+    second = read_run(tmp_path / "run")
+    assert second["id"] == first
+    assert min(line["step"] for line in second["history"] if "train/loss" in line) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listens", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["refuses", "never answers"])
+def test_a_key_without_a_network_goes_offline_and_the_training_goes_on(tmp_path, listens):
+    with socket.socket() as host:
+        host.bind(("127.0.0.1", 0))
+        if listens:
+            host.listen(16)
+        started_at = time.monotonic()
+        done = train(
+            tmp_path / "run",
+            "--tracking.timeout_s=3",
+            "--tracking.wandb=auto",
+            "--train.max_steps=2",
+            WANDB_API_KEY="0" * 40,
+            WANDB_BASE_URL=f"http://127.0.0.1:{host.getsockname()[1]}",
+        )
+    assert time.monotonic() - started_at < 60  # W&B's own service takes half a minute to leave a silent host
+    assert "online tracking failed" in done.stderr
+    assert len(metrics(tmp_path / "run", "train")) == 2
+    assert len([line for line in read_run(tmp_path / "run")["history"] if "train/loss" in line]) == 2
+
+
+@pytest.mark.slow
+def test_a_service_that_dies_stops_nothing(tmp_path):
+    process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, "--tracking.wandb=offline", "--train.epochs=40")
+    try:
+        while "step 20/" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        children = psutil.Process(process.pid).children(recursive=True)
+        services = [child for child in children if "wandb" in " ".join(child.cmdline())]
+        assert services
+        for service in services:
+            service.kill()
+        process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+    assert process.returncode == 0
+    assert len(metrics(tmp_path / "run", "train")) == 320
+
+
+def test_the_mode(monkeypatch, tmp_path):
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert choose_mode(TrackingConfig()) == "offline"
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password secret\n")
+    assert choose_mode(TrackingConfig()) == "online"
+    assert choose_mode(TrackingConfig(wandb="disabled")) == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode(TrackingConfig()) == "disabled"
+    assert choose_mode(TrackingConfig(wandb="offline")) == "offline"
+
+
+@pytest.fixture
+def no_wandb(monkeypatch):
+    """Neither the package nor its metadata; one that is imported all the same raises."""
+
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("kd_accel.training.wandb_tracker.version", version)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
+def test_a_disabled_run_never_imports_wandb(tmp_path, no_wandb, recwarn):
+    tracking = WandbTracking(TrackingConfig(wandb="disabled"), run_dir=tmp_path, name="x", settings={})
+    tracking.start(lambda kwargs: pytest.fail("a disabled run was started"))
+    tracking.log({"loss": 1.0}, step=1)
+    tracking.log_table("results", ["name"], [["x"]])
+    tracking.finish()
+    assert not tracking.is_enabled and not recwarn.list
+
+
+@pytest.mark.parametrize("environment_mode", [None, "online", "offline"])
+def test_auto_without_the_package_is_a_notice(monkeypatch, no_wandb, environment_mode):
+    if environment_mode:
+        monkeypatch.setenv("WANDB_MODE", environment_mode)
+    config = TrackingConfig(wandb="auto")
+    assert choose_mode(config) == "disabled" and tracker_name(config) is None
+    assert missing_package_notices(config) == ["wandb is not installed; metrics go to metrics.jsonl only"]
+    refuse_missing_package(config)
+
+
+def test_what_is_disabled_has_no_notice(monkeypatch, no_wandb):
+    assert missing_package_notices(TrackingConfig(wandb="disabled")) == []
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert missing_package_notices(TrackingConfig(wandb="auto")) == []
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_mode_by_name_without_the_package_is_refused(no_wandb, mode):
+    with pytest.raises(UserError, match=f"tracking.wandb: {mode} needs wandb, which is not installed; pip install wandb, or"):
+        refuse_missing_package(TrackingConfig(wandb=mode))
+
+
+def test_with_the_package_nothing_is_refused_or_noticed():
+    for mode in ("online", "offline", "auto", "disabled"):
+        config = TrackingConfig(wandb=mode)
+        refuse_missing_package(config)
+        assert missing_package_notices(config) == []
+    assert tracker_name(TrackingConfig(wandb="offline")) == "wandb"
+    assert tracker_name(TrackingConfig(wandb="disabled")) is None
+
+
+def test_a_package_that_cannot_be_imported_is_a_warning(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracking = WandbTracking(TrackingConfig(wandb="offline"), run_dir=tmp_path, name="x", settings={})
+    with pytest.warns(UserWarning, match="offline tracking failed .ModuleNotFoundError"):
+        tracking.start(lambda kwargs: pytest.fail("a run was started without wandb"))
+    assert not tracking.is_enabled
+
+
+def test_whatever_wandb_does_wrong_is_one_warning(tmp_path):
+    class Broken:
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def log(self, *args, **kwargs):
+            raise RuntimeError("no disk")
+
+    tracking = WandbTracking(TrackingConfig(wandb="offline"), run_dir=tmp_path, name="x", settings={})
+    tracking.start(lambda kwargs: Broken())
+    assert tracking.is_enabled
+    with pytest.warns(UserWarning, match="tracking stopped .RuntimeError: no disk"):
+        tracking.log({"loss": 1.0}, step=1)
+    tracking.log({"loss": 1.0}, step=2)
+    tracking.finish()
+    assert not tracking.is_enabled
