@@ -1,8 +1,8 @@
-"""Commands under one time budget: side by side or alone, stopped when the time is over, recorded one by one.
+"""Commands under one time budget: side by side or alone, stopped at the end of the budget, recorded one by one.
 
 A `Job` is a command. The `Runner` starts it as a process group of its own. The `Ledger` appends a line of JSON as soon as the
-outcome is known, so that a machine that is taken away leaves what was finished. A failed job leaves the others alone. A job
-that finds no time, or needs one that was not done, is named with the reason.
+outcome is known, so that finished outcomes outlive the machine. A failed job does not affect the others. A job that is not run,
+for lack of time or of a job that it needs, is named with the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STDERR_LINES = 20
 
 @dataclass(frozen=True)
 class Job:
-    """A command.
+    """Command to run.
 
     Args:
         name: by which it is recorded and needed.
@@ -36,7 +36,7 @@ class Job:
         run_dir: of a training.
         about: recorded together with the outcome.
         needs: names of jobs that must be done before.
-        figures: reads what is recorded after exit code 0. Where it raises because something is missing, the job has failed.
+        figures: reads the recorded figures after exit code 0. If it raises because something is missing, the job has failed.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A command that has ended. code: its exit code; negative = killed by that signal."""
+    """Command that has ended. code: its exit code; negative = killed by that signal."""
 
     job: Job
     code: int
@@ -59,18 +59,18 @@ class Outcome:
 
     @property
     def steps_shown(self) -> list[tuple[int, int]]:
-        """(step, steps in all) of each line of progress."""
+        """Return (step, total steps) of each line of progress."""
         return _steps_shown(self.stdout)
 
     @property
     def stderr_lines(self) -> list[str]:
-        """The last lines, to be recorded with a failure."""
+        """Return the last lines, to be recorded with a failure."""
         return self.stderr.splitlines()[-_STDERR_LINES:]
 
 
 @dataclass(frozen=True)
 class Running:
-    """A command that was started. Its output goes to files, so that no pipe can fill up."""
+    """Command that was started. Its output goes to files, so that no pipe can fill up."""
 
     job: Job
     process: subprocess.Popen[bytes]
@@ -107,6 +107,7 @@ class Ledger:
         print(text, flush=True)
 
     def append(self, text: str) -> None:
+        """Append a line of text to the file."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
@@ -125,16 +126,18 @@ class Ledger:
         self.write({**line, **figures})
 
     def fail(self, name: str, line: Mapping[str, Any]) -> None:
+        """Write the line of a failed job."""
         self.failed.append(name)
         self.write({**line, "failed": True})
 
     def leave_out(self, name: str, reason: str) -> None:
+        """Note a job that was not run, with the reason."""
         self.not_done[name] = reason
         print(f"{name}: not done ({reason})", flush=True)
 
 
 class Runner:
-    """Starter of jobs that waits for them until `ends_at` at most. On leaving its context it kills what still runs.
+    """Runner of jobs until `ends_at` at most. On leaving its context it kills those that still run.
 
     Args:
         ledger: for outcomes.
@@ -170,10 +173,11 @@ class Runner:
 
     @property
     def left_s(self) -> float:
+        """Return the rest of the budget, in seconds."""
         return self.ends_at - time.monotonic()
 
     def start(self, job: Job) -> Running | None:
-        """Start a job. Returns None for one that must not start; it is named then."""
+        """Start a job. Returns None for one that must not start, which is noted as left out."""
         if (reason := self._reason_against(job)) is not None:
             self.ledger.leave_out(job.name, reason)
             return None
@@ -192,7 +196,7 @@ class Runner:
         self.finish(*(self.start(job) for job in jobs))
 
     def finish(self, *runs: Running | None) -> None:
-        """Wait for these and record their outcomes. At the end of the budget stop what still runs, and name it."""
+        """Wait for these and record their outcomes. At the end of the budget stop those that still run, and note them."""
         open_runs = [run for run in runs if run is not None]
         while open_runs and self.left_s > 0:
             time.sleep(_POLL_S)
@@ -215,7 +219,7 @@ class Runner:
         return True
 
     def stop(self, *runs: Running, number: signal.Signals = signal.SIGTERM, grace_s: float = _GRACE_S) -> None:
-        """Signal the process groups of those that run, and kill after the grace what is left of them."""
+        """Signal the process groups of those that run, and kill them after the grace period."""
         open_runs = [run for run in runs if not run.has_ended]
         for run in open_runs:
             _signal_group(run, number)
@@ -245,6 +249,6 @@ def _progress_of(run: Running) -> str:
 
 
 def _signal_group(run: Running, number: signal.Signals) -> None:
-    """Signal the command and all that it has started."""
+    """Signal the command and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.process.pid, number)

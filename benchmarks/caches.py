@@ -13,7 +13,7 @@ from kd_accel.cache.manifest import CachedSamples, flush_shards, write_manifest,
 from kd_accel.cache.spec import LOGITS, CacheSpec, Split, TensorSpec, samples_in_a_shard
 from kd_accel.cache.writer import blocks_of, run_pass
 from kd_accel.config.schema import StorageType, TeacherConfig
-from kd_accel.models.memory_format import image_memory_format
+from kd_accel.models.inference import image_memory_format
 from kd_accel.teacher.teacher import LiveTeacher
 
 

@@ -1,7 +1,7 @@
-"""The distillation loop that most people write: torchvision's transforms for each picture, a DataLoader, hooks, `for x, y in`.
+"""A distillation loop as most people write it: torchvision's transforms for each picture, a DataLoader, hooks, `for x, y in`.
 
-Nothing of this program's own, and nothing tuned: contiguous layout, the optimizer as torch has it, and the loss read in each
-step.
+Nothing of this program's own, and nothing tuned: contiguous memory format, the optimizer as torch has it, and the loss read in
+each step.
 """
 
 from __future__ import annotations
@@ -17,20 +17,17 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet18, resnet50
 
 from benchmarks.bare import ALPHA, FEATURE_WEIGHT, TEMPERATURE
-from benchmarks.jobs import CLASSES, OPTIM, STUDENT, TEACHER, Bench
+from benchmarks.jobs import CLASSES, LAYERS, OPTIM, STUDENT, TEACHER, Bench
 from benchmarks.pictures import Pictures
 
-STAGES = list(STUDENT)
-
-
 def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
-    """Each call is an epoch of hybrid distillation from a live teacher. Returns the number of images."""
+    """Return a case: each call runs an epoch of hybrid distillation from a live teacher, and returns the number of images."""
     torch.manual_seed(0)
     device = bench.device
     student = resnet18(num_classes=CLASSES).to(device)
     teacher = resnet50(num_classes=CLASSES, zero_init_residual=True).to(device).eval()
     projectors = nn.ModuleDict(
-        {profiler_range: nn.Conv2d(STUDENT[profiler_range][0], TEACHER[profiler_range][0], 1) for profiler_range in STAGES}
+        {layer: nn.Conv2d(STUDENT[layer][0], TEACHER[layer][0], 1) for layer in LAYERS}
     ).to(device)
     parameters = [*student.parameters(), *projectors.parameters()]
     optimizer = torch.optim.SGD(
@@ -60,9 +57,9 @@ def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
                 reduction="batchmean",
             )
             loss = ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * functional.cross_entropy(logits, labels)
-            for profiler_range in STAGES:
+            for layer in LAYERS:
                 loss = loss + FEATURE_WEIGHT * functional.mse_loss(
-                    projectors[profiler_range](kept[profiler_range]), targets[profiler_range]
+                    projectors[layer](kept[layer]), targets[layer]
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -76,15 +73,15 @@ def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
 
 
 def _keep(model: nn.Module) -> dict[str, Tensor]:
-    """{stage: what it gave in the latest forward}."""
+    """Record the layers of a ResNet. Returns {layer: its output in the latest forward}, filled by each forward."""
     kept: dict[str, Tensor] = {}
 
-    def keeper(profiler_range: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def keeper(layer: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            kept[profiler_range] = output
+            kept[layer] = output
 
         return keep
 
-    for profiler_range in STAGES:
-        getattr(model, profiler_range).register_forward_hook(keeper(profiler_range))
+    for layer in LAYERS:
+        getattr(model, layer).register_forward_hook(keeper(layer))
     return kept

@@ -1,8 +1,8 @@
-"""What every suite shares: interleaved repeats, medians with their spread, the closing line of JSON, the dated file.
+"""Shared parts of the suites: interleaved repeats, medians with their spread, the closing line of JSON, the dated file.
 
-Timings of one case drift with everything else that a machine does. So the cases take turns within one run, and what is
-reported is the ratio of their medians; absolute times stand beside it for reference only. A drift that is slower than a turn
-leaves the ratio within each turn alone: the median of those, with its standard error, says what the run can tell apart.
+Timings of one case drift with everything else that a machine does. So the cases take turns within one run, and the ratio of
+their medians is reported; absolute times stand next to it for reference only. A drift that is slower than a turn does not change
+the ratio within each turn: the median of those is reported with its standard error, the resolution of the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ _LIBRARIES = ("torch", "torchvision", "accelerate", "safetensors", "datasets", "
 
 
 class TurnRatio(TypedDict):
-    """error: standard error of the median, from the quartiles as for a normal distribution; None of a single turn."""
+    """Ratio turn by turn.
+
+    Args:
+        median: of the ratios.
+        error: standard error of the median, from the quartiles as for a normal distribution; None of a single turn.
+    """
 
     median: float
     error: float | None
@@ -38,7 +43,18 @@ class TurnRatio(TypedDict):
 
 @dataclass
 class Result:
-    """medians, spread (interquartile range over the median) by case, in `unit`; ratios between medians, and turn by turn."""
+    """Figures of one suite.
+
+    Args:
+        benchmark: name of the suite.
+        medians: by case, in `unit`.
+        spread: interquartile range over the median, by case.
+        ratios: between medians, by "numerator/denominator".
+        by_turn: the same ratios turn by turn.
+        notes: further figures and settings.
+        unit: of the medians.
+        repeats: single figures by case.
+    """
 
     benchmark: str
     medians: dict[str, float] = field(default_factory=dict)
@@ -53,24 +69,26 @@ class Result:
     def of_repeats(
         cls, benchmark: str, repeats: Mapping[str, Sequence[float]], *, notes: dict[str, Any], unit: str = "/s"
     ) -> Result:
-        """repeats: throughputs (or times) by case, one figure per repeat."""
+        """Create a result from throughputs (or times) by case, one figure per repeat."""
         result = cls(benchmark, notes=notes, unit=unit)
         result.add_repeats(repeats)
         return result
 
     def add_repeats(self, repeats: Mapping[str, Sequence[float]]) -> None:
+        """Add the medians and spreads of further cases."""
         for name, values in repeats.items():
             self.repeats[name] = values
             self.medians[name], self.spread[name] = statistics.median(values), _relative_spread(values)
 
     def add_ratio(self, numerator: str, denominator: str) -> None:
+        """Add the ratio of two cases."""
         name = f"{numerator}/{denominator}"
         self.ratios[name] = self.medians[numerator] / self.medians[denominator]
         self.by_turn[name] = turn_ratio(self.repeats[numerator], self.repeats[denominator])
 
 
 def turn_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> TurnRatio:
-    """The n-th of both come from the same turn."""
+    """Compute the ratio of figures whose n-th items come from the same turn."""
     ratios = [one / other for one, other in zip(numerators, denominators, strict=True)]
     median = statistics.median(ratios)
     error = 0.93 * _relative_spread(ratios) * median / math.sqrt(len(ratios)) if len(ratios) > 1 else None
@@ -85,12 +103,12 @@ def suite_parser(
     batch_size: int = 128,
     threads: int | None = 1,
 ) -> argparse.ArgumentParser:
-    """What all suites take. repeats, steps, threads: None for one that has no use for it."""
+    """Create the parser of a suite. repeats, steps, threads: defaults; None for an option that the suite does not have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if repeats is not None:
         parser.add_argument("--repeats", type=int, default=repeats, help="blocks (or launches) of each case")
     if threads is not None:
-        parser.add_argument("--threads", type=int, default=threads, help="CPU threads; several of them wait for each other")
+        parser.add_argument("--threads", type=int, default=threads, help="CPU threads; several of them synchronize with each other")
     parser.add_argument(
         "--batch_size", type=int, default=batch_size, help="samples in a forward; fewer for a trial of the suite"
     )
@@ -100,9 +118,15 @@ def suite_parser(
 
 
 def measure_in_turns(cases: Mapping[str, Callable[[], float]], *, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Call each case `warm_up + repeats` times in turns. A case does some work and returns how many units it did.
+    """Call each case `warm_up + repeats` times in turns.
 
-    Returns units per second, one figure per repeat, without the warm-up.
+    Args:
+        cases: each does some work and returns the number of units.
+        repeats: measured calls.
+        warm_up: calls before them.
+
+    Returns:
+        Units per second by case, one figure per repeat.
     """
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warm_up + repeats):
@@ -118,31 +142,37 @@ def measure_in_turns(cases: Mapping[str, Callable[[], float]], *, repeats: int, 
 
 
 def accelerate_launch(processes: int) -> list[str]:
-    """The command before `-m MODULE` that starts so many processes on this machine, each with a GPU where there are any."""
+    """Return the command before `-m MODULE` that starts this many processes on this machine, each with a GPU if it has any."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     return [*launcher, "--multi_gpu"] if processes > 1 else launcher
 
 
 def most_processes() -> int | None:
-    """How many one launch may have here: one for each GPU, any number (None) on CPUs."""
+    """Return the largest number of processes of a launch on this machine: one for each GPU, any number (None) on CPUs."""
     return torch.cuda.device_count() if torch.cuda.is_available() else None
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile can compile for CPUs here."""
+    """Return whether torch.compile can compile for CPUs on this machine."""
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def cpu_threads(threads: int) -> dict[str, str]:
-    """The environment in which each process has so many; with GPUs the number does not matter, and all have all."""
+    """Return the environment in which each process has this many threads; with GPUs all have all CPUs."""
     return {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() if torch.cuda.is_available() else threads)}
 
 
 def finish(result: Result, *, threads: int | None = None, out_dir: Path = Path("runs/benchmarks")) -> str:
-    """Print a table and the closing line of JSON; write the same to a dated file (a directory that git ignores).
+    """Print a table and the closing line of JSON; write the line to a dated file (by default in a directory that git ignores).
 
-    Returns the line. threads: that were measured, where they ran in other processes than this one.
+    Args:
+        result: of the suite.
+        threads: of the measured processes, where they are other processes than this one.
+        out_dir: directory of the dated file.
+
+    Returns:
+        The line.
     """
     for name, median in result.medians.items():
         shown = f"{median:.1f}" if median >= 100 else f"{median:.4g}"
@@ -168,7 +198,7 @@ def finish(result: Result, *, threads: int | None = None, out_dir: Path = Path("
 
 
 def provenance(*, threads: int | None = None) -> dict[str, Any]:
-    """Return commit, hardware and versions, which every result is recorded with."""
+    """Return commit, hardware and versions, which are part of every result."""
     return {
         "commit": _commit(),
         "hardware": _hardware(threads or torch.get_num_threads()),

@@ -1,13 +1,13 @@
-"""What it costs to bring images to the model: `python -m benchmarks.input`.
+"""Cost of bringing images to the model: `python -m benchmarks.input`.
 
 All cases give batches of 128 normalized float images of 32x32 pixels, cropped and flipped at random, with their labels, from
 the same 1,024 images; the first four in one process without workers, as many threads as `--threads` says.
     loader          the program's own: views of whole batches, from uint8 pixels in memory
-    v2              PIL images, torchvision.transforms.v2 for each of them, and a DataLoader: what most people write
+    v2              PIL images, torchvision.transforms.v2 for each of them, and a DataLoader, as most people write it
     with_transform  Hugging Face `datasets`: encoded images, decoded and transformed one by one in `with_transform`
-    gather          a gather from one uint8 tensor in memory and the normalization, no augmentation: what the hardware gives
+    gather          a gather from one uint8 tensor in memory and the normalization, no augmentation: the hardware's limit
     student         a training step of the student (ResNet-18), to see what share of it the loader takes (on a GPU the
-                    views of such a training are made there, `loader` is then for sets that do not fit)
+                    views of such a training are made on the GPU, `loader` is then for sets that do not fit)
 
 One unit is an image; a block is an epoch; the cases take turns. Run it alone: on two cores any other load shows.
 """
@@ -24,12 +24,12 @@ from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
-from benchmarks.jobs import VIEWS, Bench, Size, build_job, epochs_of, normalization, open_bench, training_config
+from benchmarks.jobs import MEAN, PLAIN, STD, Bench, Size, build_training, epochs_of, open_bench, with_settings
 from benchmarks.pictures import Pictures, pictures_of, transform
-from kd_accel.data.loader import TrainLoader
+from kd_accel.models.preprocess import Normalize
 
 FAST_TURNS = 20
-"""Epochs of the cases that take milliseconds in one of their blocks."""
+"""Epochs in one block of the cases that take milliseconds for an epoch."""
 
 
 def main() -> None:
@@ -45,20 +45,21 @@ def main() -> None:
 
 
 def cases(bench: Bench, directory: Path, repeats: int) -> dict[str, Callable[[], float]]:
+    """Build the cases. directory: of the student's training."""
     pixels = bench.images.pixels(bench.samples)
-    config = training_config(bench.size, epochs=repeats + 1)
+    config = with_settings(PLAIN, train={"epochs": repeats + 1})
     return {
         "loader": _loader(bench),
         "v2": _v2(bench),
         "with_transform": _with_transform(bench),
         "gather": _gather(bench, torch.from_numpy(pixels).permute(0, 3, 1, 2)),
-        "student": epochs_of(build_job(bench, config, directory)),
+        "student": epochs_of(build_training(bench, config, directory)),
     }
 
 
 def _loader(bench: Bench) -> Callable[[], float]:
-    loader = TrainLoader(bench.images, VIEWS, samples=bench.samples, batch_size=bench.size.batch_size)
-    normalize, epochs = normalization(torch.device("cpu")), iter(range(1 << 30))
+    loader = bench.data().train_loader(batch_size=bench.size.batch_size)
+    normalize, epochs = Normalize(MEAN, STD, memory_format=torch.contiguous_format), iter(range(1 << 30))
 
     def block() -> float:
         for _ in range(FAST_TURNS):
@@ -71,7 +72,7 @@ def _loader(bench: Bench) -> Callable[[], float]:
 
 
 def _gather(bench: Bench, stored: torch.Tensor) -> Callable[[], float]:
-    normalize, labels = normalization(torch.device("cpu")), torch.from_numpy(bench.images.labels)
+    normalize, labels = Normalize(MEAN, STD, memory_format=torch.contiguous_format), torch.from_numpy(bench.images.labels)
 
     def block() -> float:
         for _ in range(FAST_TURNS):

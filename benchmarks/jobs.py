@@ -1,63 +1,50 @@
-"""What suites time: trainings of this program on random images, and a live teacher (caches.py: a real cache of what it says).
+"""Trainings on random images for the suites, built by the package's own builders from a RunConfig in memory.
 
 The networks are those of the reference job: ResNet-50 teaches ResNet-18, both with the ImageNet stem and 10 classes, on 32x32
-images in batches of 128; features meet in the student's 64, 128, 256 and 512 channels (direction `both` unless
-said: frozen projectors on the teacher's side, learned ones on the student's). Weights and images are random, since nothing
-here depends on what they show. Everything is built once, by `open_bench`, and shared by the cases of a suite.
+images in batches of 128. Features are compared in the student's 64, 128, 256 and 512 channels, with direction `both` unless
+another is named. Weights and images are random, since no figure here depends on what they show. Frozen random projectors stand
+in for the PCA, whose directions make no difference to the time. `open_bench` builds what the cases of a suite share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from kd_accel.cache.spec import Split
-from kd_accel.commands.schedule import build_schedule
+from kd_accel.builders.student import build_distiller, build_losses, build_student
+from kd_accel.builders.teacher import TeacherSetup, build_targets, layer_shapes, live_teacher, teacher_on_device
+from kd_accel.builders.trainer import build_schedule, build_train_loader, build_train_state, build_trainer
 from kd_accel.config.schema import (
     CheckpointConfig,
     DataConfig,
-    Direction,
     DistillConfig,
-    FeatureConfig,
+    FeatureLossConfig,
     OptimConfig,
     Precision,
     RunConfig,
     TeacherConfig,
-    TrainConfig,
 )
-from kd_accel.data.loader import TrainLoader, load_batches
-from kd_accel.data.sources import MemoryImages
+from kd_accel.data.dataset import MemoryImages
+from kd_accel.data.datamodule import DataModule, images_on
+from kd_accel.data.splits import Split, SplitSamples
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.distributed import Accelerator, start_processes
-from kd_accel.models.cpu_kernels import use_cpu_kernels
+from kd_accel.losses.features import Direction
+from kd_accel.losses.targets import PCA
 from kd_accel.models.factory import build_model
-from kd_accel.models.feature_extractor import compile_with_hooks
-from kd_accel.models.fusion import fuse_conv_bn
-from kd_accel.models.kernels import choose_kernels
-from kd_accel.models.memory_format import image_memory_format, weight_memory_format
+from kd_accel.models.inference import choose_kernels, image_memory_format, use_cpu_kernels, weight_memory_format
 from kd_accel.models.preprocess import Normalize
-from kd_accel.models.projectors import FeatureProjector, build_projectors
-from kd_accel.models.student import StudentModule
-from kd_accel.teacher.teacher import LiveTeacher
-from kd_accel.training.average import MovingAverage
-from kd_accel.training.checkpoint import CheckpointWriter
-from kd_accel.training.job import Job
-from kd_accel.training.metrics import Meters
-from kd_accel.training.metrics_log import MetricsLog
-from kd_accel.training.nonfinite import NonFiniteGuard
-from kd_accel.training.optim import build_optimizer
-from kd_accel.training.preemption import PreemptionHandler
-from kd_accel.training.profile import StepProfiler
+from kd_accel.models.projectors import FeatureProjector
+from kd_accel.teacher.teacher import Teacher
 from kd_accel.training.progress import Progress
-from kd_accel.training.state import TrainState
-from kd_accel.training.trainer import train_epoch
-from kd_accel.types import Batch, TeacherSource, no_teacher
+from kd_accel.training.trainer import Trainer
+from kd_accel.types import Batch, no_teacher
 
 CLASSES = 10
 IMAGE_SIZE = 32
@@ -66,203 +53,202 @@ MEAN, STD = [0.5] * 3, [0.25] * 3
 VIEWS = ViewTransform("crop_flip", IMAGE_SIZE)
 STUDENT = {"layer1": (64, 8, 8), "layer2": (128, 4, 4), "layer3": (256, 2, 2), "layer4": (512, 1, 1)}
 TEACHER = {"layer1": (256, 8, 8), "layer2": (512, 4, 4), "layer3": (1024, 2, 2), "layer4": (2048, 1, 1)}
-LAYERS = {layer: layer for layer in STUDENT}
-Features = Literal["none", "raw", "projected"]
-"""Of the teacher: as they come, or through the frozen projectors to the student's channels."""
+LAYERS = list(STUDENT)
+PLAIN = RunConfig(
+    data=DataConfig(augment="crop_flip", val_fraction=0.0), optim=OPTIM, checkpoint=CheckpointConfig(every_epochs=None)
+)
+"""Plain training, without checkpoints and evaluation."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What one block does: `steps` batches of `batch_size` samples."""
+    """Work of one block: `steps` batches of `batch_size` samples."""
 
     batch_size: int
     steps: int
 
     @property
     def samples(self) -> int:
+        """Number of samples in a block."""
         return self.batch_size * self.steps
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What the cases of a suite share.
+    """Processes, precision and images that the cases of a suite share.
 
-    images: as many as a block has samples. forms: the device for which layouts and forms of layers are chosen; None = `device`.
+    Args:
+        accelerator: of the launch.
+        size: of a block.
+        images: as many as a block has samples.
+        precision: of all trainings.
+        as_gpu: whether a CPU takes the code paths of a GPU: memory formats, kernels, images stored on the device.
     """
 
     accelerator: Accelerator
     size: Size
     images: MemoryImages
-    forms: torch.device | None = None
+    precision: Precision
+    as_gpu: bool = False
 
     @property
     def device(self) -> torch.device:
+        """Device of this process."""
         return self.accelerator.device
 
     @property
-    def form_device(self) -> torch.device:
-        return self.forms or self.device
+    def kernel_device(self) -> torch.device:
+        """Device for which memory formats and kernels are chosen."""
+        return torch.device("cuda") if self.as_gpu else self.device
 
     @property
     def samples(self) -> np.ndarray:
+        """Indices of all samples."""
         return np.arange(self.size.samples)
 
+    def data(self, num_views: int | None = None) -> DataModule:
+        """Return the images as a training split without held-out samples."""
+        splits = SplitSamples(self.samples, self.samples[:0], self.samples[:0])
+        return DataModule(self.images, self.images, splits, MEAN, STD, VIEWS, num_views)
+
     def batches(self, split: Split, shares: Sequence[tuple[np.ndarray, int]]) -> Iterator[Batch]:
-        """Views of these samples on the device, as a build of a cache loads them."""
-        batches = load_batches(self.images, VIEWS, shares, pin_memory=self.device.type == "cuda")
+        """Yield a batch on the device for each (indices, view), as a build of a cache loads them."""
+        batches = self.data().batches(split, shares, pin_memory=self.device.type == "cuda")
         return (batch.to(self.device, non_blocking=True) for batch in batches)
+
+    def adapted(self, config: RunConfig) -> RunConfig:
+        """Return the config with batch size and precision of the bench, and with a GPU's choices where `as_gpu` asks for them."""
+        of_gpu = {"channels_last": True, "cpu_kernels": "never"} if self.as_gpu else {}
+        return with_settings(config, train={"batch_size": self.size.batch_size, "precision": self.precision, **of_gpu})
 
 
 def open_bench(
-    size: Size,
-    *,
-    precision: Precision = "no",
-    deterministic: bool = False,
-    tf32: bool = True,
-    forms: torch.device | None = None,
+    size: Size, *, precision: Precision = "float32", deterministic: bool = False, tf32: bool = True, as_gpu: bool = False
 ) -> Bench:
+    """Join the launched processes, choose the kernels, and make random images."""
     choose_kernels(deterministic=deterministic, tf32=tf32)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (size.samples, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     labels = generator.integers(0, CLASSES, size.samples)
     images = MemoryImages(pixels, labels, [str(label) for label in range(CLASSES)])
-    return Bench(start_processes(precision), size, images, forms)
+    return Bench(start_processes(precision), size, images, precision, as_gpu)
 
 
-def epochs_of(job: Job) -> Callable[[], float]:
-    """A case: each call is an epoch of the program's own loop, with the next view. Returns the number of images."""
+def with_settings(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
+    """Return the config with some settings of its sections replaced, as `train={"epochs": 3}`."""
+    updated = {name: getattr(config, name).model_copy(update=dict(settings)) for name, settings in sections.items()}
+    return config.model_copy(update=updated)
+
+
+def distilled(distill: DistillConfig) -> RunConfig:
+    """Return the config of a distillation from a live teacher."""
+    return PLAIN.model_copy(update={"teacher": TeacherConfig(run="teacher"), "distill": distill})
+
+
+def hybrid(direction: Direction = "both") -> RunConfig:
+    """Return the config of a distillation on logits and features from a live teacher."""
+    return distilled(DistillConfig(features={"mse": FeatureLossConfig(args={"direction": direction})}))
+
+
+def build_training(
+    bench: Bench,
+    config: RunConfig,
+    directory: Path,
+    *,
+    teacher: TeacherSetup | None = None,
+    keeps_images_on_host: bool = False,
+) -> Trainer:
+    """Build a training at its first step.
+
+    Args:
+        bench: adapts the config.
+        config: of the training.
+        directory: made, for the lines of metrics.
+        teacher: where the config has a teacher.
+        keeps_images_on_host: even with a GPU; views are then made on the host, as for sets that are too large.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = bench.adapted(config).model_copy(update={"run_dir": str(directory)})
+    data, losses = bench.data(config.data.views), build_losses(config)
+    network, _ = build_student(config, data)
+    shapes = teacher.target_shapes if teacher else {}
+    distiller = build_distiller(config, data, network, losses, shapes, bench.device)
+    distiller.start_recording()
+    train_state = build_train_state(config, distiller, bench.accelerator)
+    if bench.as_gpu:  # a CPU's weights stay contiguous for any config
+        for module in filter(None, (train_state.module, train_state.average)):
+            module.to(memory_format=torch.channels_last)
+    loader = build_train_loader(config, data, bench.accelerator)
+    if bench.kernel_device.type == "cuda" and not keeps_images_on_host:
+        loader.keep_images(images_on(bench.device, data))
+    schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
+    source = teacher.source if teacher else no_teacher
+    trainer = build_trainer(config, train_state, loader, source, schedule, bench.accelerator)
+    trainer.progress = Progress(config.name, total_steps=schedule.total_steps, done_steps=0, is_main=False)
+    return trainer
+
+
+def epochs_of(trainer: Trainer) -> Callable[[], float]:
+    """Return a case: each call runs an epoch of the training with the next view, and returns the number of images."""
 
     def block() -> float:
-        position = job.train_state.position
-        train_epoch(job)
+        position = trainer.train_state.position
+        trainer.fit_epoch()
         position.epoch, position.step_in_epoch = position.epoch + 1, 0
-        return job.schedule.steps_per_epoch * job.train.batch_size
+        return trainer.schedule.steps_per_epoch * trainer.settings.batch_size
 
     return block
 
 
-def training_config(size: Size, *, epochs: int, views: int | None = None, distill: DistillConfig | None = None) -> RunConfig:
-    """Without checkpoints and evaluation. distill: None = plain training."""
-    return RunConfig(
-        data=DataConfig(augment="crop_flip", val_fraction=0.0, views=views),
-        teacher=TeacherConfig(run="teacher") if distill else None,
-        distill=distill,
-        optim=OPTIM,
-        train=TrainConfig(epochs=epochs, batch_size=size.batch_size),
-        checkpoint=CheckpointConfig(every_epochs=None),
+def build_live_teacher(bench: Bench, config: RunConfig) -> TeacherSetup:
+    """Build the live teacher of a config, with random projectors in place of fitted ones."""
+    config = bench.adapted(config)
+    losses, teacher = build_losses(config), random_teacher()
+    student, _ = build_student(config, bench.data())
+    targets = build_targets(config, losses, student, teacher)
+    for layer, target in targets.items():
+        if isinstance(target, PCA):
+            target.load(FeatureProjector(TEACHER[layer][0], target.channels).state_dict())
+        target.to(bench.device)
+    raw_shapes = layer_shapes(config, losses, teacher)
+    network, normalize = teacher_on_device(config, teacher, bench.accelerator, list(targets))
+    live = live_teacher(config, network, normalize, targets, bench.accelerator)
+    shapes = {layer: target.output_shape(raw_shapes[layer]) for layer, target in targets.items()}
+    return TeacherSetup(live, lambda split: live, "random", shapes, live=live, targets=targets)
+
+
+def random_teacher() -> Teacher:
+    """Build ResNet-50, whose blocks begin as the identity, so that random weights give numbers of an ordinary size."""
+    arch, arguments = "torchvision/resnet50", {"zero_init_residual": True}
+    return Teacher(build_model(arch, num_classes=CLASSES, arch_args=arguments), MEAN, STD, arch=arch, arch_args=arguments)
+
+
+def fused_teacher(bench: Bench) -> nn.Module:
+    """Build the teacher's network as a training runs it: BatchNorm fused into the convolutions, kernels of the device."""
+    settings = bench.adapted(PLAIN).train
+    network, _ = random_teacher().on_device(
+        bench.device,
+        layers=LAYERS,
+        image_size=IMAGE_SIZE,
+        channels_last=settings.channels_last,
+        cpu_kernels=settings.cpu_kernels,
     )
+    return network.eval().requires_grad_(False)
 
 
-def build_job(
-    bench: Bench, config: RunConfig, directory: Path, *, teacher: TeacherSource = no_teacher, keeps_images_on_host: bool = False
-) -> Job:
-    """directory: for the lines of metrics; must be there. signals: whoever teaches where the config says how to listen.
-
-    keeps_images_on_host: even where there is a GPU; views are then made on the host, as for sets that are too large.
-    """
-    memory_format = weight_memory_format(config.train.channels_last, bench.form_device)
-    module = _student_module(config, bench).to(bench.device).to(memory_format=memory_format)
-    average = None if config.train.ema_decay is None else MovingAverage(module.student, decay=config.train.ema_decay)
-    module.start_recording()
-    if config.train.compile:
-        compile_with_hooks(module.student)
-    module, optimizer = bench.accelerator.prepare(module, build_optimizer(module.parameters(), config.optim))
-    loader = _loader(bench, config, keeps_images_on_host=keeps_images_on_host)
-    schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
-    progress = Progress("benchmark", total_steps=schedule.total_steps, done_steps=0, is_main=False)
-    return Job(
-        accelerator=bench.accelerator,
-        train=config.train,
-        checkpoint=config.checkpoint,
-        train_state=TrainState(module, optimizer, Meters(bench.device), average),
-        guard=NonFiniteGuard(bench.accelerator, module, optimizer),
-        loader=loader,
-        teacher=teacher,
-        schedule=schedule,
-        metrics_log=MetricsLog(directory / "metrics.jsonl", is_main=bench.accelerator.is_main_process),
-        progress=progress,
-        profiler=StepProfiler(directory, steps=None, rank=0, say=progress.say),
-        preemption=PreemptionHandler(bench.accelerator),
-        writer=CheckpointWriter(),
-        checkpoint_dir=directory / "checkpoints",
-        checkpoint_extra={},
-        checkpoint_tensors={},
-    )
-
-
-def hybrid(direction: Direction = "both") -> DistillConfig:
-    """Response and feature term; frozen projectors on the teacher's side where the direction has any."""
-    return DistillConfig(feature=FeatureConfig(direction=direction))
-
-
-def normalization(device: torch.device, *, forms: torch.device | None = None) -> Normalize:
-    """In the layout that a training gives its maps there. forms: here and below as in `Bench`."""
-    return Normalize(MEAN, STD, memory_format=image_memory_format(None, forms or device)).to(device)
-
-
-def build_student(device: torch.device, *, forms: torch.device | None = None) -> nn.Module:
-    """As a training has it, its layers in the forms that are fast on a CPU."""
+def student_network(bench: Bench) -> nn.Module:
+    """Build the student's network with the layers that a training gives it on the device."""
     model = build_model("torchvision/resnet18", num_classes=CLASSES)
-    use_cpu_kernels(model, forms or device)
-    return model.to(device)
+    use_cpu_kernels(model, bench.kernel_device)
+    return model.to(bench.device).to(memory_format=weight_memory_format(None, bench.kernel_device))
 
 
-def build_teacher() -> nn.Module:
-    """Its blocks begin as the identity, so that random weights give numbers of an ordinary size. On the CPU."""
-    model = build_model("torchvision/resnet50", num_classes=CLASSES, arch_args={"zero_init_residual": True})
-    return model.eval().requires_grad_(False)
+def frozen_projectors(device: torch.device) -> nn.ModuleDict:
+    """Build random projectors from the teacher's channels to the student's, by layer."""
+    projectors = {layer: FeatureProjector(TEACHER[layer][0], STUDENT[layer][0]) for layer in LAYERS}
+    return nn.ModuleDict(projectors).to(device).requires_grad_(False)
 
 
-def fused_teacher(device: torch.device, *, forms: torch.device | None = None) -> nn.Module:
-    """The same network as a training has it answer: BatchNorm in the convolutions, forms that are fast on a CPU."""
-    model = fuse_conv_bn(
-        build_teacher(), layers=LAYERS, image_size=IMAGE_SIZE
-    )  # on the CPU: in TF32 both would differ beyond rounding
-    assert model is not None
-    use_cpu_kernels(model, forms or device)
-    return model.to(device).to(memory_format=image_memory_format(None, forms or device))
-
-
-def frozen_projectors(device: torch.device) -> dict[str, FeatureProjector]:
-    """In place of a PCA, whose directions make no difference to the time."""
-    widths = {layer: (TEACHER[layer][0], STUDENT[layer][0]) for layer in LAYERS}
-    projectors = {layer: FeatureProjector(teacher, student) for layer, (teacher, student) in widths.items()}
-    return {layer: projector.to(device).requires_grad_(False) for layer, projector in projectors.items()}
-
-
-def live_teacher(bench: Bench, features: Features = "projected") -> LiveTeacher:
-    """Answers with logits and such features, in the precision of the bench; its recorder is open."""
-    normalize, layers = normalization(bench.device, forms=bench.forms), {} if features == "none" else LAYERS
-    projectors = frozen_projectors(bench.device) if features == "projected" else {}
-    model = fused_teacher(bench.device, forms=bench.forms)
-    return LiveTeacher(model, normalize, layers=layers, projectors=projectors, autocast=bench.accelerator.autocast)
-
-
-def _student_module(config: RunConfig, bench: Bench) -> StudentModule:
-    normalize = normalization(bench.device, forms=bench.forms)
-    student = build_student(bench.device, forms=bench.forms)
-    if config.distill is None or config.distill.feature is None:
-        return StudentModule(student, normalize)
-    projectors = build_projectors(STUDENT, TEACHER, direction=config.distill.feature.direction)
-    return StudentModule(student, normalize, layers=list(LAYERS), student_projectors=projectors.student)
-
-
-def _loader(bench: Bench, config: RunConfig, *, keeps_images_on_host: bool) -> TrainLoader:
-    """On a GPU the images lie there, as in a training."""
-    stored = None
-    if bench.form_device.type == "cuda" and not keeps_images_on_host:
-        stored = torch.from_numpy(bench.images.pixels(bench.samples)).permute(0, 3, 1, 2)
-        stored = stored.to(bench.device, memory_format=torch.channels_last, copy=True)
-    loader = TrainLoader(
-        bench.images,
-        VIEWS,
-        samples=bench.samples,
-        batch_size=config.train.batch_size,
-        rank=bench.accelerator.process_index,
-        world_size=bench.accelerator.num_processes,
-        views=config.data.views,
-        pin_memory=bench.device.type == "cuda",
-    )
-    if stored is not None:
-        loader.keep_images(stored)
-    return loader
+def normalization(bench: Bench) -> Normalize:
+    """Build the normalization in front of a network, in the memory format that a training gives its images."""
+    return Normalize(MEAN, STD, memory_format=image_memory_format(None, bench.kernel_device)).to(bench.device)

@@ -2,14 +2,15 @@
 
 Every program of training_case.py and every limit of bare.py, in float32 and in bf16 autocast. Nothing is timed and no GPU is
 needed: the steps run on a CPU along the code paths of a GPU, which are images stored on the device and views made there,
-channels_last maps and weights, PyTorch's own layers, and copies from the host. The last two of three steps must agree in every
+channels_last maps and weights, PyTorch's own kernels, and copies from the host. The last two of three steps must agree in every
 operator; the line of metrics is left out. The size of the batch makes no difference.
 
 The counting rule: one dispatched operator is one launch; views, allocations and work on the host are none; a fused or foreach
 operator is one (operators.py). docs/gpu.md has the printed tables:
 
-    loader ... logging      parts as marked in kd_accel/profiling.py, `student` without `projector`
-    rest                    outside of the marks: copies of a host batch
+    loader ... logging      profiler ranges of kd_accel/profiling.py, one inside another counted once: `projector` and
+                            `student` are apart
+    rest                    outside of the ranges: copies of a host batch
     in all                  launches per step
     limit, distance         launches of the same training as a bare loop, and the difference
     views, allocations      in no other column
@@ -25,16 +26,16 @@ from unittest import mock
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.bare import LIMITS, LimitPrecision, limit_case
+from benchmarks.bare import LIMITS, limit_case
 from benchmarks.harness import Result, finish, suite_parser
 from benchmarks.jobs import Bench, Size, open_bench
 from benchmarks.operators import REST, OperatorCounter, StepCounts, counted
 from benchmarks.training_case import PROGRAMS, Programs
+from kd_accel.config.schema import Precision
 from kd_accel.models import preprocess
 
-GPU = torch.device("cuda")
 STEPS = 3
-PRECISIONS: dict[str, LimitPrecision] = {"float32": "no", "bf16": "bf16"}
+PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 PARTS = ("loader", "teacher", "student", "projector", "loss", "backward", "optimizer", "logging", REST)
 LIMIT_OF = {
     **{name: "bare" for name in PROGRAMS if name.startswith("plain")},
@@ -51,33 +52,34 @@ Counts = Mapping[str, StepCounts]
 def main() -> None:
     parser = suite_parser(__doc__, steps=None, batch_size=2)
     parser.add_argument("--cases", nargs="+", choices=[*LIMITS, *PROGRAMS], default=[*LIMITS, *PROGRAMS])
-    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result = Result("launches", unit="operators", notes={"batch_size": arguments.batch_size, "by_part": {}, "free": {}})
     for precision in arguments.precisions:
-        counts = count_cases(arguments.cases, PRECISIONS[precision], batch_size=arguments.batch_size)
+        counts = count_cases(arguments.cases, precision, batch_size=arguments.batch_size)
         print(f"Operators per step in {precision}:\n\n{table(counts)}\n")
         _add(result, counts, precision)
     finish(result)
 
 
-def count_cases(names: Sequence[str], precision: LimitPrecision, *, batch_size: int) -> dict[str, StepCounts]:
+def count_cases(names: Sequence[str], precision: Precision, *, batch_size: int) -> dict[str, StepCounts]:
     """Count a step of each case: a program of training_case.py or a limit of bare.py."""
     AcceleratorState._reset_state(reset_partial_state=True)  # one process counts both precisions
-    bench = open_bench(Size(batch_size, STEPS), precision=precision, forms=GPU)
+    bench = open_bench(Size(batch_size, STEPS), precision=precision, as_gpu=True)
     with tempfile.TemporaryDirectory() as directory:
         programs = Programs(bench, Path(directory), views=1)
-        return {name: count_step(_block(name, bench, programs, Path(directory) / name, precision)) for name in names}
+        return {name: count_step(_block(name, bench, programs, Path(directory) / name)) for name in names}
 
 
 def count_step(block: Callable[[], float]) -> StepCounts:
     """Count a step of a block of several.
 
-    Raises RuntimeError where its last two steps differ.
+    Raises:
+        RuntimeError: its last two steps differ.
     """
-    # on a CPU `Normalize` spreads its three values along the rows of channels_last images first
-    with mock.patch.object(preprocess, "_along_rows", lambda values, pixels: values), counted(OperatorCounter()) as counter:
+    # on a CPU `Normalize` first spreads its three values along the pixel rows of channels_last images
+    with mock.patch.object(preprocess, "_repeat_along_row", lambda values, pixels: values), counted(OperatorCounter()) as counter:
         block()
     before, last = counter.steps[-2:]
     if before != last:
@@ -88,17 +90,17 @@ def count_step(block: Callable[[], float]) -> StepCounts:
 def table(counts: Counts) -> str:
     """Return a Markdown table with a row for each case."""
     head = ["case", *PARTS, "in all", "limit", "distance", "views, allocations"]
-    rows = [[name, *_sample(name, counts)] for name in counts]
+    rows = [[name, *_row(name, counts)] for name in counts]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
 
 
-def _block(name: str, bench: Bench, programs: Programs, directory: Path, precision: LimitPrecision) -> Callable[[], float]:
+def _block(name: str, bench: Bench, programs: Programs, directory: Path) -> Callable[[], float]:
     if name in PROGRAMS:
         return programs.case(name, directory, blocks=1)
-    return limit_case(LIMITS[name], bench.device, bench.size, precision=precision, forms=GPU)
+    return limit_case(LIMITS[name], bench)
 
 
-def _sample(name: str, counts: Counts) -> list[str]:
+def _row(name: str, counts: Counts) -> list[str]:
     step, limit = counts[name], counts.get(LIMIT_OF.get(name, ""))
     numbers = [step.by_part.get(part, 0) for part in PARTS]
     total = step.launches.total()

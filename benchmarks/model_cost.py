@@ -1,9 +1,9 @@
-"""What the models cost to run: `python -m benchmarks.model_cost`.
+"""Cost of running the models: `python -m benchmarks.model_cost`.
 
 ResNet-50 and ResNet-18 with 10 classes on 32x32 images, each with the ImageNet stem and without its max-pool: parameters,
 multiply-adds, and latency at batch 1, 8, 32 and 128: eager, compiled where torch finds a compiler, and by ONNX Runtime where it
 is installed with onnxscript (on CPUs). `kd-accel bench` does the measuring; `torch.utils.benchmark` measures the eager
-ResNet-18 in turns with it, to see that they agree.
+ResNet-18 in turns with it, to check that they agree.
 
 Medians are milliseconds a forward. `latency/torch_benchmark` is time over time, turn by turn, of the batch size where it is
 furthest from 1; the notes have it for each.
@@ -28,8 +28,7 @@ from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.model_stats import count_macs, count_parameters
 from kd_accel.config.schema import Stem
 from kd_accel.models.factory import build_model
-from kd_accel.models.kernels import choose_kernels
-from kd_accel.models.memory_format import image_memory_format
+from kd_accel.models.inference import choose_kernels, image_memory_format
 
 STEMS: tuple[Stem, ...] = ("imagenet", "no_pool")
 _TURN_S = 0.1
@@ -74,7 +73,7 @@ def main() -> None:
 
 
 def torch_benchmark_ms(model: nn.Module, images: Tensor, *, min_time_s: float) -> float:
-    """Median of `torch.utils.benchmark` for the same forward, with as many threads."""
+    """Return the median of `torch.utils.benchmark` for the same forward, with as many threads."""
     timer = Timer(
         "with torch.inference_mode(): model(images)",
         globals={"model": model, "images": images, "torch": torch},
@@ -84,9 +83,9 @@ def torch_benchmark_ms(model: nn.Module, images: Tensor, *, min_time_s: float) -
 
 
 def _agreement(model: nn.Module, images: Tensor, arguments: argparse.Namespace) -> TurnRatio:
-    """Our latency over that of `torch.utils.benchmark`, for the same forward, in turns that each of them opens in turn.
+    """Return our latency over that of `torch.utils.benchmark` for the same forward, in turns that each opens alternately.
 
-    Many short turns, since the machine's speed drifts within a second.
+    The turns are many and short, since the machine's speed drifts within a second.
     """
     min_time_s = min(_TURN_S, arguments.min_time_s)
 
@@ -105,7 +104,7 @@ def _agreement(model: nn.Module, images: Tensor, arguments: argparse.Namespace) 
 
 
 class _OnnxRuntime(nn.Module):
-    """The exported model in a session of ONNX Runtime, with as many threads as torch has."""
+    """Exported model in a session of ONNX Runtime, with as many threads as torch has."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -133,7 +132,7 @@ MODES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def _modes() -> list[str]:
-    """Those that this machine can do."""
+    """Return the modes that this machine can run."""
     has_gpu = torch.cuda.is_available()
     has_onnx = not has_gpu and all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
     return ["eager", *(["compiled"] if has_compiler() else []), *(["onnx"] if has_onnx else [])]

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kd_accel.profiling import RangeName, observed
 
 REST = "rest"
-"""The part of operators outside of any mark."""
+"""Name of the part outside of any profiler range."""
 
 _LAST: RangeName = "optimizer"
 _FREE = {
@@ -41,7 +41,12 @@ _FREE = {
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Operators of one step as {(part, operator): number}. free: views and allocations."""
+    """Operators of one step as {(part, operator): number}.
+
+    Args:
+        launches: those that run a kernel.
+        free: views and allocations.
+    """
 
     launches: Counter[tuple[str, str]] = field(default_factory=Counter)
     free: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -56,7 +61,7 @@ class StepCounts:
 
 
 class OperatorCounter(TorchDispatchMode):
-    """A counter for the steps that run inside `with counted(counter)`.
+    """Counter of the steps that run inside `with counted(counter)`.
 
     A step ends where its part "optimizer" ends; `steps` holds the counts of those that have ended.
     """
@@ -99,9 +104,11 @@ class OperatorCounter(TorchDispatchMode):
             self._creates_on_host = before
 
     def is_on_host(self, tensor: Tensor) -> bool:
+        """Return whether the tensor would be in host memory."""
         return tensor.untyped_storage()._cdata in self._on_host
 
     def keep_on_host(self, tensor: Tensor) -> Tensor:
+        """Record that the tensor is in host memory, and return it."""
         storage = tensor.untyped_storage()
         self._on_host[storage._cdata] = storage
         return tensor
@@ -138,7 +145,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """The part of the tracking that needs the Python call: which device it names."""
+    """Part of the tracking that needs the Python call: the device that it names."""
 
     def __init__(self, counter: OperatorCounter) -> None:
         super().__init__()
@@ -160,7 +167,7 @@ class _Calls(TorchFunctionMode):
 
 @contextmanager
 def counted(counter: OperatorCounter) -> Iterator[OperatorCounter]:
-    """Count the operators inside, and attribute them by the marks of kd_accel/profiling.py."""
+    """Count the operators inside, and attribute them by the profiler ranges of kd_accel/profiling.py."""
     from_numpy = torch.from_numpy
     with (
         mock.patch.object(torch, "from_numpy", lambda array: counter.keep_on_host(from_numpy(array))),

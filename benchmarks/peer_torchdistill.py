@@ -1,12 +1,12 @@
 """Hybrid distillation by torchdistill, block by block: started by `benchmarks.peers` with torchdistill's own interpreter.
 
 Driven as its documentation has it (https://yoshitomo-matsubara.net/torchdistill/, version 1.1.5): a DistillationBox from a
-config, forward hooks on both models, an auxiliary wrapper that gives the student a 1x1 convolution at each stage, KDLoss and
+config, forward hooks on both models, an auxiliary wrapper that gives the student a 1x1 convolution at each layer, KDLoss and
 MSELoss as terms of a WeightedSumLoss, a DataLoader over PIL images with torchvision's transforms, and the loop of its examples:
-forward process, post-forward process, and a logger that is told the loss after each step.
+forward process, post-forward process, and a logger that receives the loss after each step.
 
-Each line on stdin asks for an epoch; the answer is a line of JSON {"images", "seconds"}. The first line out says how it works.
-Nothing of this project is imported: it does not exist in that environment.
+Each line on stdin starts an epoch, which prints a line of JSON {"images", "seconds"}. The first line printed has the versions.
+Nothing of this project is imported: it is not installed in that environment.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIDTHS = {"layer1": (64, 256), "layer2": (128, 512), "layer3": (256, 1024), "lay
 
 
 class Pictures(Dataset[Any]):
-    """Random pictures that lie in memory, transformed one by one, as torchvision's CIFAR10 gives them."""
+    """Random pictures in memory, transformed one by one, as torchvision's CIFAR10 returns them."""
 
     def __init__(self, samples: int, size: int, classes: int, transform: Any) -> None:
         generator = np.random.default_rng(0)
@@ -48,7 +48,7 @@ class Pictures(Dataset[Any]):
 def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
-    torch.backends.cudnn.benchmark = True  # as a training of ours has it
+    torch.backends.cudnn.benchmark = True  # as in a training of kd_accel
     torch.manual_seed(0)
     box = build_box(settings)
     student, teacher = box.student_model, box.teacher_model
@@ -58,7 +58,7 @@ def main() -> None:
     loss, _ = epoch(box, 0, logger)
     assert math.isfinite(loss) and not teacher.training and student.training
     assert all(not torch.equal(weight, old) for weight, old in zip(student.parameters(), before, strict=True)), (
-        "it trains nothing"
+        "a parameter was not trained"
     )
     assert len(box.criterion.term_dict) == 1 + len(WIDTHS)
     print(json.dumps({"torchdistill": torchdistill.__version__, "torch": torch.__version__, "loss": loss}), flush=True)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def epoch(box: Any, number: int, logger: MetricLogger) -> tuple[float, int]:
-    """(last loss, number of images)."""
+    """Run an epoch. Returns (last loss, number of images)."""
     box.pre_epoch_process(epoch=number)
     value, images = math.nan, 0
     for batch, targets, supplement in box.train_data_loader:
@@ -83,6 +83,7 @@ def epoch(box: Any, number: int, logger: MetricLogger) -> tuple[float, int]:
 
 
 def build_box(settings: dict[str, Any]) -> Any:
+    """Build torchdistill's distillation box on random pictures."""
     transform = transforms.Compose(
         [
             transforms.RandomCrop(settings["image_size"], padding=4),
@@ -100,16 +101,17 @@ def build_box(settings: dict[str, Any]) -> Any:
 
 
 def train_config(settings: dict[str, Any]) -> dict[str, Any]:
-    stages = list(WIDTHS)
+    """Return the settings as torchdistill's config."""
+    layers = list(WIDTHS)
     connectors = {
-        f"connector_{profiler_range}": {
+        f"connector_{layer}": {
             "conv2d_kwargs": {"in_channels": narrow, "out_channels": wide, "kernel_size": 1},
             "io": "output",
-            "path": f"student_model.{profiler_range}",
+            "path": f"student_model.{layer}",
         }
-        for profiler_range, (narrow, wide) in WIDTHS.items()
+        for layer, (narrow, wide) in WIDTHS.items()
     }
-    connected = [f"connector_dict.connector_{profiler_range}" for profiler_range in stages]
+    connected = [f"connector_dict.connector_{layer}" for layer in layers]
     return {
         "num_epochs": 1,
         "train_data_loader": {
@@ -122,12 +124,12 @@ def train_config(settings: dict[str, Any]) -> dict[str, Any]:
                 "drop_last": True,
             },
         },
-        "teacher": {"forward_proc": "forward_batch_only", "forward_hook": {"output": [*stages, "fc"]}, "requires_grad": False},
+        "teacher": {"forward_proc": "forward_batch_only", "forward_hook": {"output": [*layers, "fc"]}, "requires_grad": False},
         "student": {
             "forward_proc": "forward_batch_only",
             "auxiliary_model_wrapper": {"key": "Connector4DAB", "kwargs": {"connectors": connectors}},
             "forward_hook": {
-                "output": [*(f"student_model.{profiler_range}" for profiler_range in stages), *connected, "student_model.fc"]
+                "output": [*(f"student_model.{layer}" for layer in layers), *connected, "student_model.fc"]
             },
         },
         "optimizer": {"key": "SGD", "kwargs": settings["sgd"]},
@@ -140,12 +142,12 @@ def _terms(settings: dict[str, Any]) -> dict[str, Any]:
     paths |= {"student_module_io": "output", "teacher_module_io": "output"}
     kd = {"key": "KDLoss", "kwargs": {**paths, "temperature": settings["temperature"], "alpha": 1 - settings["alpha"]}}
     terms: dict[str, Any] = {"kd": {"criterion": kd, "weight": 1.0}}
-    for profiler_range in WIDTHS:
+    for layer in WIDTHS:
         sides = {
-            "input": {"is_from_teacher": False, "module_path": f"connector_dict.connector_{profiler_range}", "io": "output"},
-            "target": {"is_from_teacher": True, "module_path": profiler_range, "io": "output"},
+            "input": {"is_from_teacher": False, "module_path": f"connector_dict.connector_{layer}", "io": "output"},
+            "target": {"is_from_teacher": True, "module_path": layer, "io": "output"},
         }
-        terms[profiler_range] = {
+        terms[layer] = {
             "criterion": {"key": "MSELoss", "kwargs": {}},
             "criterion_wrapper": {"key": "SimpleLossWrapper", "kwargs": sides},
             "weight": settings["feature_weight"],

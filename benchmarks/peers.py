@@ -1,15 +1,15 @@
-"""The same distillation by others: `python -m benchmarks.peers`.
+"""Same distillation by other programs: `python -m benchmarks.peers`.
 
 Hybrid distillation of ResNet-18 by ResNet-50 (random 32x32 pictures, crop and flip, batches of 128, SGD, Nesterov momentum):
-    cached, live        this program, direction `both`, as benchmarks.training has it; the cache is there already
-    live_up             this program, live, direction `student_to_teacher`, which is what the two others do
+    cached, live        this program, direction `both`, as benchmarks.training has it; the cache exists already
+    live_up             this program, live, direction `student_to_teacher`, as torchdistill and common_loop do
     torchdistill        torchdistill 1.1.5 from the package index, in an environment of its own (peer_torchdistill.py)
     common_loop         the loop that most people write (common_loop.py)
-    limit               a teacher's forward and a student's step on tensors in memory, nothing else: how far `live` could get
+    limit               a teacher's forward and a student's step on tensors in memory, nothing else: the limit of `live`
 
-Same images in number and size, threads and batch; the notes say layout, optimizer and workers of each. The cases take turns,
-and the other interpreter waits while it is not asked. Its environment is made at the first run (some minutes, some GB) and
-kept; where that fails, its ratios are left out, and a line says so. Run it alone: any other load shows.
+Same images in number and size, threads and batch; the notes have memory format, optimizer and workers of each. The cases take
+turns, and torchdistill's interpreter is idle during the turns of the others. Its environment is created at the first run (some
+minutes, some GB) and kept; if that fails, its ratios are left out with a message. Run it alone: any other load shows.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ RATIOS = [
     ("cached", "common_loop"),
 ]
 _OWN = (
-    "contiguous (channels_last on a GPU), the teacher's BatchNorm folded, fused SGD, views of whole batches in the process (or "
+    "contiguous (channels_last on a GPU), the teacher's BatchNorm fused, fused SGD, views of whole batches in the process (or "
     "on the GPU)"
 )
 _THEIRS = "contiguous, SGD as torch has it, torchvision's transforms per picture in a DataLoader"
 
 
 class Peer:
-    """A process of the other environment that does an epoch when it is asked."""
+    """Process of torchdistill's environment, which runs an epoch at each call of `block`."""
 
     def __init__(self, python: Path, bench: Bench, *, threads: int, workers: int) -> None:
         sgd = {"lr": OPTIM.lr, "momentum": OPTIM.momentum, "nesterov": True, "weight_decay": OPTIM.weight_decay}
-        job = {"samples": bench.size.samples, "batch_size": bench.size.batch_size, "image_size": IMAGE_SIZE, "classes": CLASSES}
+        data = {"samples": bench.size.samples, "batch_size": bench.size.batch_size, "image_size": IMAGE_SIZE, "classes": CLASSES}
         loss = {"temperature": TEMPERATURE, "alpha": ALPHA, "feature_weight": FEATURE_WEIGHT}
-        settings = {**job, **loss, "sgd": sgd, "mean": MEAN, "std": STD, "threads": threads, "workers": workers}
+        settings = {**data, **loss, "sgd": sgd, "mean": MEAN, "std": STD, "threads": threads, "workers": workers}
         script = Path(__file__).with_name("peer_torchdistill.py")
         self._process = subprocess.Popen(
             [python, script, json.dumps(settings)],
@@ -65,20 +65,21 @@ class Peer:
             text=True,
             env=cpu_threads(threads),
         )
-        self.about = self._answer()
+        self.about = self._read()
 
     def block(self) -> float:
-        """An epoch. Returns the number of images."""
+        """Run an epoch. Returns the number of images."""
         assert self._process.stdin is not None
         self._process.stdin.write("epoch\n")
         self._process.stdin.flush()
-        return float(self._answer()["images"])
+        return float(self._read()["images"])
 
     def close(self) -> None:
+        """End the process."""
         self._process.communicate()
 
-    def _answer(self) -> dict[str, Any]:
-        """The next line of JSON; what its libraries print besides is passed over."""
+    def _read(self) -> dict[str, Any]:
+        """Read the next line of JSON; lines that its libraries print are skipped."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
@@ -88,11 +89,11 @@ class Peer:
 
 def main() -> None:
     parser = suite_parser(__doc__, repeats=3)
-    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built from scratch")
     spare = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-    parser.add_argument("--workers", type=int, default=spare, help="of the others' DataLoaders; they need cores of their own")
+    parser.add_argument("--workers", type=int, default=spare, help="of the DataLoaders of torchdistill and common_loop; they need cores of their own")
     environment = Path("runs/benchmarks/torchdistill-env")
-    parser.add_argument("--environment", type=Path, default=environment, help="where torchdistill is, or is put")
+    parser.add_argument("--environment", type=Path, default=environment, help="directory of torchdistill's environment")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bench = open_bench(Size(arguments.batch_size, arguments.steps))
@@ -107,7 +108,7 @@ def main() -> None:
                 case: programs.case(program, place / case, blocks=arguments.repeats + 1) for case, program in PROGRAMS.items()
             }
             cases["common_loop"] = common_loop_case(bench, workers=arguments.workers)
-            cases["limit"] = limit_case(LIMITS["limit"], bench.device, bench.size)
+            cases["limit"] = limit_case(LIMITS["limit"], bench)
             peer = Peer(python, bench, threads=arguments.threads, workers=arguments.workers) if python else None
             if peer is not None:
                 about, cases["torchdistill"] = peer.about, peer.block
@@ -125,7 +126,7 @@ def main() -> None:
 
 
 def peer_python(environment: Path) -> Path | None:
-    """The interpreter of an environment that has torchdistill, made where it is not there; None where that fails."""
+    """Return the interpreter of an environment with torchdistill, created if it does not exist; None if that fails."""
     python = environment / "bin" / "python"
     request = [PEER, *(f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision"))]
     try:
@@ -133,7 +134,7 @@ def peer_python(environment: Path) -> Path | None:
             venv.create(environment, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *request], check=True, stderr=subprocess.DEVNULL)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        print(f"{PEER} is left out: its environment cannot be made ({error})", file=sys.stderr)
+        print(f"{PEER} is left out: its environment cannot be created ({error})", file=sys.stderr)
         return None
     return python.absolute()
 

@@ -1,4 +1,4 @@
-"""Images as most trainings have them: PIL pictures, torchvision's transforms for each of them, one item after the other."""
+"""PIL pictures with torchvision's transforms for each of them, one item after the other, as most trainings have them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.jobs import IMAGE_SIZE, MEAN, STD, Bench
 
 
 def transform() -> v2.Compose:
-    """Crop and flip, to normalized float."""
+    """Build the transform of a picture: crop, flip, normalized float."""
     return v2.Compose(
         [
             v2.RandomCrop(IMAGE_SIZE, padding=4),
@@ -25,11 +25,12 @@ def transform() -> v2.Compose:
 
 
 def pictures_of(bench: Bench) -> tuple[list[Image.Image], list[int]]:
+    """Return the images of a bench as pictures, with their labels."""
     return [Image.fromarray(image) for image in bench.images.pixels(bench.samples)], bench.images.labels[bench.samples].tolist()
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """They lie in memory and are transformed when they are asked for."""
+    """Pictures in memory, transformed at each access."""
 
     def __init__(self, bench: Bench) -> None:
         self._pictures, self._labels = pictures_of(bench)

@@ -1,14 +1,14 @@
-"""What a second process is worth: `python -m benchmarks.processes`.
+"""Gain of a second process: `python -m benchmarks.processes`.
 
 The same plain training of ResNet-18 (digits, global batch 128, float32) through `accelerate launch` as a user starts it:
     one              one process with `--devices` threads
     two_processes    `--devices` processes of one thread each, gradients exchanged over gloo
-    bare_one, bare_two    the same split of the loop of bare.py with torch's DistributedDataParallel: what two can be worth
-On a machine with GPUs `one` has one GPU and `two_processes` two of them, over NCCL; where there is one alone, it says so and
-ends with 0.
+    bare_one, bare_two    the same split of the loop of bare.py with torch's DistributedDataParallel: the limit
+On a machine with GPUs `one` has one GPU and `two_processes` two of them, over NCCL; with one GPU alone nothing is measured, and
+the exit code is 0.
 
-Rates are those that the trainings write themselves, line by line, without the first one, in which things warm up. The
-launches take turns. Run it alone: any other load shows.
+Rates are those of the trainings' own lines of metrics, without the first one, which includes the warm-up. The launches take
+turns. Run it alone: any other load shows.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def launched_rates(run_dir: Path, flags: list[str], *, processes: int, threads: int) -> list[float]:
-    """Images per second of each line of metrics of a training, but the first."""
+    """Return the images per second of each line of metrics of a training, without the first."""
     training = ["-m", "kd_accel", "train", "--run_dir", str(run_dir), "--data.source", "digits", "--data.val_fraction", "0"]
     training += ["--train.epochs", "100", "--train.log_every_steps", "4", "--checkpoint.every_epochs", "null"]
     training += ["--tracking.wandb", "disabled", *flags]

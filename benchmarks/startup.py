@@ -1,8 +1,8 @@
-"""From the launch to the end of the first step: `python -m benchmarks.startup`.
+"""Time from the launch to the end of the first step: `python -m benchmarks.startup`.
 
     program    `accelerate launch -m kd_accel train`, a student (ResNet-18) on the digits, until its first line of metrics
-    libraries  a script that is launched alike and does the same with torch, torchvision, scikit-learn and Accelerate alone
-               (startup_bare.py): what they and the launcher cost by themselves
+    libraries  a script that is launched in the same way and does the same with torch, torchvision, scikit-learn and
+               Accelerate alone (startup_bare.py): the cost of libraries and launcher
 
 Medians are seconds; `own` is the difference of the two. The launches take turns. Run it alone: any other load shows.
 """
@@ -34,23 +34,14 @@ def main() -> None:
     for turn in range(arguments.repeats + 1):
         with tempfile.TemporaryDirectory() as directory:
             run_dir, first_step = Path(directory) / "run", Path(directory) / FIRST_STEP
-            program = [
-                "kd_accel",
-                "train",
-                "--run_dir",
-                str(run_dir),
-                "--train.batch_size",
-                size,
-                "--train.log_every_steps",
-                "1",
-            ]
-            program += ["--tracking.wandb", "disabled"]
+            program = ["kd_accel", "train", f"--run_dir={run_dir}", f"--train.batch_size={size}"]
+            program += ["--train.log_every_steps=1", "--tracking.wandb=disabled"]
             cases = {
                 "program": (program, run_dir / "metrics.jsonl"),
                 "libraries": (["benchmarks.startup_bare", size, str(first_step)], first_step),
             }
             for name, (module, sign) in cases.items():
-                taken_s = until_written([*launcher, "-m", *module], sign, threads=arguments.threads)
+                taken_s = time_until(sign, [*launcher, "-m", *module], threads=arguments.threads)
                 if turn:  # the first one warms the page cache
                     seconds[name].append(taken_s)
     notes = {"processes": arguments.processes, "batch_size": arguments.batch_size}
@@ -60,8 +51,8 @@ def main() -> None:
     finish(result, threads=arguments.threads)
 
 
-def until_written(command: list[str], sign: Path, *, threads: int) -> float:
-    """Seconds until the file `sign` holds something; then the launch is ended, with all that it started."""
+def time_until(sign: Path, command: list[str], *, threads: int) -> float:
+    """Return the seconds until the file `sign` is not empty; then end the launch, with all that it started."""
     started_at = time.perf_counter()
     process = subprocess.Popen(
         command,

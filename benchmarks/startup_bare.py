@@ -1,4 +1,4 @@
-"""The first step of ResNet-18 on the digits, by the libraries alone: `accelerate launch -m benchmarks.startup_bare 128 FILE`.
+"""First step of ResNet-18 on the digits with the libraries alone: `accelerate launch -m benchmarks.startup_bare 128 FILE`.
 
 Each process takes its share of the batch; rank 0 writes FILE when the step is done.
 """

@@ -1,12 +1,12 @@
-"""What ten students cost that share one cache: `python -m benchmarks.sweep`.
+"""Cost of ten students that share one cache: `python -m benchmarks.sweep`.
 
-Each student (ResNet-18, jobs.py says the rest) is built anew and trained for `--epochs` epochs, with as many views:
+Each student (ResNet-18, see jobs.py) is built from scratch and trained for `--epochs` epochs, with as many views:
     plain    on labels alone
     cached   hybrid, both logits and features from one cache
-    live     hybrid, the teacher (ResNet-50) answers for each batch
+    live     hybrid, with the teacher (ResNet-50) in each step
     build    the pass of the teacher that fills such a cache, flushed to disk, once in each turn, counted once in a sweep
-Left out is what does not grow with samples and views: the fit of the PCA (2,048 images and an eigendecomposition, once a cache)
-and the check of a few samples at each start. The cache is read from the page cache.
+Not included is what does not grow with samples and views: the fit of the PCA (2,048 images and an eigendecomposition, once a
+cache) and the check of a few samples at each start. The cache is read from the page cache.
 
 The cases take turns, one student of each a turn. Medians are seconds. The ratios are time over time (less is better):
 `sweep/plain` = (one build + all cached students) / all plain students, `live/plain` = all live students / all plain ones.
@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,18 +29,18 @@ import torch
 from benchmarks.caches import cache_specs, fill_cache, write_cache
 from benchmarks.harness import Result, finish, suite_parser
 from benchmarks.jobs import (
+    PLAIN,
     Bench,
     Size,
-    build_job,
+    build_live_teacher,
+    build_training,
     epochs_of,
     hybrid,
-    live_teacher,
     open_bench,
-    training_config,
+    with_settings,
 )
-from kd_accel.config.schema import DistillConfig
+from kd_accel.builders.teacher import TeacherSetup
 from kd_accel.teacher.teacher import LiveTeacher
-from kd_accel.types import TeacherSource, no_teacher
 
 
 def main() -> None:
@@ -49,14 +50,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bench, epochs = open_bench(Size(arguments.batch_size, arguments.steps)), arguments.epochs
-    teacher = live_teacher(bench)
+    live = build_live_teacher(bench, hybrid())
+    assert live.live is not None
+    teacher = live.live
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        cached = write_cache(bench, directory / "cache", teacher, views=epochs).source("train")
+        cached = replace(live, source=write_cache(bench, directory / "cache", teacher, views=epochs).source("train"))
         cases: dict[str, Callable[[Path], None]] = {
-            "plain": lambda place: _train(bench, place, epochs, None, no_teacher),
-            "cached": lambda place: _train(bench, place, epochs, hybrid(), cached),
-            "live": lambda place: _train(bench, place, epochs, hybrid(), teacher),
+            "plain": lambda place: _train(bench, place, epochs, None),
+            "cached": lambda place: _train(bench, place, epochs, cached),
+            "live": lambda place: _train(bench, place, epochs, live),
             "build": lambda place: _build(bench, place, epochs, teacher),
         }
         seconds: dict[str, list[float]] = {case: [] for case in cases}
@@ -82,9 +85,9 @@ def main() -> None:
     finish(result)
 
 
-def _train(bench: Bench, directory: Path, epochs: int, distill: DistillConfig | None, teacher: TeacherSource) -> None:
-    config = training_config(bench.size, epochs=epochs, views=epochs, distill=distill)
-    epoch = epochs_of(build_job(bench, config, directory, teacher=teacher))
+def _train(bench: Bench, directory: Path, epochs: int, teacher: TeacherSetup | None) -> None:
+    config = with_settings(hybrid() if teacher else PLAIN, data={"views": epochs}, train={"epochs": epochs})
+    epoch = epochs_of(build_training(bench, config, directory, teacher=teacher))
     for _ in range(epochs):
         epoch()
 

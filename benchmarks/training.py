@@ -1,21 +1,21 @@
-"""What a training step costs beside a bare PyTorch loop, and what a cache makes of distillation.
+"""Cost of a training step next to a bare PyTorch loop, and of distillation with a cache.
 
     python -m benchmarks.training                    all cases, in one process and in two
     python -m benchmarks.training --suite quick      in one process: plain / bare
     python -m benchmarks.training --suite cached     in one: cached_logits / plain, cached_hybrid / plain, live_hybrid / limit,
-                                                     and what the feature term takes by itself
+                                                     and the cost of the feature term by itself
 
-All cases train the same student (jobs.py says which) with fused SGD and Nesterov momentum. Those of this program go its whole
-path: order of the samples, views (crop_flip), loading, normalization, teacher, loss, metrics, learning rate, the line of metrics
-at the end of a block. `cached_...` read a real cache, with another view in each block, so a block also pays for opening that
-view, which in a training an epoch of hundreds of steps does. Hybrids are of direction `both` unless another is named.
-`bare` and `limit...` (bare.py) do nothing but forward, backward and step on normalized tensors in memory; `limit` has a live
-teacher and the feature term, `limit_cached_hybrid` has the teacher's answers in memory.
+All cases train the same student (see jobs.py) with fused SGD and Nesterov momentum. Those of this program run its complete path:
+order of the samples, views (crop_flip), loading, normalization, teacher, loss, metrics, learning rate, the line of metrics at
+the end of a block. `cached_...` read a real cache, with another view in each block, so a block includes the opening of that
+view, which a training does once in an epoch of hundreds of steps. Hybrids have direction `both` unless another is named. `bare`
+and `limit...` (bare.py) do nothing but forward, backward and step on normalized tensors in memory; `limit` has a live teacher
+and the feature term, `limit_cached_hybrid` has the teacher's outputs in memory.
 
-One unit is an image; a block is an epoch of a few steps; the cases take turns. In each round all students are built anew: where
-their weights happen to lie in memory makes up to 3 % of a step. Two processes share the batch, each with `--threads` threads,
-through `accelerate launch`; their cases end in `@2`. The notes hold, for each case of the program, the share that each part of
-a step takes, from one more block under torch.profiler. Run it alone: on two cores any other load shows.
+One unit is an image; a block is an epoch of a few steps; the cases take turns. In each round all students are built from
+scratch: the addresses of their weights in memory make up to 3 % of a step. Two processes share the batch, each with `--threads`
+threads, through `accelerate launch`; their cases end in `@2`. The notes hold, for each case of the program, the share of each
+part of a step, from one more block under torch.profiler. Run it alone: on two cores any other load shows.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PROCESSES = {"quick": [1], "cached": [1], "all": [1, 2]}
 def main() -> None:
     parser = suite_parser(__doc__, repeats=9, steps=4)
     parser.add_argument("--suite", choices=list(RATIOS), default="all")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built from scratch")
     parser.add_argument(
         "--processes", type=int, nargs="+", help="one number after the other; default: the suite's, if the GPUs allow"
     )
@@ -89,9 +89,16 @@ def main() -> None:
 
 
 def run_cases(cases: Sequence[str], processes: int, *, threads: int, **numbers: int) -> dict[str, Any]:
-    """{"rates": images per second by case, "shares": parts of a step by case}, from a launch of its own.
+    """Run cases in a launch of their own.
 
-    threads: of each process. numbers: batch_size, steps, repeats, rounds.
+    Args:
+        cases: their names.
+        processes: of the launch.
+        threads: of each process.
+        numbers: batch_size, steps, repeats, rounds.
+
+    Returns:
+        {"rates": images per second by case, "shares": parts of a step by case}.
     """
     flags = [f"--{name}={number}" for name, number in {"threads": threads, **numbers}.items()]
     launcher = [sys.executable] if processes == 1 else accelerate_launch(processes)

@@ -1,10 +1,10 @@
-"""The cases of `benchmarks.training`, in the processes of one launch; rank 0 prints a line of JSON.
+"""Cases of `benchmarks.training`, in the processes of one launch; rank 0 prints a line of JSON.
 
     python -m benchmarks.training_case --cases plain bare
     accelerate launch --num_processes 2 ... -m benchmarks.training_case     (benchmarks.training does it)
 
-A case is built anew for each round and gives images per second of each of its blocks, over all processes. Of the program's own
-cases one more block is recorded by torch.profiler, for the share that each part of a step takes.
+A case is built from scratch for each round and gives images per second of each of its blocks, over all processes. Of the
+program's own cases one more block is recorded by torch.profiler, for the share that each part of a step takes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -25,106 +22,103 @@ from benchmarks.bare import LIMITS, limit_case
 from benchmarks.caches import write_cache
 from benchmarks.harness import measure_in_turns, suite_parser
 from benchmarks.jobs import (
+    PLAIN,
     Bench,
-    Features,
     Size,
-    build_job,
+    build_live_teacher,
+    build_training,
+    distilled,
     epochs_of,
     hybrid,
-    live_teacher,
     open_bench,
-    training_config,
+    with_settings,
 )
-from kd_accel.config.schema import DistillConfig, StorageType
-from kd_accel.models.feature_extractor import compile_with_hooks
-from kd_accel.training.job import Job
-from kd_accel.training.profile import range_shares
-from kd_accel.types import TeacherSource, no_teacher
+from kd_accel.builders.teacher import TeacherSetup
+from kd_accel.config.schema import CacheConfig, DistillConfig, RunConfig, StorageType
+from kd_accel.profiling import range_shares
+from kd_accel.training.trainer import Trainer
 
 CACHED_VIEWS = 4
 BLOCK = "block"
 Cases = dict[str, Callable[[], float]]
 
 
-@dataclass(frozen=True)
-class Program:
-    """One way of training. distill: None = on labels alone. features: what the teacher gives beside its logits.
-
-    dtype: of the cache. clip_norm, ema_decay: as in a config. on_host: images and views, where they could be on a GPU.
-    """
-
-    distill: DistillConfig | None = None
-    outputs: Literal["live", "cached"] = "live"
-    features: Features = "none"
-    dtype: StorageType = "float16"
-    clip_norm: float | None = None
-    ema_decay: float | None = None
-    on_host: bool = False
+def cached(config: RunConfig, dtype: StorageType = "float16") -> RunConfig:
+    """Return the same distillation from a cache."""
+    return with_settings(config, teacher={"outputs": "cached", "cache": CacheConfig(dtype=dtype)})
 
 
-_HYBRID = Program(hybrid(), features="projected")
-_UP = Program(hybrid("student_to_teacher"), features="raw")
-_DOWN = Program(hybrid("teacher_to_student"), features="projected")
-
+_LOGITS, _UP, _DOWN = distilled(DistillConfig()), hybrid("student_to_teacher"), hybrid("teacher_to_student")
 PROGRAMS = {
-    "plain": Program(),
-    "live_logits": Program(DistillConfig()),
-    "live_hybrid": _HYBRID,
-    "cached_logits": Program(DistillConfig(), "cached"),
-    "cached_hybrid": replace(_HYBRID, outputs="cached"),
+    "plain": PLAIN,
+    "live_logits": _LOGITS,
+    "live_hybrid": hybrid(),
+    "cached_logits": cached(_LOGITS),
+    "cached_hybrid": cached(hybrid()),
     "live_hybrid_student_to_teacher": _UP,
     "live_hybrid_teacher_to_student": _DOWN,
-    "cached_hybrid_student_to_teacher": replace(_UP, outputs="cached"),
-    "cached_hybrid_teacher_to_student": replace(_DOWN, outputs="cached"),
-    "cached_hybrid_int8": replace(_HYBRID, outputs="cached", dtype="int8"),
-    "plain_clipped": Program(clip_norm=1.0),
-    "plain_averaged": Program(ema_decay=0.999),
-    "plain_on_host": Program(on_host=True),
+    "cached_hybrid_student_to_teacher": cached(_UP),
+    "cached_hybrid_teacher_to_student": cached(_DOWN),
+    "cached_hybrid_int8": cached(hybrid(), "int8"),
+    "plain_clipped": with_settings(PLAIN, optim={"clip_norm": 1.0}),
+    "plain_averaged": with_settings(PLAIN, train={"ema_decay": 0.999}),
+    "plain_on_host": PLAIN,
 }
+"""Ways of training, as configs. plain_on_host: images and views on the host even with a GPU."""
 
 
 class Programs:
-    """Builds trainings of this program; teachers and caches are made once, when one is asked for."""
+    """Builder of this program's trainings; teachers and caches are made at their first use and shared.
 
-    def __init__(self, bench: Bench, directory: Path, *, views: int = CACHED_VIEWS, compiles: bool = False) -> None:
-        self._bench, self._directory, self._views, self._compiles = bench, directory, views, compiles
-        self._outputs = cache(self._make_outputs)
-        self._teacher = cache(lambda features: live_teacher(bench, features))
+    Args:
+        bench: of the trainings.
+        directory: of the caches.
+        views: of the distilled trainings.
+    """
+
+    def __init__(self, bench: Bench, directory: Path, *, views: int = CACHED_VIEWS) -> None:
+        self._bench, self._directory, self._views = bench, directory, views
+        self._setups: dict[str, TeacherSetup] = {}
 
     def case(self, name: str, directory: Path, *, blocks: int) -> Callable[[], float]:
-        """Epochs of the program's own loop, up to `blocks` of them."""
-        return epochs_of(self.job(name, directory, blocks=blocks))
+        """Return the epochs of a training, up to `blocks` of them, as a case."""
+        return epochs_of(self.training(name, directory, blocks=blocks))
 
-    def job(self, name: str, directory: Path, *, blocks: int) -> Job:
-        """A training of `blocks` epochs at its first step. directory: made for its lines of metrics."""
-        program = PROGRAMS[name]
-        directory.mkdir(parents=True, exist_ok=True)
-        views = self._views if program.distill else None
-        config = training_config(self._bench.size, epochs=blocks, views=views, distill=program.distill)
-        config = replace(
-            config,
-            train=replace(config.train, compile=self._compiles, ema_decay=program.ema_decay),
-            optim=replace(config.optim, clip_norm=program.clip_norm),
-        )
-        outputs = self._outputs(program.outputs, program.features, program.dtype) if program.distill else no_teacher
-        return build_job(self._bench, config, directory, teacher=outputs, keeps_images_on_host=program.on_host)
+    def training(self, name: str, directory: Path, *, blocks: int) -> Trainer:
+        """Build a training of `blocks` epochs at its first step. directory: made for its lines of metrics."""
+        config = with_settings(PROGRAMS[name], train={"epochs": blocks})
+        teacher = None
+        if config.teacher is not None:
+            config = with_settings(config, data={"views": self._views})
+            teacher = self._teacher(config)
+        return build_training(self._bench, config, directory, teacher=teacher, keeps_images_on_host=name == "plain_on_host")
 
-    def _make_outputs(self, kind: str, features: Features, dtype: StorageType) -> TeacherSource:
-        if kind == "live":
-            if not self._compiles:
-                return self._teacher(features)
-            teacher = live_teacher(self._bench, features)
-            compile_with_hooks(teacher.model)
-            return teacher
-        place, writer = self._directory / f"cache-{features}-{dtype}", self._teacher(features)
-        cache = write_cache(self._bench, place, writer, views=self._views, features=features, dtype=dtype)
-        return cache.source("train")
+    def _teacher(self, config: RunConfig) -> TeacherSetup:
+        """Return the teacher of a config, live or from a cache; the settings that decide it are the key."""
+        assert config.teacher is not None and config.distill is not None
+        key = f"{config.teacher.model_dump_json()} {config.distill.model_dump_json()}"
+        if key not in self._setups:
+            self._setups[key] = self._cached(config) if config.teacher.outputs == "cached" else self._live(config)
+        return self._setups[key]
+
+    def _live(self, config: RunConfig) -> TeacherSetup:
+        return build_live_teacher(self._bench, config)
+
+    def _cached(self, config: RunConfig) -> TeacherSetup:
+        """Write a cache by the live teacher of the same config, and read from it."""
+        assert config.teacher is not None
+        live = self._teacher(with_settings(config, teacher={"outputs": "live", "cache": CacheConfig()}))
+        assert live.live is not None
+        directory = self._directory / f"cache-{len(self._setups)}"
+        dtype = config.teacher.cache.dtype or "float16"
+        cache = write_cache(self._bench, directory, live.live, views=self._views, dtype=dtype)
+        return TeacherSetup(cache.source("train"), cache.source, live.fingerprint, live.target_shapes, cache.digest)
 
 
 def main() -> None:
     parser = suite_parser(__doc__, repeats=9, steps=4)
     parser.add_argument("--cases", nargs="+", choices=[*PROGRAMS, *LIMITS], default=[*PROGRAMS, *LIMITS])
-    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built anew")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built from scratch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bench = open_bench(Size(arguments.batch_size, arguments.steps))
@@ -143,11 +137,9 @@ def main() -> None:
 
 
 def build_cases(bench: Bench, programs: Programs, names: Sequence[str], directory: Path, *, blocks: int) -> Cases:
-    world_size = bench.accelerator.num_processes
+    """Build programs and limits by name."""
     return {
-        name: programs.case(name, directory / name, blocks=blocks)
-        if name in PROGRAMS
-        else limit_case(LIMITS[name], bench.device, bench.size, world_size=world_size)
+        name: programs.case(name, directory / name, blocks=blocks) if name in PROGRAMS else limit_case(LIMITS[name], bench)
         for name in names
     }
 
@@ -161,7 +153,7 @@ def _shares(case: Callable[[], float]) -> dict[str, float]:
 
 
 def _shared(directory: str) -> Path:
-    """Rank 0's."""
+    """Return rank 0's directory on all ranks."""
     names = [directory]
     broadcast_object_list(names)
     return Path(names[0])

@@ -1,4 +1,4 @@
-"""The command line: parse and check, then hand over to the command. torch is imported only once the input is known to be good.
+"""Command line: parse and check, then run the command. torch is imported only after the input is checked.
 
 Exit codes: 0 done; 2 the user's mistake, one paragraph on stderr from one process; 1 a fault of the program (traceback);
 128 + N stopped by signal N, after a checkpoint.
@@ -12,30 +12,62 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from kd_accel import __version__
-from kd_accel.config.parsing import HELP_OF_ALLOW, build_parser, nearest, parse_arguments, parse_config, plain_parser
+from kd_accel.config.command_line import HELP_OF_ALLOW, CommandParser
+from kd_accel.config.fields import nearest
+from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
 from kd_accel.errors import PeerLost, Preempted, UserError
 from kd_accel.io.user_code import allow, take_allowance
+from kd_accel.losses.registry import names
 
 _OTHER_RANKS_WAIT_S = 5.0
+_LOSSES = {"logits": names("logits"), "features": names("features")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and leave the process with its exit code."""
+    """Run a command and exit the process with its code."""
+    with _exit_codes():
+        command, *arguments = take_allowance(sys.argv[1:] if argv is None else argv) or ["--help"]
+        _handler(command)(arguments)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turn exceptions into messages and exit codes."""
     try:
         processes, _ = _of_launch("WORLD_SIZE", 1, "number of processes"), _of_launch("RANK", 0, "number of a process")
     except UserError as error:
         print(f"kd-accel: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    code = _run(list(sys.argv[1:] if argv is None else argv))
+    code = 0
+    try:
+        yield
+    except UserError as error:
+        code = 2
+        _report_once(str(error))
+    except Preempted as stop:
+        code = 128 + stop.number
+        _print_from_rank_0(str(stop))
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        _print_from_rank_0("stopped by SIGINT; files written so far are complete")
+    except PeerLost as lost:  # most likely rank 0 has left with a mistake, and the launcher will end this process
+        code = 1
+        _wait_for_rank_0()
+        print(f"kd-accel: {lost}", file=sys.stderr, flush=True)
+    except Exception:
+        code = 1
+        _wait_for_rank_0()
+        if processes == 1:
+            raise
+        traceback.print_exc()  # not raised: the interpreter's exit may block on NCCL, and the other ranks on this one
     if processes > 1:
-        _leave_at_once(code)
+        _exit_at_once(code)
     if code:
         raise SystemExit(code)
 
@@ -43,40 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _of_launch(variable: str, default: int, meaning: str) -> int:
     text = os.environ.get(variable, str(default))
     if not text.isdecimal():
-        raise UserError(f"{variable}: {text!r} is no {meaning}; start with one of the files in launch/, or unset it")
+        raise UserError(f"{variable}: {text!r} is not a {meaning}; start with one of the files in launch/, or unset it")
     return int(text)
 
 
-def _run(arguments: list[str]) -> int:
-    try:
-        _dispatch(take_allowance(arguments))
-    except UserError as error:
-        _report_once(str(error))
-        return 2
-    except Preempted as stop:
-        if not _is_another_rank():
-            print(f"kd-accel: {stop}", file=sys.stderr, flush=True)
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        if not _is_another_rank():
-            print("kd-accel: stopped by SIGINT; what was written last is whole", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
-    except PeerLost as lost:  # of another rank: most likely rank 0 has left with a mistake, and the launcher will end this one
-        _wait_for_rank_0()
-        print(f"kd-accel: {lost}", file=sys.stderr, flush=True)
-        return 1
-    except Exception:
-        _wait_for_rank_0()
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
-        traceback.print_exc()  # not raised: the interpreter's end may wait for NCCL, and the other ranks for this one
-        return 1
-    return 0
+def _exit_at_once(code: int) -> None:
+    """Exit one of several processes without the interpreter's clean-up.
 
-
-def _leave_at_once(code: int) -> None:
-    """One of several processes ends without the interpreter's own clean-up: threads of the communication library can still be
-    there, and were seen to abort, then, a process that had done all its work.
+    Threads of the communication library may still run then, and have aborted processes that had done all their work.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -84,28 +90,16 @@ def _leave_at_once(code: int) -> None:
     os._exit(code)
 
 
-def _dispatch(arguments: list[str]) -> None:
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(_overview())
-    elif command == "--version":
-        print(__version__)
-    elif command in _COMMANDS:
-        _COMMANDS[command][1](arguments[1:])
-    else:
-        raise UserError(f"{command!r} is no command{nearest(command, list(_COMMANDS))} (there are: {', '.join(_COMMANDS)})")
-
-
-def _overview() -> str:
-    lines = ["usage: kd-accel COMMAND ...", "", *(f"  {name:10} {text}" for name, (text, _) in _COMMANDS.items()), ""]
-    return "\n".join([*lines, HELP_OF_ALLOW, "kd-accel COMMAND --help lists what a command takes."])
-
-
 def _report_once(message: str) -> None:
-    """Print from one process: the others wait, and rank 0 ends the launch meanwhile, unless it had no mistake to report."""
+    """Print a mistake from one process: other ranks wait, and rank 0 ends the launch meanwhile if it has the same mistake."""
     _wait_for_rank_0()
     printable = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message)
-    print(f"kd-accel: {printable}", file=sys.stderr, flush=True)  # what a file says must not steer the terminal
+    print(f"kd-accel: {printable}", file=sys.stderr, flush=True)  # text from a file must not control the terminal
+
+
+def _print_from_rank_0(message: str) -> None:
+    if not _is_another_rank():
+        print(f"kd-accel: {message}", file=sys.stderr, flush=True)
 
 
 def _wait_for_rank_0() -> None:
@@ -117,9 +111,28 @@ def _is_another_rank() -> bool:
     return int(os.environ.get("RANK", "0")) != 0
 
 
+def _handler(command: str) -> Callable[[list[str]], None]:
+    if command in _COMMANDS:
+        return _COMMANDS[command][1]
+    if command in ("-h", "--help"):
+        return _overview
+    if command == "--version":
+        return lambda _: print(__version__)
+    raise UserError(f"{command!r} is not a command{nearest(command, list(_COMMANDS))} (commands: {', '.join(_COMMANDS)})")
+
+
+def _overview(_: list[str]) -> None:
+    print("usage: kd-accel COMMAND ...\n")
+    print("\n".join(f"  {name:10} {text}" for name, (text, _) in _COMMANDS.items()))
+    print(f"\n{HELP_OF_ALLOW}\nkd-accel COMMAND --help lists the arguments and settings of a command.")
+
+
+def _run_parser(command: str, description: str, arguments: str = "") -> CommandParser:
+    return CommandParser(command, arguments, description, config_class=RunConfig, losses=_LOSSES)
+
+
 def _train(argv: list[str]) -> None:
-    parser = build_parser(RunConfig, prog="kd-accel train", description="Train what the config says.")
-    config, _ = parse_config(RunConfig, argv, parser=parser)
+    config, _ = parse_config(RunConfig, argv, parser=_run_parser("train", "Train as the config describes."))
     from kd_accel.commands.train import run_training
 
     run_training(config)
@@ -128,107 +141,91 @@ def _train(argv: list[str]) -> None:
 def _cache(argv: list[str]) -> None:
     action, *rest = argv or ["--help"]
     if action in ("-h", "--help"):
-        print("usage: kd-accel cache build|verify|info --config F [--a.b value ...]\n")
+        print("usage: kd-accel cache build|verify|info [--config FILE ...] [--a.b VALUE ...]\n")
         print("\n".join(f"  {name:8} {text}" for name, text in _CACHE_ACTIONS.items()))
         return
     if action not in _CACHE_ACTIONS:
-        raise UserError(f"cache {action!r} is no command{nearest(action, list(_CACHE_ACTIONS))} (build, verify or info)")
-    parser = build_parser(RunConfig, prog=f"kd-accel cache {action}", description=_CACHE_ACTIONS[action])
+        raise UserError(f"cache {action!r} is not a command{nearest(action, list(_CACHE_ACTIONS))} (build, verify or info)")
+    parser = _run_parser(f"cache {action}", _CACHE_ACTIONS[action])
     if action != "build":
         parser.add_argument("--json", action="store_true", help="print JSON")
     config, values = parse_config(RunConfig, rest, parser=parser)
-    from kd_accel.commands import cache, cache_report
+    from kd_accel.commands import cache
 
     if action == "build":
         cache.run_cache_build(config)
     elif action == "verify":
-        cache_report.run_cache_verify(config, as_json=values["json"])
+        cache.run_cache_verify(config, as_json=values.json)
     else:
-        cache_report.run_cache_info(config, as_json=values["json"])
+        cache.run_cache_info(config, as_json=values.json)
 
 
 def _plan(argv: list[str]) -> None:
-    parser = build_parser(RunConfig, prog="kd-accel plan", description="What live and cached signals would cost here.")
+    parser = _run_parser("plan", "Estimate the cost of live and cached teacher outputs on this machine.", "[--json]")
     parser.add_argument("--json", action="store_true", help="print JSON")
     config, values = parse_config(RunConfig, argv, parser=parser)
     from kd_accel.commands.plan import run_plan
 
-    run_plan(config, as_json=values["json"])
+    run_plan(config, as_json=values.json)
 
 
 def _evaluate(argv: list[str]) -> None:
-    parser = _parser("evaluate", "RUN [--split test|val]", "Accuracy, loss and agreement with the teacher of a trained run.")
+    description = "Compute accuracy, loss and agreement with the teacher of a trained run."
+    parser = CommandParser("evaluate", "RUN [--split test|val]", description)
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--split", choices=["test", "val"], default="test", help="held-out samples to evaluate on")
-    values = parse_arguments(parser, argv)
+    values = parser.parse(argv)
     from kd_accel.commands.evaluate import run_evaluation
 
     run_evaluation(values.run, split=values.split)
 
 
 def _bench(argv: list[str]) -> None:
-    parser = build_parser(
-        BenchConfig,
-        prog="kd-accel bench",
-        description="Parameters, MACs and latency.",
-        arguments="RUN_OR_ARCH ... [--out FILE]",
-    )
-    parser.add_argument("models", metavar="RUN_OR_ARCH", nargs="+", help="run directories or archs")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures; without it they are printed")
+    description, arguments = "Measure parameters, MACs and latency.", "RUN_OR_ARCH ... [--out FILE]"
+    parser = CommandParser("bench", arguments, description, config_class=BenchConfig)
+    parser.add_argument("models", metavar="RUN_OR_ARCH", nargs="+", help="run directories or architectures")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the results; without it they are only printed")
     config, values = parse_config(BenchConfig, argv, parser=parser)
-    allow([name for name in values["models"] if not Path(name).is_dir()])
+    allow([name for name in values.models if not Path(name).is_dir()])
     from kd_accel.commands.bench import run_bench
 
-    run_bench(values["models"], config, out=values["out"])
+    run_bench(values.models, config, out=values.out)
 
 
 def _report(argv: list[str]) -> None:
-    parser = _parser("report", "RUN ... --out DIR [--bench FILE]", "The table of results and the pictures.")
+    parser = CommandParser("report", "RUN ... --out DIR [--bench FILE]", "Write the table of results and the pictures.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directories, in the order of the table")
     parser.add_argument("--out", type=Path, required=True, help="directory for results.md, results.json and pictures")
     parser.add_argument("--bench", type=Path, default=None, help="JSON file of `kd-accel bench --out`")
-    values = parse_arguments(parser, argv)
+    values = parser.parse(argv)
     from kd_accel.commands.report import run_report
 
     run_report(values.runs, out=values.out, bench_file=values.bench)
 
 
 def _reproduce(argv: list[str]) -> None:
-    own, overrides = _split_at_dashes(argv)
-    parser = build_parser(
-        ReproduceConfig,
-        prog="kd-accel reproduce",
-        description="Train the runs of a chain, each in its own launch, then bench and report; what is done is skipped. "
-        "Flags after -- go to every training.",
+    end = argv.index("--") if "--" in argv else len(argv)
+    description = (
+        "Train the runs of a chain, each in its own launch, then bench and report; completed steps are skipped. "
+        "Flags after -- are added to every training."
     )
-    config, _ = parse_config(ReproduceConfig, own, parser=parser)
+    parser = CommandParser("reproduce", "", description, config_class=ReproduceConfig)
+    config, _ = parse_config(ReproduceConfig, argv[:end], parser=parser)
     from kd_accel.commands.reproduce import run_chain
 
-    run_chain(config, overrides=overrides)
-
-
-def _split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in argv:
-        return argv, []
-    at = argv.index("--")
-    return argv[:at], argv[at + 1 :]
-
-
-def _parser(command: str, arguments: str, description: str) -> ArgumentParser:
-    prog, usage = f"kd-accel {command}", f"%(prog)s {arguments}"
-    return plain_parser(prog, usage, description)
+    run_chain(config, overrides=argv[end + 1 :])
 
 
 _CACHE_ACTIONS = {
-    "build": "let the teacher answer for all samples and views, and write what the cache lacks",
-    "verify": "check every byte, and a few answers against the teacher",
-    "info": "what a cache holds",
+    "build": "run the teacher over all samples and views, and write what the cache lacks",
+    "verify": "check every byte, and recompute a few outputs with the teacher",
+    "info": "describe the contents of a cache",
 }
 
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "train": ("train a teacher, a student, or a student with its teacher", _train),
-    "cache": ("keep what a teacher says: build, verify, info", _cache),
-    "plan": ("what a live teacher and a cached one would cost here", _plan),
+    "cache": ("store the outputs of a teacher: build, verify, info", _cache),
+    "plan": ("estimate the cost of a live and of a cached teacher here", _plan),
     "evaluate": ("accuracy, loss and agreement of a trained run", _evaluate),
     "bench": ("parameters, MACs and latency of runs or architectures", _bench),
     "report": ("table and pictures of several runs", _report),

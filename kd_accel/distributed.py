@@ -1,8 +1,8 @@
-"""Joining the processes that a launcher started, and the switches that must be set before anything is built.
+"""Process group of a launch: start, checks, collectives on Python objects, and failures of peers.
 
-Accelerate joins processes silently as several runs of one process each when it finds no reason to join them (no GPU and no
-flag, for instance); all of them would then write into one run directory. So what the launcher started is compared with what
-was joined, and where there is no GPU the program says so to Accelerate itself.
+Accelerate silently makes each process a run of its own when it finds no reason to join them (no GPU and no flag, for instance);
+all of them would then write to one run directory. So the number of joined processes is checked against the launcher's, and
+without a GPU Accelerate is told to use the CPU.
 """
 
 from __future__ import annotations
@@ -51,19 +51,26 @@ _PATIENCE_S = 24 * 3600.0
 def start_processes(
     precision: Precision, *, seed: int = 0, track_with: str | None = None, timeout_s: float | None = None
 ) -> Accelerator:
-    """Join the launched processes; seed the global generators, differently on each rank (dropout).
+    """Join the launched processes, and seed the global random generators, differently on each rank (for dropout).
 
-    Raises UserError when the launch cannot do what the config says.
+    Args:
+        precision: Autocast of the forward; float32 = none.
+        seed: Seed of the run.
+        track_with: Name of a tracker of Accelerate; None = none.
+        timeout_s: Timeout of the communication between processes, `train.timeout_s`; None = the default.
+
+    Raises:
+        UserError: The launch is incomplete, or contradicts the config.
     """
     _refuse_contradictions(precision)
     try:
         accelerator = _joined(precision, track_with, timeout_s)
-    except ValueError as error:  # what Accelerate raises where WORLD_SIZE is set and the rest of the launch is missing
+    except ValueError as error:  # Accelerate's, if WORLD_SIZE is set and the rest of the launch is missing
         raise UserError(f"the launch is incomplete: {error}; start with one of the files in launch/") from None
     except torch.distributed.DistError as error:
         raise UserError(
-            f"the launch is incomplete: the processes have not found each other ({_first_line(error)}); start a launcher on "
-            "every node, each with its own machine_rank and the same address and port of node 0, which must be open"
+            f"the launch is incomplete: the processes could not connect ({_first_line(error)}); start a launcher on every "
+            "node, each with its own machine_rank and the same address and port of node 0, which must be open"
         ) from None
     refuse_unjoined(accelerator)
     set_seed(seed, device_specific=True)
@@ -71,13 +78,13 @@ def start_processes(
 
 
 def _joined(precision: Precision, track_with: str | None, timeout_s: float | None) -> Accelerator:
-    waits_s = peer_timeout_s(timeout_s) + (_NCCL_MARGIN_S if torch.cuda.is_available() else 0.0)
+    group_timeout_s = peer_timeout_s(timeout_s) + (_NCCL_MARGIN_S if torch.cuda.is_available() else 0.0)
     handlers: list[Any] = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        InitProcessGroupKwargs(timeout=timedelta(seconds=waits_s)),
+        InitProcessGroupKwargs(timeout=timedelta(seconds=group_timeout_s)),
     ]
     return Accelerator(
-        mixed_precision=precision,
+        mixed_precision="no" if precision == "float32" else precision,
         cpu=not torch.cuda.is_available(),
         gradient_accumulation_steps=1,
         dynamo_backend="no",
@@ -88,9 +95,9 @@ def _joined(precision: Precision, track_with: str | None, timeout_s: float | Non
 
 
 def peer_timeout_s(timeout_s: float | None) -> float:
-    """Return how long a process waits for the others over gloo, in seconds. timeout_s: `train.timeout_s`.
+    """Return the timeout of gloo's communication in seconds: `timeout_s` (`train.timeout_s`), or the default of the device.
 
-    NCCL waits a minute longer: its watchdog aborts the process without an exception, so gloo's error must come first.
+    NCCL's timeout is a minute longer: its watchdog aborts the process without an exception, so gloo's error must come first.
     """
     if timeout_s is not None:
         return timeout_s
@@ -99,9 +106,14 @@ def peer_timeout_s(timeout_s: float | None) -> float:
 
 @contextlib.contextmanager
 def peers_needed(accelerator: Accelerator, place: Callable[[], str]) -> Iterator[None]:
-    """Inside, an error of the communication between processes is told as what it means. place: how far this one has come.
+    """Inside the `with` block, turn an error of the communication between processes into PeerLost.
 
-    Raises PeerLost.
+    Args:
+        accelerator: The joined processes.
+        place: Returns the progress of this process, for the message: "at step 100".
+
+    Raises:
+        PeerLost: The communication has failed.
     """
     try:
         yield
@@ -109,27 +121,29 @@ def peers_needed(accelerator: Accelerator, place: Callable[[], str]) -> Iterator
         if accelerator.num_processes == 1 or not _is_communication(error):
             raise
         raise PeerLost(
-            f"rank {accelerator.process_index} of {accelerator.num_processes} has lost the others {place()} "
-            f"({_first_line(error)}): a process or a node has died, has not answered within train.timeout_s, or the network "
-            "between them is cut. What was written last is whole: start the same command again to go on from it"
+            f"rank {accelerator.process_index} of {accelerator.num_processes} has lost its peers {place()} "
+            f"({_first_line(error)}): a process or a node has died or exceeded train.timeout_s, or the network is down. "
+            "The last written files are complete: run the same command again to resume from them"
         ) from None
 
 
 def _is_communication(error: RuntimeError) -> bool:
-    """The CPUs' library raises plain RuntimeErrors, which name its files."""
+    """Return whether an error is one of the process group: gloo raises plain RuntimeErrors, with the names of its files."""
     return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo/", "NCCL", "nccl"))
 
 
 def _first_line(error: Exception) -> str:
-    said = str(error).strip().partition("\n")[0]
-    return said.rpartition("] ")[2] if said.startswith("[") and "] " in said and ".cc:" in said.partition("] ")[0] else said
+    """Return the first line of an error, without the source location `[file.cc:line] ` that gloo puts before it."""
+    line = str(error).strip().partition("\n")[0]
+    return line.rpartition("] ")[2] if line.startswith("[") and "] " in line and ".cc:" in line.partition("] ")[0] else line
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """Call `function` on rank 0 alone and return its (picklable) result on every rank.
+    """Call `function` on rank 0 alone and return its result, which must be picklable, on every rank.
 
-    Raises UserError on every rank where rank 0 has raised one, or an OSError. Any other exception is raised again on rank 0,
-    and PeerLost on the others, which would wait for rank 0 until their time-out.
+    Raises:
+        UserError: On every rank, if rank 0 has raised it or an OSError.
+        PeerLost: On the other ranks, if rank 0 has raised any other exception, which is raised on rank 0 itself.
     """
     outcome: list[Any] = [None, None, None]
     failure: Exception | None = None
@@ -148,12 +162,20 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) ->
     if outcome[1] is not None:
         raise UserError(outcome[1])
     if outcome[2] is not None:
-        raise PeerLost(f"rank 0 has failed ({outcome[2]}); its traceback says where")
+        raise PeerLost(f"rank 0 has failed ({outcome[2]}); see its traceback")
     return outcome[0]
 
 
 def gathered(items: list[Result], *, group: Any = None) -> list[Result]:
-    """Return the (picklable) items of all ranks in their order. Every rank must call it. group: None = all that joined."""
+    """Gather items from all ranks. Every rank must call this.
+
+    Args:
+        items: This rank's items, picklable.
+        group: A process group; None = all processes.
+
+    Returns:
+        The items of all ranks, in the order of the ranks.
+    """
     if group is None:
         return gather_object(items)
     parts: list[Any] = [None] * torch.distributed.get_world_size(group)
@@ -162,10 +184,10 @@ def gathered(items: list[Result], *, group: Any = None) -> list[Result]:
 
 
 def patient_group(accelerator: Accelerator) -> Any:
-    """Create a gloo group whose ranks wait for each other for a day, for the ends of long work; None for a single process.
+    """Create a gloo group with a timeout of a day, for the end of long work; None for a single process.
 
-    Ranks that read or write a share of a large cache end minutes apart, and NCCL gives up after ten. A process that dies is
-    noticed at once all the same. Every rank must call it.
+    Ranks that read or write shares of a large cache end minutes apart, and the default timeout on GPUs is ten minutes. The
+    death of a process is still detected at once. Every rank must call this.
     """
     if accelerator.num_processes == 1:
         return None
@@ -173,23 +195,23 @@ def patient_group(accelerator: Accelerator) -> Any:
 
 
 def leave_processes(accelerator: Accelerator) -> None:
-    """End of the program: leave the process group. Trackers are finished by who started them, and may have failed."""
+    """Leave the process group, at the end of the program; trackers are finished elsewhere, and may have failed."""
     accelerator.trackers.clear()
     accelerator.end_training()
 
 
 def _refuse_contradictions(precision: Precision) -> None:
     if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.precision: fp16 needs a GPU, and there is none here; use bf16 or 'no'")
+        raise UserError("train.precision: fp16 needs a GPU, and no GPU was found; use bf16 or float32")
     if int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != 1:
         raise UserError(
             "gradient_accumulation_steps in the launch file would divide every loss a second time; "
-            "remove it there and set train.grad_accum_steps in the run's config"
+            "remove it and set train.grad_accum_steps in the run's config"
         )
 
 
 def refuse_unjoined(accelerator: Accelerator) -> None:
-    """Raises UserError where the launcher started more processes than found each other, or with another kind of parallelism."""
+    """Raise UserError if fewer processes joined than the launcher started, or their kind of parallelism is not supported."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(

@@ -1,19 +1,23 @@
-"""Exceptions of the package and the exit codes they lead to."""
+"""Exceptions of the package, and the exit codes to which they lead."""
 
 from __future__ import annotations
 
 
-class UserError(Exception):
-    """The user's mistake: one paragraph that says field, value, rule and remedy. The program exits with 2."""
+class UserError(ValueError):
+    """Mistake of the user. The message is one paragraph with field, value, rule and remedy; the program exits with 2."""
 
 
-class Preempted(Exception):  # noqa: N818  (it is no error)
-    """A signal has ended the work at a place from which it can go on. The program exits with 128 + number."""
+class Preempted(Exception):  # noqa: N818  (not an error)
+    """Stop by a signal, at a place from which the work can resume. The program exits with 128 + number.
+
+    Attributes:
+        number: Number of the signal.
+    """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.number = number
 
 
-class PeerLost(Exception):  # noqa: N818  (the machine's fault, not the program's)
-    """Another process of the launch does not answer any more. The program exits with 1 and no traceback."""
+class PeerLost(Exception):  # noqa: N818  (a fault of the machine, not of the program)
+    """Loss of another process of the launch. The program exits with 1, without a traceback."""

@@ -1,32 +1,48 @@
-"""The parts of a training, marked where they run, so that a profile can say what each of them takes.
+"""Profiler ranges of the parts of a training, a trace for Perfetto (ui.perfetto.dev), and each range's share of time.
 
-While nothing is recorded a mark costs nothing.
+Ranges are marked where the code runs; while no profiler records, a mark costs nothing.
 """
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch.profiler import record_function
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from kd_accel.io.files import refused_by_disk
 
 Item = TypeVar("Item")
 RangeName = Literal[
     "loader", "teacher", "student", "projector", "loss", "backward", "optimizer", "logging", "evaluation", "checkpoint"
 ]
 Observer = Callable[[RangeName], AbstractContextManager[object]]
+"""Returns the context that a mark enters instead of a profiler range."""
+
 PREFIX = "kd_accel."
+"""Prefix of the ranges' names in a trace."""
+
+WARM_UP_STEPS = 5
+"""Steps before the recorded ones; in the last of them the profiler itself warms up."""
+
+_SILENT = "99"
+"""Log level of Kineto, which reports a machine without a GPU as an error."""
+
 _observers: list[Observer] = []
 
 
 def profiler_range(name: RangeName) -> AbstractContextManager[object]:
-    """`with stage("loss"):` marks what runs inside. `projector` lies within `student`; the others never overlap.
+    """Mark the code of a `with` block as a range of the profiler.
 
-    What torch.compile traces has no marks: whether a profiler runs cannot be asked there.
+    `projector` is nested in `student`; all other ranges are disjoint.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # traced code cannot query the profiler, so it has no ranges
         return nullcontext()
     if _observers:
         return _observers[-1](name)
@@ -35,7 +51,7 @@ def profiler_range(name: RangeName) -> AbstractContextManager[object]:
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Let each mark inside enter what `observer` returns for its name, in place of a range of the profiler."""
+    """Inside the `with` block, replace each profiler range by the context that `observer` returns for its name."""
     _observers.append(observer)
     try:
         yield
@@ -44,7 +60,7 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def profiled(name: RangeName, items: Iterable[Item]) -> Iterator[Item]:
-    """The same items; making each of them is marked."""
+    """Yield the items of an iterable, with the production of each marked as a range."""
     iterator = iter(items)
     while True:
         with profiler_range(name):
@@ -53,3 +69,84 @@ def profiled(name: RangeName, items: Iterable[Item]) -> Iterator[Item]:
             except StopIteration:
                 return
         yield item
+
+
+class StepProfiler:
+    """Profiler of some optimizer steps after the first few: writes `directory/rank-R.json` and reports the ranges' shares.
+
+    `step` must be called at the end of each step, and `close` at the end of the training.
+    """
+
+    def __init__(self, directory: Path, *, steps: int | None, rank: int, say: Callable[[str], None]) -> None:
+        """Start the profiler.
+
+        Args:
+            directory: Directory of the traces.
+            steps: Number of recorded steps; None = record nothing.
+            rank: This process.
+            say: Prints a line for the user.
+        """
+        self._directory, self._rank, self._say = directory, rank, say
+        self._profiler: Any = None
+        self._is_written = False
+        if steps is not None:
+            os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            recorded_steps = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=steps, repeat=1)
+            self._profiler = profile(activities=activities, schedule=recorded_steps, on_trace_ready=self._write)
+            self._profiler.start()
+
+    def step(self) -> None:
+        """Mark the end of an optimizer step."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def close(self) -> None:
+        """Stop the profiler, and write the trace if the training ended within the recorded steps."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+            if not self._is_written:
+                self._say(f"profile: nothing was recorded, the training ended within its first {WARM_UP_STEPS} steps")
+
+    def _write(self, profiler: profile) -> None:
+        self._is_written = True
+        path = self._directory / f"rank-{self._rank}.json"
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+        except OSError as error:  # the training continues without a trace
+            self._say(f"profile: {refused_by_disk(error)}")
+        step_ms, shares = range_shares(profiler.events())
+        listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+        self._say(f"profile: {step_ms:.1f} ms a step: {listed} ({path})")
+
+
+def range_shares(events: Iterable[Any] | None, *, whole: str = "ProfilerStep") -> tuple[float, dict[str, float]]:
+    """Compute each range's share of the time from the events of a profile.
+
+    On a GPU these are times of the device, and `rest` includes the backward: autograd's own thread launches its kernels,
+    outside of any range.
+
+    Args:
+        events: Events of `torch.profiler.profile`.
+        whole: Prefix of the names of the ranges whose sum is the total time; the default are the steps of a profiler.
+
+    Returns:
+        (milliseconds per step, share of the time by range), with the unmarked time as `rest`.
+    """
+    events = list(events or ())
+    on_device = any(event.device_type == DeviceType.CUDA for event in events)
+    total_us = sum(event.time_range.elapsed_us() for event in events if event.name.startswith(whole) and _is_host(event))
+    steps = sum(event.name == PREFIX + "optimizer" and _is_host(event) for event in events)
+    spent_us: Counter[str] = Counter()
+    for event in events:
+        if event.name.startswith(PREFIX) and _is_host(event) != on_device:
+            spent_us[event.name.removeprefix(PREFIX)] += event.time_range.elapsed_us()
+    spent_us["student"] -= spent_us["projector"]
+    shares = {name: spent_us[name] / total_us for name in get_args(RangeName) if name in spent_us}
+    return total_us / steps / 1000, {**shares, "rest": 1 - sum(shares.values())}
+
+
+def _is_host(event: Any) -> bool:
+    return event.device_type == DeviceType.CPU

@@ -1,6 +1,8 @@
-"""The values that cross the borders between packages. No torch is imported here at run time.
+"""Data types shared by several packages: a batch of images, the teacher's output, the student's output, the loss terms.
 
-Shape letters, used everywhere: B batch, C classes, D channels, H W, N samples, K views.
+Shape letters of the whole package: B batch, C classes, D channels, H height, W width, N samples, K views, S image size.
+
+This module imports no torch at run time.
 """
 
 from __future__ import annotations
@@ -15,36 +17,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """One view of some samples.
+    """A batch of samples in one view.
 
-    images: uint8 [B, 3, H, W], the pixels of the view, laid out channels_last.
-    labels: int64 [B].
-    samples: int64 [B], each image's index in its source split, before any cut. A cached teacher answers by (samples, view). They
-        stay on the host, where it looks them up: reading them back from a GPU would wait for all queued work.
-    view: which view of the samples these pixels are.
+    Attributes:
+        images: Pixels of the view, uint8 [B, 3, H, W]. Dense, either contiguous (decoded images held in memory, uncropped or
+            cropped) or channels_last (images decoded on demand, resized crops, TrivialAugment, crops made on a GPU).
+            Code that needs one memory format must convert.
+        labels: Class indices, int64 [B].
+        index: Each sample's position in its source split, before any subset, int64 [B]. Always in host memory: a cache is
+            read by (index, view), and a copy from a GPU would synchronize with all queued work.
+        view: Number of the view that the pixels show.
     """
 
     images: Tensor
     labels: Tensor
-    samples: Tensor
+    index: Tensor
     view: int
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Batch:
+        """Return the batch with images and labels on `device`; `index` stays in host memory."""
         images, labels = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.labels))
-        return Batch(images, labels, self.samples, self.view)
+        return Batch(images, labels, self.index, self.view)
 
     def pin_memory(self) -> Batch:
-        """In host memory from which a GPU copies without waiting."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.samples, self.view)
+        """Return the batch with images and labels in page-locked memory, which a GPU copies asynchronously."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.index, self.view)
 
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher says about one batch; the same type whether it answers live or from a cache.
+    """Logits and features of the teacher for one batch, from a live forward or from a cache.
 
-    logits: [B, C], never probabilities, so that the temperature can change later; None where there is no teacher.
-    features: the teacher's side of each layer pair, by the student's layer name, [B, D, H, W]: raw, or already projected
-        where the teacher's projector is frozen.
+    Attributes:
+        logits: [B, C], not probabilities, so that the temperature can change later; None without a teacher.
+        features: Feature maps [B, D, H, W] by the teacher's layer name: raw, or already mapped by the frozen target function
+            of the feature loss.
     """
 
     logits: Tensor | None = None
@@ -53,10 +60,11 @@ class TeacherOutput:
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """What one forward of the trained module gives.
+    """Output of one forward of the trained module.
 
-    logits: [B, C]. pairs: for each layer, the (student, target) feature maps in the channels in which they are compared;
-    their heights and widths may still differ.
+    Attributes:
+        logits: [B, C].
+        pairs: (student map, target map) by layer, each [B, D, H, W] with equal channels; heights and widths may still differ.
     """
 
     logits: Tensor
@@ -65,7 +73,14 @@ class StudentOutput:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The summands of the loss, scalars, each before its weight; `total` is the weighted sum that is minimized."""
+    """Terms of the loss as scalars, each before its weight.
+
+    Attributes:
+        total: The weighted sum that is minimized.
+        hard: Cross-entropy with the labels.
+        response: Divergence from the teacher's logits; None without a teacher.
+        feature: Distance from the teacher's features; None where no layers are compared.
+    """
 
     total: Tensor
     hard: Tensor
@@ -74,12 +89,12 @@ class LossTerms:
 
 
 TeacherSource = Callable[[Batch], TeacherOutput]
-"""Anything that answers for a batch: a live teacher, a cached one, or `no_signals`."""
+"""Source of the teacher's outputs for a batch: a live teacher, a cache, or `no_teacher`."""
 
 LossFunction = Callable[[StudentOutput, TeacherOutput, "Tensor"], LossTerms]
-"""(output, signals, labels) -> terms."""
+"""(student output, teacher output, labels) -> loss terms."""
 
 
 def no_teacher(batch: Batch) -> TeacherOutput:
-    """The signal source of a run without a teacher."""
+    """Return an empty output, as the source of a training without a teacher."""
     return TeacherOutput()

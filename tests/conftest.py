@@ -1,4 +1,4 @@
-"""What a session has once: models that several tests distil from, trained by the program itself, and the record of faults."""
+"""Fixtures of a session: a teacher trained by the program itself, and the record of faults."""
 
 import os
 
@@ -34,5 +34,5 @@ def distilled(teacher_run):
         f"--teacher.run={teacher_run}",
         "--distill.temperature={start: 4.0, floor: 2.0, decay: 0.9}",
         "--distill.alpha={start: 0.8, floor: 0.5, decay: 0.95}",
-        "--distill.feature={weight: 0.1, direction: both, layers: [layer1, layer2], pca_images: 64}",
+        "--distill.features.mse={weight: 0.1, layers: [layer1, layer2], args: {direction: both, pca_images: 64}}",
     ]

@@ -20,8 +20,8 @@ from benchmarks.acceptance.record import Figures, Setting
 from benchmarks.jobs import Size, open_bench
 from benchmarks.training_case import Programs
 from kd_accel.config.schema import Precision
-from kd_accel.models.kernels import choose_kernels
-from kd_accel.training.profile import StepProfiler
+from kd_accel.models.inference import choose_kernels
+from kd_accel.profiling import StepProfiler
 from kd_accel.training.trainer import train_epoch
 
 VARIANTS = {

@@ -1,1 +1,1 @@
-"""What a model costs: parameters, arithmetic, latency."""
+"""Model statistics and latency benchmark."""

@@ -1,7 +1,9 @@
-"""A forward as a CUDA graph: its kernels recorded once, then replayed with one launch.
+"""CUDA graph of a forward: its kernels are recorded once, then replayed with one launch.
 
-In: a function that runs a forward on fixed inputs. Out: a function that replays it.
-Reference: "CUDA Graphs" in the CUDA semantics notes of the PyTorch documentation.
+In: a function that runs a forward on static inputs. Out: a function that replays it.
+
+References:
+    "CUDA Graphs" in the CUDA semantics notes of the PyTorch documentation.
 """
 
 from __future__ import annotations
@@ -13,25 +15,25 @@ from torch import Tensor
 
 _WARM_UP_ITERATIONS = 3
 _failed: list[torch.cuda.CUDAGraph] = []
-"""Kept alive: after a failed capture PyTorch's allocator keeps a pointer to the graph and reads it in the next capture."""
+"""Graphs whose capture failed, kept alive: PyTorch's allocator keeps a pointer to such a graph and reads it in the next one."""
 
 
 def capture(forward: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Record one call of `forward` as a CUDA graph.
 
     Args:
-        forward: runs on static inputs, under autocast and inference mode where it should be.
-        device: a GPU, the current device.
+        forward: Runs on static inputs, and enters autocast and inference mode itself if needed.
+        device: A GPU, the current device.
 
     Returns:
         A function that replays the graph on the current stream and returns its output, one tensor that each replay fills.
 
     Raises:
-        RuntimeError: the forward waits for the device, or cannot be captured for another reason.
+        RuntimeError: The forward synchronizes with the device, or cannot be captured for another reason.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    # The outer context restores the current stream: torch.cuda.graph does not where the end of a capture fails.
+    # The outer context restores the current stream: torch.cuda.graph does not if the end of a capture fails.
     with torch.cuda.stream(side):
         _warm_up(forward)
         graph = torch.cuda.CUDAGraph()
@@ -51,9 +53,10 @@ def capture(forward: Callable[[], Tensor], device: torch.device) -> Callable[[],
 
 
 def _warm_up(forward: Callable[[], Tensor]) -> None:
-    """Choose kernels and allocate workspaces on the stream of the capture. Raises RuntimeError where the forward synchronizes.
+    """Run the forward on the stream of the capture, which chooses kernels and allocates workspaces.
 
-    A synchronization inside a capture would end it with an error as well, but in an undefined state of the allocator.
+    Raises:
+        RuntimeError: The forward synchronizes; inside a capture that would leave the allocator in an undefined state.
     """
     before = torch.cuda.get_sync_debug_mode()
     for _ in range(_WARM_UP_ITERATIONS):

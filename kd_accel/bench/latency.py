@@ -1,10 +1,12 @@
-"""Latency of a forward: warmed up, synchronized, the models in turns, with median, tail and spread.
+"""Latency of a forward after warm-up, with median, tail and spread; models are measured in turns.
 
-On a GPU each forward lies between two CUDA events, read after one synchronization at the end, so that nothing waits inside the
-loop. Next to it are the host's clock with a synchronization per forward, which is what a caller who needs the result sees, and,
-where asked for, the replay of the forward as a CUDA graph: at batch 1 an eager forward measures the launches of its kernels.
-On a CPU it is `perf_counter`. Inputs are fixed and resident; caches are warm. After the protocols of timm's and triton's
-benchmarks and MLPerf's single stream.
+On a GPU each forward is between two CUDA events, read after one synchronization at the end, so that the timed loop never
+synchronizes. Two more figures go with it: the host's clock with a synchronization per forward, which is the latency of a caller
+that needs the result; and optionally the replay of the forward as a CUDA graph, since at batch size 1 an eager forward measures
+the launches of its kernels. On a CPU the clock is `perf_counter`. Inputs are fixed and on the device; caches are warm.
+
+References:
+    The protocols of timm's and Triton's benchmarks and of MLPerf's single-stream scenario.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from kd_accel.config.schema import Precision
 Forward = Callable[[], Tensor]
 _WARM_UP_ITERATIONS = 20
 _LONGEST_WARM_UP_S = 5.0
-"""Forwards that take long are warm after fewer of them."""
+"""Limit of the warm-up; slow forwards have fewer warm-up iterations."""
 _P99_ITERATIONS = 1000
 _ROUNDS = 10
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def measure_latency(
@@ -37,24 +39,25 @@ def measure_latency(
     *,
     min_iterations: int,
     min_time_s: float,
-    precision: Precision = "no",
+    precision: Precision = "float32",
     cuda_graph: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Measure how long a forward of each model takes.
+    """Measure the latency of a forward of each model.
 
-    Models take turns in ten rounds, so that a drift of the machine's speed falls on all of them.
+    Models take turns in ten rounds, so that a drift of the machine's speed affects all of them.
 
     Args:
-        images: each model's input [B, 3, H, W], all on one device.
-        min_iterations: least number of timed forwards per model.
-        min_time_s: least time per model, in seconds.
-        precision: autocast around each forward.
-        cuda_graph: on a GPU, time a CUDA graph of the forward as well.
+        models: Models by name, on the device of their images.
+        images: Input of each model, [B, 3, H, W], all on one device.
+        min_iterations: Minimal number of timed forwards per model.
+        min_time_s: Minimal measured time per model, in seconds.
+        precision: Autocast around each forward; float32 = none.
+        cuda_graph: Whether a CUDA graph of the forward is timed as well, on a GPU.
 
     Returns:
-        Per model: median_ms, p90_ms, p99_ms (null below 1,000 iterations), mean_ms, std_ms, spread_ms (the distance between
-        the quartiles), iterations, graph_median_ms (null where not measured). On a GPU also host_median_ms, and graph_error
-        where no graph could be captured.
+        Per model: median_ms, p90_ms, p99_ms (None below 1,000 iterations), mean_ms, std_ms, spread_ms (distance between the
+        quartiles), iterations, graph_median_ms (None if not measured). On a GPU also host_median_ms, and graph_error if the
+        capture failed.
     """
     device = next(iter(images.values())).device
     with torch.inference_mode(), _current(device):
@@ -72,11 +75,11 @@ def measure_latency(
 
 
 def compile_for_latency(models: Iterable[nn.Module], *, batch_sizes: int) -> None:
-    """`compile()` each of them, for so many batch sizes.
+    """Compile each model in place, with room for `batch_sizes` compilations of each.
 
-    torch takes models of one class for one function, and after eight compilations of it runs the rest eagerly.
+    torch.compile counts models of one class as one function, and after eight compilations of a function runs it eagerly.
     """
-    from torch._dynamo import config  # heavy, and not needed otherwise
+    from torch._dynamo import config  # slow to import, and not needed otherwise
 
     models = list(models)
     config.recompile_limit = max(config.recompile_limit, len(models) * batch_sizes)
@@ -85,26 +88,26 @@ def compile_for_latency(models: Iterable[nn.Module], *, batch_sizes: int) -> Non
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current device: events and launches go to the stream of the current device, not to that of the tensors."""
+    """Make a GPU the current device: events are recorded on the current device's stream, not on that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _forward(model: nn.Module, images: Tensor, precision: Precision) -> Forward:
-    if precision == "no":
+    if precision == "float32":
         return lambda: model(images)
 
     def forward() -> Tensor:
-        # Entered per forward, as a caller does. Autocast keeps the casts of weights until it is left (in older versions of
-        # PyTorch in inference mode too): in one context around all forwards only the first of them would pay for the casts.
-        with torch.autocast(images.device.type, dtype=_DTYPES[precision]):
+        # Entered per forward, as a caller does. Autocast caches the casts of weights until its exit (in older versions of
+        # PyTorch in inference mode too): with one context around all forwards only the first would pay for the casts.
+        with torch.autocast(images.device.type, dtype=_AUTOCAST_DTYPES[precision]):
             return model(images)
 
     return forward
 
 
 def _needed(forward: Forward, device: torch.device, min_iterations: int, min_time_s: float) -> int:
-    """Warm up for the least time too, and find how many forwards fill both minima."""
-    forward()  # compiles what is to be compiled
+    """Warm up, and return the number of forwards that reaches both minima."""
+    forward()  # a compiled model is compiled here
     times_ms: list[float] = []
     while sum(times_ms) < 1000 * _LONGEST_WARM_UP_S:
         if len(times_ms) >= _WARM_UP_ITERATIONS and sum(times_ms) >= 1000 * min_time_s:
@@ -118,7 +121,7 @@ def _timed(forward: Forward, device: torch.device, iterations: int) -> list[floa
 
 
 def _host_times(forward: Forward, device: torch.device, iterations: int) -> list[float]:
-    """Measure milliseconds of each forward by the host's clock, its result waited for."""
+    """Time each forward with its synchronization by the host's clock, in milliseconds."""
     times_ms = []
     for _ in range(iterations):
         started_at = time.perf_counter()
@@ -130,7 +133,7 @@ def _host_times(forward: Forward, device: torch.device, iterations: int) -> list
 
 
 def _event_times(forward: Forward, device: torch.device, iterations: int) -> list[float]:
-    """Measure milliseconds of each forward on the GPU itself."""
+    """Time each forward by CUDA events, in milliseconds."""
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(iterations)]
     for begin, end in pairs:
         begin.record()
@@ -141,7 +144,7 @@ def _event_times(forward: Forward, device: torch.device, iterations: int) -> lis
 
 
 def _graph_figures(forward: Forward, device: torch.device, iterations: int) -> dict[str, Any]:
-    """Measure the median of the replayed forward, or give the reason why it cannot be captured."""
+    """Measure the median of the replayed forward, or return the reason why it cannot be captured."""
     try:
         replay = capture(forward, device)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a model weighs: parameters, bytes, and multiply-adds of one image."""
+"""Model statistics: parameters, bytes, and multiply-adds (MACs) per image."""
 
 from __future__ import annotations
 
@@ -8,23 +8,29 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """{"parameters", "trainable_parameters"}: whole numbers."""
+    """Count the elements of a model's parameters.
+
+    Returns:
+        {"parameters": all, "trainable_parameters": those that require gradients}.
+    """
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return {"parameters": sum(parameter.numel() for parameter in parameters), "trainable_parameters": trainable}
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Parameters and buffers, in bytes."""
+    """Compute the size of a model's parameters and buffers in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 @torch.no_grad()
 def count_macs(model: nn.Module, images: Tensor) -> int:
-    """Multiply-adds per image of convolutions and matrix products, as papers count them (normalization etc. left out).
+    """Count the multiply-adds per image of convolutions and matrix products, without normalization etc., as papers do.
 
-    images: float [B, 3, H, W] on the model's device. PyTorch's counter gives two operations per multiply-add.
+    Args:
+        model: The model.
+        images: float [B, 3, H, W] on the model's device.
     """
     with FlopCounterMode(display=False) as counter:
         model(images)
-    return counter.get_total_flops() // 2 // len(images)
+    return counter.get_total_flops() // 2 // len(images)  # the counter has two operations per multiply-add

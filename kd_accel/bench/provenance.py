@@ -1,10 +1,9 @@
-"""What a bench file was made from, so that its figures are not taken for those of other models or other settings. No torch."""
+"""Provenance of a bench file: digests of the measured models and the settings, without torch."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from kd_accel.io.files import load_json
 
 
 def model_digest(directory: Path) -> str | None:
-    """Of the files that a run leaves to be deployed; None where they are not."""
+    """Compute a SHA-256 digest of a run's files for deployment (model.json, model.safetensors); None if they are missing."""
     digest = hashlib.sha256()
     try:
         for name in ("model.json", "model.safetensors"):
@@ -25,11 +24,11 @@ def model_digest(directory: Path) -> str | None:
 
 
 def is_measured(file: Path, directories: Sequence[Path], config: BenchConfig) -> bool:
-    """Whether `file` holds figures of just these runs, as they are now, taken with these settings."""
+    """Return whether a bench file has the figures of exactly these runs in their present state, with these settings."""
     try:
         content = load_json(file)
         measured = [(entry["name"], entry["digest"]) for entry in content["models"]]
         settings: Any = content["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return settings == asdict(config) and measured == [(str(path), model_digest(path)) for path in directories]
+    return settings == config.model_dump(mode="json") and measured == [(str(path), model_digest(path)) for path in directories]

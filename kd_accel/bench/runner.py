@@ -1,9 +1,9 @@
-"""Measurement of models by name: runs of this program from the files that a user would deploy, or bare architectures.
+"""Benchmark of models by name: runs, loaded from the files that a user would deploy, or bare architectures.
 
-In: names and a BenchConfig. Out: one dict for a JSON file: the settings, the circumstances (device, dtype, threads, kernels,
-versions), and for each model its parameters, bytes, multiply-adds and latency per batch size. Kernels and memory format
-are those of training; layers are the library's own, as a user deploys them. A run goes by its path, which is how a report finds
-it, and by the digest of its files.
+In: names and a BenchConfig. Out: one dict for a JSON file: the settings, the environment (device, dtype, threads, kernels,
+versions), and for each model its parameters, bytes, multiply-adds and latency per batch size. Kernels and memory format are
+those of training; modules are the library's own, as a user deploys them. A report matches a run by its path and the digest of
+its files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,18 @@ from kd_accel.bench.provenance import model_digest
 from kd_accel.config.schema import BenchConfig
 from kd_accel.errors import UserError
 from kd_accel.models.factory import build_model
-from kd_accel.models.kernels import choose_kernels
-from kd_accel.models.memory_format import image_memory_format
+from kd_accel.models.inference import choose_kernels, image_memory_format
 from kd_accel.models.weights import load_run_model
 
 _DEFAULT_IMAGE_SIZE = 32
 _ARCHS = ("torchvision/", "timm/", "import:")
-_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
 class _Named:
+    """Model to measure. digest: of the files of a run; None for an architecture."""
+
     name: str
     arch: str
     model: nn.Module
@@ -44,11 +45,22 @@ class _Named:
 
 
 def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
-    """Figures of each model, ready for JSON. Raises UserError for what cannot be measured here, before anything is timed."""
+    """Measure models.
+
+    Args:
+        names: Run directories, or architectures: torchvision/NAME, timm/NAME, import:package.module:function.
+        config: The settings.
+
+    Returns:
+        {"settings", ..., "models"}, ready for JSON; see the module.
+
+    Raises:
+        UserError: A model or a setting is not possible on this machine; raised before anything is timed.
+    """
     choose_kernels(deterministic=False, tf32=config.tf32)
     device = _device(config.device)
     if config.precision == "fp16" and device.type == "cpu":
-        raise UserError("precision: fp16 needs a GPU; use bf16 or no")
+        raise UserError("precision: fp16 needs a GPU; use bf16 or float32")
     if config.cuda_graph and device.type == "cpu":
         raise UserError("cuda_graph: true needs a GPU; leave it out")
     if config.threads is not None:
@@ -60,7 +72,7 @@ def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
         {**_identity(entry), **counted, "latency": measured}
         for entry, counted, measured in zip(loaded, counts, latency, strict=True)
     ]
-    return {"settings": asdict(config), **_circumstances(config, device), "models": entries}
+    return {"settings": config.model_dump(mode="json"), **_environment(config, device), "models": entries}
 
 
 def _load(name: str, config: BenchConfig) -> _Named:
@@ -69,7 +81,7 @@ def _load(name: str, config: BenchConfig) -> _Named:
         model, card = load_run_model(path, field=name)
         return _Named(str(path), card.arch, model, config.image_size or card.image_size, model_digest(path))
     if not name.startswith(_ARCHS):
-        raise UserError(f"bench: there is no run directory {name!r}; an arch is torchvision/NAME, timm/NAME or import:...")
+        raise UserError(f"bench: run directory {name!r} not found; architectures are torchvision/NAME, timm/NAME, import:...")
     model = build_model(name, num_classes=config.num_classes, field="bench").eval()
     return _Named(name, name, model, config.image_size or _DEFAULT_IMAGE_SIZE)
 
@@ -79,20 +91,24 @@ def _identity(entry: _Named) -> dict[str, Any]:
 
 
 def _counts(entry: _Named) -> dict[str, int]:
-    """On the CPU, before anything is compiled; also the first forward, where a size that does not fit shows."""
+    """Count parameters, bytes and multiply-adds, on the CPU before any compilation.
+
+    Raises:
+        UserError: The model does not accept images of this size; this is its first forward.
+    """
     try:
         macs = count_macs(entry.model, _images(1, entry.image_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         size = entry.image_size
         raise UserError(
-            f"image_size: {entry.name} does not take images of {size}x{size} ({' '.join(str(error).split())}); "
-            "give it a size that it takes: --image_size"
+            f"image_size: {entry.name} does not accept images of {size}x{size} ({' '.join(str(error).split())}); "
+            "set a size that it accepts: --image_size"
         ) from None
     return {**count_parameters(entry.model), "bytes": model_bytes(entry.model), "macs": macs}
 
 
 def _latencies(loaded: Sequence[_Named], config: BenchConfig, device: torch.device) -> list[list[dict[str, Any]]]:
-    """Measure each model per batch size. Models are moved in place."""
+    """Measure the latency of each model per batch size. Models are moved to the device in place."""
     memory_format = image_memory_format(config.channels_last, device)
     models = {str(index): entry.model.to(device).to(memory_format=memory_format) for index, entry in enumerate(loaded)}
     if config.compile:
@@ -132,20 +148,19 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: {name!r} is no device to measure on; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"device: {name!r} is not a valid device; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: {name} is not there ({torch.cuda.device_count()} GPUs found); use auto or cpu")
+        raise UserError(f"device: {name} not found ({torch.cuda.device_count()} GPUs available); use auto or cpu")
     return device
 
 
-def _circumstances(config: BenchConfig, device: torch.device) -> dict[str, Any]:
+def _environment(config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    is_channels_last = image_memory_format(config.channels_last, device) == torch.channels_last
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": config.precision,
         "dtype": _DTYPES[config.precision],
-        "memory_format": "channels_last"
-        if image_memory_format(config.channels_last, device) == torch.channels_last
-        else "contiguous",
+        "memory_format": "channels_last" if is_channels_last else "contiguous",
         "compile": config.compile,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -162,10 +177,10 @@ def _circumstances(config: BenchConfig, device: torch.device) -> dict[str, Any]:
 
 
 def _tf32(device: torch.device) -> dict[str, bool | None]:
-    """Return whether float32 convolutions and matrix products may use TF32, each as PyTorch has it; null on a CPU."""
+    """Return whether float32 convolutions and matrix products may use TF32, by PyTorch's two switches; None on a CPU."""
     if device.type == "cpu":
         return {"convolutions": None, "matmul": None}
-    is_allowed = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # NVIDIA's libraries then ignore PyTorch's switches
+    is_allowed = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # with 0, NVIDIA's libraries ignore PyTorch's switches
     return {
         "convolutions": is_allowed and torch.backends.cudnn.allow_tf32,
         "matmul": is_allowed and torch.backends.cuda.matmul.allow_tf32,

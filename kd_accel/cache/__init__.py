@@ -1,1 +1,1 @@
-"""The teacher cache: its files, its reader and its writer."""
+"""The teacher cache: stored outputs of a teacher for the samples and views of a data set."""

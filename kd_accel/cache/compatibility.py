@@ -1,271 +1,289 @@
-"""A teacher that answers from its cache, with the same type of signals as the live one; the training step cannot tell.
+"""Checks of a cache against what a training or a build requests: fingerprint, samples, tensors, views, headers of all files.
 
-Opening is where every doubt is settled: another identity, other samples, tensors or views that are not there. What is asked for
-may be less than the cache holds.
+A request may be for less than the cache holds. A cache that differs is refused by field, with the stored and the requested
+value and the command that rebuilds.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from kd_accel.cache.codec import INT8_LARGEST, RELATIVE_ERROR, decode
-from kd_accel.cache.manifest import CachedSamples, read_manifest, read_samples, read_spec
-from kd_accel.cache.reader import Reader, StoredValues
-from kd_accel.cache.shard import damage
-from kd_accel.cache.spec import LOGITS, CacheSpec, Split
-from kd_accel.config.parsing import flatten
+from kd_accel.cache.manifest import CachedSamples
+from kd_accel.cache.shard import find_damage
+from kd_accel.cache.spec import LOGITS, CacheSpec
+from kd_accel.config.fields import flatten
+from kd_accel.config.schema import Precision, StorageType
+from kd_accel.data.datamodule import DataModule
+from kd_accel.data.splits import Split
 from kd_accel.errors import UserError
-from kd_accel.io.hashing import settings_digest
-from kd_accel.types import Batch, TeacherOutput
+from kd_accel.io.hashing import tensors_digest
+from kd_accel.losses.targets import TargetFunction
+from kd_accel.teacher.teacher import Teacher
 
-_BUILD = "`kd-accel cache build` with this config"
+BUILD_COMMAND = "`kd-accel cache build` with this config"
 _LISTED = 5
-_MEMORY_FORMAT = "numeric.channels_last"
+_MEMORY_FORMAT = "numerics.channels_last"
+_CONTENTS = "data.contents."
 
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What a run asks of a cache.
+    """What a training or a build requests of a cache.
 
-    identity: of the teacher, its numerics, the data and the views, without the contents of the samples. samples: by split.
-    layers: {student layer: teacher layer}. projected: channels by teacher layer where its features are to be projected by a frozen
-    PCA; the others are to be raw. pca_images: on how many images such a PCA is fitted. dtype: None = whatever is stored.
-    any_layout: the memory layout was left to the device, so a cache that another kind of device made will do.
+    Attributes:
+        fingerprint_fields: Teacher, numerics, data and views, without the digests of the samples.
+        samples: Samples of each split.
+        views: Number of views of the training split, from view 0 on.
+        targets: Target functions by the teacher's layer, fitted or not; `Identity` requests the raw map.
+        dtype: Storage type; None accepts the stored one.
+        any_memory_format: Whether another memory format of the teacher's maps is accepted, as a cache of another kind of device
+            has it.
     """
 
     fingerprint_fields: Mapping[str, Any]
     samples: Mapping[Split, CachedSamples]
     views: int
-    layers: Mapping[str, str]
-    projected: Mapping[str, int]
-    pca_images: int | None = None
-    dtype: str | None = None
+    targets: Mapping[str, TargetFunction]
+    dtype: StorageType | None = None
     any_memory_format: bool = False
 
-
-@dataclass(frozen=True)
-class OpenCache:
-    """A cache that holds what is wanted. samples: what it covers."""
-
-    directory: Path
-    cache_spec: CacheSpec
-    samples: dict[Split, CachedSamples]
-    layers: Mapping[str, str]
-
     @property
-    def digest(self) -> str:
-        """Of all that decides what is read: kept in each checkpoint."""
-        tensors = {name: [spec.dtype, spec.projector] for name, spec in self.cache_spec.tensors.items() if self._is_used(name)}
-        return settings_digest({"cache": self.cache_spec.digest, "tensors": tensors})
-
-    def _is_used(self, name: str) -> bool:
-        return name == LOGITS or name in self.layers.values()
-
-    def source(self, split: Split) -> CachedTeacher:
-        """Answers for the samples of a split: with features for the training samples."""
-        layers = self.layers if split == "train" else {}
-        tensors = (LOGITS, *dict.fromkeys(layers.values()))
-        reader = Reader(self.directory, self.cache_spec, split, self.samples[split].samples, tensors)
-        return CachedTeacher(reader, layers, channels_last=self.cache_spec.fingerprint_fields["numeric"]["channels_last"])
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the requested tensors: the logits and the layers."""
+        return (LOGITS, *self.targets)
 
 
-class CachedTeacher:
-    """Answers for a batch by its samples and view; the pixels are not looked at."""
+def create_request(  # noqa: PLR0913  (everything that decides the stored values)
+    teacher: Teacher,
+    data: DataModule,
+    targets: Mapping[str, TargetFunction],
+    *,
+    device: torch.device,
+    views: int,
+    dtype: StorageType | None = None,
+    precision: Precision = "float32",
+    channels_last: bool | None = None,
+    compiled: bool = False,
+    tf32: bool = True,
+) -> CacheRequest:
+    """Create the request for the outputs of a teacher.
 
-    def __init__(self, reader: Reader, layers: Mapping[str, str], *, channels_last: bool) -> None:
-        """channels_last: the memory layout of the features, which is the live teacher's: sums depend on it bit for bit."""
-        self._reader, self._layers = reader, dict(layers)
-        self._map_memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    Args:
+        teacher: The teacher.
+        data: Images and splits.
+        targets: Target functions by the teacher's layer; empty for logits only.
+        device: Device of the teacher.
+        views: Number of views of the training split, from view 0 on.
+        dtype: Storage type; None accepts the stored one.
+        precision: Precision of the teacher's forward.
+        channels_last: Memory format of the teacher's maps; None = decided by the device, and any is accepted.
+        compiled: Whether the teacher is compiled.
+        tf32: Whether TF32 is allowed on GPUs.
 
-    def __call__(self, batch: Batch) -> TeacherOutput:
-        """Signals on the device of the images, float32."""
-        device = batch.images.device
-        stored = self._reader.read(batch.view, batch.samples.numpy(), pin_memory=device.type == "cuda")
-        values = {name: decoded_on(device, samples, self._map_memory_format) for name, samples in stored.items()}
-        return TeacherOutput(values[LOGITS], {layer: values[name] for layer, name in self._layers.items()})
-
-    def ranges(self, batch: Batch) -> dict[str, float]:
-        """By student layer: the largest magnitude in the files of these samples, where it decides how coarse the values are."""
-        stored = self._reader.read(batch.view, batch.samples.numpy())
-        scales = {layer: stored[name].scale for layer, name in self._layers.items()}
-        return {layer: INT8_LARGEST * scale.max().item() for layer, scale in scales.items() if scale is not None}
-
-
-def decoded_on(device: torch.device, stored: StoredValues, map_memory_format: torch.memory_format) -> Tensor:
-    """float32 [n, ...] on the device: moved as it is kept, decoded there."""
-    values = stored.values.to(device, non_blocking=True)
-    scale = None if stored.scale is None else stored.scale.to(device, non_blocking=True)
-    memory_format = map_memory_format if values.ndim == 4 else torch.contiguous_format
-    return decode(values.contiguous(memory_format=memory_format), scale)
-
-
-def open_cache(directory: Path, request: CacheRequest) -> OpenCache:
-    """Raises UserError that names each field in which the cache differs, or what it lacks, and the remedy."""
-    cache_spec = read_spec(directory)
-    refuse_other_fingerprint(directory, cache_spec, request)
-    samples = read_samples(directory, cache_spec)
-    for split, own in request.samples.items():
-        refuse_other_samples(directory, split, samples[split], own)
-    files = read_manifest(directory, cache_spec)
-    if not files:
-        raise UserError(f"teacher.cache_dir: the build of {directory} has not ended; run {_BUILD}, which goes on with it")
-    refuse_lacking(directory, cache_spec, request)
-    _refuse_missing(directory, cache_spec, files, request)
-    return OpenCache(directory, cache_spec, samples, request.layers)
+    Raises:
+        UserError: A layer cannot be stored under its name.
+    """
+    if LOGITS in targets:
+        raise UserError(
+            f"distill.features: the teacher's layer {LOGITS} cannot be cached: a cache stores the logits under that name; "
+            "compare a module inside it, or use teacher.outputs live or mixed"
+        )
+    numerics = teacher.numerics(
+        device,
+        layers=targets,
+        image_size=data.transform.image_size,
+        precision=precision,
+        channels_last=channels_last,
+        compiled=compiled,
+        tf32=tf32,
+    )
+    fields = {"teacher": teacher.fingerprint_fields(), "numerics": numerics, **data_fields(data)}
+    return CacheRequest(fields, covered_samples(data), views, targets, dtype, any_memory_format=channels_last is None)
 
 
-def refuse_other_fingerprint(directory: Path, cache_spec: CacheSpec, request: CacheRequest) -> None:
-    """What can never be mended by adding to the cache: another teacher, other numerics, data, views, projectors or types."""
-    stored = {
-        key: value for key, value in flatten(cache_spec.fingerprint_fields).items() if not key.startswith("data.contents.")
-    }
-    own = flatten(dict(request.fingerprint_fields))
-    different = [
-        f"{key}: {_short(stored.get(key))} stored, {_short(own.get(key))} wanted"
-        for key in {**stored, **own}
-        if stored.get(key) != own.get(key) and not (key == _MEMORY_FORMAT and request.any_memory_format)
-    ]
-    different += _other_tensors(cache_spec, request)
+def data_fields(data: DataModule) -> dict[str, Any]:
+    """Return the fingerprint fields of data and views, without the digests of the samples."""
+    classes = list(data.label_names)
+    sizes = {"train_size": data.train.num_samples, "test_size": data.test.num_samples}
+    return {"data": {"label_names": classes, **sizes}, "views": data.transform.fingerprint_fields()}
+
+
+def covered_samples(data: DataModule) -> dict[Split, CachedSamples]:
+    """Return the samples of each split with the digests of their contents."""
+    return {split: CachedSamples(indices, digests) for split, (indices, digests) in data.covered_samples().items()}
+
+
+def check_fingerprint(directory: Path, cache_spec: CacheSpec, request: CacheRequest) -> None:
+    """Check what no addition to a cache can change: teacher, numerics, data, views, target functions and storage types.
+
+    Raises:
+        UserError: A field differs.
+    """
+    different = differing_fields(cache_spec, request.fingerprint_fields, any_memory_format=request.any_memory_format)
+    different += _differing_tensors(cache_spec, request)
     if different:
         raise UserError(
-            f"teacher.cache_dir: {directory} is a cache of something else: {'; '.join(different)}. Name another cache_dir and "
-            f"run {_BUILD}, or remove that directory first; or set these fields back"
+            f"teacher.cache.dir: {directory} is a cache of something else: {'; '.join(different)}. Set another "
+            f"teacher.cache.dir and run {BUILD_COMMAND}, or remove that directory first; or change these fields back"
         )
 
 
-def requested_tensors(request: CacheRequest) -> Sequence[str]:
-    return (LOGITS, *dict.fromkeys(request.layers.values()))
+def differing_fields(cache_spec: CacheSpec, fields: Mapping[str, Any], *, any_memory_format: bool = False) -> list[str]:
+    """Compare the stored fingerprint fields, apart from the samples' digests, with others.
 
-
-def differing_samples(stored: CachedSamples, request: CachedSamples) -> tuple[np.ndarray, np.ndarray]:
-    """(wanted samples that are not covered, covered ones with another content)."""
-    at = np.searchsorted(stored.samples, request.samples)
-    inside = np.minimum(at, max(0, len(stored.samples) - 1))
-    is_there = stored.samples[inside] == request.samples if len(stored.samples) else np.zeros(len(request.samples), bool)
-    missing = request.samples[~is_there]
-    is_other = is_there.copy()
-    is_other[is_there] = stored.contents[inside[is_there]] != request.contents[is_there]
-    return missing, request.samples[is_other]
-
-
-def largest_difference(cached: TeacherOutput, live: TeacherOutput, ranges: Mapping[str, float]) -> tuple[str, float]:
-    """(tensor, largest difference relative to the largest magnitude of the live tensor), of the tensor where that is worst.
-
-    ranges: larger magnitudes to take instead, by layer. The difference from what is not a number is infinite.
+    Returns:
+        `FIELD: VALUE stored, VALUE requested` for each difference.
     """
-    assert cached.logits is not None and live.logits is not None
-    pairs = {LOGITS: (cached.logits, live.logits)}
-    pairs |= {layer: (feature, live.features[layer]) for layer, feature in cached.features.items()}
-    differences = {name: _relative(stored, fresh.float(), ranges.get(name, 0.0)) for name, (stored, fresh) in pairs.items()}
-    worst = max(differences, key=lambda name: differences[name])
-    return worst, differences[worst]
+    stored, requested = (
+        {key: value for key, value in flatten(dict(each)).items() if not key.startswith(_CONTENTS)}
+        for each in (cache_spec.fingerprint_fields, fields)
+    )
+    return [
+        f"{key}: {_shorten(stored.get(key))} stored, {_shorten(requested.get(key))} requested"
+        for key in {**stored, **requested}
+        if stored.get(key) != requested.get(key) and not (key == _MEMORY_FORMAT and any_memory_format)
+    ]
 
 
-def tolerance(dtype: str, precision: str) -> float:
-    """What `largest_difference` may be when the teacher answers again, in another batch shape, perhaps on another device."""
-    return 2 * RELATIVE_ERROR[dtype] + {"no": 5e-3, "fp16": 2e-2, "bf16": 6e-2}[precision]
-
-
-def _relative(stored: Tensor, fresh: Tensor, largest: float) -> float:
-    if stored.shape != fresh.shape:
-        return math.inf
-    relative = (stored - fresh).abs().max() / fresh.abs().max().clamp(min=max(largest, 1e-12))
-    return relative.nan_to_num(nan=math.inf).item()
-
-
-def _other_tensors(cache_spec: CacheSpec, request: CacheRequest) -> list[str]:
+def _differing_tensors(cache_spec: CacheSpec, request: CacheRequest) -> list[str]:
     different = []
-    for layer in dict.fromkeys(request.layers.values()):
+    for layer, target in request.targets.items():
         spec = cache_spec.tensors.get(layer)
         if spec is None:
             continue
-        channels = request.projected.get(layer)
-        stored_channels = spec.shape[0] if spec.projector else None
-        if channels != stored_channels:
-            different.append(f"projectors.{layer}: {_kind(stored_channels)} stored, {_kind(channels)} wanted")
-        elif channels is not None and spec.pca_images != request.pca_images:
-            different.append(f"distill.feature.pca_images: {spec.pca_images} stored, {request.pca_images} wanted")
-    names = [name for name in requested_tensors(request) if name in cache_spec.tensors]
-    for name in names if request.dtype is not None else []:
-        own = stored_type(request.dtype, is_logits=name == LOGITS)
-        if cache_spec.tensors[name].dtype != own:
-            different.append(f"teacher.dtype: {name} is {cache_spec.tensors[name].dtype} stored, {own} wanted")
-    return list(dict.fromkeys(different))
+        if spec.target != target.description():
+            stored, requested = describe_target(spec.target or {}), describe_target(target.description())
+            different.append(f"targets.{layer}: {stored} stored, {requested} requested")
+        elif target.tensors() and (digest := tensors_digest(target.tensors())) != spec.target_digest:
+            different.append(f"targets.{layer}: fitted tensors {spec.target_digest} stored, {digest} requested")
+    for name in request.tensors if request.dtype is not None else ():
+        stored_dtype = cache_spec.tensors[name].dtype if name in cache_spec.tensors else None
+        requested_dtype = storage_type(request.dtype, is_logits=name == LOGITS)
+        if stored_dtype not in (None, requested_dtype):
+            different.append(f"teacher.cache.dtype: {name} is {stored_dtype} stored, {requested_dtype} requested")
+    return different
 
 
-def stored_type(dtype: Any, *, is_logits: bool) -> Any:
-    """Of a tensor in a cache of that type: logits are never int8."""
+def describe_target(description: Mapping[str, Any]) -> str:
+    """Format the description of a target function, as `pca(channels=8, images=64)`."""
+    settings = ", ".join(f"{key}={value}" for key, value in description.items() if key != "name")
+    return f"{description.get('name')}({settings})" if settings else str(description.get("name"))
+
+
+def storage_type(dtype: Any, *, is_logits: bool) -> Any:
+    """Return the storage type of a tensor in a cache of the given type: logits are never int8."""
     return "float16" if is_logits and dtype == "int8" else dtype
 
 
-def _kind(channels: int | None) -> str:
-    return "raw features" if channels is None else f"a PCA to {channels} channels"
+def check_samples(directory: Path, split: Split, stored: CachedSamples, requested: CachedSamples) -> None:
+    """Check that a cache covers samples, with the same images and labels.
 
-
-def refuse_other_samples(directory: Path, split: Split, stored: CachedSamples, request: CachedSamples) -> None:
-    missing, other = differing_samples(stored, request)
-    if len(other):
+    Raises:
+        UserError: Samples are missing, or have other contents.
+    """
+    missing, changed = differing_samples(stored, requested)
+    if len(changed):
         raise UserError(
-            f"teacher.cache_dir: {directory} was built from other data: data.contents.{split}: {len(other)} of "
-            f"{len(request.samples)} wanted samples have another image or label than the stored ones (samples {_listed(other)}). "
-            f"Bring the data back, or name another cache_dir and run {_BUILD}"
+            f"teacher.cache.dir: {directory} was built from other data: data.contents.{split}: {len(changed)} of "
+            f"{len(requested.indices)} requested samples have another image or label than the stored samples (samples "
+            f"{_listed(changed)}). Restore the data, or set another teacher.cache.dir and run {BUILD_COMMAND}"
         )
     if len(missing):
         raise UserError(
-            f"teacher.cache_dir: {directory} lacks {len(missing)} of {len(request.samples)} wanted {split} samples (samples "
-            f"{_listed(missing)}); it was built with other data.limit_train, data.limit_test or data.val_fraction. Name "
-            f"another cache_dir and run {_BUILD}"
+            f"teacher.cache.dir: {directory} lacks {len(missing)} of {len(requested.indices)} requested {split} samples "
+            f"(samples {_listed(missing)}); it was built with another data.limit_train, data.limit_test or data.val_fraction. "
+            f"Set another teacher.cache.dir and run {BUILD_COMMAND}"
         )
 
 
-def refuse_lacking(directory: Path, cache_spec: CacheSpec, request: CacheRequest) -> None:
-    """Tensors and views that the plan does not have."""
-    lacking = [f"tensor {name}" for name in requested_tensors(request) if name not in cache_spec.tensors]
+def differing_samples(stored: CachedSamples, requested: CachedSamples) -> tuple[np.ndarray, np.ndarray]:
+    """Compare samples by index and digest.
+
+    Returns:
+        (indices that are not stored, stored indices with another digest).
+    """
+    at = np.searchsorted(stored.indices, requested.indices)
+    inside = np.minimum(at, max(0, len(stored.indices) - 1))
+    is_stored = (
+        stored.indices[inside] == requested.indices if len(stored.indices) else np.zeros(len(requested.indices), dtype=bool)
+    )
+    is_changed = is_stored.copy()
+    is_changed[is_stored] = stored.digests[inside[is_stored]] != requested.digests[is_stored]
+    return requested.indices[~is_stored], requested.indices[is_changed]
+
+
+def check_contents(directory: Path, cache_spec: CacheSpec, request: CacheRequest) -> None:
+    """Check that the spec has all requested tensors and views.
+
+    Raises:
+        UserError: Some are missing; a build adds them.
+    """
+    missing = [f"tensor {name}" for name in request.tensors if name not in cache_spec.tensors]
     if cache_spec.views < request.views:
-        lacking.append(
-            f"views {cache_spec.views} to {request.views - 1} (data.views: {cache_spec.views} stored, {request.views} wanted)"
-        )
-    if lacking:
-        _refuse(directory, "lacks", lacking)
+        numbers = f"data.views: {cache_spec.views} stored, {request.views} requested"
+        missing.append(f"views {cache_spec.views} to {request.views - 1} ({numbers})")
+    if missing:
+        _refuse(directory, "lacks", missing)
 
 
-def _refuse_missing(directory: Path, cache_spec: CacheSpec, files: Mapping[str, str], request: CacheRequest) -> None:
-    """Files of the plan that are not there, not finished, or by their header not the ones that were built."""
+def check_headers(
+    directory: Path,
+    cache_spec: CacheSpec,
+    files: Mapping[str, str],
+    *,
+    splits: Iterable[Split],
+    views: int,
+    tensors: Sequence[str],
+) -> None:
+    """Check that files are listed in the manifest, and their headers and lengths; the data is checked when it is read.
+
+    Args:
+        directory: Directory of the cache.
+        cache_spec: Its spec.
+        files: Checksums by name, of the manifest.
+        splits: Splits to check.
+        views: Number of views of the training split to check.
+        tensors: Tensors of the training split to check.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
     shards = [
         shard
-        for split in request.samples
-        for view in range(request.views if split == "train" else 1)
-        for name in (requested_tensors(request) if split == "train" else (LOGITS,))
+        for split in splits
+        for view in range(views if split == "train" else 1)
+        for name in (tensors if split == "train" else (LOGITS,))
         for shard in cache_spec.shards(split, view, name)
     ]
     unlisted = [shard.name for shard in shards if shard.name not in files]
     if unlisted:
-        _refuse(directory, "lacks", [f"{len(unlisted)} files that no build has finished, such as {unlisted[0]}"])
-    found = {shard.name: damage(directory, cache_spec, shard, checksum=files[shard.name], reads_data=False) for shard in shards}
-    wrong = [f"{name} {reason}" for name, reason in found.items() if reason is not None]
+        _refuse(directory, "lacks", [f"{len(unlisted)} files that no build has completed, such as {unlisted[0]}"])
+    damages = {
+        shard.name: find_damage(directory, cache_spec, shard, checksum=files[shard.name], reads_data=False) for shard in shards
+    }
+    wrong = [f"{name} {damage}" for name, damage in damages.items() if damage is not None]
     if wrong:
-        _refuse(directory, f"has {len(wrong)} wrong files:", wrong[:_LISTED])
+        _refuse(directory, f"has {len(wrong)} damaged files:", wrong[:_LISTED])
 
 
-def _refuse(directory: Path, verb: str, lacking: Sequence[str]) -> NoReturn:
+def _refuse(directory: Path, verb: str, problems: Sequence[str]) -> NoReturn:
     raise UserError(
-        f"teacher.cache_dir: {directory} {verb} {'; '.join(lacking)}. Run {_BUILD}: it writes just what is missing or wrong"
+        f"teacher.cache.dir: {directory} {verb} {'; '.join(problems)}. Run {BUILD_COMMAND}: it writes only what is missing or "
+        "damaged"
     )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _listed(samples: np.ndarray) -> str:
-    shown = ", ".join(str(sample) for sample in samples[:_LISTED].tolist())
-    return f"{shown}, ..." if len(samples) > _LISTED else shown
+def _listed(indices: np.ndarray) -> str:
+    shown = ", ".join(str(index) for index in indices[:_LISTED].tolist())
+    return f"{shown}, ..." if len(indices) > _LISTED else shown

@@ -1,13 +1,14 @@
-"""What a cache directory says of itself, and who may write in it.
+"""The files that describe a cache: spec.json, samples.safetensors, targets.safetensors, manifest.json, and the build lock.
 
-spec.json is written before any shard, manifest.json after all of them; both by rename. A name in a manifest is only ever
-compared with the names that follow from the plan, never opened: it cannot lead out of the directory. Samples and projectors are
-checked against the digests in the plan.
+spec.json exists before any shard, manifest.json after all of them; both are renamed into place. A name in a manifest is
+compared with the names that follow from the spec and never opened, so it cannot lead out of the directory. Samples and targets
+are checked against the digests in the spec.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,100 +19,140 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd_accel.cache.spec import SPLITS, VERSION, CacheSpec, Shard, Split, spec_from_json, spec_to_json
+from kd_accel.cache.spec import LOGITS, SPLITS, VERSION, CacheSpec, TensorSpec, spec_from_json, spec_to_json
+from kd_accel.data.splits import Split
 from kd_accel.errors import UserError
 from kd_accel.io.files import flush, lock, read_json, unlock, write_json, write_whole
 from kd_accel.io.hashing import arrays_digest, tensors_digest
 from kd_accel.io.tensors import read_tensors
+from kd_accel.losses.targets import TargetFunction, build_target
 
-_REBUILD = "run `kd-accel cache build` with the same config, which mends it"
+_REPAIR = "run `kd-accel cache build` with the same config, which repairs it"
+_SPEC_ERRORS = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
+_OLD_SPEC = "plan.json"
 
 
 @dataclass(frozen=True)
 class CachedSamples:
-    """Which samples of a split a cache covers, ascending, and what each of them was. samples: int64 [N]; contents: uint64 [N]."""
+    """The samples of a split that a cache covers.
 
-    samples: np.ndarray
-    contents: np.ndarray
+    Attributes:
+        indices: Positions in the source split, int64 [N], ascending.
+        digests: Digest of each sample's image and label, uint64 [N].
+    """
+
+    indices: np.ndarray
+    digests: np.ndarray
 
     @property
     def digest(self) -> str:
-        return arrays_digest(self.samples, self.contents)
+        """Digest of all indices and digests."""
+        return arrays_digest(self.indices, self.digests)
+
+
+class _UntouchableError(UserError):
+    """A cache that not even a build may change."""
 
 
 def read_spec(directory: Path) -> CacheSpec:
-    """Raises UserError where there is none, or none that this program can trust."""
+    """Read spec.json.
+
+    Raises:
+        UserError: The file does not exist, is damaged, or has another version.
+    """
     path = directory / "spec.json"
     if not path.is_file():
+        _check_not_version_1(directory)
         raise UserError(
-            f"teacher.cache_dir: {directory} holds no cache (no spec.json); run `kd-accel cache build` with the same config"
+            f"teacher.cache.dir: {directory} holds no cache (no spec.json); run `kd-accel cache build` with the same config"
         )
-    content = read_json(path, remedy=_REBUILD)
-    _refuse_later_version(content, path)
+    content = read_json(path, remedy=_REPAIR)
+    _check_version(content, path)
     try:
         return spec_from_json(content)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        raise UserError(f"{path}: is damaged: {_REBUILD}") from None
+    except _SPEC_ERRORS:
+        raise UserError(f"{path}: is damaged: {_REPAIR}") from None
 
 
 def find_spec(directory: Path) -> CacheSpec | None:
-    """The plan of a cache that a build may go on with; None where there is none, or a damaged one."""
+    """Read spec.json for a build, which replaces a damaged one.
+
+    Returns:
+        The spec; None if the file does not exist or is damaged.
+
+    Raises:
+        UserError: The cache has another version.
+    """
     path = directory / "spec.json"
     if not path.exists():
+        _check_not_version_1(directory)
         return None
     try:
-        content = read_json(path, remedy="")
+        return read_spec(directory)
+    except _UntouchableError:
+        raise
     except UserError:
         return None
-    _refuse_later_version(content, path)
-    try:
-        return spec_from_json(content)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        return None
 
 
-def refuse_other_owner(directory: Path, cache_spec: CacheSpec) -> None:
-    """Where spec.json is gone, a build must not write a plan of its own over the cache of another config."""
+def check_owner(directory: Path, cache_spec: CacheSpec) -> None:
+    """Check that a directory without an intact spec.json does not hold the cache of another config.
+
+    Raises:
+        UserError: manifest.json has another fingerprint.
+    """
     try:
-        owner = read_json(directory / "manifest.json", remedy="").get("cache")
+        owner = read_json(directory / "manifest.json", remedy="").get("fingerprint")
     except UserError:
         return
-    if owner != cache_spec.digest:
+    if owner != cache_spec.fingerprint:
         raise UserError(
-            f"teacher.cache_dir: spec.json of {directory} is missing or damaged, and manifest.json beside it belongs to a "
-            f"cache of something else ({owner} stored, {cache_spec.digest} wanted); build with the config of the first build, name "
-            "another cache_dir, or remove that directory first"
+            f"teacher.cache.dir: spec.json of {directory} is missing or damaged, and manifest.json next to it belongs to "
+            f"another cache (fingerprint {owner} stored, {cache_spec.fingerprint} requested); build with the config of the "
+            "first build, set another teacher.cache.dir, or remove that directory first"
         )
 
 
 def write_spec(directory: Path, cache_spec: CacheSpec) -> None:
+    """Write spec.json. Raises UserError if the disk refuses."""
     write_json(spec_to_json(cache_spec), directory / "spec.json")
 
 
 def read_manifest(directory: Path, cache_spec: CacheSpec) -> dict[str, str]:
-    """{file name: checksum of its data} of the shards that were complete when it was written; empty where there is none.
+    """Read manifest.json.
 
-    Raises UserError for a damaged one, one of another cache or version, and one with a name that no plan gives.
+    Returns:
+        {file name: checksum of its data} of the shards that were complete when it was created; empty without a manifest.
+
+    Raises:
+        UserError: The file is damaged, belongs to another cache or version, or has a name that leads out of the cache.
     """
     path = directory / "manifest.json"
     if not path.is_file():
         return {}
-    content = read_json(path, remedy=_REBUILD)
-    _refuse_later_version(content, path)
+    content = read_json(path, remedy=_REPAIR)
+    _check_version(content, path)
     files = content.get("files")
     if not isinstance(files, dict) or not all(isinstance(checksum, str) for checksum in files.values()):
-        raise UserError(f"{path}: is damaged: {_REBUILD}")
-    _refuse_foreign_names(files, path)
-    if content.get("cache") != cache_spec.digest:
-        raise UserError(f"{path}: belongs to another cache than spec.json beside it: {_REBUILD}")
+        raise UserError(f"{path}: is damaged: {_REPAIR}")
+    _check_names(files, path)
+    if content.get("fingerprint") != cache_spec.fingerprint:
+        raise UserError(f"{path}: belongs to another cache than spec.json next to it: {_REPAIR}")
     return files
 
 
 def find_manifest(directory: Path, cache_spec: CacheSpec) -> dict[str, str]:
-    """As `read_manifest`, for a build, to which a damaged one is none. One that was tampered with is refused all the same."""
+    """Read manifest.json for a build, which replaces a damaged one.
+
+    Returns:
+        As `read_manifest`; empty for a damaged one.
+
+    Raises:
+        UserError: The file has another version, or a name that leads out of the cache.
+    """
     try:
         return read_manifest(directory, cache_spec)
-    except _TamperedError:
+    except _UntouchableError:
         raise
     except UserError:
         return {}
@@ -123,139 +164,211 @@ def write_manifest(
     """Write manifest.json, which makes a cache complete.
 
     Args:
-        directory: of the cache.
-        plan: of the cache.
+        directory: Directory of the cache.
+        cache_spec: Spec of the cache.
         files: {file name: checksum of its data}.
-        teacher_accuracy: on the cached test samples, a fraction of 1, for whoever reads the file.
+        teacher_accuracy: Accuracy on the cached test samples, a fraction of 1; None without test samples.
     """
-    content = {"version": VERSION, "cache": cache_spec.digest, "teacher_accuracy": teacher_accuracy}
+    content = {"version": VERSION, "fingerprint": cache_spec.fingerprint, "teacher_accuracy": teacher_accuracy}
     write_json({**content, "files": dict(sorted(files.items()))}, directory / "manifest.json")
 
 
 def read_teacher_accuracy(directory: Path) -> float | None:
-    """Return the accuracy that `write_manifest` was given, None where manifest.json does not have it or does not exist."""
+    """Return the accuracy in manifest.json; None if the file does not exist or has no valid one."""
     path = directory / "manifest.json"
-    accuracy = read_json(path, remedy=_REBUILD).get("teacher_accuracy") if path.is_file() else None
+    accuracy = read_json(path, remedy=_REPAIR).get("teacher_accuracy") if path.is_file() else None
     return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None
 
 
-def missing_shards(cache_spec: CacheSpec, files: Mapping[str, str]) -> Iterator[Shard]:
-    return (shard for shard in cache_spec.all_shards() if shard.name not in files)
-
-
 def write_samples(directory: Path, samples: Mapping[Split, CachedSamples]) -> None:
-    """samples.safetensors. Values are little-endian int64."""
+    """Write samples.safetensors: `SPLIT.indices` and `SPLIT.digests`, int64 (digests are the bits of uint64 values)."""
     tensors = {
         f"{split}.{name}": torch.from_numpy(array.view(np.int64).copy())
         for split, cached in samples.items()
-        for name, array in (("samples", cached.samples), ("contents", cached.contents))
+        for name, array in (("indices", cached.indices), ("digests", cached.digests))
     }
     _write_tensors(directory / "samples.safetensors", tensors)
 
 
 def read_samples(directory: Path, cache_spec: CacheSpec) -> dict[Split, CachedSamples]:
-    """Raises UserError when they are not the ones that the identity was taken of."""
+    """Read samples.safetensors.
+
+    Raises:
+        UserError: The file is missing or damaged, or its digests are not those in the spec.
+    """
     tensors = _read_tensors(directory / "samples.safetensors")
     try:
         samples: dict[Split, CachedSamples] = {
-            split: CachedSamples(tensors[f"{split}.samples"].numpy(), tensors[f"{split}.contents"].numpy().view(np.uint64))
+            split: CachedSamples(tensors[f"{split}.indices"].numpy(), tensors[f"{split}.digests"].numpy().view(np.uint64))
             for split in SPLITS
         }
-        data = cache_spec.fingerprint_fields["data"]
-        is_whole = all(
-            cached.digest == data["contents"][split]
-            and _are_samples(
-                cached, cache_spec.samples[split], size=data.get("test_size" if split == "test" else "train_size", 2**31)
-            )
-            for split, cached in samples.items()
-        )
+        is_intact = all(_are_intact(cache_spec, split, cached) for split, cached in samples.items())
     except (KeyError, ValueError, TypeError):
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"{directory / 'samples.safetensors'}: does not match spec.json: {_REBUILD}")
+        is_intact = False
+    if not is_intact:
+        raise UserError(f"{directory / 'samples.safetensors'}: does not match spec.json: {_REPAIR}")
     return samples
 
 
-def _are_samples(cached: CachedSamples, count: int, *, size: int) -> bool:
-    """So many different samples of a split of `size`, ascending: a reader makes room for each number up to the largest."""
-    samples, is_typed = cached.samples, cached.samples.dtype == np.int64 and cached.contents.dtype == np.uint64
-    if not is_typed or not samples.shape == cached.contents.shape == (count,):
+def _are_intact(cache_spec: CacheSpec, split: Split, cached: CachedSamples) -> bool:
+    """Return whether samples match their digest and are distinct indices of the split, ascending.
+
+    A reader allocates an entry for each index up to the largest, so the size of the split bounds its memory.
+    """
+    data, indices, count = cache_spec.fingerprint_fields["data"], cached.indices, cache_spec.samples[split]
+    size = data.get("test_size" if split == "test" else "train_size", 2**31)
+    is_typed = indices.dtype == np.int64 and cached.digests.dtype == np.uint64
+    if not is_typed or not indices.shape == cached.digests.shape == (count,):
         return False
-    return bool((np.diff(samples) > 0).all()) and (not count or 0 <= int(samples[0]) <= int(samples[-1]) < size)
+    if not (np.diff(indices) > 0).all() or (count and not 0 <= int(indices[0]) <= int(indices[-1]) < size):
+        return False
+    return bool(cached.digest == data["contents"][split])
 
 
-def write_projectors(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """targets.safetensors: {teacher layer: {name: tensor}}."""
-    flat = {f"{layer}|{name}": tensor for layer, named in tensors.items() for name, tensor in named.items()}
-    _write_tensors(directory / "targets.safetensors", flat)
+def write_targets(directory: Path, targets: Mapping[str, TargetFunction]) -> None:
+    """Write the fitted tensors of target functions to targets.safetensors, as `LAYER|NAME`; no file if there are none.
+
+    Args:
+        directory: Directory of the cache.
+        targets: Target functions by the teacher's layer.
+    """
+    tensors = {
+        f"{layer}|{name}": tensor.detach().cpu()
+        for layer, target in targets.items()
+        for name, tensor in target.tensors().items()
+    }
+    if tensors:
+        _write_tensors(directory / "targets.safetensors", tensors)
 
 
-def read_projectors(directory: Path, cache_spec: CacheSpec) -> dict[str, dict[str, Tensor]]:
-    """The inverse, for the layers whose plan names a projector. Raises UserError for one with another digest."""
-    request = {layer: spec.projector for layer, spec in cache_spec.tensors.items() if spec.projector is not None}
-    if not request:
-        return {}
-    path = directory / "targets.safetensors"
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _read_tensors(path).items():
+def read_targets(directory: Path, cache_spec: CacheSpec) -> dict[str, TargetFunction]:
+    """Build the target functions of a cache, with their fitted tensors.
+
+    Returns:
+        Target functions on the CPU by the teacher's layer.
+
+    Raises:
+        UserError: targets.safetensors is missing or damaged, or its tensors are not those of the spec.
+    """
+    path, specs = directory / "targets.safetensors", _feature_specs(cache_spec)
+    is_needed = any(spec.target_digest is not None for spec in specs.values())
+    tensors = _by_layer(_read_tensors(path)) if is_needed else {}
+    return {layer: _restored(layer, spec, tensors.get(layer, {}), path) for layer, spec in specs.items()}
+
+
+def find_targets(directory: Path, cache_spec: CacheSpec) -> dict[str, TargetFunction]:
+    """Read the target functions of a cache for a build, which fits the missing ones again: as `read_targets`, those intact."""
+    path, targets = directory / "targets.safetensors", {}
+    try:
+        tensors = _by_layer(_read_tensors(path))
+    except UserError:
+        tensors = {}
+    for layer, spec in _feature_specs(cache_spec).items():
+        with suppress(UserError):
+            targets[layer] = _restored(layer, spec, tensors.get(layer, {}), path)
+    return targets
+
+
+def _feature_specs(cache_spec: CacheSpec) -> dict[str, TensorSpec]:
+    return {layer: spec for layer, spec in cache_spec.tensors.items() if layer != LOGITS}
+
+
+def _by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
         layer, _, name = key.rpartition("|")
-        found.setdefault(layer, {})[name] = tensor
-    for layer, digest in request.items():
-        if layer not in found or tensors_digest(found[layer]) != digest or not _is_projector(found[layer]):
-            raise UserError(f"{path}: holds another projector for {layer} than spec.json says ({digest}): {_REBUILD}")
-    return {layer: found[layer] for layer in request}
+        by_layer.setdefault(layer, {})[name] = tensor
+    return by_layer
 
 
-def _is_projector(named: Mapping[str, Tensor]) -> bool:
-    """A 1x1 convolution with a bias."""
-    if named.keys() != {"conv.weight", "conv.bias"}:
-        return False
-    weight, bias = named["conv.weight"], named["conv.bias"]
-    return weight.ndim == 4 and weight.shape[2:] == (1, 1) and bias.shape == weight.shape[:1] and 0 not in weight.shape
+def _restored(layer: str, spec: TensorSpec, tensors: Mapping[str, Tensor], path: Path) -> TargetFunction:
+    if spec.target_digest is None:
+        tensors = {}
+    elif tensors_digest(tensors) != spec.target_digest:
+        raise UserError(f"{path}: the tensors of {layer} do not match spec.json ({spec.target_digest}): {_REPAIR}")
+    try:
+        if any(0 in tensor.shape for tensor in tensors.values()):
+            raise ValueError("a tensor is empty")
+        target = build_target(spec.target or {})
+        target.load(tensors)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: the target function of {layer} cannot be restored ({error}): {_REPAIR}") from None
+    target.explained = spec.explained
+    return target
 
 
 def lock_for_building(directory: Path, rank: int) -> int:
-    """A descriptor to close at the end: each process of a build holds its own byte of one file, until it closes it or dies.
+    """Lock a cache against other builds; each process of a build holds a byte of one file until it ends.
 
-    Rank 0 must come first: it makes sure that no byte is held, so any process of another build is noticed. Raises UserError
-    for a second build, and where the directory cannot be written to.
+    Rank 0 must be the first: it checks that no byte is held, so any process of another build is noticed.
+
+    Args:
+        directory: Directory of the cache; created if it does not exist.
+        rank: Rank of this process.
+
+    Returns:
+        A file descriptor, to be closed at the end of the build.
+
+    Raises:
+        UserError: Another build is running, or the directory cannot be created or modified.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = lock(directory / ".lock", first=rank, count=0 if rank == 0 else 1)
     except BlockingIOError:
         raise UserError(
-            f"teacher.cache_dir: {directory} is being written by another build; wait until it ends, or stop it"
+            f"teacher.cache.dir: another build is writing to {directory}; let it finish, or stop it, then run this again"
         ) from None
     except OSError as error:
         raise UserError(
-            f"teacher.cache_dir: cannot write to {directory} ({error.strerror}); see that it is a directory that may be "
-            "written, or name another"
+            f"teacher.cache.dir: cannot write to {directory} ({error.strerror}); check that it is a directory with write "
+            "permission, or set another teacher.cache.dir"
         ) from None
     if rank == 0:
         unlock(descriptor, first=1)
     return descriptor
 
 
-def _refuse_later_version(content: Mapping[str, Any], path: Path) -> None:
+def flush_shards(directory: Path, names: list[str]) -> None:
+    """Flush files and their directories to the disk, as required before a manifest lists them."""
+    for name in names:
+        flush(directory / name)
+    for folder in {(directory / name).parent for name in names}:
+        flush(folder)
+
+
+def _check_version(content: Mapping[str, Any], path: Path) -> None:
     version = content.get("version")
+    if version == 1 and not isinstance(version, bool):
+        _refuse_version_1(path)
     if isinstance(version, int) and version > VERSION:
-        raise _TamperedError(
-            f"{path}: has version {version}, this program reads {VERSION}; use a later kd_accel, or name another cache_dir"
+        raise _UntouchableError(
+            f"{path}: has version {version}, this program reads version {VERSION}; use a later kd_accel, or set another "
+            "teacher.cache.dir"
         )
+    if version != VERSION:
+        raise UserError(f"{path}: is damaged (version {str(version)[:20]}): {_REPAIR}")
 
 
-def _refuse_foreign_names(files: Mapping[str, str], path: Path) -> None:
+def _check_not_version_1(directory: Path) -> None:
+    if (directory / _OLD_SPEC).is_file():
+        _refuse_version_1(directory / _OLD_SPEC)
+
+
+def _refuse_version_1(path: Path) -> None:
+    raise _UntouchableError(
+        f"{path}: is of a cache of version 1, this program reads version {VERSION}; run `kd-accel cache build` with the same "
+        "config and another teacher.cache.dir, or remove this directory first"
+    )
+
+
+def _check_names(files: Mapping[str, str], path: Path) -> None:
     for name in files:
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts:
-            raise _TamperedError(
-                f"{path}: names {name!r}, which leads out of the cache; nothing was read or written. Remove it"
+            raise _UntouchableError(
+                f"{path}: names {name!r}, which leads out of the cache; nothing was read or changed. Remove that file"
             )
-
-
-class _TamperedError(UserError):
-    """What not even a build may touch."""
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -263,21 +376,13 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda temporary: save_file(tensors, temporary))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path} ({error}); see that there is space and that it may be written") from None
+        raise UserError(f"cannot write {path} ({error}); check free disk space and permissions") from None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return read_tensors(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: is missing: {_REBUILD}") from None
+        raise UserError(f"{path}: is missing: {_REPAIR}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is damaged ({error}): {_REBUILD}") from None
-
-
-def flush_shards(directory: Path, names: list[str]) -> None:
-    """To the disk itself, before a manifest may say that they are there."""
-    for name in names:
-        flush(directory / name)
-    for folder in {directory / name for name in names}:
-        flush(folder.parent)
+        raise UserError(f"{path}: is damaged ({error}): {_REPAIR}") from None

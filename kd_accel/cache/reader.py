@@ -1,13 +1,16 @@
-"""Reading samples from the files of a cache: mapped into memory, one copy per sample, no pickle.
+"""Reading samples of a cache: files mapped into memory, one copy per sample, no pickle.
 
-A file is opened when its view is first asked for, in the process that asks; a reader that travels to another process opens its
-own. Opening checks the header, and every byte of the data once where the view fits in free memory: that read is also what
-brings the file into the page cache, in order. Mapped pages belong to the page cache; nothing else grows with the cache.
+A file is opened when its view is first read, in the process that reads; a pickled reader opens its own files. Opening checks
+the header, and, once for each file, every byte of the data if the view fits in free memory: this pass also loads the file into
+the page cache in order. Mapped pages belong to the page cache; nothing else grows with the cache.
+
+`open_cache` checks a cache against a request; `CachedTeacher` then is a source of teacher outputs, interchangeable with a live
+teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,49 +18,100 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_accel.cache.codec import TORCH_TYPE
-from kd_accel.cache.shard import damage, is_data_whole, open_shard, scale_of, values_offset
-from kd_accel.cache.spec import CacheSpec, Shard, Split
+from kd_accel.cache.compatibility import (
+    BUILD_COMMAND,
+    CacheRequest,
+    check_contents,
+    check_fingerprint,
+    check_headers,
+    check_samples,
+)
+from kd_accel.cache.manifest import CachedSamples, read_manifest, read_samples, read_spec, read_targets
+from kd_accel.cache.shard import (
+    INT8_LARGEST,
+    TORCH_TYPE,
+    decode,
+    find_damage,
+    is_data_intact,
+    open_shard,
+    read_scale,
+    values_offset,
+)
+from kd_accel.cache.spec import LOGITS, CacheSpec, Shard
+from kd_accel.data.splits import Split
 from kd_accel.errors import UserError
+from kd_accel.io.hashing import settings_digest
+from kd_accel.losses.targets import TargetFunction
+from kd_accel.types import Batch, TeacherOutput
 
 
 @dataclass(frozen=True)
 class StoredValues:
-    """values: [n, ...] as they are kept. scale: float32 [n, D] for int8, else None."""
+    """Samples of one tensor in their storage type.
+
+    Attributes:
+        values: [n, ...].
+        scale: float32 [n, D] for int8, else None.
+    """
 
     values: Tensor
     scale: Tensor | None
 
 
 class Reader:
-    """Samples of one split of a complete cache."""
+    """Random access to the samples of one split of a complete cache.
+
+    Args:
+        directory: Directory of the cache.
+        cache_spec: Its spec.
+        split: Split to read.
+        indices: Indices of the samples that the cache covers in this split, int64 [N], ascending.
+        tensors: Names of the tensors to read.
+    """
 
     def __init__(
-        self, directory: Path, cache_spec: CacheSpec, split: Split, samples: np.ndarray, tensors: Sequence[str]
+        self, directory: Path, cache_spec: CacheSpec, split: Split, indices: np.ndarray, tensors: Sequence[str]
     ) -> None:
-        """samples: int64 [N], ascending, the samples that the cache covers. tensors: which of its tensors are read."""
         self._directory, self._cache_spec, self._split = directory, cache_spec, split
         self._tensors = tuple(tensors)
-        self._position = np.full(samples.max(initial=-1) + 1, -1)  # of each sample; a look-up costs a tenth of a search
-        self._position[samples] = np.arange(len(samples))
+        # Position of each index among the covered samples, -1 if not covered: a table look-up takes a tenth of a binary search.
+        self._position = np.full(indices.max(initial=-1) + 1, -1)
+        self._position[indices] = np.arange(len(indices))
         self._files: dict[str, _View] = {}
         self._view: int | None = None
         self._checked: set[str] = set()
 
-    def read(self, view: int, samples: np.ndarray, *, pin_memory: bool = False) -> dict[str, StoredValues]:
-        """Each tensor of these samples, in new memory. samples: int64 [n], each one that the cache covers."""
-        positions = self._positions(samples)
+    def covers(self, indices: np.ndarray) -> bool:
+        """Return whether the cache holds all samples with these indices."""
+        is_inside = not len(indices) or (indices.min() >= 0 and indices.max() < len(self._position))
+        return bool(is_inside and (self._position[indices] >= 0).all())
+
+    def read(self, view: int, indices: np.ndarray, *, pin_memory: bool = False) -> dict[str, StoredValues]:
+        """Copy samples into new memory.
+
+        Args:
+            view: Number of the view.
+            indices: Indices of covered samples, int64 [n].
+            pin_memory: Whether the memory is page-locked.
+
+        Returns:
+            The samples of each tensor, in host memory.
+
+        Raises:
+            UserError: A file of the view is missing or damaged.
+        """
+        positions = self._positions(indices)
         self._open(view)
         return {name: self._files[name].read(positions, pin_memory=pin_memory) for name in self._tensors}
 
-    def read_into(self, view: int, samples: np.ndarray, tensor: str, out: Tensor) -> None:
-        """The same for one tensor, into memory that is there: `out` [n, ...], contiguous, of the stored type, on the CPU."""
+    def read_into(self, view: int, indices: np.ndarray, tensor: str, out: Tensor) -> None:
+        """Copy samples of one tensor into existing memory. out: [n, ...] of the storage type, contiguous, in host memory."""
         self._open(view)
-        self._files[tensor].copy(self._positions(samples), out)
+        self._files[tensor].copy(self._positions(indices), out)
 
-    def _positions(self, samples: np.ndarray) -> np.ndarray:
-        positions = self._position.take(samples)
-        assert positions.min(initial=0) >= 0, "asked for samples that the cache does not cover"
+    def _positions(self, indices: np.ndarray) -> np.ndarray:
+        positions = self._position.take(indices)
+        assert positions.min(initial=0) >= 0, "the cache does not cover all of these samples"
         return positions
 
     def _open(self, view: int) -> None:
@@ -71,16 +125,16 @@ class Reader:
         self._files, self._view = files, view
 
     def _open_shard(self, shard: Shard, *, reads_data: bool) -> memoryview:
-        found = damage(self._directory, self._cache_spec, shard, reads_data=False)
-        if found is None:
+        damage = find_damage(self._directory, self._cache_spec, shard, reads_data=False)
+        if damage is None:
             file = open_shard(self._directory, self._cache_spec, shard)
-            if not reads_data or shard.name in self._checked or is_data_whole(file, self._cache_spec, shard):
+            if not reads_data or shard.name in self._checked or is_data_intact(file, self._cache_spec, shard):
                 self._checked.add(shard.name)
                 return file
-            found = "does not match its checksum"
+            damage = "does not match its checksum"
         raise UserError(
-            f"teacher.cache_dir: {self._directory / shard.name} {found}; run `kd-accel cache build` with the same config, "
-            "which writes just that file again"
+            f"teacher.cache.dir: {self._directory / shard.name} {damage}; run `kd-accel cache build` with the same config, "
+            "which rebuilds only that file"
         )
 
     def __getstate__(self) -> dict[str, object]:
@@ -95,7 +149,7 @@ class _View:
         self._shape, self._dtype, self._sample_bytes = spec.shape, TORCH_TYPE[spec.dtype], spec.sample_bytes
         self._samples_per_shard = cache_spec.samples_per_shard
         self._values = [file[values_offset(cache_spec, shard) :] for file, shard in zip(files, shards, strict=True)]
-        scales = [scale_of(file, cache_spec, shard) for file, shard in zip(files, shards, strict=True)]
+        scales = [read_scale(file, cache_spec, shard) for file, shard in zip(files, shards, strict=True)]
         self._scales = torch.stack([scale for scale in scales if scale is not None]) if spec.is_scaled else None
 
     def read(self, positions: np.ndarray, *, pin_memory: bool) -> StoredValues:
@@ -105,18 +159,139 @@ class _View:
         return StoredValues(out, scale)
 
     def copy(self, positions: np.ndarray, out: Tensor) -> None:
-        """Slices of memory views are copied by memcpy: a few hundred nanoseconds a sample, and no sample is copied twice."""
+        # All files but the last have the same number of samples, and all samples the same number of bytes: the file of a
+        # sample and its place in the file follow from one division. Assigning a slice of one memoryview to another is a memcpy,
+        # a few hundred nanoseconds per sample; gathering by tensor operations would need a pass, and a copy, for each file.
         length, values = self._sample_bytes, self._values
         target = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         shards, offsets = np.divmod(positions, self._samples_per_shard)
         starts, end = offsets * length, 0
+        # Lists, because iterating over an array creates a NumPy scalar for each element.
         for shard, start, stop in zip(shards.tolist(), starts.tolist(), (starts + length).tolist(), strict=True):
             begin, end = end, end + length
             target[begin:end] = values[shard][start:stop]
 
 
+class CachedTeacher:
+    """Source of teacher outputs that reads a cache by index and view; the pixels of a batch are not used.
+
+    Args:
+        reader: Reader of the split, with the logits among its tensors.
+        layers: The teacher's layers to read.
+        channels_last: Memory format of the feature maps, as the live teacher has it: sums over a map depend on it to the bit.
+    """
+
+    def __init__(self, reader: Reader, layers: Sequence[str], *, channels_last: bool) -> None:
+        self._reader, self._layers = reader, tuple(layers)
+        self._map_memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, batch: Batch) -> TeacherOutput:
+        """Read the outputs for a batch: float32 on the device of its images, features by the teacher's layer."""
+        return self.read(batch.index.numpy(), batch.view, batch.images.device)
+
+    def read(self, indices: np.ndarray, view: int, device: torch.device) -> TeacherOutput:
+        """Read the outputs for samples of one view.
+
+        Args:
+            indices: Indices of covered samples, int64 [n].
+            view: Number of the view.
+            device: Device of the result.
+
+        Returns:
+            float32 logits [n, C], and features [n, D, H, W] by the teacher's layer.
+        """
+        stored = self._reader.read(view, indices, pin_memory=device.type == "cuda")
+        values = {name: decode_on(device, samples, self._map_memory_format) for name, samples in stored.items()}
+        return TeacherOutput(values[LOGITS], {layer: values[layer] for layer in self._layers})
+
+    def covers(self, indices: np.ndarray) -> bool:
+        """Return whether the cache holds all samples with these indices."""
+        return self._reader.covers(indices)
+
+    def ranges(self, batch: Batch) -> dict[str, float]:
+        """Return, for int8, the largest magnitude of each layer in the files of these samples, which decides the rounding."""
+        stored = self._reader.read(batch.view, batch.index.numpy())
+        scales = {layer: stored[layer].scale for layer in self._layers}
+        return {layer: INT8_LARGEST * scale.max().item() for layer, scale in scales.items() if scale is not None}
+
+
+@dataclass(frozen=True)
+class OpenCache:
+    """A checked cache.
+
+    Attributes:
+        directory: Its directory.
+        cache_spec: Its spec.
+        samples: The samples that it covers.
+        layers: The teacher's layers that are read.
+    """
+
+    directory: Path
+    cache_spec: CacheSpec
+    samples: Mapping[Split, CachedSamples]
+    layers: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Digest of all that decides the values read, stored in each checkpoint."""
+        specs = {name: self.cache_spec.tensors[name] for name in (LOGITS, *self.layers)}
+        tensors = {name: [spec.dtype, spec.target, spec.target_digest] for name, spec in specs.items()}
+        return settings_digest({"cache": self.cache_spec.fingerprint, "tensors": tensors})
+
+    def load_targets(self, targets: Mapping[str, TargetFunction]) -> None:
+        """Load the fitted tensors of the cache into target functions, in place.
+
+        Args:
+            targets: Target functions by the teacher's layer, with the descriptions of the cache.
+
+        Raises:
+            UserError: targets.safetensors is missing or damaged.
+        """
+        stored = read_targets(self.directory, self.cache_spec)
+        for layer, target in targets.items():
+            target.load(stored[layer].tensors())
+            target.explained = stored[layer].explained
+
+    def source(self, split: Split) -> CachedTeacher:
+        """Return the teacher's outputs for a split; only those of the training split have features."""
+        layers = self.layers if split == "train" else ()
+        reader = Reader(self.directory, self.cache_spec, split, self.samples[split].indices, (LOGITS, *layers))
+        return CachedTeacher(reader, layers, channels_last=self.cache_spec.fingerprint_fields["numerics"]["channels_last"])
+
+
+def open_cache(directory: Path, request: CacheRequest) -> OpenCache:
+    """Open a cache and check that it holds what is requested.
+
+    Raises:
+        UserError: The message has each field that differs, or what is missing, and the remedy.
+    """
+    cache_spec = read_spec(directory)
+    check_fingerprint(directory, cache_spec, request)
+    samples = read_samples(directory, cache_spec)
+    for split, requested in request.samples.items():
+        check_samples(directory, split, samples[split], requested)
+    files = read_manifest(directory, cache_spec)
+    if not files:
+        raise UserError(f"teacher.cache.dir: the build of {directory} is not complete; run {BUILD_COMMAND}, which resumes it")
+    check_contents(directory, cache_spec, request)
+    check_headers(directory, cache_spec, files, splits=request.samples, views=request.views, tensors=request.tensors)
+    return OpenCache(directory, cache_spec, samples, tuple(request.targets))
+
+
+def decode_on(device: torch.device, stored: StoredValues, map_memory_format: torch.memory_format) -> Tensor:
+    """Move samples to a device in their storage type, and decode them on the device.
+
+    Returns:
+        float32 [n, ...]; maps [n, D, H, W] in the given memory format.
+    """
+    values = stored.values.to(device, non_blocking=True)
+    scale = None if stored.scale is None else stored.scale.to(device, non_blocking=True)
+    memory_format = map_memory_format if values.ndim == 4 else torch.contiguous_format
+    return decode(values.contiguous(memory_format=memory_format), scale)
+
+
 def available_bytes() -> int:
-    """Memory that could be taken without swapping, the page cache included; 0 where the system does not say."""
+    """Return the memory that can be allocated without swapping, page cache included; 0 where the system has no such number."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,8 +1,11 @@
-"""One file of a cache: safetensors whose header is known before it is read, apart from the checksum of the data.
+"""One file of a cache: storage types, and a safetensors file whose header is known before it is read.
 
-The header is written here and not by the library, because then every byte of the file follows from the plan and the data:
-same bytes from every builder, a flipped bit anywhere is a difference, and the place of each sample is known without parsing.
-safetensors reads these files like any other. Values are little-endian, samples contiguous.
+The header is composed without the safetensors library, so that every byte of a file follows from the spec and the data: any
+builder produces the same bytes, a flipped bit anywhere is a difference, and the position of each sample is known without
+parsing. The library reads these files like any other. Values are little-endian; the samples of a file are contiguous.
+
+Largest error of `decode(encode(x))`, relative to |x| for the float types and to the channel's largest |x| in the file for int8:
+float32 0, float16 2^-11, bfloat16 2^-8, int8 1/254.
 """
 
 from __future__ import annotations
@@ -20,21 +23,86 @@ import xxhash
 from torch import Tensor
 
 from kd_accel.cache.spec import CacheSpec, Shard, TensorSpec
+from kd_accel.config.schema import StorageType
+from kd_accel.errors import UserError
 from kd_accel.io.files import replace_whole
+
+TORCH_TYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+INT8_LARGEST = 127
+RELATIVE_ERROR = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 1 / 254}
 
 _KEY = "kd_accel"
 _ALIGNMENT = 64
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+# The metadata of a safetensors file are strings, so ours is a JSON object inside a JSON string: its quotes are escaped. Within
+# a string of the inner object, such as a layer's name, a quote would be escaped twice (\\\"), which the pattern cannot match.
 _CHECKSUM = re.compile(rb'\\"checksum\\":\\"([0-9a-f]{32})\\"')
-_BLANK = "0" * 32
+_NO_CHECKSUM = "0" * 32
+
+
+def encode(values: Tensor, dtype: StorageType, *, name: str) -> tuple[Tensor, Tensor | None]:
+    """Convert values to a storage type.
+
+    Args:
+        values: float32 [n, D, ...].
+        dtype: Storage type.
+        name: Name of the tensor, for the error.
+
+    Returns:
+        (values as they are stored, scale float32 [D] for int8 or None).
+
+    Raises:
+        UserError: A value is not finite, or too large for the type.
+    """
+    if dtype == "int8":
+        largest = values.abs().transpose(0, 1).flatten(1).amax(1)
+        _check_finite(largest, name, dtype)
+        scale = torch.where(largest > 0, largest / INT8_LARGEST, torch.ones_like(largest))
+        return torch.round(values / _by_channel(scale, values)).clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8), scale
+    stored = values.to(TORCH_TYPE[dtype])
+    _check_finite(stored, name, dtype)
+    return stored, None
+
+
+def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """Convert stored values back to float32.
+
+    Args:
+        stored: [n, D, ...].
+        scale: float32 [D], or [n, D] for samples of several files; None for the float types.
+    """
+    values = stored.float()
+    return values if scale is None else values * _by_channel(scale, values)
+
+
+def _by_channel(scale: Tensor, values: Tensor) -> Tensor:
+    leading = scale.shape if scale.ndim == 2 else (1, *scale.shape)
+    return scale.reshape(*leading, *[1] * (values.ndim - 2))
+
+
+def _check_finite(values: Tensor, name: str, dtype: StorageType) -> None:
+    extremes = torch.stack([values.amax(), values.amin()])  # NaN if any value is; ten times as fast as isfinite on all values
+    if not torch.isfinite(extremes).all():
+        raise UserError(
+            f"teacher.cache.dtype: the teacher's output at {name} is not finite, or too large for {dtype}; use bfloat16 or "
+            "float32, and evaluate the teacher if that does not help"
+        )
 
 
 def write_shard(directory: Path, cache_spec: CacheSpec, shard: Shard, values: Tensor, scale: Tensor | None) -> str:
-    """Write one file under a temporary name and rename it. Returns the checksum of its data.
+    """Write a file under a temporary name and rename it.
 
-    values: [n, ...] as `encode` gives them, on the CPU. scale: [D] where the type has one.
+    The file is not flushed to the disk: one that a power cut emptied does not match its checksum, and a build replaces it.
 
-    Not flushed to the disk here: a file that a power cut emptied does not match its checksum and is written again.
+    Args:
+        directory: Directory of the cache.
+        cache_spec: Spec of the cache.
+        shard: The file.
+        values: [n, ...] as `encode` returns them, in host memory.
+        scale: float32 [D] for int8, else None.
+
+    Returns:
+        The checksum of its data.
     """
     assert values.shape == (shard.samples, *cache_spec.tensors[shard.tensor].shape), values.shape
     parts = [_bytes_of(tensor) for tensor in ([] if scale is None else [scale]) + [values]]
@@ -52,16 +120,24 @@ def write_shard(directory: Path, cache_spec: CacheSpec, shard: Shard, values: Te
     return checksum
 
 
-def damage(
+def find_damage(
     directory: Path, cache_spec: CacheSpec, shard: Shard, *, checksum: str | None = None, reads_data: bool = True
 ) -> str | None:
-    """Why a file is not the one that the plan asks for, or None. checksum: what the manifest says, where there is one.
+    """Check a file against the spec.
 
-    reads_data: check every byte of the data as well; without it header and length alone.
+    Args:
+        directory: Directory of the cache.
+        cache_spec: Spec of the cache.
+        shard: The file.
+        checksum: Its checksum in the manifest, where one exists.
+        reads_data: Whether every byte of the data is checked too, not only header and length.
+
+    Returns:
+        What is wrong with the file, to follow its name in a message; None if it is intact.
     """
     path = directory / shard.name
     if path.exists() and not path.is_file():
-        return "is no file"
+        return "is not a regular file"
     try:
         with path.open("rb") as file:
             found = _header_damage(file.read(data_offset(cache_spec, shard)), cache_spec, shard, checksum)
@@ -72,35 +148,38 @@ def damage(
         return f"cannot be read ({error.strerror})"
     if found is not None:
         return found
-    request = data_offset(cache_spec, shard) + _data_bytes(cache_spec, shard)
-    if size != request:
-        return f"has {size} bytes instead of {request}"
-    if reads_data and not is_data_whole(open_shard(directory, cache_spec, shard), cache_spec, shard):
+    expected = data_offset(cache_spec, shard) + _data_bytes(cache_spec, shard)
+    if size != expected:
+        return f"has {size} bytes instead of {expected}"
+    if reads_data and not is_data_intact(open_shard(directory, cache_spec, shard), cache_spec, shard):
         return "does not match its checksum"
     return None
 
 
 def stored_checksum(directory: Path, cache_spec: CacheSpec, shard: Shard) -> str:
-    """Of a file that is whole."""
+    """Read the checksum from the header of an intact file."""
     with (directory / shard.name).open("rb") as file:
-        return _stated_checksum(file.read(data_offset(cache_spec, shard)))
+        return _header_checksum(file.read(data_offset(cache_spec, shard)))
 
 
 def open_shard(directory: Path, cache_spec: CacheSpec, shard: Shard) -> memoryview:
-    """The whole file, mapped. The view keeps the mapping alive, and no file stays open for it (Python's own mmap keeps one)."""
+    """Map a complete file into memory.
+
+    The returned view keeps the mapping alive without an open file; Python's own mmap would keep one per shard.
+    """
     path = directory / shard.name
     mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     return memoryview(mapped.numpy()).toreadonly()  # type: ignore[arg-type]
 
 
-def is_data_whole(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> bool:
-    """Whether the data matches the checksum in the header: a read of every byte, in order."""
+def is_data_intact(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> bool:
+    """Return whether the data matches the checksum of the header. Reads every byte, in order."""
     start = data_offset(cache_spec, shard)
-    return xxhash.xxh3_128_hexdigest(file[start:]) == _stated_checksum(bytes(file[:start]))
+    return xxhash.xxh3_128_hexdigest(file[start:]) == _header_checksum(bytes(file[:start]))
 
 
-def scale_of(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> Tensor | None:
-    """The scale per channel, float32 [D], where the type has one."""
+def read_scale(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> Tensor | None:
+    """Read the scale per channel, float32 [D]; None for a type without one."""
     spec = cache_spec.tensors[shard.tensor]
     if not spec.is_scaled:
         return None
@@ -108,28 +187,28 @@ def scale_of(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> Tensor | 
 
 
 def values_offset(cache_spec: CacheSpec, shard: Shard) -> int:
-    """Where the first sample begins."""
+    """Return the position of the first sample in the file."""
     return data_offset(cache_spec, shard) + _scale_bytes(cache_spec.tensors[shard.tensor])
 
 
 def data_offset(cache_spec: CacheSpec, shard: Shard) -> int:
-    """Length of the header: it does not depend on the checksum."""
-    return len(_header(cache_spec, shard, _BLANK))
+    """Return the length of the header, which does not depend on the checksum."""
+    return len(_header(cache_spec, shard, _NO_CHECKSUM))
 
 
 def _header(cache_spec: CacheSpec, shard: Shard, checksum: str) -> bytes:
     spec, offset = cache_spec.tensors[shard.tensor], 0
-    about = {
-        "cache": cache_spec.digest,
+    metadata = {
         "checksum": checksum,
+        "fingerprint": cache_spec.fingerprint,
         "first_sample": shard.first,
-        "projector": spec.projector,
         "samples": shard.samples,
         "split": shard.split,
+        "target": spec.target_digest,
         "tensor": shard.tensor,
         "view": shard.view,
     }
-    content: dict[str, Any] = {"__metadata__": {_KEY: _canonical(about)}}
+    content: dict[str, Any] = {"__metadata__": {_KEY: _canonical(metadata)}}
     if spec.is_scaled:
         offset = _scale_bytes(spec)
         content["scale"] = _entry("F32", spec.shape[:1], 0, offset)
@@ -148,20 +227,20 @@ def _canonical(content: Mapping[str, Any]) -> str:
 
 
 def _header_damage(header: bytes, cache_spec: CacheSpec, shard: Shard, checksum: str | None) -> str | None:
-    stated = _CHECKSUM.search(header)
-    if stated is None:
+    found = _CHECKSUM.search(header)
+    if found is None:
         return "has no header of a cache"
-    if header != _header(cache_spec, shard, stated[1].decode()):
+    if header != _header(cache_spec, shard, found[1].decode()):
         return "has the header of another cache or place, or a damaged one"
-    if checksum is not None and stated[1].decode() != checksum:
-        return "has another checksum than the manifest says"
+    if checksum is not None and found[1].decode() != checksum:
+        return "has another checksum than in manifest.json"
     return None
 
 
-def _stated_checksum(header: bytes) -> str:
-    stated = _CHECKSUM.search(header)
-    assert stated is not None, "only asked of files whose header was checked"
-    return stated[1].decode()
+def _header_checksum(header: bytes) -> str:
+    found = _CHECKSUM.search(header)
+    assert found is not None, "called only for files whose header was checked"
+    return found[1].decode()
 
 
 def _scale_bytes(spec: TensorSpec) -> int:

@@ -1,15 +1,16 @@
-"""What a cache holds and in which files: a pure function of its plan, so that no file name is ever believed.
+"""Contents of a cache, and the names of its files as a pure function of them: a name found on the disk is never opened.
 
-    cache_dir/
-      spec.json                                              identity and layout, written before any shard
-      samples.safetensors                                       which samples, and a digest of the content of each
-      targets.safetensors                                 the frozen projectors, if any
-      train/view-0000/logits-00000-of-00049.safetensors      [n, C]
-      train/view-0000/layer1-00000-of-00049.safetensors      [n, D, H, W], named for the teacher's layer
-      val/view-0000/logits-..., test/view-0000/logits-...    held-out samples: logits, for the agreement with the student
-      manifest.json                                          checksums of all shards and the teacher's accuracy, written last
+    DIR/
+      spec.json                                            fingerprint, samples, views, tensors; before any shard
+      samples.safetensors                                  indices of the samples, and a digest of each
+      targets.safetensors                                  tensors of fitted target functions, if there are any
+      train/view-0000/logits-00000-of-00049.safetensors    [n, C]
+      train/view-0000/layer1-00000-of-00049.safetensors    [n, D, H, W], named after the teacher's layer
+      val/view-0000/logits-...   test/view-0000/logits-... held-out samples: logits, for the agreement with the student
+      manifest.json                                        checksums of all shards, and the teacher's accuracy; last
 
-All tensors of a split are cut at the same samples, so that one pass of the teacher fills a file of each.
+All tensors of a split are divided into shards at the same samples, so one forward of the teacher fills a shard of each.
+docs/cache_format.md describes every file for other programs.
 """
 
 from __future__ import annotations
@@ -19,82 +20,99 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from urllib.parse import quote
 
 from kd_accel.config.schema import StorageType
+from kd_accel.data.splits import Split
 from kd_accel.io.hashing import settings_digest
 
-VERSION = 1
+VERSION = 2
 LOGITS = "logits"
-Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 MAX_FILES = 400_000
-"""As many as a manifest can list (MAX_JSON_BYTES in disk.py)."""
-_MOST = 2**40
+"""Number of files that a manifest can list within `MAX_JSON_BYTES`."""
+_MAX_COUNT = 2**40
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor that is stored for each sample and view.
 
-    shape: of one sample, [C] or [D, H, W]. dtype: on disk. projector: digest of the frozen projector that made it, None = raw.
-    raw_channels, pca_images, explained: of that projector: the teacher's width, on how many images it was fitted, and the
-    share of the variance that it keeps.
+    Attributes:
+        shape: Shape for one sample, [C] or [D, H, W].
+        dtype: Storage type.
+        target: Description of the target function applied to the teacher's feature map; None for logits.
+        target_digest: Digest of the function's fitted tensors; None if it has none.
+        raw_channels: Channels of the teacher's feature map; None for logits.
+        explained: Share of the map's variance that the function keeps, where it was measured.
     """
 
     shape: tuple[int, ...]
     dtype: StorageType
-    projector: str | None = None
+    target: dict[str, Any] | None = None
+    target_digest: str | None = None
     raw_channels: int | None = None
-    pca_images: int | None = None
     explained: float | None = None
 
     @property
     def sample_bytes(self) -> int:
-        values = 1
-        for length in self.shape:
-            values *= length
-        return values * BYTES_PER_VALUE[self.dtype]
+        """Size of one sample, without scales."""
+        return math.prod(self.shape) * BYTES_PER_VALUE[self.dtype]
 
     @property
     def raw_sample_bytes(self) -> int:
-        """What one sample of the raw features would take."""
+        """Size of one sample if the teacher's map were stored with all its channels."""
         return self.sample_bytes * self.raw_channels // self.shape[0] if self.raw_channels else self.sample_bytes
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the file holds a scale per channel beside the values."""
+        """Whether a shard has one scale per channel next to the values."""
         return self.dtype == "int8"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: samples first..first+samples of a split (counted among those that the cache covers), one view, one tensor."""
+    """One file: consecutive samples of a split in one view and one tensor.
+
+    Attributes:
+        split: Split of the samples.
+        view: Number of the view.
+        tensor: Name of the tensor.
+        number: Number of the file among those of this split, view and tensor.
+        count: How many of these files exist.
+        first: Position of the first sample among the samples of the split that the cache covers.
+        samples: Number of samples.
+    """
 
     split: Split
     view: int
     tensor: str
-    index: int
+    number: int
     count: int
     first: int
     samples: int
 
     @property
     def name(self) -> str:
-        """Path below the cache's directory."""
-        file = f"{quote(self.tensor, safe='')}-{self.index:05d}-of-{self.count:05d}.safetensors"
+        """Path relative to the cache's directory."""
+        file = f"{quote(self.tensor, safe='')}-{self.number:05d}-of-{self.count:05d}.safetensors"
         return f"{self.split}/view-{self.view:04d}/{file}"
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a cache is and holds.
+    """Identity and contents of a cache.
 
-    identity: who answered and for which pixels (commands/wanted.py). samples: number of samples covered in each split. views: of
-    the training split; held-out splits have one, without augmentation. tensors: by name: logits, and the teacher's layers.
-    batch_samples: samples of one forward of the teacher when it was built. recorded: where and with what, for people to read.
+    Attributes:
+        fingerprint_fields: Settings and digests that decide the stored values: teacher, numerics, data, views.
+        samples: Number of samples of each split.
+        views: Number of views of the training split; held-out splits have one, without augmentation.
+        tensors: The logits and the teacher's layers, by name.
+        samples_per_shard: Number of samples in a file, except the last one of a split.
+        batch_samples: Number of samples in one forward of the teacher during the build.
+        recorded: Circumstances of the build, for people to read.
     """
 
     fingerprint_fields: dict[str, Any]
@@ -106,18 +124,18 @@ class CacheSpec:
     recorded: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def digest(self) -> str:
-        """Of the identity: stands in every file."""
+    def fingerprint(self) -> str:
+        """Digest of `fingerprint_fields`, part of every file."""
         return settings_digest(self.fingerprint_fields)
 
     def shards(self, split: Split, view: int, tensor: str) -> list[Shard]:
+        """Return the files of one tensor in one view of a split, in the order of the samples."""
         samples, step = self.samples[split], self.samples_per_shard
         count = -(-samples // step)
-        return [
-            Shard(split, view, tensor, index, count, index * step, min(step, samples - index * step)) for index in range(count)
-        ]
+        return [Shard(split, view, tensor, n, count, n * step, min(step, samples - n * step)) for n in range(count)]
 
     def all_shards(self) -> Iterator[Shard]:
+        """Yield every file of the cache."""
         for split in SPLITS:
             is_train = split == "train"
             for view in range(self.views if is_train else 1):
@@ -125,66 +143,85 @@ class CacheSpec:
                     yield from self.shards(split, view, tensor)
 
     def num_files(self) -> int:
-        """Of all shards, without making them."""
+        """Count all shards without creating them."""
         parts = {split: -(-samples // self.samples_per_shard) for split, samples in self.samples.items()}
         return parts["train"] * self.views * len(self.tensors) + parts["val"] + parts["test"]
 
     def sample_bytes(self) -> int:
-        """Of one sample and one training view, all tensors."""
+        """Return the size of one training sample in one view, all tensors."""
         return sum(spec.sample_bytes for spec in self.tensors.values())
 
     def total_bytes(self) -> int:
+        """Return the size of all values, without headers and scales."""
         held_out = self.samples["val"] + self.samples["test"]
         return self.samples["train"] * self.views * self.sample_bytes() + held_out * self.tensors[LOGITS].sample_bytes
 
     def extended(self, *, views: int, tensors: Mapping[str, TensorSpec]) -> CacheSpec:
-        """With at least so many views, and these tensors besides its own."""
+        """Return the spec with at least this many views, and with these tensors in addition to its own."""
         return replace(self, views=max(self.views, views), tensors={**tensors, **self.tensors})
 
 
 def samples_in_a_shard(tensors: Mapping[str, TensorSpec], *, shard_mib: float, batch_samples: int) -> int:
-    """Whole batches of the teacher, the largest tensor's file at most `shard_mib` (one batch at least)."""
+    """Return the number of samples per file: complete batches of the teacher, at least one.
+
+    Args:
+        tensors: All tensors of the cache.
+        shard_mib: Largest size of a file of the largest tensor, in MiB.
+        batch_samples: Samples in one forward of the teacher.
+    """
     largest = max(spec.sample_bytes for spec in tensors.values())
     return max(1, int(shard_mib * 2**20 / largest) // batch_samples) * batch_samples
 
 
 def spec_to_json(cache_spec: CacheSpec) -> dict[str, Any]:
+    """Convert a spec to the content of spec.json."""
     content = asdict(cache_spec)
-    return {"version": VERSION, "digest": cache_spec.digest, "checksum": settings_digest(content), **content}
+    return {"version": VERSION, "fingerprint": cache_spec.fingerprint, "checksum": settings_digest(content), **content}
 
 
 def spec_from_json(content: Mapping[str, Any]) -> CacheSpec:
-    """Raises KeyError, TypeError or ValueError for what no plan of this version says."""
-    json.dumps(content, ensure_ascii=False).encode()  # a half of a character, which cannot be printed, is no ValueError later
+    """Convert the content of spec.json back.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, RecursionError: The content is not a valid spec, or its digests do not
+            match it.
+    """
+    json.dumps(content, ensure_ascii=False).encode()  # refuses unpaired surrogates, which could not be printed later
     cache_spec = CacheSpec(
         fingerprint_fields=dict(content["fingerprint_fields"]),
-        samples={split: _whole(content["samples"][split], least=0) for split in SPLITS},
-        views=_whole(content["views"]),
-        tensors={name: _spec_from_json(spec) for name, spec in content["tensors"].items()},
-        samples_per_shard=_whole(content["samples_per_shard"]),
-        batch_samples=_whole(content["batch_samples"]),
+        samples={split: _count(content["samples"][split], least=0) for split in SPLITS},
+        views=_count(content["views"]),
+        tensors={name: _tensor_from_json(name, spec) for name, spec in content["tensors"].items()},
+        samples_per_shard=_count(content["samples_per_shard"]),
+        batch_samples=_count(content["batch_samples"]),
         recorded=dict(content["recorded"]),
     )
-    if cache_spec.tensors[LOGITS].projector is not None or cache_spec.num_files() > MAX_FILES:
-        raise ValueError("is no plan that a build could have followed")
-    if cache_spec.digest != content["digest"] or settings_digest(asdict(cache_spec)) != content["checksum"]:
-        raise ValueError("contradicts itself")
+    if LOGITS not in cache_spec.tensors or cache_spec.num_files() > MAX_FILES:
+        raise ValueError("no build creates such a spec")
+    if cache_spec.fingerprint != content["fingerprint"] or settings_digest(asdict(cache_spec)) != content["checksum"]:
+        raise ValueError("the digests do not match the content")
     return cache_spec
 
 
-def _spec_from_json(content: Mapping[str, Any]) -> TensorSpec:
-    spec = TensorSpec(**{**content, "shape": tuple(_whole(length) for length in content["shape"])})
-    texts = (spec.projector is None or isinstance(spec.projector, str), spec.dtype in BYTES_PER_VALUE)
-    counts = (_whole(value) for value in (spec.raw_channels, spec.pca_images) if value is not None)
-    if not all(texts) or not all(counts) or not spec.shape or spec.sample_bytes > _MOST:
-        raise ValueError("is no tensor of a cache")
+def _tensor_from_json(name: str, content: Mapping[str, Any]) -> TensorSpec:
+    spec = TensorSpec(**{**content, "shape": tuple(_count(length) for length in content["shape"])})
+    if spec.dtype not in BYTES_PER_VALUE or not spec.shape or spec.sample_bytes > _MAX_COUNT:
+        raise ValueError("not a valid tensor of a cache")
+    if spec.target_digest is not None and not isinstance(spec.target_digest, str):
+        raise ValueError("not a valid digest")
+    if name == LOGITS:
+        if (spec.target, spec.target_digest, spec.raw_channels) != (None, None, None):
+            raise ValueError("logits have no target function")
+    elif not isinstance(spec.target, dict) or not isinstance(spec.target.get("name"), str):
+        raise ValueError("not a valid description of a target function")
+    else:
+        _count(spec.raw_channels)
     if spec.explained is not None and not (isinstance(spec.explained, int | float) and math.isfinite(spec.explained)):
-        raise ValueError("explains no share of the variance")
+        raise ValueError("not a valid share of the variance")
     return spec
 
 
-def _whole(value: Any, *, least: int = 1) -> int:
-    """A whole number that something can have so many of."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
-        raise ValueError(f"{value!r} is no such number")
+def _count(value: Any, *, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MAX_COUNT:
+        raise ValueError(f"{value!r} is not a valid number of items")
     return value

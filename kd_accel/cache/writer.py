@@ -1,123 +1,242 @@
-"""One pass of a teacher over views of samples, by all processes, into the files of a cache.
+"""Building a cache: one pass of the teacher over everything that is missing, by all processes.
 
-In: what is missing. Out: files, each written once and whole. Work is cut into blocks, the samples of one file; a process that is
-killed loses the block it is at. What is in a file does not depend on who writes it: batches are cut from the block, always as
-long as the plan says (the last one of a block is filled up with its own last sample), so no kernel sees another shape.
+The work is divided into blocks, each the samples of one file of every tensor. A process that is killed loses its current block;
+the next build keeps every complete file. The content of a file does not depend on the process that writes it: batches are taken
+from the block and always have the batch size of the spec (the last one is padded with the block's last sample), so every kernel
+runs on the same shape.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd_accel.cache.codec import encode
-from kd_accel.cache.shard import write_shard
-from kd_accel.cache.spec import LOGITS, CacheSpec, Shard, Split
+from kd_accel.cache.build_spec import CacheBuild, Samples, find_own_spec, prepare_targets, write_requested_spec
+from kd_accel.cache.manifest import CachedSamples, find_manifest, flush_shards, lock_for_building, write_manifest
+from kd_accel.cache.reader import Reader
+from kd_accel.cache.shard import encode, write_shard
+from kd_accel.cache.spec import LOGITS, CacheSpec, Shard
+from kd_accel.cache.verify import check_shards, own_share
+from kd_accel.data.splits import Split
+from kd_accel.distributed import Accelerator, gathered, on_main_process, patient_group
 from kd_accel.errors import UserError
+from kd_accel.io.files import readable_size, remove_leftovers
+from kd_accel.losses.targets import TargetFunction
+from kd_accel.models.feature_extractor import compile_with_hooks
+from kd_accel.teacher.teacher import LiveTeacher
 from kd_accel.types import Batch, TeacherOutput, TeacherSource
 
-BatchesOf = Callable[[Split, Sequence[tuple[np.ndarray, int]]], Iterator[Batch]]
-"""(split, [(samples, view), ...]) -> the batches, on the teacher's device."""
+_TIMED_BATCHES = 2
+
+Batches = Callable[[Split, Sequence[tuple[np.ndarray, int]]], Iterator[Batch]]
+"""(split, [(indices, view), ...]) -> the batches, on the teacher's device."""
+
+OpenProgress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Number of samples of this process -> context of a function that is called with the number of samples just done."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Samples of one split and view, and the files that lack them."""
+    """Samples of one split and view, and their missing files: one forward of the teacher serves all of them."""
 
     shards: tuple[Shard, ...]
 
     @property
-    def place(self) -> tuple[Split, int, int, int]:
-        """(split, view, first sample, samples)."""
-        shard = self.shards[0]
-        return shard.split, shard.view, shard.first, shard.samples
+    def split(self) -> Split:
+        """Split of the samples."""
+        return self.shards[0].split
 
     @property
     def samples(self) -> int:
+        """Number of samples."""
         return self.shards[0].samples
 
 
-def blocks_of(shards: Iterable[Shard]) -> list[Block]:
-    """Missing files, those of the same samples together: the teacher answers once for all of them."""
-    together: dict[tuple[str, int, int], list[Shard]] = {}
-    for shard in shards:
-        together.setdefault((shard.split, shard.view, shard.first), []).append(shard)
-    return [Block(tuple(group)) for group in together.values()]
+@contextmanager
+def locked_for_building(directory: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the lock of a cache on every process, rank 0 first.
 
-
-def balanced_share(sizes: Sequence[int], *, rank: int, world_size: int) -> list[int]:
-    """Which of the pieces of work a process takes, ascending, so that all have about as much: the largest go first.
-
-    A view is often one full file and a short one; dealt out in turns, one of two processes would get all the full ones.
+    Raises:
+        UserError: Another build is running, or the directory cannot be created or modified; on every process.
     """
-    loads = [0] * world_size
-    own = []
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        taker = loads.index(min(loads))
-        loads[taker] += sizes[index]
-        if taker == rank:
-            own.append(index)
-    return sorted(own)
+    held: list[int] = []
+    on_main_process(accelerator, lambda: held.append(lock_for_building(directory, 0)))
+    if not accelerator.is_main_process:
+        held.append(lock_for_building(directory, accelerator.process_index))
+    try:
+        yield
+    finally:
+        os.close(held[0])
 
 
-def run_pass(
+@contextmanager
+def no_progress(total_samples: int) -> Iterator[Callable[[int], None]]:
+    """Show no progress."""
+    yield lambda samples: None
+
+
+def build_cache(build: CacheBuild, *, progress: OpenProgress = no_progress) -> None:
+    """Write what a cache lacks: all of it, further views or layers, or files that are damaged.
+
+    Every process must call it, and hold the lock.
+
+    Args:
+        build: The parts of the build.
+        progress: Shows the progress of this process.
+
+    Raises:
+        UserError: The directory holds another cache, or the disk refuses; complete files are kept.
+    """
+    accelerator, directory = build.accelerator, build.directory
+    found = on_main_process(accelerator, lambda: find_own_spec(build))
+    targets = prepare_targets(build, found)
+    cache_spec, samples = on_main_process(accelerator, lambda: write_requested_spec(build, found, targets))
+    manifest = on_main_process(accelerator, lambda: find_manifest(directory, cache_spec))
+    group = patient_group(accelerator)
+    intact, missing = check_shards(directory, cache_spec, manifest, accelerator=accelerator, group=group)
+    _flush(directory, _unlisted(intact, manifest, accelerator))
+    if missing:
+        on_main_process(accelerator, lambda: remove_leftovers(directory))
+        intact |= _write_missing(build, cache_spec, samples, missing, targets, progress, group=group)
+    else:
+        remark = "nothing to do" if manifest.keys() == intact.keys() else "manifest.json created again"
+        accelerator.print(f"{directory}: complete, {len(intact)} files checked; {remark}")
+    on_main_process(accelerator, lambda: _write_manifest(build, cache_spec, samples["test"], intact))
+
+
+def _write_missing(
+    build: CacheBuild,
+    cache_spec: CacheSpec,
+    samples: Samples,
+    missing: Sequence[Shard],
+    targets: Mapping[str, TargetFunction],
+    progress: OpenProgress,
+    *,
+    group: Any,
+) -> dict[str, str]:
+    """Run the teacher over this process's share of the missing blocks; return the checksums of all processes."""
+    accelerator, blocks = build.accelerator, blocks_of(missing)
+    own = [blocks[number] for number in own_share([block.samples for block in blocks], accelerator)]
+    layers = {shard.tensor for shard in missing} - {LOGITS}
+    live = LiveTeacher(
+        build.network,
+        build.normalize,
+        targets={layer: target for layer, target in targets.items() if layer in layers},
+        autocast=accelerator.autocast,
+    )
+    if build.is_compiled:
+        compile_with_hooks(build.network)
+    try:
+        _announce(build, cache_spec, samples["train"].indices, missing, live)
+        started_at = time.perf_counter()
+        with progress(sum(block.samples for block in own)) as advance:
+            checksums = write_blocks(
+                own,
+                directory=build.directory,
+                cache_spec=cache_spec,
+                samples=samples,
+                teacher=live,
+                batches=partial(_batches, build),
+                advance=advance,
+            )
+        _flush(build.directory, list(checksums))
+        live.check_unchanged()
+    finally:
+        live.close()
+    checksums = dict(gathered(list(checksums.items()), group=group))
+    total, elapsed_s = sum(block.samples for block in blocks), time.perf_counter() - started_at
+    accelerator.print(f"{build.directory}: {total} samples in {elapsed_s:.0f} s ({total / elapsed_s:.0f} samples/s)")
+    return checksums
+
+
+def _write_manifest(build: CacheBuild, cache_spec: CacheSpec, test: CachedSamples, files: Mapping[str, str]) -> None:
+    """Write the manifest, with the teacher's accuracy on the cached test samples, computed from the stored logits."""
+    accuracy, indices = None, test.indices
+    if len(indices):
+        logits = Reader(build.directory, cache_spec, "test", indices, (LOGITS,)).read(0, indices)[LOGITS].values
+        accuracy = float(np.mean(logits.argmax(1).numpy() == build.data.test.labels[indices]))
+    write_manifest(build.directory, cache_spec, files, teacher_accuracy=accuracy)
+
+
+def blocks_of(shards: Iterable[Shard]) -> list[Block]:
+    """Group missing files by their samples."""
+    groups: dict[tuple[str, int, int], list[Shard]] = {}
+    for shard in shards:
+        groups.setdefault((shard.split, shard.view, shard.first), []).append(shard)
+    return [Block(tuple(group)) for group in groups.values()]
+
+
+def write_blocks(
     blocks: Sequence[Block],
     *,
     directory: Path,
     cache_spec: CacheSpec,
-    samples: Mapping[Split, np.ndarray],
+    samples: Samples,
     teacher: TeacherSource,
-    batches_of: BatchesOf,
+    batches: Batches,
     advance: Callable[[int], None],
 ) -> dict[str, str]:
-    """Write the files of these blocks, one block after the other. Returns {file name: checksum of its data}.
+    """Write the files of blocks, one block after the other.
 
-    samples: int64, ascending, those that each split covers. teacher: features by the teacher's layer. advance: told how many samples
-    are done. Raises UserError where the disk refuses; what was whole before stays.
+    Args:
+        blocks: The blocks.
+        directory: Directory of the cache.
+        cache_spec: Its spec.
+        samples: Samples that it covers.
+        teacher: Source of the outputs, with the features of all missing layers.
+        batches: Creates the batches.
+        advance: Called with the number of samples just done.
+
+    Returns:
+        {file name: checksum of its data}.
+
+    Raises:
+        UserError: The disk refuses, or an output cannot be stored; complete files are kept.
     """
     checksums: dict[str, str] = {}
-    for split, group in _by_split(blocks):
-        cuts = [_cut(cache_spec, samples[split], block) for block in group]
-        batches = batches_of(split, [share for shares, _ in cuts for share in shares])
-        for block, (shares, last) in zip(group, cuts, strict=True):
+    for split in dict.fromkeys(block.split for block in blocks):
+        group = [block for block in blocks if block.split == split]
+        shares = [_shares(cache_spec, samples[split].indices, block) for block in group]
+        batch_iterator = batches(split, [share for part in shares for share in part])
+        for block, part in zip(group, shares, strict=True):
             parts: dict[str, list[Tensor]] = {shard.tensor: [] for shard in block.shards}
-            for index in range(len(shares)):
-                batch = next(batches)
-                kept = last if index == len(shares) - 1 else len(batch.samples)
-                _collect(parts, teacher(batch), kept)
+            left = block.samples
+            for _ in part:
+                kept = min(left, cache_spec.batch_samples)
+                left -= kept
+                _collect(parts, teacher(next(batch_iterator)), kept)
                 advance(kept)
-            checksums |= _write(directory, cache_spec, block, parts)
+            checksums |= _write_block(directory, cache_spec, block, parts)
     return checksums
 
 
-def _by_split(blocks: Sequence[Block]) -> Iterator[tuple[Split, list[Block]]]:
-    splits = dict.fromkeys(block.place[0] for block in blocks)
-    return ((split, [block for block in blocks if block.place[0] == split]) for split in splits)
+def _shares(cache_spec: CacheSpec, indices: np.ndarray, block: Block) -> list[tuple[np.ndarray, int]]:
+    """Return (indices, view) of each batch of a block; the last batch is padded with the block's last sample."""
+    shard, length = block.shards[0], cache_spec.batch_samples
+    own = indices[shard.first : shard.first + shard.samples]
+    padded = np.concatenate([own, np.repeat(own[-1:], -len(own) % length)])
+    return [(part, shard.view) for part in np.split(padded, len(padded) // length)]
 
 
-def _cut(cache_spec: CacheSpec, samples: np.ndarray, block: Block) -> tuple[list[tuple[np.ndarray, int]], int]:
-    """(samples and view of each batch of a block, how many samples of the last one are no filling)."""
-    _, view, first, count = block.place
-    own = samples[first : first + count]
-    missing = -count % cache_spec.batch_samples
-    filled = np.concatenate([own, np.repeat(own[-1:], missing)])
-    shares = [(part, view) for part in np.split(filled, len(filled) // cache_spec.batch_samples)]
-    return shares, cache_spec.batch_samples - missing
-
-
-def _collect(parts: dict[str, list[Tensor]], teacher_output: TeacherOutput, kept: int) -> None:
-    assert teacher_output.logits is not None
+def _collect(parts: dict[str, list[Tensor]], output: TeacherOutput, kept: int) -> None:
+    assert output.logits is not None
     for tensor, collected in parts.items():
-        values = teacher_output.logits if tensor == LOGITS else teacher_output.features[tensor]
+        values = output.logits if tensor == LOGITS else output.features[tensor]
         collected.append(values[:kept].float().cpu())
 
 
-def _write(directory: Path, cache_spec: CacheSpec, block: Block, parts: dict[str, list[Tensor]]) -> dict[str, str]:
+def _write_block(directory: Path, cache_spec: CacheSpec, block: Block, parts: dict[str, list[Tensor]]) -> dict[str, str]:
     checksums = {}
     for shard in block.shards:
         values, scale = encode(torch.cat(parts[shard.tensor]), cache_spec.tensors[shard.tensor].dtype, name=shard.tensor)
@@ -125,7 +244,49 @@ def _write(directory: Path, cache_spec: CacheSpec, block: Block, parts: dict[str
             checksums[shard.name] = write_shard(directory, cache_spec, shard, values, scale)
         except OSError as error:
             raise UserError(
-                f"teacher.cache_dir: cannot write {directory / shard.name} ({error.strerror}); make room or see that it may be "
-                "written, and start the build again: it goes on with the files that are whole"
+                f"teacher.cache.dir: cannot write {directory / shard.name} ({error.strerror}); free disk space or check "
+                "permissions, and start the build again, which keeps the complete files"
             ) from None
     return checksums
+
+
+def _batches(build: CacheBuild, split: Split, shares: Sequence[tuple[np.ndarray, int]]) -> Iterator[Batch]:
+    device = build.accelerator.device
+    batches = build.data.batches(split, shares, pin_memory=device.type == "cuda")
+    return (batch.to(device, non_blocking=True) for batch in batches)
+
+
+def _announce(build: CacheBuild, cache_spec: CacheSpec, train: np.ndarray, missing: Sequence[Shard], live: LiveTeacher) -> None:
+    """Print, before the work starts, how much will be stored and an estimate of the time."""
+    drawn = train[: cache_spec.batch_samples]
+    ends = []
+    for batch in _batches(build, "train", [(drawn, 0)] * (1 + _TIMED_BATCHES)):
+        output = live(batch)
+        assert output.logits is not None
+        output.logits.cpu()  # waits for the device
+        ends.append(time.perf_counter())
+    batch_s = (ends[-1] - ends[0]) / _TIMED_BATCHES  # the first batch warms up
+    total = sum(block.samples for block in blocks_of(missing))
+    needed = sum(shard.samples * cache_spec.tensors[shard.tensor].sample_bytes for shard in missing)
+    estimate_s = batch_s / max(1, len(drawn)) * total / build.accelerator.num_processes
+    tensors = ", ".join(f"{name} {spec.sample_bytes}" for name, spec in cache_spec.tensors.items())
+    build.accelerator.print(
+        f"{build.directory}: {cache_spec.sample_bytes()} bytes per sample and view ({tensors}); {cache_spec.views} views of "
+        f"{cache_spec.samples['train']} samples; {len(missing)} of {cache_spec.num_files()} files to write, "
+        f"{readable_size(needed)} of {readable_size(cache_spec.total_bytes())}; "
+        f"{readable_size(shutil.disk_usage(build.directory).free)} free; about {estimate_s / 60:.1f} minutes"
+    )
+
+
+def _unlisted(intact: Mapping[str, str], manifest: Mapping[str, str], accelerator: Accelerator) -> list[str]:
+    """Return this process's share of the files of a killed build, which may not be flushed to the disk."""
+    return [name for name in intact if name not in manifest][accelerator.process_index :: accelerator.num_processes]
+
+
+def _flush(directory: Path, names: list[str]) -> None:
+    try:
+        flush_shards(directory, names)
+    except OSError as error:
+        raise UserError(
+            f"teacher.cache.dir: cannot write to {directory} ({error.strerror}); free disk space, then retry"
+        ) from None

@@ -1,212 +1,115 @@
-"""`kd-accel cache build`: the teacher answers once, and what it said is kept."""
+"""`kd-accel cache build`, `verify` and `info`: start the processes, call the builders, print."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
+import json
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from kd_accel.cache.manifest import (
-    find_manifest,
-    flush_shards,
-    lock_for_building,
-    write_manifest,
-)
-from kd_accel.cache.reader import Reader
-from kd_accel.cache.shard import damage, stored_checksum
-from kd_accel.cache.spec import LOGITS, CacheSpec, Shard, Split
-from kd_accel.cache.writer import Block, balanced_share, blocks_of, run_pass
-from kd_accel.commands.cache_request import CacheSetup, cache_directory, set_up_cache
-from kd_accel.commands.cache_specs import find_own_spec, frozen_projectors, write_requested_spec
-from kd_accel.commands.teacher import (
-    FrozenProjectors,
-    live_teacher,
-)
+from kd_accel.builders.cache import cache_directory
+from kd_accel.builders.cache_build import VerifiedCache, build_cache_of, verify_cache_of
+from kd_accel.cache.compatibility import describe_target
+from kd_accel.cache.manifest import read_manifest, read_spec, read_teacher_accuracy
+from kd_accel.cache.spec import SPLITS, CacheSpec, TensorSpec
 from kd_accel.config.schema import RunConfig
-from kd_accel.data.datamodule import view_transform
-from kd_accel.data.loader import load_batches
-from kd_accel.distributed import (
-    Accelerator,
-    gathered,
-    leave_processes,
-    on_main_process,
-    patient_group,
-    peers_needed,
-    start_processes,
-)
+from kd_accel.distributed import Accelerator, leave_processes, peers_needed, start_processes
 from kd_accel.errors import UserError
-from kd_accel.io.files import readable_size, remove_leftovers
-from kd_accel.models.kernels import choose_kernels
-from kd_accel.teacher.teacher import LiveTeacher
-from kd_accel.training.progress import SampleProgress
-from kd_accel.types import Batch
-
-_TIMED_BATCHES = 2
+from kd_accel.io.files import readable_size
+from kd_accel.models.inference import choose_kernels
 
 
 def run_cache_build(config: RunConfig) -> None:
-    """Write what the cache of this config lacks: all of it, further views or layers, or files that are damaged."""
-    choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
-    accelerator = start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
-    with ExitStack() as stack:
-        stack.enter_context(peers_needed(accelerator, lambda: "while it built a cache"))
-        _lock(cache_directory(config), accelerator, stack)
-        setup = set_up_cache(config, accelerator)
-        found = on_main_process(accelerator, lambda: find_own_spec(setup))
-        frozen = frozen_projectors(setup, found)
-        cache_spec, samples = on_main_process(accelerator, lambda: write_requested_spec(setup, found, frozen))
-        manifest = on_main_process(accelerator, lambda: find_manifest(setup.directory, cache_spec))
-        patient = patient_group(accelerator)
-        whole, missing = checked(setup, cache_spec, manifest, group=patient)
-        _flush(setup.directory, _unlisted(whole, manifest, accelerator))
-        if missing:
-            on_main_process(accelerator, lambda: remove_leftovers(setup.directory))
-            whole |= _write(setup, cache_spec, frozen, samples, missing, group=patient)
-        else:
-            is_listed = manifest.keys() == whole.keys()
-            remark = "nothing to do" if is_listed else "manifest.json written"
-            accelerator.print(f"{setup.directory}: complete, {len(whole)} files checked; {remark}")
-        on_main_process(accelerator, lambda: _finish(setup, cache_spec, samples["test"], whole))
+    """Write what the cache of a config lacks: all of it, further views or layers, or files that are damaged."""
+    accelerator = _start(config)
+    with peers_needed(accelerator, lambda: "during the build of a cache"):
+        build_cache_of(config, accelerator)
     leave_processes(accelerator)
 
 
-def _lock(directory: Path, accelerator: Accelerator, stack: ExitStack) -> None:
-    """Rank 0 first, and its refusal is everybody's."""
-    held: list[int] = []
-    on_main_process(accelerator, lambda: held.append(lock_for_building(directory, 0)))
-    if not accelerator.is_main_process:
-        held.append(lock_for_building(directory, accelerator.process_index))
-    stack.callback(os.close, held[0])
-
-
-def checked(
-    setup: CacheSetup, cache_spec: CacheSpec, manifest: Mapping[str, str], *, group: Any
-) -> tuple[dict[str, str], list[Shard]]:
-    """({file that is whole: its checksum}, files that are not), every byte read, each process a share of the files."""
-    shards = list(cache_spec.all_shards())
-    own: list[tuple[int, str | None]] = []
-    for index in _own_share(
-        [shard.samples * cache_spec.tensors[shard.tensor].sample_bytes for shard in shards], setup.accelerator
-    ):
-        shard = shards[index]
-        is_whole = damage(setup.directory, cache_spec, shard, checksum=manifest.get(shard.name)) is None
-        own.append((index, stored_checksum(setup.directory, cache_spec, shard) if is_whole else None))
-    found = dict(gathered(own, group=group))
-    whole = {shards[index].name: checksum for index, checksum in found.items() if checksum is not None}
-    return whole, [shard for index, shard in enumerate(shards) if found[index] is None]
-
-
-def _finish(setup: CacheSetup, cache_spec: CacheSpec, samples: np.ndarray, files: Mapping[str, str]) -> None:
-    """Write the manifest, with the teacher's accuracy on the cached test samples, from the stored logits."""
-    logits = Reader(setup.directory, cache_spec, "test", samples, (LOGITS,)).read(0, samples)[LOGITS].values
-    accuracy = np.mean(logits.argmax(1).numpy() == setup.data.test.labels[samples])
-    write_manifest(setup.directory, cache_spec, files, teacher_accuracy=float(accuracy))
-
-
-def _write(
-    setup: CacheSetup,
-    cache_spec: CacheSpec,
-    frozen: FrozenProjectors,
-    samples: Mapping[Split, np.ndarray],
-    missing: Sequence[Shard],
-    *,
-    group: Any,
-) -> dict[str, str]:
-    """Let the teacher answer for the blocks of this process, flush its files to the disk; returns the checksums of all."""
-    accelerator = setup.accelerator
-    blocks = blocks_of(missing)
-    own = [blocks[index] for index in _own_share([block.samples for block in blocks], accelerator)]
-    layers = {name: name for name in cache_spec.tensors if name != LOGITS and any(shard.tensor == name for shard in missing)}
-    projectors = {layer: module for layer, module in frozen.modules.items() if layer in layers}
-    live = live_teacher(setup.config, setup.model, setup.normalize, accelerator, layers=layers, projectors=projectors)
-    try:
-        _announce(setup, cache_spec, blocks, missing, live, samples)
-        progress = SampleProgress(
-            str(setup.directory), total_samples=sum(block.samples for block in own), is_main=accelerator.is_main_process
+def run_cache_verify(config: RunConfig, *, as_json: bool) -> None:
+    """Check every byte of a cache, and recompute a few samples with the teacher. Raises UserError if anything is wrong."""
+    accelerator = _start(config)
+    result = verify_cache_of(config, accelerator)
+    accelerator.print(json.dumps(_verify_report(result)) if as_json else _verify_text(result))
+    leave_processes(accelerator)
+    if result.wrong:
+        raise UserError(
+            f"teacher.cache.dir: {len(result.wrong)} of the files of {result.directory} are damaged; run `kd-accel cache "
+            "build` with the same config, which writes only those again"
         )
-        started_at = time.perf_counter()
-        checksums = run_pass(
-            own,
-            directory=setup.directory,
-            cache_spec=cache_spec,
-            samples=samples,
-            teacher=live,
-            batches_of=partial(_batches, setup),
-            advance=progress.advance,
-        )
-        progress.close()
-        _flush(setup.directory, list(checksums))
-        live.check_unchanged()
-    finally:
-        live.close()
-    written = dict(gathered(list(checksums.items()), group=group))
-    total = sum(block.samples for block in blocks)
-    elapsed_s = time.perf_counter() - started_at
-    accelerator.print(f"{setup.directory}: {total} samples in {elapsed_s:.0f} s ({total / elapsed_s:.0f} samples/s)")
-    return written
 
 
-def _own_share(sizes: Sequence[int], accelerator: Accelerator) -> list[int]:
-    return balanced_share(sizes, rank=accelerator.process_index, world_size=accelerator.num_processes)
+def run_cache_info(config: RunConfig, *, as_json: bool) -> None:
+    """Print what a cache holds. Reads nothing but the files of the cache."""
+    directory = cache_directory(config)
+    cache_spec = read_spec(directory)
+    files = read_manifest(directory, cache_spec)
+    rates = {name: spec.sample_bytes for name, spec in cache_spec.tensors.items()}
+    raw_bytes = sum(spec.raw_sample_bytes for spec in cache_spec.tensors.values())
+    info = {
+        "directory": str(directory),
+        "fingerprint": cache_spec.fingerprint,
+        "is_complete": all(shard.name in files for shard in cache_spec.all_shards()),
+        "files": cache_spec.num_files(),
+        "bytes": cache_spec.total_bytes(),
+        "samples": cache_spec.samples,
+        "views": cache_spec.views,
+        "teacher_accuracy": read_teacher_accuracy(directory),
+        "samples_per_shard": cache_spec.samples_per_shard,
+        "bytes_per_sample_and_view": {**rates, "all": cache_spec.sample_bytes(), "all with raw features": raw_bytes},
+        "tensors": {name: {**vars(spec), "shape": list(spec.shape)} for name, spec in cache_spec.tensors.items()},
+        "fingerprint_fields": cache_spec.fingerprint_fields,
+        "recorded": cache_spec.recorded,
+    }
+    print(json.dumps(info, indent=2) if as_json else info_text(info, cache_spec))
 
 
-def _batches(setup: CacheSetup, split: Split, shares: Sequence[tuple[np.ndarray, int]]) -> Iterator[Batch]:
-    is_train, data, config = split == "train", setup.data, setup.config
-    batches = load_batches(
-        data.test if split == "test" else data.train,
-        view_transform(config.data) if is_train else None,
-        shares,
-        num_workers=config.data.num_workers,
-        pin_memory=setup.accelerator.device.type == "cuda",
-    )
-    return (batch.to(setup.accelerator.device, non_blocking=True) for batch in batches)
+def _start(config: RunConfig) -> Accelerator:
+    cache_directory(config)
+    choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
+    return start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
 
 
-def _announce(
-    setup: CacheSetup,
-    cache_spec: CacheSpec,
-    blocks: Sequence[Block],
-    missing: Sequence[Shard],
-    live: LiveTeacher,
-    samples: Mapping[Split, np.ndarray],
-) -> None:
-    """Before the work starts: how much, where to, how long."""
-    accelerator = setup.accelerator
-    sample = samples["train"][: cache_spec.batch_samples]
-    ends = []
-    for batch in _batches(setup, "train", [(sample, 0)] * (1 + _TIMED_BATCHES)):
-        live(batch).logits.cpu()  # type: ignore[union-attr]
-        ends.append(time.perf_counter())
-    seconds = (ends[-1] - ends[0]) / _TIMED_BATCHES  # the first one warms up
-    total = sum(block.samples for block in blocks)
-    needed = sum(shard.samples * cache_spec.tensors[shard.tensor].sample_bytes for shard in missing)
-    estimate_s = seconds / max(1, len(sample)) * total / accelerator.num_processes
-    accelerator.print(
-        f"{setup.directory}: {_per_sample(cache_spec)}; {cache_spec.views} views of {cache_spec.samples['train']} samples; {len(missing)} of "
-        f"{sum(1 for _ in cache_spec.all_shards())} files to write, {readable_size(needed)} of {readable_size(cache_spec.total_bytes())}; "
-        f"{readable_size(shutil.disk_usage(setup.directory).free)} free; about {estimate_s / 60:.1f} minutes"
+def _verify_report(result: VerifiedCache) -> dict[str, Any]:
+    return {
+        **{"directory": str(result.directory), "fingerprint": result.cache_spec.fingerprint, "is_intact": not result.wrong},
+        **{"files": result.cache_spec.num_files(), "bytes": result.cache_spec.total_bytes()},
+        "wrong": result.wrong,
+        "largest_difference": result.largest_difference,
+    }
+
+
+def _verify_text(result: VerifiedCache) -> str:
+    if result.wrong:
+        return "\n".join(f"{name}: {reason}" for name, reason in result.wrong.items())
+    files, size = result.cache_spec.num_files(), readable_size(result.cache_spec.total_bytes())
+    return (
+        f"{result.directory}: {files} files, {size}, every byte matches its checksum; a few samples recomputed by the teacher "
+        f"differ by at most {result.largest_difference:.2g} of the largest value"
     )
 
 
-def _unlisted(whole: Mapping[str, str], manifest: Mapping[str, str], accelerator: Accelerator) -> list[str]:
-    """This process's share of the files that a killed build has written, perhaps not to the disk itself."""
-    return [name for name in whole if name not in manifest][accelerator.process_index :: accelerator.num_processes]
+def info_text(info: Mapping[str, Any], cache_spec: CacheSpec) -> str:
+    """Format the result of `cache info` for people. Raises UserError for a spec without a teacher."""
+    teacher, views = (cache_spec.fingerprint_fields.get(name) for name in ("teacher", "views"))
+    if not isinstance(teacher, dict):
+        raise UserError(f"{info['directory']}/spec.json: is damaged (no teacher); run `kd-accel cache build` again")
+    accuracy, rates = info["teacher_accuracy"], info["bytes_per_sample_and_view"]
+    counts = ", ".join(f"{cache_spec.samples[split]} {split}" for split in SPLITS)
+    lines = [
+        f"{info['directory']}: {'complete' if info['is_complete'] else 'not complete'}, {info['files']} files, "
+        f"{readable_size(info['bytes'])}",
+        f"teacher {teacher.get('arch')} ({teacher.get('weights')}), views {views}",
+        f"samples: {counts}; {cache_spec.views} views of the training samples",
+        *([] if accuracy is None else [f"the teacher's accuracy on the test samples is {100 * accuracy:.2f} %"]),
+        "bytes per sample and view:",
+        *(_tensor_line(name, spec) for name, spec in cache_spec.tensors.items()),
+        f"  {'all':12} {'':>12} {'':9} {rates['all']:>8} (with raw features: {rates['all with raw features']})",
+    ]
+    return "\n".join(lines)
 
 
-def _flush(directory: Path, names: list[str]) -> None:
-    try:
-        flush_shards(directory, names)
-    except OSError as error:
-        raise UserError(f"teacher.cache_dir: cannot write to {directory} ({error.strerror})") from None
-
-
-def _per_sample(cache_spec: CacheSpec) -> str:
-    parts = ", ".join(f"{name} {spec.sample_bytes}" for name, spec in cache_spec.tensors.items())
-    return f"{cache_spec.sample_bytes()} bytes per sample and view ({parts})"
+def _tensor_line(name: str, spec: TensorSpec) -> str:
+    share = f", keeps {spec.explained:.1%} of the variance" if spec.explained is not None else ""
+    target = f" {describe_target(spec.target)}{share} (raw: {spec.raw_sample_bytes})" if spec.target else ""
+    return f"  {name:12} {'x'.join(map(str, spec.shape)):>12} {spec.dtype:9} {spec.sample_bytes:>8}{target}"

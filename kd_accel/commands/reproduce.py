@@ -1,8 +1,7 @@
-"""A chain of runs with one command: caches and trainings, each in a launch of its own, then bench and report. What is done is
-skipped.
+"""The command `reproduce`: caches and trainings of a chain, each in its own launch, then bench and report.
 
-The configs of all trainings are parsed and checked before the first launch, so that a mistake in the last one does not show
-after hours. Imports no torch.
+Completed steps are skipped. The configs of all trainings are parsed and checked before the first launch, so that a mistake in
+the last one is not found after hours. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,14 +12,24 @@ import sys
 from pathlib import Path
 
 from kd_accel.bench.provenance import is_measured
-from kd_accel.config.parsing import build_parser, parse_config
-from kd_accel.config.reading import read_written, read_yaml
+from kd_accel.config.command_line import CommandParser
+from kd_accel.config.parsing import flag_mistakes, parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
+from kd_accel.config.settings import read_yaml
 from kd_accel.errors import UserError
+from kd_accel.losses.registry import names
 
 
 def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
-    """Raises UserError before anything starts when a config is wrong, and when a step of the chain fails."""
+    """Run a chain.
+
+    Args:
+        config: the chain.
+        overrides: flags that are added to every training.
+
+    Raises:
+        UserError: A config is wrong (before anything starts), or a step of the chain fails.
+    """
     runs = _checked_runs(config, overrides)
     report_dir = Path(config.report_dir)
     for file, run in zip(config.runs, runs, strict=True):
@@ -29,7 +38,7 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
             _launch(["cache", "build", *flags], launch=config.launch, what=f"cache of {run.name}")
         _launch(["train", *flags], launch=config.launch, what=f"training of {run.name}")
         if not (run.directory / "summary.json").is_file():
-            raise UserError(f"{run.name}: paused (checkpoint.stop_after_steps); start the chain again without it to go on")
+            raise UserError(f"{run.name}: paused (checkpoint.stop_after_steps); start the chain again without it to continue")
     directories = [str(run.directory) for run in runs]
     bench_file = report_dir / "bench.json"
     if not is_measured(bench_file, [run.directory for run in runs], config.bench):
@@ -40,13 +49,14 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
 def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConfig]:
     if not Path(config.launch).is_file():
         raise UserError(
-            f"launch: no file {config.launch!r}; launch/ holds those that ship (paths are from the working directory)"
+            f"launch: file {config.launch!r} not found; use one of launch/ (paths are relative to the working directory)"
         )
-    parser = build_parser(RunConfig, prog="kd-accel train", description="")
-    mistakes = [f"after --: {mistake}" for mistake in read_written(RunConfig, overrides, parser=parser).mistakes]
+    mistakes = [f"after --: {mistake}" for mistake in flag_mistakes(RunConfig, overrides)]
     read_yaml(config.launch, mistakes, field="launch")
     if mistakes:
         raise UserError("\n".join(mistakes))
+    losses = {"logits": names("logits"), "features": names("features")}
+    parser = CommandParser("train", "", "", config_class=RunConfig, losses=losses)
     runs = []
     for file in config.runs:
         try:
@@ -62,7 +72,7 @@ def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConf
 
 
 def _needs_its_cache(run: RunConfig) -> bool:
-    """Whether a training that is not finished reads a cache: a build writes what that cache lacks, and checks the rest."""
+    """Return whether an unfinished training reads a cache. A build writes what the cache lacks, and checks the rest."""
     is_finished = (run.directory / "summary.json").is_file()
     return run.teacher is not None and run.teacher.outputs != "live" and not is_finished
 
@@ -82,12 +92,12 @@ def _run(command: list[str], *, what: str) -> None:
     status = subprocess.run(command, env=os.environ, check=False).returncode
     if status:
         raise UserError(
-            f"the {what} ended with code {status}; what it said stands above. Start the same command again once that is "
-            "mended: what is done is skipped, and an interrupted training goes on from its last checkpoint"
+            f"the {what} ended with code {status}; its messages are above. Start the same command again once that is fixed: "
+            "completed steps are skipped, and an interrupted training resumes from its last checkpoint"
         )
 
 
 def _bench_flags(bench: BenchConfig) -> list[str]:
     default = BenchConfig()
-    changed = {name: value for name, value in vars(bench).items() if value != getattr(default, name)}
+    changed = {name: value for name, value in bench.model_dump().items() if value != getattr(default, name)}
     return [f"--{name}={value}" for name, value in changed.items()]

@@ -1,1 +1,1 @@
-"""Run configuration: schema, validation, parsing. No torch is imported."""
+"""Run configuration: schema, parsing of files and flags, rules. Imports no torch."""

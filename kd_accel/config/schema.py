@@ -1,46 +1,52 @@
-"""What a run can be told: each setting declared once, frozen, and checked before torch is loaded.
+"""Run configuration as frozen pydantic models: each setting is declared, typed and described once.
 
-Types are checked by the parser (parse.py); the rules that need more than a type are `problems(config)`, which lists all
-broken ones together. Nothing is ever written back into a config. The comment or docstring beside a field is its `--help`.
+The "Args:" of a class is the `--help` of its settings. Types are strict (`true` is not a number, `1.5` is not a whole number),
+and an unknown setting is an error at every level. Rules that need more than a type are in validation.py. No torch is imported.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_IMAGE_SIZE = 4096
+
 Augment = Literal["none", "crop", "crop_flip", "resized_crop", "trivial_augment"]
 Stem = Literal["imagenet", "no_pool", "cifar"]
-Direction = Literal["student_to_teacher", "teacher_to_student", "both"]
-Precision = Literal["no", "fp16", "bf16"]
-MAX_IMAGE_SIZE = 4096
+Precision = Literal["float32", "bf16", "fp16"]
 StorageType = Literal["float32", "float16", "bfloat16", "int8"]
-ArchArgument = bool | int | float | str | None | list[bool | int | float | str | None]
-"""Not `Any`: the parser would import the class that a mapping with `class_path` names."""
+Argument = bool | int | float | str | list[bool | int | float | str | None]
+"""Plain data for a builder or a loss; an entry of null is removed before (see parsing.py)."""
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where images come from and how they are seen.
+class Section(BaseModel):
+    """A group of settings: frozen, strict, and without room for unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataConfig(Section):
+    """Images, splits and views.
 
     Args:
         source: hub:NAME[@revision], parquet:DIR, imagefolder:DIR, digits, or import:package.module:function.
-        image_column: column that holds the images (hub, parquet).
-        label_column: column that holds the labels (hub, parquet).
+        image_column: column of the images (hub, parquet).
+        label_column: column of the labels (hub, parquet).
         train_split: name of the split to train on.
         test_split: name of the held-out split.
-        image_size: side of the square that every image is brought to, in pixels.
-        augment: how a view differs from its image.
-        crop_padding: crop, crop_flip, trivial_augment: zero border from which a crop is cut, in pixels.
-        views: number of different views of each sample, used in turn (view = epoch mod views); null = new ones each epoch.
-        view_seed: seed of the views; not the seed of the run, so that runs of any seed see the same views.
-        val_fraction: fraction of the training samples kept for validation; a pure function of the number of samples.
-        limit_train: use only this many training samples (validation shrinks in proportion).
-        limit_test: use only this many test samples.
+        image_size: side of the square to which every image is resized, in pixels.
+        augment: random transform that turns an image into a view.
+        crop_padding: zero padding before a random crop, in pixels (crop, crop_flip, trivial_augment).
+        views: number of different views of each sample, used in turn (view = epoch mod views); null = new views each epoch.
+        view_seed: seed of the views, independent of the run's seed, so that runs of any seed see the same views.
+        val_fraction: fraction of the training samples held out for validation; the choice depends on their number alone.
+        limit_train: number of training samples to use (validation shrinks in proportion); null = all.
+        limit_test: number of test samples to use; null = all.
         mean: per-channel mean in 0..1; null = measured on the training samples.
         std: per-channel standard deviation in 0..1; null = measured on the training samples.
-        memory_limit_mib: decoded sets up to this size are held in memory; larger ones are decoded by workers.
+        memory_limit_mib: decoded sets up to this size are held in memory; workers decode larger ones.
         num_workers: worker processes that prepare batches; 0 = in the training process.
     """
 
@@ -63,71 +69,76 @@ class DataConfig:
     num_workers: int = 0
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The trained model.
 
     Args:
         arch: torchvision/NAME, timm/NAME or import:package.module:function.
-        stem: ResNets only: imagenet (7x7 stride 2, max-pool), no_pool (without the max-pool), cifar (3x3 stride 1).
-        weights: null, a run directory, a .safetensors file, or a name that the library knows (downloaded).
+        stem: first layers of a ResNet: imagenet (7x7 stride 2, max-pool), no_pool (without the max-pool), cifar (3x3 stride 1).
+        weights: run directory, .safetensors file, or the library's name of pretrained weights (downloaded); null = random.
         arch_args: further arguments of the library's builder, such as {zero_init_residual: true}.
     """
 
     arch: str = "torchvision/resnet18"
     stem: Stem = "imagenet"
     weights: str | None = None
-    arch_args: dict[str, ArchArgument] = field(default_factory=dict)
+    arch_args: dict[str, Argument] = Field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class TeacherConfig:
-    """Who teaches: a run of this program, or a model with weights of its own.
+class CacheConfig(Section):
+    """The stored outputs of the teacher.
+
+    Args:
+        dir: directory of the cache; a cache is recognized by its contents, not by its path.
+        dtype: storage type; int8 for features only (logits are float16 then); null = float16 for a new cache.
+        shard_mib: size of the largest tensor's files in a new cache, in MiB.
+        batch_size: samples per forward of the teacher in a new cache; null = train.batch_size / train.grad_accum_steps.
+    """
+
+    dir: str | None = None
+    dtype: StorageType | None = None
+    shard_mib: float = 64.0
+    batch_size: int | None = None
+
+
+class TeacherConfig(Section):
+    """The teacher: a finished run, or an architecture with weights of its own.
 
     Args:
         run: run directory of the teacher; excludes arch, stem, weights, arch_args, mean and std.
-        arch: as model.arch.
-        stem: as model.stem.
-        weights: as model.weights; must fit exactly, the classifier included.
-        arch_args: as model.arch_args.
-        mean: per-channel mean in 0..1 that the teacher was trained with.
-        std: per-channel standard deviation in 0..1 that the teacher was trained with.
-        layers: the teacher's layers, in the order of distill.feature.layers; null = the same names.
-        signals: live = the teacher answers for each batch as it comes; cached = from the files of `kd-accel cache build`;
-            mixed = logits from the files, features live.
-        cache_dir: directory of the cache; whatever its path, it is recognized by what it holds.
-        dtype: type of the stored values, int8 for features alone (logits are float16 then); null = float16 for a new cache.
-        shard_mib: a new cache: size of the largest tensor's files, in MiB.
-        cache_batch_size: a new cache: samples in one forward of the teacher; null = train.batch_size / train.grad_accum_steps.
+        arch: architecture, as model.arch.
+        stem: first layers of a ResNet, as model.stem.
+        weights: weights, as model.weights; they must fit exactly, the classifier included.
+        arch_args: arguments of the builder, as model.arch_args.
+        mean: per-channel mean in 0..1 with which the teacher was trained.
+        std: per-channel standard deviation in 0..1 with which the teacher was trained.
+        outputs: live = computed for each batch; cached = read from the files of `kd-accel cache build`; mixed = logits from
+            the files, features live.
+        cache: the stored outputs.
     """
 
     run: str | None = None
     arch: str | None = None
     stem: Stem = "imagenet"
     weights: str | None = None
-    arch_args: dict[str, ArchArgument] = field(default_factory=dict)
+    arch_args: dict[str, Argument] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[float] | None = None
-    layers: list[str] | None = None
     outputs: Literal["live", "cached", "mixed"] = "live"
-    cache_dir: str | None = None
-    dtype: StorageType | None = None
-    shard_mib: float = 64.0
-    cache_batch_size: int | None = None
+    cache: CacheConfig = Field(default_factory=CacheConfig)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A number that changes during training, a pure function of the epochs (or steps) done.
+class Schedule(Section):
+    """A number that changes during training: a pure function of the epochs (or steps) done.
 
     Args:
         start: value at the beginning.
         kind: exponential = max(floor, start * decay ** t); linear and cosine go from start to end; constant = start.
-        floor: exponential: the least value.
-        decay: exponential: factor per unit.
-        end: linear, cosine: value from `length` on.
-        length: linear, cosine: number of units from start to end; null = the whole training.
-        unit: what t counts: whole epochs done, or optimizer steps done.
+        floor: lowest value (exponential).
+        decay: factor per unit (exponential).
+        end: value from `length` on (linear, cosine).
+        length: number of units from start to end (linear, cosine); null = the whole training.
+        unit: unit of t: epochs completed, or optimizer steps done.
     """
 
     start: float
@@ -139,59 +150,68 @@ class Schedule:
     unit: Literal["epoch", "step"] = "epoch"
 
 
-@dataclass(frozen=True)
-class FeatureConfig:
-    """The feature term: mean squared error between feature maps, summed over the layers.
+class LogitLossConfig(Section):
+    """The loss between the logits of student and teacher.
 
     Args:
-        loss: distance between the two sides of a layer.
-        weight: factor of the sum (lambda).
-        direction: which side is projected: the student's up, the teacher's down, or both towards the student's width.
-        layers: named modules of the student whose outputs are compared.
-        pca_images: training images on which the PCA is fitted (view 0).
+        loss: name of a registered loss, or import:package.module:Class.
+        args: settings of the loss itself.
     """
 
-    loss: Literal["mse"] = "mse"
-    weight: float | Schedule = 0.1
-    direction: Direction = "both"
-    layers: list[str] = field(default_factory=lambda: ["layer1", "layer2", "layer3", "layer4"])
-    pca_images: int = 2048
+    loss: str = "kl"
+    args: dict[str, Argument] = Field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class DistillConfig:
-    """How the student learns from the teacher: alpha * response + (1 - alpha) * hard + weight * feature.
+class FeatureLossConfig(Section):
+    """A loss between features of student and teacher, summed over the layers.
+
+    Its NAME in distill.features is free; it names the term in the metrics, and the loss unless `loss` is set.
 
     Args:
-        temperature: T of the response term.
-        alpha: share of the response term against the labels.
-        t_squared: multiply the response term by T squared (Hinton's convention).
-        response: kl = KL(teacher || student), both softened by T.
-        feature: the feature term; null = none.
+        loss: name of a registered loss, or import:package.module:Class; null = NAME.
+        weight: factor of the sum.
+        layers: names of modules that both networks have, or {student's module: teacher's module}.
+        args: settings of the loss itself.
+    """
+
+    loss: str | None = None
+    weight: float | Schedule = 0.1
+    layers: list[str] | dict[str, str] = Field(default_factory=lambda: ["layer1", "layer2", "layer3", "layer4"])
+    args: dict[str, Argument] = Field(default_factory=dict)
+
+
+class DistillConfig(Section):
+    """The distillation objective: alpha * logit loss + label_weight * cross-entropy + the weighted feature losses.
+
+    Args:
+        temperature: T, by which the logits of student and teacher are divided in the logit loss.
+        alpha: weight of the logit loss.
+        label_weight: weight of the cross-entropy with the labels; null = 1 - alpha.
+        logits: the logit loss; null = none.
+        features: feature losses by name.
     """
 
     temperature: float | Schedule = 4.0
     alpha: float | Schedule = 0.5
-    t_squared: bool = True
-    response: Literal["kl"] = "kl"
-    feature: FeatureConfig | None = None
+    label_weight: float | Schedule | None = None
+    logits: LogitLossConfig | None = Field(default_factory=LogitLossConfig)
+    features: dict[str, FeatureLossConfig] = Field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section):
     """The optimizer and its learning rate.
 
     Args:
-        name: sgd or adamw.
+        name: algorithm.
         lr: peak learning rate.
-        momentum: sgd only.
-        nesterov: sgd only.
-        betas: adamw only.
-        weight_decay: on all trained parameters.
-        schedule: course of the learning rate over the steps of the run.
+        momentum: momentum (sgd).
+        nesterov: Nesterov momentum (sgd).
+        betas: decay rates of the moment estimates (adamw).
+        weight_decay: weight decay of all trained parameters.
+        schedule: learning rate over the steps of the run.
         warmup_fraction: share of the steps in which the rate rises to its peak; null = 0.3 for onecycle, else 0.
-        step_epochs: step schedule: epochs after which the rate is multiplied by step_gamma.
-        step_gamma: step schedule: the factor.
+        step_epochs: epochs after which the rate is multiplied by step_gamma (step).
+        step_gamma: factor at these epochs (step).
         clip_norm: largest norm of the gradient of all parameters together; null = no clipping.
     """
 
@@ -199,47 +219,47 @@ class OptimConfig:
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = False
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = Field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 5.0e-4
     schedule: Literal["onecycle", "cosine", "step", "constant"] = "onecycle"
     warmup_fraction: float | None = None
-    step_epochs: list[int] = field(default_factory=list)
+    step_epochs: list[int] = Field(default_factory=list)
     step_gamma: float = 0.1
     clip_norm: float | None = None
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The training loop.
 
     Args:
         epochs: passes over the training samples.
-        max_steps: end after this many optimizer steps (schedules follow); null = all epochs.
-        batch_size: samples in one optimizer step, over all processes and accumulation steps.
+        max_steps: end after this many optimizer steps, schedules included; null = all epochs.
+        batch_size: samples of one optimizer step, over all processes and accumulation steps.
         grad_accum_steps: forward passes per process in one optimizer step.
-        precision: no (float32), fp16 or bf16 (autocast).
-        compile: torch.compile for student and teacher.
-        channels_last: memory layout of images, feature maps and, on GPUs, weights; null = on GPUs.
-        label_smoothing: of the hard term.
-        ema_decay: keep an exponential moving average of the weights with this decay per step, evaluate and save it.
+        precision: float32, or bf16 or fp16 (autocast).
+        compile: compile student and teacher with torch.compile.
+        channels_last: channels_last memory format of images, feature maps and, on GPUs, weights; null = on GPUs.
+        cpu_kernels: own CPU kernels of this program in place of PyTorch's; auto = on CPUs.
+        label_smoothing: label smoothing of the cross-entropy.
+        ema_decay: decay per step of an exponential moving average of the weights, which is evaluated and saved; null = none.
         eval_batch_size: samples per process in one forward of an evaluation.
-        eval_every_epochs: evaluate on the validation samples after every so many epochs.
-        log_every_steps: write a line of metrics after every so many steps.
-        deterministic: only deterministic GPU kernels; slower.
-        tf32: GPUs round the inputs of float32 convolutions and matrix products to TF32; false = full float32. CPUs have none.
-        timeout_s: how long a process waits for the others before it takes one for lost, in seconds; longer than what one does
-            alone (a download, a checkpoint). null = 600 with GPUs and 1800 without.
-        sync_batchnorm: BatchNorm layers see the samples of all processes (GPUs only), not each process its own. Each layer waits
-            for the device in each forward.
+        eval_every_epochs: epochs between evaluations on the validation samples.
+        log_every_steps: steps between lines of metrics.
+        deterministic: deterministic GPU kernels only; slower.
+        tf32: TF32 in float32 convolutions and matrix products (GPUs); false = full float32.
+        timeout_s: seconds without contact after which another process counts as lost; must exceed what one process does alone
+            (a download, a checkpoint). null = 600 with GPUs and 1800 without.
+        sync_batchnorm: BatchNorm statistics over all processes (GPUs); each layer then synchronizes the device in each forward.
     """
 
     epochs: int = 10
     max_steps: int | None = None
     batch_size: int = 128
     grad_accum_steps: int = 1
-    precision: Precision = "no"
+    precision: Precision = "float32"
     compile: bool = False
     channels_last: bool | None = None
+    cpu_kernels: Literal["auto", "always", "never"] = "auto"
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     eval_batch_size: int = 256
@@ -251,16 +271,15 @@ class TrainConfig:
     sync_batchnorm: bool = False
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the state of a training is saved, and whether a start goes on from it.
+class CheckpointConfig(Section):
+    """Checkpoints, and resuming from them.
 
     Args:
-        every_epochs: checkpoint after every so many epochs; null = only at the end.
-        every_steps: checkpoint after every so many optimizer steps as well.
-        keep: how many of the latest checkpoints stay.
-        resume: auto = go on if there is a checkpoint; never = refuse a run directory in use; must = refuse an empty one.
-        stop_after_steps: write a checkpoint after this step and end there, to be resumed later (time-limited jobs).
+        every_epochs: epochs between checkpoints; null = only at the end.
+        every_steps: optimizer steps between further checkpoints; null = none.
+        keep: number of latest checkpoints that are kept.
+        resume: auto = resume if there is a checkpoint; never = refuse a run directory in use; must = refuse an empty one.
+        stop_after_steps: write a checkpoint after this step and stop, to be resumed later (time-limited jobs).
     """
 
     every_epochs: int | None = 1
@@ -270,83 +289,89 @@ class CheckpointConfig:
     stop_after_steps: int | None = None
 
 
-@dataclass(frozen=True)
-class TrackingConfig:
-    """Weights & Biases, beside metrics.jsonl, which is always written.
+class TrackingConfig(Section):
+    """Weights & Biases, in addition to metrics.jsonl, which is always written.
 
     Args:
-        wandb: auto = online with a key, else offline; only metrics.jsonl where wandb is not installed.
+        wandb: auto = online with an API key, else offline; nothing where wandb is not installed.
         project: W&B project.
         entity: W&B team or user; null = the account's default.
         group: W&B group.
-        timeout_s: seconds to wait for the W&B service before the run is tracked offline.
+        tags: W&B tags.
+        timeout_s: seconds until a run whose W&B service does not respond is tracked offline.
     """
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "kd-accel"
     entity: str | None = None
     group: str | None = None
+    tags: list[str] = Field(default_factory=list)
     timeout_s: int = 15
 
 
-@dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """One training.
 
     Args:
-        name: name of the run; its directory is runs/NAME unless run_dir is given.
+        name: name of the run; its directory is runs/NAME unless run_dir is set.
         run_dir: directory of the run.
-        role: what a run without a teacher is called in tables; a run with one is `distilled`.
-        seed: of initial weights, order of samples, dropout.
-        teacher: who teaches; null = plain training.
-        distill: how the teacher is listened to; null = the defaults, where there is a teacher.
-        profile: record so many steps after the first ones with torch.profiler: a trace for ui.perfetto.dev in profile/ of the
-            run directory, and the share of each part of a step.
+        role: label of a run without a teacher in tables; a run with one is `distilled`.
+        seed: seed of initial weights, sample order and dropout.
+        data: images, splits and views.
+        model: the trained model.
+        teacher: the teacher; null = plain training.
+        distill: the distillation objective; null = its defaults, where there is a teacher.
+        optim: the optimizer and its learning rate.
+        train: the training loop.
+        checkpoint: checkpoints, and resuming from them.
+        tracking: Weights & Biases.
+        profile: number of steps, after the first ones, to record with torch.profiler: a trace for ui.perfetto.dev in
+            profile/ of the run directory, and the share of each part of a step; null = none.
     """
 
     name: str = "digits-student"
     run_dir: str | None = None
     role: Literal["teacher", "student"] = "student"
     seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
     teacher: TeacherConfig | None = None
     distill: DistillConfig | None = None
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     profile: int | None = None
 
     @property
     def directory(self) -> Path:
+        """Directory of the run: run_dir, or runs/NAME."""
         return Path(self.run_dir) if self.run_dir else Path("runs") / self.name
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """How models are measured.
+class BenchConfig(Section):
+    """A measurement of models.
 
     Args:
         batch_sizes: images per forward.
-        image_size: side of the images in pixels; null = the run's own (32 for an arch).
-        num_classes: classes of an arch that is no run.
+        image_size: side of the images in pixels; null = the run's own (32 for an architecture).
+        num_classes: classes of an architecture that is not a run.
         device: auto, cpu, cuda or cuda:N.
-        precision: no, fp16 or bf16 (autocast).
-        channels_last: memory layout; null = on GPUs, as in a training.
-        compile: torch.compile.
-        threads: CPU threads; null = as torch finds them.
-        min_iterations: least number of timed forwards per model and batch size.
-        min_time_s: least time per model and batch size, in seconds.
-        tf32: as train.tf32: TF32 in float32 convolutions and matrix products; no effect on a CPU.
-        cuda_graph: time a CUDA graph of each forward as well (GPUs only). Off by default until docs/gpu.md has a sample of it.
+        precision: float32, or bf16 or fp16 (autocast).
+        channels_last: channels_last memory format; null = on GPUs, as in a training.
+        compile: compile the model with torch.compile.
+        threads: CPU threads; null = torch's default.
+        min_iterations: smallest number of timed forwards per model and batch size.
+        min_time_s: shortest time per model and batch size, in seconds.
+        tf32: TF32 in float32 convolutions and matrix products (GPUs), as train.tf32.
+        cuda_graph: time a CUDA graph of each forward as well (GPUs).
     """
 
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
+    batch_sizes: list[int] = Field(default_factory=lambda: [1, 32])
     image_size: int | None = None
     num_classes: int = 10
     device: str = "auto"
-    precision: Precision = "no"
+    precision: Precision = "float32"
     channels_last: bool | None = None
     compile: bool = False
     threads: int | None = None
@@ -356,18 +381,17 @@ class BenchConfig:
     cuda_graph: bool = False
 
 
-@dataclass(frozen=True)
-class ReproduceConfig:
-    """A chain of trainings, each its own `accelerate launch`, then bench and report. Paths from the working directory.
+class ReproduceConfig(Section):
+    """A chain of trainings, each an `accelerate launch` of its own, then bench and report. Paths from the working directory.
 
     Args:
         runs: config files of the trainings, in order.
         launch: accelerate config file of the launches.
-        report_dir: where table and pictures go.
-        bench: how the trained models are measured.
+        report_dir: directory of table and pictures.
+        bench: measurement of the trained models.
     """
 
     runs: list[str]
     launch: str
     report_dir: str
-    bench: BenchConfig = field(default_factory=BenchConfig)
+    bench: BenchConfig = Field(default_factory=BenchConfig)

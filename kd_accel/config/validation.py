@@ -1,54 +1,66 @@
-"""The rules of a config that need more than a type. `problems(config)` lists every broken one; none stops at the first.
+"""Rules of a config that need more than a type; `problems(config)` returns all broken ones.
 
-Pure and without torch, so that a mistake is answered in well under a second. A rule about the data or a model (a column, a
-layer) is checked where those are read.
+Pure functions without torch, so that a mistake is reported in well under a second. Rules about the data or a model (a column, a
+layer) are checked where these are loaded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
+from kd_accel.config.fields import nearest
 from kd_accel.config.schema import (
     MAX_IMAGE_SIZE,
     BenchConfig,
     DataConfig,
     DistillConfig,
-    FeatureConfig,
+    FeatureLossConfig,
     OptimConfig,
     ReproduceConfig,
     RunConfig,
     Schedule,
     TeacherConfig,
 )
+from kd_accel.io.user_code import PREFIX
 
 SOURCES = ("hub:", "parquet:", "imagefolder:", "import:")
 _MAX_WORKERS = 1024
 ARCHS = ("torchvision/", "timm/", "import:")
 
 
-def problems(config: object) -> list[str]:
-    """One sentence for each broken rule: field, value, rule and remedy. Empty when the config can run."""
+def problems(config: BaseModel, losses: Mapping[str, Sequence[str]] | None = None) -> list[str]:
+    """Check all rules of a config.
+
+    Args:
+        config: a RunConfig, BenchConfig or ReproduceConfig.
+        losses: names of the registered losses by kind, "logits" and "features"; None = names are not checked.
+
+    Returns:
+        A message for each broken rule: field, value, rule and remedy. Empty when the config can run.
+    """
     if isinstance(config, ReproduceConfig):
         return [*_values(config), *(f"bench.{problem}" for problem in _bench(config.bench))]
     if isinstance(config, BenchConfig):
         return [*_values(config), *_bench(config)]
     assert isinstance(config, RunConfig)
     checks = (_values, _name, _data, _model, _teacher, _distill, _optim, _train, _checkpoint)
-    return [problem for check in checks for problem in check(config)]
+    unknown = _unknown_losses(config.distill, losses) if config.distill and losses else ()
+    return [*(problem for check in checks for problem in check(config)), *unknown]
 
 
-def _values(config: object) -> Iterator[str]:
-    """What no setting can be, whatever its name."""
-    for name, value in _leaves("", asdict(config)):  # type: ignore[call-overload]
+def _values(config: BaseModel) -> Iterator[str]:
+    """Yield values that no setting can have: infinite numbers, huge integers, control characters."""
+    for name, value in _leaves("", config.model_dump()):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{name}: {value} must be a finite number"
         elif isinstance(value, int) and not -(2**31) <= value < 2**32:
             yield f"{name}: {str(value)[:20]} is too large a number"
         elif isinstance(value, str) and any(ord(letter) < 32 or 0xD7FF < ord(letter) < 0xE000 for letter in value):
-            yield f"{name}: {ascii(value)[:60]} holds control characters, or halves of a character; leave them out"
+            yield f"{name}: {ascii(value)[:60]} has control characters, or halves of a character; leave them out"
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -130,13 +142,11 @@ def _teacher(config: RunConfig) -> Iterator[str]:
         if config.distill is not None:
             yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
         return
-    if teacher.layers is not None and (config.distill is None or config.distill.feature is None):
-        yield "teacher.layers: has no effect without distill.feature; leave it out"
     if (teacher.run is None) == (teacher.arch is None):
         yield "teacher: give either teacher.run (a run directory) or teacher.arch with teacher.weights"
     elif teacher.run is not None:
         yield from _no_effect(
-            teacher, "teacher", ("stem", "weights", "arch_args", "mean", "std"), because="teacher.run says it"
+            teacher, "teacher", ("stem", "weights", "arch_args", "mean", "std"), because="teacher.run determines it"
         )
     else:
         yield from _own_teacher(teacher)
@@ -144,27 +154,27 @@ def _teacher(config: RunConfig) -> Iterator[str]:
 
 
 def _outputs(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
-    """Where the teacher's answers come from."""
-    yield from _at_least(teacher, "teacher", 1, "cache_batch_size")
-    if not (math.isfinite(teacher.shard_mib) and teacher.shard_mib > 0):
-        yield f"teacher.shard_mib: {teacher.shard_mib} must be above 0"
-    if teacher.outputs == "live":
-        yield from _no_effect(teacher, "teacher", ("dtype", "shard_mib", "cache_batch_size"), because="with outputs live")
+    cache, outputs = teacher.cache, teacher.outputs
+    yield from _at_least(cache, "teacher.cache", 1, "batch_size")
+    if not (math.isfinite(cache.shard_mib) and cache.shard_mib > 0):
+        yield f"teacher.cache.shard_mib: {cache.shard_mib} must be above 0"
+    if outputs == "live":
+        yield from _no_effect(cache, "teacher.cache", ("dtype", "shard_mib", "batch_size"), because="with teacher.outputs live")
         return
-    if teacher.cache_dir is None:
-        yield f"teacher.cache_dir: missing; with signals {teacher.outputs} it names the directory of the cache"
+    if cache.dir is None:
+        yield f"teacher.cache.dir: missing; with teacher.outputs {outputs} give the directory of the cache"
     if config.data.views is None and config.data.augment != "none":
-        yield f"data.views: null means new views in each epoch; with signals {teacher.outputs} give the number that is cached"
-    if teacher.outputs == "mixed" and (config.distill is None or config.distill.feature is None):
-        yield "teacher.outputs: mixed differs from cached only in the features; without distill.feature use cached"
+        yield f"data.views: null means new views in each epoch; with teacher.outputs {outputs} give the number that is cached"
+    if outputs == "mixed" and (config.distill is None or not config.distill.features):
+        yield "teacher.outputs: mixed differs from cached only in the features; without distill.features use cached"
 
 
 def _own_teacher(teacher: TeacherConfig) -> Iterator[str]:
     yield from _arch("teacher.arch", str(teacher.arch))
     if teacher.weights is None:
-        yield "teacher.weights: null, but a teacher must have learned something; give a .safetensors file or a name"
+        yield "teacher.weights: null, but a teacher must be trained; give a .safetensors file or the name of pretrained weights"
     if teacher.mean is None or teacher.std is None:
-        yield "teacher.mean and teacher.std: must be given with teacher.arch: what the teacher was trained with, in 0..1"
+        yield "teacher.mean and teacher.std: missing; with teacher.arch give those with which the teacher was trained, in 0..1"
     yield from _pixel_statistics("teacher", teacher.mean, teacher.std)
 
 
@@ -173,22 +183,44 @@ def _distill(config: RunConfig) -> Iterator[str]:
     if distill is None:
         return
     yield from _schedule("distill.temperature", distill.temperature, above=0.0)
-    yield from _schedule("distill.alpha", distill.alpha, most=1.0)
-    if distill.feature is not None:
-        yield from _feature(distill, distill.feature, config.teacher)
+    if distill.label_weight is None:
+        yield from _schedule("distill.alpha", distill.alpha, most=1.0)
+    else:
+        yield from _schedule("distill.alpha", distill.alpha)
+        yield from _schedule("distill.label_weight", distill.label_weight)
+    if distill.logits is None:
+        yield from _without_logits(distill)
+    for name, feature in distill.features.items():
+        yield from _feature(f"distill.features.{name}", feature)
 
 
-def _feature(distill: DistillConfig, feature: FeatureConfig, teacher: TeacherConfig | None) -> Iterator[str]:
-    yield from _schedule("distill.feature.weight", feature.weight)
+def _without_logits(distill: DistillConfig) -> Iterator[str]:
+    yield from _no_effect(distill, "distill", ("temperature", "alpha"), because="with distill.logits null")
+    if distill.label_weight is None:
+        yield "distill.label_weight: null means 1 - alpha, but distill.logits is null; give a number, such as 1"
+    if not distill.features:
+        yield "distill: logits is null and features is empty, so that nothing is distilled; set one of them, or teacher to null"
+
+
+def _feature(name: str, feature: FeatureLossConfig) -> Iterator[str]:
+    yield from _schedule(f"{name}.weight", feature.weight)
     if feature.weight == 0:
-        yield "distill.feature.weight: 0, so the term has no effect; set distill.feature to null"
-    if not feature.layers or len(set(feature.layers)) < len(feature.layers):
-        yield f"distill.feature.layers: {feature.layers} must name at least one module, each once"
-    if teacher is not None and teacher.layers is not None and len(teacher.layers) != len(feature.layers):
-        yield f"teacher.layers: {len(teacher.layers)} names, but distill.feature.layers has {len(feature.layers)}; they are pairs"
-    if feature.direction == "student_to_teacher":
-        yield from _no_effect(feature, "distill.feature", ("pca_images",), because="no PCA is fitted")
-    yield from _at_least(feature, "distill.feature", 1, "pca_images")
+        yield f"{name}.weight: 0, so the term has no effect; remove the term with {name}: null"
+    layers = list(feature.layers)
+    if not layers or len(set(layers)) < len(layers):
+        yield f"{name}.layers: {layers} must name at least one module, each once"
+
+
+def _unknown_losses(distill: DistillConfig, losses: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    named = [("distill.logits.loss", "logits", distill.logits.loss)] if distill.logits else []
+    for name, feature in distill.features.items():
+        field = f"distill.features.{name}"
+        named.append((f"{field}.loss" if feature.loss else field, "features", feature.loss or name))
+    for field, kind, loss in named:
+        known = losses[kind]
+        if loss not in known and not loss.startswith(PREFIX):
+            listed = ", ".join([*known, f"{PREFIX}package.module:Class"])
+            yield f"{field}: {loss!r} is not the name of a loss between {kind}{nearest(loss, known)} (known: {listed})"
 
 
 def _optim(config: RunConfig) -> Iterator[str]:
@@ -293,7 +325,7 @@ def _at_least(section: object, name: str, least: int, *field_names: str) -> Iter
 
 
 def _no_effect(section: object, name: str, field_names: tuple[str, ...], *, because: str) -> Iterator[str]:
-    """A setting that was changed from its default and that nothing reads in this mode."""
+    """Yield the settings that are changed from their defaults and that nothing reads in this mode."""
     default = type(section)()
     for field_name in field_names:
         if getattr(section, field_name) != getattr(default, field_name):

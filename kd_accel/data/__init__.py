@@ -1,1 +1,1 @@
-"""Images, which samples of them are used for what, how they are seen, and in which order they come."""
+"""Image sources, splits, views, and the loaders of training and evaluation batches."""

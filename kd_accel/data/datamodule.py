@@ -1,122 +1,213 @@
-"""From data settings to images, samples and loaders."""
+"""Data module: source splits, the samples used of each, channel statistics, and the loaders over them.
+
+In: the data settings. Out: training and evaluation loaders, batches of any samples and view, digests of the samples.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from kd_accel.config.schema import DataConfig, RunConfig
+from kd_accel.config.schema import DataConfig
 from kd_accel.data.dataset import samples_digest
-from kd_accel.data.loader import TrainLoader, load_batches
+from kd_accel.data.loader import EvalLoader, Share, TrainLoader, load_batches, make_batch
 from kd_accel.data.sources import ImageSet, load_splits
-from kd_accel.data.splits import SplitSamples, channel_statistics, split_samples
+from kd_accel.data.splits import HeldOutSplit, Split, SplitSamples, channel_statistics, split_samples
 from kd_accel.data.transforms import ViewTransform
-from kd_accel.distributed import Accelerator
+from kd_accel.types import Batch
 
 _COPIED_SAMPLES = 1024
 _FEW_SAMPLES, _SMALL_IMAGE = 128, 32
 
 
 @dataclass(frozen=True)
-class Data:
-    """Both splits, which samples of them are used for what, and the channel statistics that the trained model is given."""
+class DataModule:
+    """Data of a run: images and labels, the samples of each split, and how a view is made of them.
+
+    Attributes:
+        train: Source split of the training and validation samples.
+        test: Source split of the test samples.
+        splits: Sample indices of train, val and test.
+        mean: Channel means in 0..1 that the trained model is normalized with.
+        std: Channel standard deviations in 0..1.
+        transform: Augmentation of the training samples.
+        num_views: Number of different views of each sample; None = new ones each epoch.
+        num_workers: Worker processes that prepare batches; 0 = in the calling process.
+    """
 
     train: ImageSet
     test: ImageSet
     splits: SplitSamples
     mean: list[float]
     std: list[float]
+    transform: ViewTransform
+    num_views: int | None = None
+    num_workers: int = 0
 
     @property
     def label_names(self) -> tuple[str, ...]:
+        """Class names, by label."""
         return self.train.label_names
 
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Describe the classes and the samples of the run, by which a resumed run recognizes its data at any path."""
+        return {
+            "label_names": list(self.label_names),
+            "train_samples": len(self.splits.train),
+            "val_samples": len(self.splits.val),
+            "test_samples": len(self.splits.test),
+            "digest": samples_digest(self.train, self.splits.train),
+        }
 
-def data_fingerprint(data: Data) -> dict[str, Any]:
-    """By which a resumed run recognizes its data, whatever its paths."""
-    return {
-        "label_names": list(data.label_names),
-        "train_samples": len(data.splits.train),
-        "val_samples": len(data.splits.val),
-        "test_samples": len(data.splits.test),
-        "digest": samples_digest(data.train, data.splits.train),
-    }
+    def covered_samples(self) -> dict[Split, tuple[np.ndarray, np.ndarray]]:
+        """Return (indices int64 [n], digests uint64 [n] of image and label) of the samples of each split."""
+        return {split: (indices, self._images(split).digests(indices)) for split, indices in self.splits.by_name().items()}
+
+    def train_loader(
+        self,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        grad_accum_steps: int = 1,
+        seed: int = 0,
+        pin_memory: bool = False,
+    ) -> TrainLoader:
+        """Create the loader of one rank's augmented training batches.
+
+        Args:
+            batch_size: Samples of one optimizer step, over all ranks and accumulation steps.
+            rank: This process.
+            world_size: Number of processes.
+            grad_accum_steps: Micro-batches of one optimizer step.
+            seed: Seed of the order of the samples.
+            pin_memory: Whether batches come in page-locked memory.
+
+        Raises:
+            UserError: The samples do not fill a batch, or a batch does not divide by ranks and accumulation steps.
+        """
+        return TrainLoader(
+            self.train,
+            self.transform,
+            samples=self.splits.train,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            grad_accum_steps=grad_accum_steps,
+            seed=seed,
+            views=self.num_views,
+            num_workers=self.num_workers,
+            pin_memory=pin_memory,
+        )
+
+    def eval_loader(
+        self, split: HeldOutSplit, *, batch_size: int, rank: int = 0, world_size: int = 1, pin_memory: bool = False
+    ) -> EvalLoader:
+        """Create the loader of one rank's share of a held-out split, without augmentation."""
+        return EvalLoader(
+            self._images(split),
+            samples=self.splits.by_name()[split],
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self.num_workers,
+            pin_memory=pin_memory,
+        )
+
+    def batches(self, split: Split, shares: Sequence[Share], *, pin_memory: bool = False) -> Iterator[Batch]:
+        """Yield one batch for each (indices, view): augmented views of train, plain images of val and test."""
+        transform = self.transform if split == "train" else None
+        return load_batches(self._images(split), transform, shares, num_workers=self.num_workers, pin_memory=pin_memory)
+
+    def view_batch(self, indices: np.ndarray, view: int) -> Batch:
+        """Return one view of training samples, in host memory. indices: int64 [n], positions in the source split."""
+        pixels = self.transform(self.train.pixels(indices), indices, view)
+        return make_batch(pixels, self.train.labels[indices], indices, view)
+
+    def _images(self, split: Split) -> ImageSet:
+        return self.test if split == "test" else self.train
 
 
-def load_data(config: DataConfig) -> Data:
-    """Read the source, cut the samples, measure mean and standard deviation unless the config gives them."""
+def load_data(config: DataConfig) -> DataModule:
+    """Read the source, split the samples, and measure mean and standard deviation unless the config has them.
+
+    Raises:
+        UserError: The source does not fit the settings.
+    """
     train, test = load_splits(config)
-    samples = split_samples(train.num_samples, test.num_samples, config)
+    splits = split_samples(train.num_samples, test.num_samples, config)
     if config.mean is not None and config.std is not None:
-        return Data(train, test, samples, config.mean, config.std)
-    return Data(train, test, samples, *channel_statistics(train, samples.train))
-
-
-def num_views(config: DataConfig) -> int | None:
-    """Different views of each sample; None = new ones each epoch."""
-    return 1 if config.augment == "none" else config.views
-
-
-def view_transform(config: DataConfig) -> ViewTransform:
-    return ViewTransform(
+        mean, std = config.mean, config.std
+    else:
+        mean, std = channel_statistics(train, splits.train)
+    transform = ViewTransform(
         augment=config.augment,
         image_size=config.image_size,
         crop_padding=config.crop_padding,
         view_seed=config.view_seed,
     )
+    num_views = 1 if config.augment == "none" else config.views
+    return DataModule(train, test, splits, mean, std, transform, num_views, config.num_workers)
 
 
-def training_loader(data: Data, config: RunConfig, accelerator: Accelerator) -> TrainLoader:
-    """Batches of this rank. Raises UserError where the samples do not fill one."""
-    views = view_transform(config.data)
-    return TrainLoader(
-        data.train,
-        views,
-        samples=data.splits.train,
+def keep_images_on_gpu(loader: TrainLoader, data: DataModule, device: torch.device) -> None:
+    """Keep the training images on a GPU if they fit there and the views can be made there; else do nothing."""
+    needed_bytes = len(data.splits.train) * 3 * data.transform.image_size**2
+    if device.type == "cuda" and data.transform.supports_device and fits_on_gpu(needed_bytes, device):
+        loader.keep_images(images_on(device, data))
+
+
+def fits_on_gpu(needed_bytes: int, device: torch.device) -> bool:
+    """Return whether `needed_bytes` are at most half of a GPU's free memory; the other half is for the training."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return 2 * needed_bytes <= free_bytes
+
+
+def images_on(device: torch.device, data: DataModule) -> torch.Tensor:
+    """Copy the training images to a device, in the order of `data.splits.train`.
+
+    Returns:
+        uint8 [N, 3, S, S], channels_last.
+    """
+    indices, size = data.splits.train, data.transform.image_size
+    images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
+    shares = [(indices[start : start + _COPIED_SAMPLES], 0) for start in range(0, len(indices), _COPIED_SAMPLES)]
+    workers = 0 if data.train.is_in_memory else data.num_workers
+    for number, batch in enumerate(load_batches(data.train, None, shares, num_workers=workers)):
+        images[number * _COPIED_SAMPLES :][: len(batch.index)] = batch.images.to(device)
+    return images
+
+
+def notices_of_small_batches(
+    device: torch.device, *, batch_size: int, image_size: int, processes: int = 1, grad_accum_steps: int = 1
+) -> list[str]:
+    """Return a notice if a GPU's forward has so few small images that its kernel launches take longer than its work."""
+    samples = batch_size // (processes * grad_accum_steps)
+    if device.type != "cuda" or samples >= _FEW_SAMPLES or image_size > _SMALL_IMAGE:
+        return []
+    return [
+        f"train.batch_size: {batch_size} over {processes} processes x {grad_accum_steps} accumulation steps gives {samples} "
+        f"images of {image_size} pixels in a forward, too few to hide a GPU's kernel launches; use {_FEW_SAMPLES} or more per "
+        "process (and scale optim.lr), or fewer processes"
+    ]
+
+
+# shims
+
+Data = DataModule
+
+
+def training_loader(data: DataModule, config: Any, accelerator: Any) -> TrainLoader:
+    """Return `data.train_loader(...)` of a RunConfig and an Accelerator."""
+    return data.train_loader(
         batch_size=config.train.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         grad_accum_steps=config.train.grad_accum_steps,
         seed=config.seed,
-        views=num_views(config.data),
-        num_workers=config.data.num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-
-
-def keep_images_on_gpu(loader: TrainLoader, data: Data, config: DataConfig, device: torch.device) -> None:
-    """Keep the training images on a GPU where there is room for them and the views can be made there."""
-    needed_bytes = len(data.splits.train) * 3 * config.image_size**2
-    if device.type == "cuda" and view_transform(config).supports_device and fits_on_gpu(needed_bytes, device):
-        loader.keep_images(images_on(device, data, num_workers=config.num_workers))
-
-
-def notices_of_small_batches(config: RunConfig, device: torch.device, *, processes: int) -> list[str]:
-    """Return a notice where each GPU gets few small images in a forward, whose launches take longer than its work."""
-    samples = config.train.batch_size // (processes * config.train.grad_accum_steps)
-    if device.type != "cuda" or samples >= _FEW_SAMPLES or config.data.image_size > _SMALL_IMAGE:
-        return []
-    return [
-        f"train.batch_size: {config.train.batch_size} over {processes} processes x {config.train.grad_accum_steps} "
-        f"accumulation steps is {samples} images of {config.data.image_size} pixels in a forward, which a GPU computes faster "
-        f"than they can be launched; use {_FEW_SAMPLES} or more for each process (and scale optim.lr), or fewer processes"
-    ]
-
-
-def fits_on_gpu(needed_bytes: int, device: torch.device) -> bool:
-    """Return whether so much takes at most half of the memory that is free on a GPU now; the rest is for the training."""
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return 2 * needed_bytes <= free_bytes
-
-
-def images_on(device: torch.device, data: Data, *, num_workers: int) -> torch.Tensor:
-    """Return the training images in the order of their samples, decoded by workers: uint8 [N, 3, S, S], channels_last."""
-    samples, size = data.splits.train, data.train.pixels(data.splits.train[:1]).shape[1]
-    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
-    shares = [(samples[start : start + _COPIED_SAMPLES], 0) for start in range(0, len(samples), _COPIED_SAMPLES)]
-    workers = 0 if data.train.is_in_memory else num_workers
-    for index, batch in enumerate(load_batches(data.train, None, shares, num_workers=workers)):
-        images[index * _COPIED_SAMPLES :][: len(batch.samples)] = batch.images.to(device)
-    return images

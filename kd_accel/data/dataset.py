@@ -1,7 +1,7 @@
-"""One split of a data set, as everything after the sources sees it: labels, and pixels by sample number.
+"""Image sets: the labels of a source split, and its pixels by sample index.
 
-In: decoded images, or a dataset of encoded ones. Out: uint8 RGB. What is encoded is decoded by whoever asks, in the main
-process or in a worker, so an `EncodedImages` travels as the memory-mapped files that it names.
+In: decoded images, or a dataset of encoded ones. Out: uint8 RGB. Encoded images are decoded in the calling process, main or
+worker, so an `EncodedImages` is pickled as the names of its memory-mapped files.
 """
 
 from __future__ import annotations
@@ -26,49 +26,72 @@ _SAMPLED_IMAGES = 512
 
 
 class ImageSet(Protocol):
-    """One split. labels: int64 [N]. A sample is an index in it, before any cut."""
+    """Images and labels of a source split. A sample's index is its position in it, before any subset.
+
+    Attributes:
+        labels: int64 [N].
+        label_names: Class names, by label.
+        is_in_memory: Whether the images are held decoded.
+    """
 
     labels: np.ndarray
     label_names: tuple[str, ...]
     is_in_memory: bool
 
     @property
-    def num_samples(self) -> int: ...
+    def num_samples(self) -> int:
+        """Number of samples, N."""
+        ...
 
     def pixels(self, samples: np.ndarray) -> np.ndarray:
-        """uint8 [n, S, S, 3], RGB; its memory channels-last as the shape says, or channels-first (contiguous as [n, 3, S, S]).
+        """Return the decoded images of samples.
 
-        Raises UserError that names a sample which cannot be decoded.
+        Args:
+            samples: Indices, int64 [n].
+
+        Returns:
+            RGB, uint8 [n, S, S, 3]; either C-contiguous (channels-last) or contiguous as [n, 3, S, S] (channels-first).
+
+        Raises:
+            UserError: An image cannot be decoded; the message has its index.
         """
         ...
 
     def digests(self, samples: np.ndarray) -> np.ndarray:
-        """uint64 [n], of each sample's image and label; of the encoded image where the source holds one."""
+        """Compute a digest of each sample's label and image, encoded where the source is.
+
+        Args:
+            samples: Indices, int64 [n].
+
+        Returns:
+            uint64 [n].
+        """
         ...
 
 
 def empty_images(samples: int, image_size: int) -> np.ndarray:
-    """Memory to fill for `MemoryImages`: uint8 [samples, S, S, 3], channels-first."""
+    """Allocate uint8 [samples, S, S, 3], channels-first in memory, which `MemoryImages` takes without a copy."""
     return np.empty((samples, 3, image_size, image_size), dtype=np.uint8).transpose(0, 2, 3, 1)
 
 
 def channels_last(images: np.ndarray) -> np.ndarray:
-    """uint8 [..., S, S, 3] in the memory order of its shape, as Pillow and files have it; copied where it has another.
-
-    Channel by channel, since a copy of pixels takes several times as long.
-    """
+    """Return uint8 [..., S, S, 3] C-contiguous, as Pillow and image files have it; a copy only if it is not already."""
     if images.flags.c_contiguous:
         return images
     copy = np.empty(images.shape, dtype=np.uint8)
-    for channel in range(3):
+    for channel in range(3):  # three strided copies of planes are several times as fast as one of pixels
         copy[..., channel] = images[..., channel]
     return copy
 
 
 class MemoryImages:
-    """A split that is held decoded; channels-first, which a CPU mirrors and normalizes faster.
+    """Image set held decoded, channels-first in memory, which a CPU mirrors and normalizes faster.
 
-    images: uint8 [N, S, S, 3], copied unless they lie in `empty_images`. encoded: what they were decoded from, where known.
+    Args:
+        images: uint8 [N, S, S, 3]; copied unless allocated by `empty_images`.
+        labels: int64 [N].
+        label_names: Class names, by label.
+        encoded: Image set from which the images were decoded, for the digests; None = digests of the pixels.
     """
 
     is_in_memory = True
@@ -83,12 +106,15 @@ class MemoryImages:
 
     @property
     def num_samples(self) -> int:
+        """Number of samples, N."""
         return len(self.labels)
 
     def pixels(self, samples: np.ndarray) -> np.ndarray:
+        """Return the decoded images of samples; see `ImageSet.pixels`."""
         return self._planes[samples].transpose(0, 2, 3, 1)
 
     def digests(self, samples: np.ndarray) -> np.ndarray:
+        """Compute a digest of each sample; see `ImageSet.digests`."""
         if self._encoded is not None:
             return self._encoded.digests(samples)
         images = (channels_last(self._planes[sample].transpose(1, 2, 0)) for sample in samples)
@@ -96,7 +122,16 @@ class MemoryImages:
 
 
 class EncodedImages:
-    """A split of a Hugging Face dataset whose images are decoded when they are asked for."""
+    """Image set of a Hugging Face dataset, decoded on demand.
+
+    Args:
+        column: Dataset with the one column `image`, undecoded: {"bytes", "path"} per sample.
+        labels: int64 [N].
+        label_names: Class names, by label.
+        split: Name of the split, for messages.
+        image_size: Side of the square that images are resized to, in pixels.
+        roots: Absolute directories in which image files may lie.
+    """
 
     is_in_memory = False
 
@@ -110,7 +145,6 @@ class EncodedImages:
         image_size: int,
         roots: Sequence[Path],
     ) -> None:
-        """roots: absolute directories in which image files may lie."""
         self._column = column
         self.labels = labels
         self.label_names = tuple(label_names)
@@ -120,30 +154,33 @@ class EncodedImages:
 
     @property
     def num_samples(self) -> int:
+        """Number of samples, N."""
         return len(self.labels)
 
     def pixels(self, samples: np.ndarray) -> np.ndarray:
+        """Return the decoded images of samples; see `ImageSet.pixels`."""
         size = self._image_size
         out = np.empty((len(samples), size, size, 3), dtype=np.uint8)
-        for index, (sample, cell) in enumerate(zip(samples, self._cells(samples), strict=True)):
-            out[index] = self._tried(int(sample), cell, lambda data: decode(data, size))
+        for place, (sample, cell) in enumerate(zip(samples, self._cells(samples), strict=True)):
+            out[place] = self._with_content(int(sample), cell, lambda data: decode(data, size))
         return out
 
     def digests(self, samples: np.ndarray) -> np.ndarray:
+        """Compute a digest of each sample; see `ImageSet.digests`."""
         parts = np.array_split(samples, max(1, -(-len(samples) // _CHUNK_SAMPLES)))
         return np.concatenate([_digests(self._encoded(part), self.labels[part]) for part in parts])
 
     def _encoded(self, samples: np.ndarray) -> Iterator[bytes]:
         for sample, cell in zip(samples, self._cells(samples), strict=True):
-            yield self._tried(int(sample), cell, lambda data: data)
+            yield self._with_content(int(sample), cell, lambda data: data)
 
     def _read_file(self, path: str) -> bytes:
-        """A cell of a stranger's table may name any file of this machine."""
-        place = Path(os.path.abspath(path))  # noqa: PTH100  (a link inside the directory may lead where its owner wants)
+        """Read an image file inside the data set: a cell of a downloaded table may name any file of this machine."""
+        place = Path(os.path.abspath(path))  # noqa: PTH100  (links are not resolved: one in the directory may lead outside it)
         if not any(place.is_relative_to(root) for root in self._roots):
             raise ValueError("it names a file outside the data set")
         if not place.is_file():
-            raise ValueError("there is no such file")
+            raise ValueError("file not found")
         with place.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
@@ -154,14 +191,15 @@ class EncodedImages:
         cells = self._column[samples.tolist()]
         return cells["image"] if isinstance(cells, dict) else cells
 
-    def _tried(self, sample: int, cell: Any, use: Callable[[bytes], Used]) -> Used:
+    def _with_content(self, sample: int, cell: Any, use: Callable[[bytes], Used]) -> Used:
+        """Return `use(encoded image)`. Raises UserError that names the sample if it cannot be read or `use` refuses it."""
         try:
             return use(cell["bytes"] if cell["bytes"] is not None else self._read_file(cell["path"]))
         except (ValueError, TypeError, KeyError, OSError) as error:
             path = cell.get("path") if isinstance(cell, dict) else None
             raise UserError(
-                f"data: the image in sample {sample} of the {self._split} split{f', {path},' if path else ''} cannot be decoded "
-                f"({error}); mend or remove the sample"
+                f"data: sample {sample} of the {self._split} split{f', {path},' if path else ''} cannot be decoded ({error}); "
+                "fix or remove it"
             ) from None
 
 
@@ -171,6 +209,11 @@ def _digests(contents: Iterable[Any], labels: np.ndarray) -> np.ndarray:
 
 
 def samples_digest(images: ImageSet, samples: np.ndarray) -> str:
-    """Of the samples of a split, in their order: all labels, and the images of an even sample of 512 of them."""
-    sample = samples[:: max(1, len(samples) // _SAMPLED_IMAGES)][:_SAMPLED_IMAGES]
-    return arrays_digest(samples, images.labels[samples], images.digests(sample))
+    """Compute a digest of samples in their order: of all indices and labels, and of 512 evenly spaced images.
+
+    Args:
+        images: The source split.
+        samples: Indices, int64 [n].
+    """
+    drawn = samples[:: max(1, len(samples) // _SAMPLED_IMAGES)][:_SAMPLED_IMAGES]
+    return arrays_digest(samples, images.labels[samples], images.digests(drawn))

@@ -1,8 +1,7 @@
-"""From encoded bytes or odd arrays to the one form that everything else reads: uint8 RGB, [S, S, 3].
+"""Image decoding: encoded bytes, or an array of another size, to RGB uint8 [S, S, 3].
 
-Gray, palette, CMYK and 16-bit images become RGB; transparency is laid over black; the EXIF orientation is applied. Another
-size is resized until the shorter side is S and cut at the center. What cannot be read raises ValueError, and the caller, who
-knows the sample, names it.
+Gray, palette, CMYK and 16-bit images become RGB; transparent pixels are composited over black; the EXIF orientation is applied.
+An image of another size is center-cropped to a square and resized (bicubic).
 """
 
 from __future__ import annotations
@@ -14,30 +13,46 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""Pillow knows forty kinds; for EPS it would start another program, and many others have hardly been looked at."""
+"""Formats that Pillow may open. It has some forty; EPS would start another program, and many decoders are little tested."""
 
 MAX_PIXELS = 64_000_000
-"""Larger images are refused: a small file can claim a size that fills the memory."""
+"""Largest image that is decoded: a small file can claim a size that fills the memory."""
 
 
 def decode(data: bytes, image_size: int) -> np.ndarray:
-    """Bytes of an image file -> uint8 [S, S, 3]. Raises ValueError that says why it cannot be."""
+    """Decode an image file.
+
+    Args:
+        data: Content of the file.
+        image_size: S, in pixels.
+
+    Returns:
+        RGB, uint8 [S, S, 3].
+
+    Raises:
+        ValueError: The image cannot be decoded; the message has the reason.
+    """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             return _square(_rgb(ImageOps.exif_transpose(image)), image_size)
     except UnidentifiedImageError:
-        raise ValueError("not an image file of a known kind") from None
-    except Exception as error:  # each decoder of Pillow raises its own kinds on damaged bytes
+        raise ValueError("not an image file of a supported format") from None
+    except Exception as error:  # each decoder of Pillow raises its own exceptions on damaged bytes
         raise ValueError(str(error) or type(error).__name__) from None
 
 
 def fit_array(image: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [S, S, 3]."""
+    """Center-crop and resize an image: uint8 [H, W, 3] to uint8 [S, S, 3]; unchanged if it has that size already."""
     if image.shape == (image_size, image_size, 3):
         return image
     return _square(Image.fromarray(image), image_size)
+
+
+def fit_image(image: Image.Image, image_size: int) -> np.ndarray:
+    """Convert a PIL image to RGB, center-crop and resize it: uint8 [S, S, 3]."""
+    return _square(_rgb(image), image_size)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,9 @@
-"""Random numbers as a pure function of what they are for: no generator, no state, no order of calls.
+"""Counter-based random numbers: pure functions of keys and counters, without a generator or its state.
 
-The mixing function is splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
+The mixing function is splitmix64.
+
+References:
+    Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
 """
 
 from __future__ import annotations
@@ -14,25 +17,31 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 
 
 def hash_words(keys: tuple[int, ...], counters: np.ndarray, words: int) -> np.ndarray:
-    """uint64 [len(counters), words]: for each counter as many independent words as asked for.
+    """Hash each counter to independent 64-bit words.
 
-    keys: whole numbers that name the purpose (a constant), a seed, a view. counters: int64 [n], sample numbers for instance.
+    Args:
+        keys: Whole numbers that identify the use: a constant of the caller, a seed, a view.
+        counters: int64 [n], sample indices for instance.
+        words: Number of words per counter.
+
+    Returns:
+        uint64 [n, words].
     """
     state = np.uint64(_fold(keys))
-    samples = _mix(state ^ _mix(counters.astype(np.uint64)))
+    hashes = _mix(state ^ _mix(counters.astype(np.uint64)))
     steps = np.arange(1, words + 1, dtype=np.uint64) * np.uint64(_GAMMA)
-    return _mix(samples[:, None] + steps)
+    return _mix(hashes[:, None] + steps)
 
 
-def hashed_order(keys: tuple[int, ...], samples: np.ndarray) -> np.ndarray:
-    """The samples in an order that depends on the keys and on the samples alone."""
-    words = hash_words(keys, samples, 1)[:, 0]
-    return samples[np.lexsort((samples, words))]
+def hashed_order(keys: tuple[int, ...], indices: np.ndarray) -> np.ndarray:
+    """Return the indices in a pseudorandom order that depends on the keys and the indices alone."""
+    words = hash_words(keys, indices, 1)[:, 0]
+    return indices[np.lexsort((indices, words))]
 
 
 @lru_cache(maxsize=1024)
 def _fold(keys: tuple[int, ...]) -> int:
-    """One word of several, each mixed in before the next, so that (1, 2) and (2, 1) or sums do not meet."""
+    """Combine keys into one word; each is mixed in before the next, so that (1, 2), (2, 1) and equal sums differ."""
     state = 0
     for key in keys:
         state = int(_mix(np.array([(state ^ (key & _MASK)) & _MASK], dtype=np.uint64))[0])
@@ -40,7 +49,7 @@ def _fold(keys: tuple[int, ...]) -> int:
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
-    """words: an array, which wraps around without a warning."""
+    """Apply the finalizer of splitmix64 to uint64 [n]; arrays wrap around without the overflow warning of scalars."""
     words = words + np.uint64(_GAMMA)
     words ^= words >> np.uint64(30)
     words *= np.uint64(0xBF58476D1CE4E5B9)

@@ -1,9 +1,11 @@
-"""The order of the samples, cut into optimizer steps, ranks and micro-batches; and the batches themselves.
+"""Training and evaluation loaders: the order of the samples, its partition into steps, ranks and micro-batches, the batches.
 
-The order is a pure function of (seed, epoch), the same for any number of processes: step b takes samples b*G..(b+1)*G of it, each
-rank a contiguous share of those, each micro-batch a contiguous share of that. So 1 x 4, 2 x 2 and 4 x 1 processes and
-accumulation steps see the same samples in the same step, and an epoch can be entered at any step. Nothing here touches a global
-generator: PyTorch's own loaders draw from it at every start, which shifts the dropout of a resumed run.
+The order is a pure function of (seed, epoch) for any number of processes. Step b takes positions b*G to (b+1)*G of it (G is the
+samples of one optimizer step), each rank a contiguous share of those, each micro-batch a contiguous share of that. So 1 x 4,
+2 x 2 and 4 x 1 processes and accumulation steps see the same samples in the same step, and an epoch can start at any step.
+
+No global random generator is used: PyTorch's own loaders draw from it at every start, which would shift the dropout of a
+resumed run.
 """
 
 from __future__ import annotations
@@ -23,16 +25,25 @@ from kd_accel.types import Batch
 
 _ORDER = 21
 
+Share = tuple[np.ndarray, int]
+"""(sample indices int64 [n], view): the content of one batch."""
+
+_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+"""(pixels uint8 [n, S, S, 3], labels int64 [n], sample indices int64 [n], view)."""
+
 
 def epoch_order(samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """The samples in the order of an epoch."""
+    """Return the sample indices in the order of an epoch."""
     return hashed_order((_ORDER, seed, epoch), samples)
 
 
 class TrainLoader:
-    """Training batches of one rank, view after view. Batches are on the CPU, or where `keep_images` was told to keep them."""
+    """Loader of one rank's training batches, one view per epoch.
 
-    def __init__(  # noqa: PLR0913  (each says where this rank stands in the order)
+    Batches are in host memory, or on the device of the images after `keep_images`.
+    """
+
+    def __init__(  # noqa: PLR0913  (each decides the order or the share of this rank)
         self,
         images: ImageSet,
         transform: ViewTransform,
@@ -47,7 +58,24 @@ class TrainLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """samples: int64, ascending. batch_size: samples of one optimizer step over all ranks. views: None = new ones each epoch."""
+        """Check that the batch size fits samples, ranks and accumulation steps.
+
+        Args:
+            images: The source split.
+            transform: Makes the views.
+            samples: Indices of the training samples in `images`, int64 [N], ascending.
+            batch_size: Samples of one optimizer step over all ranks and accumulation steps.
+            rank: This process.
+            world_size: Number of processes.
+            grad_accum_steps: Micro-batches of one optimizer step.
+            seed: Seed of the order.
+            views: Number of different views of each sample (view = epoch mod views); None = new ones each epoch.
+            num_workers: Worker processes; 0 = in the calling process.
+            pin_memory: Whether batches come in page-locked memory.
+
+        Raises:
+            UserError: The batch size does not divide by ranks and accumulation steps, or is more than the samples.
+        """
         parts = world_size * grad_accum_steps
         if batch_size % parts:
             raise UserError(
@@ -63,17 +91,21 @@ class TrainLoader:
         self._device_images: Tensor | None = None
 
     def keep_images(self, images: Tensor) -> None:
-        """Make all views from these, on their device. images: uint8 [N, 3, S, S], those of the loader's samples in their order."""
+        """Make all later views from `images`, on their device.
+
+        Args:
+            images: uint8 [N, 3, S, S], those of the loader's samples in their order.
+        """
         assert self._transform.supports_device and len(images) == len(self._samples)
         self._device_images = images
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole optimizer steps; the samples that do not fill one are left out, other ones in each epoch."""
+        """Complete optimizer steps per epoch; the samples that do not fill one are left out, different ones each epoch."""
         return len(self._samples) // self._batch_size
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimizer step, from `start_step` on."""
+        """Yield the micro-batches of each optimizer step of an epoch, from `start_step` on."""
         view = epoch if self._views is None else epoch % self._views
         shares = self._shares(epoch, start_step)
         if self._device_images is not None:
@@ -90,23 +122,35 @@ class TrainLoader:
             yield [next(batches) for _ in range(self._parts)]
 
     def _shares(self, epoch: int, start_step: int) -> list[np.ndarray]:
-        """The samples of each micro-batch of this rank."""
+        """Return the sample indices of each of this rank's micro-batches."""
         order = epoch_order(self._samples, seed=self._seed, epoch=epoch)[: self.steps_per_epoch * self._batch_size]
+        # [steps, ranks, micro-batches, samples]: the rank axis before the micro-batch axis makes a rank's share contiguous,
+        # so any factorization of ranks x micro-batches cuts a step into the same pieces in the same order.
         micro_batches = order.reshape(self.steps_per_epoch, self._world_size, self._parts, -1)
         return list(micro_batches[start_step:, self._rank].reshape(-1, micro_batches.shape[3]))
 
-    def _batch_on_device(self, samples: np.ndarray, view: int) -> Batch:
+    def _batch_on_device(self, indices: np.ndarray, view: int) -> Batch:
         assert self._device_images is not None
-        arrays = np.searchsorted(self._samples, samples), self._images.labels[samples]
+        arrays = np.searchsorted(self._samples, indices), self._images.labels[indices]
         device = self._device_images.device
-        # non_blocking: a plain copy to a GPU waits for the work that is queued there
+        # non_blocking: a plain copy to a GPU synchronizes with all queued work
         at, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-        images = self._transform.on_device(self._device_images[at], samples, view)
-        return Batch(images, labels, torch.from_numpy(samples), view)
+        images = self._transform.on_device(self._device_images[at], indices, view)
+        return Batch(images, labels, torch.from_numpy(indices), view)
 
 
 class EvalLoader:
-    """Each sample exactly once over all ranks: this rank's contiguous share, view 0, without augmentation."""
+    """Loader of one rank's contiguous share of a split, without augmentation; all ranks together see each sample once.
+
+    Args:
+        images: The source split.
+        samples: Sample indices in `images`, int64 [N].
+        batch_size: Samples of one batch of one rank; the last one may be smaller.
+        rank: This process.
+        world_size: Number of processes.
+        num_workers: Worker processes; 0 = in the calling process.
+        pin_memory: Whether batches come in page-locked memory.
+    """
 
     def __init__(
         self,
@@ -125,18 +169,13 @@ class EvalLoader:
         self._num_workers, self._pin_memory = num_workers, pin_memory
 
     def __len__(self) -> int:
+        """Return the number of batches of this rank."""
         return len(self._shares)
 
     def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches, as view 0."""
         shares = [(share, 0) for share in self._shares]
         return load_batches(self._images, None, shares, num_workers=self._num_workers, pin_memory=self._pin_memory)
-
-
-Share = tuple[np.ndarray, int]
-"""(samples int64 [n], view): what one batch is made of."""
-
-_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, int]
-"""(pixels uint8 [n, S, S, 3], labels int64 [n], samples int64 [n], view)."""
 
 
 def load_batches(
@@ -147,20 +186,31 @@ def load_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """A batch for each share, in their order. views_of: None = the images as they are, whatever the view."""
-    planned = _BatchDataset(images, transform, shares)
+    """Yield a batch for each share, in their order.
+
+    Args:
+        images: The source split.
+        transform: Makes the views; None = the plain images in every view.
+        shares: (sample indices int64 [n], view) of each batch.
+        num_workers: Worker processes; 0 = in the calling process.
+        pin_memory: Whether batches come in page-locked memory.
+
+    Raises:
+        UserError: An image cannot be decoded.
+    """
+    dataset = _BatchDataset(images, transform, shares)
     if num_workers == 0 or not shares:
-        for index in range(len(shares)):
-            batch = _as_batch(planned[index])
+        for number in range(len(shares)):
+            batch = make_batch(*dataset[number])
             yield batch.pin_memory() if pin_memory else batch
         return
     loader = DataLoader(
-        _InWorker(planned),
+        _WorkerDataset(dataset),
         batch_size=None,
         num_workers=min(num_workers, len(shares)),
         pin_memory=pin_memory,
         generator=torch.Generator(),
-        collate_fn=_as_batch_or_error,  # type: ignore[arg-type]
+        collate_fn=_batch_or_error,  # type: ignore[arg-type]
     )
     for item in loader:
         if isinstance(item, UserError):
@@ -168,8 +218,21 @@ def load_batches(
         yield item
 
 
+def make_batch(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray, view: int) -> Batch:
+    """Wrap arrays as a batch, without a copy.
+
+    Args:
+        pixels: uint8 [n, S, S, 3].
+        labels: int64 [n].
+        indices: int64 [n], positions in the source split.
+        view: The view that the pixels show.
+    """
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), view)
+
+
 class _BatchDataset(Dataset[_Arrays]):
-    """One item a share."""
+    """Dataset whose items are whole batches, one per share."""
 
     def __init__(self, images: ImageSet, transform: ViewTransform | None, shares: Sequence[Share]) -> None:
         self._images, self._transform, self._shares = images, transform, shares
@@ -177,35 +240,29 @@ class _BatchDataset(Dataset[_Arrays]):
     def __len__(self) -> int:
         return len(self._shares)
 
-    def __getitem__(self, index: int) -> _Arrays:
-        samples, view = self._shares[index]
-        pixels = self._images.pixels(samples)
+    def __getitem__(self, number: int) -> _Arrays:
+        indices, view = self._shares[number]
+        pixels = self._images.pixels(indices)
         if self._transform is not None:
-            pixels = self._transform(pixels, samples, view)
-        return pixels, self._images.labels[samples], samples, view
+            pixels = self._transform(pixels, indices, view)
+        return pixels, self._images.labels[indices], indices, view
 
 
-class _InWorker(Dataset[_Arrays | UserError]):
-    """The same in a worker process. A user's mistake is handed over: raised there, its text would become a traceback."""
+class _WorkerDataset(Dataset[_Arrays | UserError]):
+    """The same dataset for a worker process, with a UserError as an item: raised in a worker, it would become a traceback."""
 
-    def __init__(self, planned: _BatchDataset) -> None:
-        self._planned = planned
+    def __init__(self, dataset: _BatchDataset) -> None:
+        self._dataset = dataset
 
     def __len__(self) -> int:
-        return len(self._planned)
+        return len(self._dataset)
 
-    def __getitem__(self, index: int) -> _Arrays | UserError:
+    def __getitem__(self, number: int) -> _Arrays | UserError:
         try:
-            return self._planned[index]
+            return self._dataset[number]
         except UserError as error:
             return error
 
 
-def _as_batch_or_error(item: _Arrays | UserError) -> Batch | UserError:
-    """item: arrays, or the mistake that stands in their place."""
-    return item if isinstance(item, UserError) else _as_batch(item)
-
-
-def _as_batch(arrays: _Arrays) -> Batch:
-    pixels, labels, samples, view = arrays
-    return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels), torch.from_numpy(samples), view)
+def _batch_or_error(item: _Arrays | UserError) -> Batch | UserError:
+    return item if isinstance(item, UserError) else make_batch(*item)

@@ -1,8 +1,8 @@
-"""Where images come from: the hub, Parquet files, a folder of images, the digits of scikit-learn, or the user's own code.
+"""Image sources: the Hugging Face hub, Parquet files, image folders, the digits of scikit-learn, and the user's own code.
 
-In: data settings. Out: two `ImageSet`s, train and test, that give pixels by sample number. A set whose decoded images fit in
-`data.memory_limit_mib` is decoded once; a larger one keeps the encoded bytes (memory-mapped Arrow) and decodes when asked, in
-whatever process asks. The labels of the training split say which classes there are.
+In: the data settings. Out: two `ImageSet`s, train and test. A set whose decoded images fit in `data.memory_limit_mib` is
+decoded once; a larger one keeps the encoded bytes (memory-mapped Arrow) and is decoded on demand. The classes are those of the
+training split.
 """
 
 from __future__ import annotations
@@ -25,11 +25,18 @@ from kd_accel.io.user_code import PREFIX, call_import
 
 _CHUNK_SAMPLES = 1024
 _MAX_CLASSES = 1_000_000
-"""Where labels have no names: a larger one is an identifier in the wrong column, and would cost its value in memory."""
+"""Limit of labels without class names: a larger one is an identifier in the wrong column, and would need as many names."""
 
 
 def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """(train, test). Raises UserError for whatever in the source does not fit the settings."""
+    """Load the training and the test split of the source.
+
+    Returns:
+        (train, test).
+
+    Raises:
+        UserError: The source does not fit the settings.
+    """
     kind, _, place = config.source.partition(":")
     if kind == "digits":
         return _digits(config)
@@ -42,15 +49,15 @@ def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """8x8 gray digits of 16 levels as RGB; every fifth sample (360 of 1,797) is held out."""
+    """Load scikit-learn's 8x8 gray digits as RGB; every fifth sample (360 of 1,797) is in the test split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError("data.source: digits needs scikit-learn; pip install 'kd-accel[demo]'") from None
     levels, labels = load_digits(return_X_y=True)
     _refuse_large(len(labels), config)
-    grey = np.rint(levels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    images = np.stack([fit_array(np.repeat(image[:, :, None], 3, axis=2), config.image_size) for image in grey])
+    gray = np.rint(levels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = np.stack([fit_array(np.repeat(image[:, :, None], 3, axis=2), config.image_size) for image in gray])
     is_test = np.arange(len(labels)) % 5 == 0
     names = [str(digit) for digit in range(10)]
     return tuple(  # type: ignore[return-value]
@@ -59,18 +66,21 @@ def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 
 def _refuse_large(samples: int, config: DataConfig) -> None:
-    """Of a source that is always held in memory."""
+    """Raise UserError if a source that is always held in memory exceeds `data.memory_limit_mib`."""
     if (needed := samples * config.image_size**2 * 3) > config.memory_limit_mib * 2**20:
         raise UserError(
-            f"data.image_size: {samples} images of {config.image_size} x {config.image_size} pixels take {needed // 2**20} MiB of "
-            f"memory, and data.memory_limit_mib is {config.memory_limit_mib}; lower the one or raise the other"
+            f"data.image_size: {samples} images of {config.image_size} x {config.image_size} pixels take {needed // 2**20} MiB "
+            f"of memory, more than data.memory_limit_mib: {config.memory_limit_mib}; lower the image size or raise the limit"
         )
 
 
 def _own_code(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     train, test = (_own_split(_called(config, name), config, name) for name in (config.train_split, config.test_split))
     if train.label_names != test.label_names:
-        raise UserError(f"data.source: {config.source} gives other label_names for the test split than for the training split")
+        raise UserError(
+            f"data.source: {config.source} gives other label_names for the test split than for the training split; both need "
+            "the same, in the same order"
+        )
     return train, test
 
 
@@ -109,19 +119,27 @@ def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
 
 
 def _load_columns(kind: str, place: str, config: DataConfig, split: str) -> Any:
-    """A datasets.Dataset with the columns `image` (undecoded) and `label`. kind: hub, parquet or imagefolder; place: what
-    follows it in data.source. Raises UserError for what is not there, cannot be read or holds no samples.
+    """Load a split as a `datasets.Dataset` with the columns `image` (undecoded) and `label`.
+
+    Args:
+        kind: hub, parquet or imagefolder.
+        place: Repository or directory, the rest of `data.source`.
+        config: The data settings.
+        split: Name of the split in the source.
+
+    Raises:
+        UserError: The split is not found, cannot be read or has no samples.
     """
     datasets = _datasets(config)
     datasets.disable_progress_bars()
     builder, arguments, available = _locate(kind, place, split)
     if split not in available:
-        raise UserError(f"data.source: {config.source} has no split {split!r} (there are: {', '.join(available) or 'none'})")
+        raise UserError(f"data.source: {config.source} has no split {split!r} (available: {', '.join(available) or 'none'})")
     if kind == "parquet":
         arguments = {"data_files": {split: _files_with_samples(arguments["data_files"][split], config, split)}}
     try:
         dataset = datasets.load_dataset(builder, split=split, **arguments)
-    except Exception as error:  # each reader raises its own kinds on damaged or unreachable files
+    except Exception as error:  # each reader raises its own exceptions on damaged or unreachable files
         raise UserError(f"data.source: cannot read {config.source} ({_brief(error.__cause__ or error)})") from None
     if not len(dataset):
         raise _no_samples(config, split)
@@ -129,26 +147,26 @@ def _load_columns(kind: str, place: str, config: DataConfig, split: str) -> Any:
 
 
 def _datasets(config: DataConfig) -> Any:
-    """Import Hugging Face `datasets`, which no other source needs. Raises UserError where it is not installed."""
+    """Import Hugging Face `datasets`, which only some sources need. Raises UserError if it is not installed."""
     try:
         import datasets
         from datasets import load_dataset as load_dataset  # a directory `datasets` can be imported as an empty package
     except ImportError as error:
         raise UserError(
             f"data.source: {config.source} needs the package datasets ({error}); pip install datasets, or use a source "
-            "that needs none: import:MODULE:FUNCTION"
+            "without it: import:MODULE:FUNCTION"
         ) from None
     return datasets
 
 
 def _locate(kind: str, place: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
-    """(builder, its arguments, the splits there are)."""
+    """Return (builder of `datasets`, its arguments, names of the available splits)."""
     if kind == "hub":
         name, _, revision = place.partition("@")
         return name, {"revision": revision or None}, _hub_splits(name, revision or None)
     directory = Path(place).expanduser()
     if not directory.is_dir():
-        raise UserError(f"data.source: there is no directory {place!r} (paths are from the working directory)")
+        raise UserError(f"data.source: directory {place!r} not found (paths are relative to the working directory)")
     if kind == "parquet":
         files: dict[str, list[str]] = {}
         for path in sorted(directory.glob("*.parquet")):
@@ -160,7 +178,7 @@ def _locate(kind: str, place: str, split: str) -> tuple[str, dict[str, Any], lis
 
 
 def _files_with_samples(paths: list[str], config: DataConfig, split: str) -> list[str]:
-    """Patterns of the files that hold samples: one without any is more than `datasets` can read."""
+    """Return glob patterns of the files that have samples: `datasets` fails on a file without any."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -178,23 +196,26 @@ def _no_samples(config: DataConfig, split: str) -> UserError:
 
 
 def _hub_splits(name: str, revision: str | None) -> list[str]:
-    """The splits there are. Without a network `datasets` takes its newest copy, whichever revision that is; where one is
-    named, another is refused.
+    """Return the names of the available splits.
+
+    Raises:
+        UserError: The repository cannot be reached, or the local copy is another revision than the one in the settings:
+            without a network `datasets` takes its newest copy of any revision.
     """
     import datasets
 
     try:
         splits = datasets.get_dataset_split_names(name, revision=revision)
         builder = datasets.load_dataset_builder(name, revision=revision) if revision else None
-    except Exception as error:  # each client raises its own kinds without a network or for a wrong name
+    except Exception as error:  # each client raises its own exceptions without a network or for a wrong name
         raise UserError(
             f"data.source: cannot reach hub:{name} ({_brief(error)}); check name and network, or use a copy: parquet:DIR"
         ) from None
     is_stored_copy = type(builder).__module__.startswith("datasets.packaged_modules.cache.")
     if builder is not None and is_stored_copy and builder.hash != revision:
         raise UserError(
-            f"data.source: cannot reach hub:{name}, and the newest copy kept here is revision {builder.hash}, not {revision}; "
-            "check the network, name that revision, or use a copy: parquet:DIR"
+            f"data.source: cannot reach hub:{name}, and the newest local copy is revision {builder.hash}, not {revision}; "
+            "check the network, set that revision, or use a copy: parquet:DIR"
         )
     return splits
 
@@ -207,12 +228,12 @@ def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: boo
     )
     if is_folder and "label" not in dataset.column_names:
         raise UserError(
-            f"data.source: {config.source} shows no classes; it must hold {split}/CLASS/IMAGE files, and no metadata files"
+            f"data.source: {config.source} has no class folders; it must hold {split}/CLASS/IMAGE files, and no metadata files"
         )
     for role, column in columns.items():
         if column not in dataset.column_names:
             raise UserError(
-                f"data.{role}_column: the {split} split has no column {column!r} (there are: {', '.join(dataset.column_names)})"
+                f"data.{role}_column: the {split} split has no column {column!r} (available: {', '.join(dataset.column_names)})"
             )
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({column: role for role, column in columns.items() if column != role})
@@ -225,7 +246,7 @@ def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: boo
 
 
 def _class_names(train: Any, config: DataConfig) -> tuple[str, ...]:
-    """Names that the column carries, else the numbers up to the largest label of the training split."""
+    """Return the class names of the label column's type, else the numbers up to the largest training label."""
     names = getattr(train.features["label"], "names", None)
     if names is not None:
         return tuple(names)
@@ -253,7 +274,7 @@ def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: 
 
 
 def _roots(config: DataConfig) -> list[Path]:
-    """Where image files of a source may lie: in its own directory, or where `datasets` unpacks and downloads."""
+    """Return the directories in which a source's image files may lie: its own, and the caches of `datasets` and the hub."""
     import datasets.config
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -269,15 +290,17 @@ def _labels(dataset: Any, where: str) -> np.ndarray:
 
 
 def _checked_labels(labels: Any, num_classes: int | None, where: str) -> np.ndarray:
-    """int64 labels in 0..num_classes-1. Raises UserError that names the first sample which is not."""
+    """Return labels as int64 [N], each in 0..num_classes-1.
+
+    Raises:
+        UserError: A label is not; the message has the index of the first such sample.
+    """
     for sample, label in enumerate(labels):
         if not isinstance(label, int | np.integer) or isinstance(label, bool):
-            raise UserError(f"{where}: the label in sample {sample} is {label!r}, not a whole number; labels count from 0")
+            raise UserError(f"{where}: the label of sample {sample} is {label!r}, not a whole number; labels count from 0")
         if not 0 <= label < (_MAX_CLASSES if num_classes is None else num_classes):
             allowed = f"0 or above, below {_MAX_CLASSES}" if num_classes is None else f"0..{num_classes - 1}"
-            raise UserError(
-                f"{where}: the label in sample {sample} is {label}, but classes are {allowed}; mend or remove the sample"
-            )
+            raise UserError(f"{where}: the label of sample {sample} is {label}, but classes are {allowed}; fix or remove it")
     return np.asarray(labels, dtype=np.int64)
 
 

@@ -1,10 +1,11 @@
-"""A view is a pure function of (view_seed, view, sample): the same pixels at any world size, worker count, start and order.
+"""Views: augmented images as a pure function of (view_seed, view, index).
 
-So a teacher's answers can be kept: who asks later for the same view of the same sample gets the same pixels. Every choice is a
-hash of (view_seed, view, sample); no generator is touched. A change of what any policy gives is a change of VIEWS_VERSION, and
-tests hold golden values to notice it.
+A view has the same pixels at any world size, number of workers, starting epoch and order of calls, so a teacher's outputs for
+it can be stored and read later. Every choice is a hash of (view_seed, view, index); no random generator is used.
 
-Shapes: pixels uint8 [n, S, S, 3] in numpy, in either layout of `ImageSet.pixels`; [n, 3, S, S] on a device.
+Any change of the pixels is a change of VIEWS_VERSION, which is part of a cache's fingerprint; tests hold golden values.
+
+Shapes: pixels uint8 [n, S, S, 3] in numpy, in either memory format of `ImageSet.pixels`; [n, 3, S, S] on a device.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ _ASPECT_RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class ViewTransform:
-    """The pixels of a view.
+    """Augmentation of a batch of images, deterministic in (view_seed, view, index).
 
-    augment: none; crop = a shifted cut from the image with a zero border of crop_padding pixels; crop_flip = that, half of
-    them mirrored; resized_crop = a cut of 25 to 100 % of the area and 3:4 to 4:3, scaled back, half of them mirrored;
-    trivial_augment = crop_flip, then one random operation (Müller and Hutter, "TrivialAugment", 2021).
+    Attributes:
+        augment: Policy. `none`: the image itself. `crop`: a random crop of the zero-padded image. `crop_flip`: the same,
+            mirrored with probability 1/2. `resized_crop`: a crop of 25 to 100 % of the area and an aspect ratio of 3:4 to 4:3,
+            resized to the image size, mirrored with probability 1/2. `trivial_augment`: crop_flip, then one random operation.
+        image_size: Side of the square images, in pixels.
+        crop_padding: Zero padding of `crop`, `crop_flip` and `trivial_augment`, in pixels.
+        view_seed: Seed of the views.
     """
 
     augment: Augment
@@ -44,7 +49,16 @@ class ViewTransform:
     view_seed: int = 0
 
     def __call__(self, pixels: np.ndarray, samples: np.ndarray, view: int) -> np.ndarray:
-        """Images and their samples -> the same number of images, new memory. pixels: uint8 [n, S, S, 3]; samples: int64 [n]."""
+        """Make one view of images.
+
+        Args:
+            pixels: uint8 [n, S, S, 3].
+            samples: Index of each image in its source split, int64 [n].
+            view: Number of the view.
+
+        Returns:
+            uint8 [n, S, S, 3] in new memory.
+        """
         assert pixels.shape[1:] == (self.image_size, self.image_size, 3), pixels.shape
         if self.augment == "none":
             return pixels.copy(order="K")
@@ -64,12 +78,21 @@ class ViewTransform:
         return self.augment in ("none", "crop", "crop_flip")
 
     def on_device(self, pixels: Tensor, samples: np.ndarray, view: int) -> Tensor:
-        """The same views, bit for bit, from uint8 images [n, 3, S, S] on any device, by one gather per axis."""
+        """Make one view of images on their device, bit for bit as `__call__` does, by one gather.
+
+        Args:
+            pixels: uint8 [n, 3, S, S] on any device.
+            samples: Index of each image in its source split, int64 [n].
+            view: Number of the view.
+
+        Returns:
+            uint8 [n, 3, S, S] in new memory: channels_last, or in the memory format of `pixels` without augmentation.
+        """
         assert self.supports_device, self.augment
         if self.augment == "none":
             return pixels.clone()
         offsets = self._offsets(self._words(samples, view))
-        # non_blocking: a plain copy to a GPU waits for the work that is queued there
+        # non_blocking: a plain copy to a GPU synchronizes with all queued work
         top, left, is_mirrored = (torch.from_numpy(array).to(pixels.device, non_blocking=True) for array in offsets)
         steps = torch.arange(self.image_size, device=pixels.device)
         down = top[:, None] + steps
@@ -79,38 +102,70 @@ class ViewTransform:
         return border.permute(0, 2, 3, 1)[image, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """What decides the pixels of a view, besides the image, the sample and the view."""
-        shared = {"policy": self.augment, "version": VIEWS_VERSION, "image_size": self.image_size}
+        """Return the settings that decide a view's pixels, given the image, its index and the view."""
+        shared = {"transform": self.augment, "version": VIEWS_VERSION, "image_size": self.image_size}
         if self.augment == "none":
             return shared
         shared["view_seed"] = self.view_seed
         return shared if self.augment == "resized_crop" else {**shared, "crop_padding": self.crop_padding}
 
-    def _words(self, samples: np.ndarray, view: int) -> np.ndarray:
-        return hash_words((_PURPOSE, self.view_seed, view), samples, _WORDS[self.augment])
+    def _words(self, indices: np.ndarray, view: int) -> np.ndarray:
+        return hash_words((_PURPOSE, self.view_seed, view), indices, _WORDS[self.augment])
 
     def _offsets(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(top, left, is mirrored) of each image's cut, int64 and bool [n]."""
+        """Return (top, left, is_mirrored) of each image's crop: int64, int64, bool, each [n]."""
         choices = np.uint64(2 * self.crop_padding + 1)
         top, left = ((words[:, axis] >> np.uint64(32)) % choices for axis in (0, 1))
         is_mirrored = (words[:, 2] >> np.uint64(63)).astype(bool) if self.augment != "crop" else np.zeros(len(words), bool)
         return top.astype(np.int64), left.astype(np.int64), is_mirrored
 
     def _crop(self, pixels: np.ndarray, top: np.ndarray, left: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
-        """In the layout of the images. Whole lines are copied: value by value takes several times as long."""
+        """Crop and mirror the zero-padded images, in their memory format.
+
+        Every possible crop of an image is an overlapping view of its padded memory, so all crops of a batch form one strided
+        array [n, top, left, plane, row], and choosing one per image is plain advanced indexing. An item of that array is a
+        complete row of pixels (numpy's void type): NumPy then copies rows at once, several times as fast as single bytes.
+        """
         count, size, padding = len(pixels), self.image_size, self.crop_padding
         is_channels_first = pixels.strides[2] == 1
-        planes, step = (3, 1) if is_channels_first else (1, 3)  # step: bytes from a column to the next
+        # A row holds one channel (three planes) or interleaved RGB (one plane); a step to the right is 1 or 3 bytes.
+        planes, step = (3, 1) if is_channels_first else (1, 3)
         images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2) if is_channels_first else pixels)
-        line, choices, bordered = f"V{size * step}", 2 * padding + 1, size + 2 * padding
-        border = np.zeros((count, planes, bordered, bordered * step), dtype=np.uint8)
-        image, plane, sample, _ = border.strides
-        cuts = np.ndarray((count, choices, choices, planes, size), line, border, 0, (image, sample, step, plane, sample))
-        cuts[:, padding, padding] = images.reshape(count, planes, size, size * step).view(line)[..., 0]
-        views = np.ascontiguousarray(cuts[np.arange(count), top, left]).view(np.uint8).reshape(images.shape)
+        row, choices, padded_size = f"V{size * step}", 2 * padding + 1, size + 2 * padding
+        padded = np.zeros((count, planes, padded_size, padded_size * step), dtype=np.uint8)
+        by_image, by_plane, by_row, _ = padded.strides
+        strides = (by_image, by_row, step, by_plane, by_row)  # one down starts a row later, one to the right `step` bytes later
+        crops = np.ndarray((count, choices, choices, planes, size), row, padded, 0, strides)
+        crops[:, padding, padding] = images.reshape(count, planes, size, size * step).view(row)[..., 0]  # the center: no shift
+        views = np.ascontiguousarray(crops[np.arange(count), top, left]).view(np.uint8).reshape(images.shape)
         mirrored = np.flatnonzero(is_mirrored)
         views[mirrored] = torch.from_numpy(views[mirrored]).flip(3 if is_channels_first else 2).numpy()
         return views.transpose(0, 2, 3, 1) if is_channels_first else views
+
+
+def Identity(image_size: int) -> ViewTransform:  # noqa: N802  (transforms are named as torchvision's)
+    """Return the transform whose only view is the image itself. image_size: in pixels."""
+    return ViewTransform("none", image_size)
+
+
+def Crop(image_size: int, *, padding: int = 4) -> ViewTransform:  # noqa: N802
+    """Return a random crop of the zero-padded image. image_size, padding: in pixels."""
+    return ViewTransform("crop", image_size, padding)
+
+
+def CropFlip(image_size: int, *, padding: int = 4) -> ViewTransform:  # noqa: N802
+    """Return a random crop of the zero-padded image, mirrored with probability 1/2. image_size, padding: in pixels."""
+    return ViewTransform("crop_flip", image_size, padding)
+
+
+def ResizedCrop(image_size: int) -> ViewTransform:  # noqa: N802
+    """Return a random crop of 25 to 100 % of the area, resized to image_size pixels, mirrored with probability 1/2."""
+    return ViewTransform("resized_crop", image_size)
+
+
+def TrivialAugment(image_size: int, *, padding: int = 4) -> ViewTransform:  # noqa: N802
+    """Return CropFlip followed by one random operation (Müller and Hutter, ICCV 2021). image_size, padding: in pixels."""
+    return ViewTransform("trivial_augment", image_size, padding)
 
 
 def _resized_crop(image: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -120,9 +175,10 @@ def _resized_crop(image: np.ndarray, words: np.ndarray) -> np.ndarray:
     width, height = (min(float(size), float(np.sqrt(area * factor))) for factor in (ratio, 1 / ratio))
     left, top = _between(words[2], 0, size - width), _between(words[3], 0, size - height)
     box = (left, top, left + width, top + height)
-    cut = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box))
-    return cut[:, ::-1] if words[4] >> np.uint64(63) else cut
+    crop = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box))
+    return crop[:, ::-1] if words[4] >> np.uint64(63) else crop
 
 
 def _between(word: np.uint64, low: float, high: float) -> float:
+    """Map a 64-bit word to [low, high), by its upper 53 bits."""
     return low + (high - low) * (int(word) >> 11) / (1 << 53)

@@ -1,7 +1,10 @@
-"""One random operation of random strength on an image: TrivialAugment, wide space (Müller and Hutter, ICCV 2021, table 1).
+"""TrivialAugment, wide space: one random operation of random strength per image.
 
-Operation and strength come from two hash words, so the result is a pure function of them. Geometry uses nearest-neighbor
-sampling and black outside; strengths are in 31 steps.
+Operation and strength come from hash words, so the result is a pure function of them. Geometric operations use nearest-neighbor
+sampling and fill with black; strengths have 31 levels.
+
+References:
+    Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", ICCV 2021, table 1.
 """
 
 from __future__ import annotations
@@ -15,7 +18,15 @@ _STEPS = 31
 
 
 def trivial_augment(image: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """uint8 [S, S, 3] -> uint8 [S, S, 3]. words: at least three uint64: operation, strength, sign."""
+    """Apply one operation to an image.
+
+    Args:
+        image: uint8 [S, S, 3].
+        words: Three or more uint64 hash words: operation, strength, sign.
+
+    Returns:
+        uint8 [S, S, 3].
+    """
     operation = _OPERATIONS[int(words[0] >> np.uint64(32)) % len(_OPERATIONS)]
     strength = int(words[1] >> np.uint64(32)) % _STEPS / (_STEPS - 1)
     sign = 1.0 if words[2] >> np.uint64(63) else -1.0
@@ -23,6 +34,7 @@ def trivial_augment(image: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 
 Operation = Callable[[Image.Image, float, float], Image.Image]
+"""(image, strength in 0..1, sign) -> image."""
 
 
 def _affine(image: Image.Image, *coefficients: float) -> Image.Image:

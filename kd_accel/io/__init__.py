@@ -1,1 +1,1 @@
-"""Files on disk: atomic writes, YAML, tensors, digests, and the user's own code."""
+"""Atomic files and locks, JSON, YAML, tensors, digests, and user code."""

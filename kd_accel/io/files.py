@@ -1,4 +1,7 @@
-"""Files that are whole or not there: written under a temporary name, flushed to the disk, renamed."""
+"""Atomic file writes, file locks, and JSON files.
+
+A file is written under a temporary name, flushed to the disk and renamed, so that it is either complete or absent.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,17 @@ from kd_accel.errors import UserError
 
 _TEMPORARY = ".tmp-"
 MAX_JSON_BYTES = 64 * 2**20
-"""The manifest of a cache of half a million files; everything else that is read here is far smaller."""
+"""Size limit of JSON files: the manifest of a cache of half a million files; all others are far smaller."""
 _MAX_DEPTH = 64
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)`, then rename: a crash or a power cut leaves the old file or the new one, never a part."""
+    """Write a file atomically and durably: a crash or a power cut leaves the old file or the new one, never a part.
+
+    Args:
+        path: The file to create or replace.
+        write: Writes the content to the path that it is given.
+    """
 
     def write_and_flush(temporary: Path) -> None:
         write(temporary)
@@ -30,7 +38,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The same without the flush: safe against a crash of the program, not against one of the machine."""
+    """Write a file atomically, as `write_whole`, but without a flush: safe from a crash of the program, not of the machine."""
     temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
     try:
         write(temporary)
@@ -41,35 +49,46 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Temporary files, at any depth, of writers that were killed. The caller must be the only writer."""
+    """Delete temporary files of killed writers, at any depth. The caller must be the only writer in the directory."""
     for path in directory.rglob(f".*{_TEMPORARY}*"):
         if not path.is_dir():
             path.unlink(missing_ok=True)
 
 
 def refuse_links(directory: Path, *, field: str) -> None:
-    """Raises UserError for a symbolic link in a directory that is going to be written: its target would be.
+    """Raise UserError if a directory that is about to be written has a symbolic link, through which its target would change.
 
-    The directory itself may be one, and what lies deeper is replaced, never written through.
+    The directory itself may be a link. Files in its subdirectories are replaced, never written through.
     """
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         if path.is_symlink():
-            raise UserError(f"{field}: {path} is a link, and what it points to would be written; remove it, or put it there")
+            raise UserError(f"{field}: {path} is a link, and its target would be overwritten; replace it with the file itself")
 
 
 def refused_by_disk(error: OSError) -> str:
-    """What to tell of a file that cannot be written or read."""
+    """Return the message to the user for a file that cannot be written or read."""
     place = error.filename or "a file"
     return (
-        f"cannot write or read {place} ({error.strerror or error}): make room, see that it may be written, or name another "
-        "place; then start the same command again, which goes on from what is whole"
+        f"cannot write or read {place} ({error.strerror or error}): free disk space, check its permissions, or set another "
+        "path; then run the same command again, which resumes from the files that are complete"
     )
 
 
 def lock(path: Path, *, first: int = 0, count: int = 1) -> int:
-    """Hold bytes of a file until the returned descriptor is closed or the process dies. count: 0 = all from `first` on.
+    """Lock bytes of a file until the returned descriptor is closed or the process ends.
 
-    Raises BlockingIOError where another process holds one of them. Record locks, which network file systems know too.
+    These are POSIX record locks, which network file systems support as well.
+
+    Args:
+        path: The file; created if it does not exist.
+        first: First byte.
+        count: Number of bytes; 0 = all from `first` on.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        BlockingIOError: Another process holds one of the bytes.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
@@ -83,22 +102,34 @@ def lock(path: Path, *, first: int = 0, count: int = 1) -> int:
 
 
 def unlock(descriptor: int, *, first: int) -> None:
-    """Let go of all bytes from `first` on."""
+    """Release all bytes from `first` on."""
     fcntl.lockf(descriptor, fcntl.LOCK_UN, 0, first)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Raises UserError where the disk refuses."""
+    """Write a JSON file atomically, with the directories above it.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     text = json.dumps(content, indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); see that there is space and that it may be written") from None
+        raise UserError(f"cannot write {path} ({error.strerror}); check free disk space and permissions") from None
 
 
 def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
-    """Raises UserError, which ends in the remedy, for what is not there or no JSON object."""
+    """Read a JSON object from a file.
+
+    Args:
+        path: The file.
+        remedy: End of the message of an error.
+
+    Raises:
+        UserError: The file is missing, unreadable, or does not hold a valid JSON object.
+    """
     try:
         content = load_json(path)
     except OSError as error:
@@ -106,14 +137,19 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({_reason(error)}): {remedy}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: is damaged (no JSON object): {remedy}")
+        raise UserError(f"{path}: is damaged (not a JSON object): {remedy}")
     return content
 
 
 def load_json(path: Path) -> Any:
-    """Raises OSError, or ValueError for what is no JSON, too long, or nested too deeply to be ours."""
+    """Parse a JSON file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a regular file or not valid JSON, or it exceeds the limits of size and depth.
+    """
     if path.exists() and not path.is_file():
-        raise ValueError("no file")
+        raise ValueError("not a regular file")
     with path.open("rb") as file:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
@@ -123,9 +159,9 @@ def load_json(path: Path) -> Any:
     except RecursionError:
         content = None
         raise ValueError("nested too deeply") from None
-    layer, depth = [content], 0
-    while layer:
-        layer = [part for whole in layer for part in _parts(whole)]
+    level, depth = [content], 0
+    while level:
+        level = [part for value in level for part in _parts(value)]
         depth += 1
         if depth > _MAX_DEPTH:
             raise ValueError("nested too deeply")
@@ -137,11 +173,11 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 def _reason(error: ValueError) -> str:
-    return "no JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)[:100]
+    return "not valid JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)[:100]
 
 
 def flush(path: Path) -> None:
-    """To the disk itself; of a directory, the names in it."""
+    """Flush a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -150,7 +186,7 @@ def flush(path: Path) -> None:
 
 
 def readable_size(count: float) -> str:
-    """count: of bytes."""
+    """Format a number of bytes with its unit, as `1.5 GiB`."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""Digests by which a teacher and the images it was measured on are recognized, whatever their paths and times.
+"""Content digests of tensors, arrays and settings, independent of paths and times.
 
-xxh3_128 over names, types, shapes and bytes: fast enough to be taken at every start (about 20 GB/s), and not meant against
-forgery.
+The hash is xxh3_128 over names, types, shapes and bytes: fast enough for every start (about 20 GB/s); not cryptographic, so no
+protection against forgery.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of the named tensors, in the order of their names."""
+    """Compute a digest of named tensors, in the order of their names."""
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -27,12 +27,12 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
-    """Of plain settings, in a canonical form."""
+    """Compute a digest of settings that JSON can hold, regardless of the order of their keys."""
     return xxhash.xxh3_128(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def arrays_digest(*arrays: np.ndarray) -> str:
-    """Of the bytes of arrays, one after the other."""
+    """Compute a digest of the concatenated bytes of arrays."""
     digest = xxhash.xxh3_128()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)

@@ -1,11 +1,12 @@
-"""YAML that somebody else may have written: plain values only, no key twice, bounded before anything is built from it.
+"""Safe YAML loader for untrusted files: plain values, unique keys, and limits of size that are checked before construction.
 
-In: text or a file. Out: mappings, lists and scalars. Aliases are allowed, but what they stand for is counted each time: nine
-lines of them can stand for more values than any memory holds.
+In: text or a file. Out: mappings, lists and scalars. Aliases are allowed, and each counts as all values it stands for: nine
+lines of nested aliases can expand to more values than fit in memory.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,42 @@ import yaml
 MAX_BYTES = 256 * 2**10
 MAX_VALUES = 20_000
 MAX_DEPTH = 32
+EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+"""Floats of YAML 1.2 that YAML 1.1, and so PyYAML, reads as text: `1e-3`, `1.0e3`."""
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML would keep the last."""
+    """YAML loader that raises on a duplicate key in a mapping, where YAML itself keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value}", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML dumper that quotes each text that `load_yaml` would read as a number."""
+
+
+for _class in (_OnceLoader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+
+
+def dump_yaml(value: Any, *, in_one_line: bool = False) -> str:
+    """Return plain values as YAML text that `load_yaml` parses to the same values; mappings keep their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=in_one_line)
+
+
 def load_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError or ValueError for what is no YAML, too much, or of a kind that is not plain."""
+    """Parse YAML text.
+
+    Raises:
+        yaml.YAMLError: The text is not valid YAML, or has a duplicate key or a tag that is not plain.
+        ValueError: It exceeds the limits of values and depth, or a value does not fit its tag.
+    """
     try:
         loader = _OnceLoader(text)
         node = loader.get_single_node()
@@ -39,21 +60,27 @@ def load_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
-    except (KeyError, AttributeError, TypeError, OverflowError) as error:  # `!!bool x`, `!!timestamp x` and their like
+    except (KeyError, AttributeError, TypeError, OverflowError) as error:  # `!!bool x`, `!!timestamp x` and similar
         raise ValueError(f"a value does not fit its tag ({type(error).__name__})") from None
 
 
 def load_yaml_file(path: Path) -> Any:
-    """Raises OSError as well."""
+    """Parse a YAML file, as `load_yaml` does.
+
+    Raises:
+        OSError: The file cannot be read.
+        yaml.YAMLError: See `load_yaml`.
+        ValueError: See `load_yaml`; also for a file that is too long.
+    """
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES // 2**10} KiB are no settings")
+        raise ValueError(f"more than {MAX_BYTES // 2**10} KiB, too long for settings")
     return load_yaml(data.decode("utf-8"))
 
 
 def place(error: Exception) -> str:
-    """Where and what, in one line."""
+    """Return position and reason of a YAML error in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
@@ -61,11 +88,11 @@ def place(error: Exception) -> str:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """(values that stand below a node with its aliases written out, depth)."""
+    """Return (number of values, depth) of a node with its aliases expanded. known: results by node id; None = in progress."""
     if id(node) in known:
         size = known[id(node)]
         if size is None:
-            raise ValueError("an alias stands for what contains it")
+            raise ValueError("an alias contains itself")
         return size
     known[id(node)] = None
     parts: list[yaml.Node] = []
@@ -76,7 +103,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
     sizes = [_measure(part, known) for part in parts]
     count, depth = 1 + sum(size[0] for size in sizes), 1 + max((size[1] for size in sizes), default=0)
     if count > MAX_VALUES:
-        raise ValueError(f"more than {MAX_VALUES} values, its aliases written out")
+        raise ValueError(f"more than {MAX_VALUES} values, its aliases expanded")
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     known[id(node)] = count, depth

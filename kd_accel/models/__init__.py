@@ -1,1 +1,1 @@
-"""Networks and what is attached to them: stems, weights, layers, projectors, and the one module that is trained."""
+"""Networks: construction by name, weights, feature extraction, projectors, input normalization, and fast execution."""

@@ -1,7 +1,7 @@
-"""Building networks by name: torchvision's, timm's, or the user's own; the three stems of a ResNet.
+"""Construction of networks by name, from torchvision, timm or the user's own code, with a choice of ResNet stem.
 
-Parameters drawn at random depend on `seed` alone: teacher and student can be built in any order, and neither moves the
-generator that dropout draws from.
+Random initial weights depend on `seed` alone, so teacher and student can be built in any order. Building a network leaves the
+global random generators unchanged.
 """
 
 from __future__ import annotations
@@ -27,16 +27,28 @@ def build_model(
     seed: int = 0,
     field: str = "model",
 ) -> nn.Module:
-    """A fresh network that takes normalized images [B, 3, H, W] and gives logits [B, num_classes].
+    """Build a network with random weights.
 
-    stem: imagenet = as the library builds it; no_pool = without the max-pool; cifar = a 3x3 stride-1 convolution without it.
-    field: the section of the config that names the arch, for messages. Raises UserError for an unknown name or argument.
+    Args:
+        arch: `torchvision/NAME`, `timm/NAME` or `import:package.module:function`.
+        num_classes: Number of logits.
+        stem: `imagenet` keeps the library's stem, `no_pool` removes its max-pool, and `cifar` also replaces its convolution by
+            a 3x3 convolution of stride 1.
+        arch_args: Further keyword arguments of the function that builds the network.
+        seed: Seed of the initial weights.
+        field: Config section that contains the arch, for error messages.
+
+    Returns:
+        A network from normalized images [B, 3, H, W] to logits [B, num_classes].
+
+    Raises:
+        UserError: The name or an argument is not valid, or the network does not have a stem that can be replaced.
     """
     if "num_classes" in (arch_args or {}):
         raise UserError(f"{field}.arch_args: num_classes is set by the data; leave it out")
-    loading = sorted(_LOADING & (arch_args or {}).keys())
+    loading = sorted(_LOADING_ARGS & (arch_args or {}).keys())
     if loading and not arch.startswith(PREFIX):
-        raise UserError(f"{field}.arch_args: {', '.join(loading)} would load weights past all checks; use {field}.weights")
+        raise UserError(f"{field}.arch_args: {', '.join(loading)} would load weights without any check; use {field}.weights")
     arguments = {**(arch_args or {}), "num_classes": num_classes}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also move the generators of the GPUs
@@ -52,11 +64,11 @@ def _own_model(arch: str, arguments: dict[str, Any], field: str) -> nn.Module:
         (),
         arguments,
         field=f"{field}.arch",
-        called_with=f"{', '.join(arguments)}, by name: num_classes and what arch_args holds",
+        called_with=f"{', '.join(arguments)}, by keyword: num_classes and {field}.arch_args",
         blame=f"{field}.arch_args",
     )
     if not isinstance(model, nn.Module):
-        raise UserError(f"{field}.arch: {arch} gave {type(model).__name__}, not a torch.nn.Module")
+        raise UserError(f"{field}.arch: {arch} returns {type(model).__name__}, not a torch.nn.Module; fix the function")
     return model
 
 
@@ -68,10 +80,10 @@ def _library_model(arch: str, arguments: dict[str, Any], field: str) -> nn.Modul
         return _LIBRARIES[library](name, arguments, f"{field}.arch")
     except UserError:
         raise
-    except Exception as error:  # each builder refuses in its own way
+    except Exception as error:  # each library raises its own exceptions
         own = {key: value for key, value in arguments.items() if key != "num_classes"}
-        said = f"{field}.arch_args: {arch} does not take {own}" if own else f"{field}.arch: {arch} cannot be built"
-        raise UserError(f"{said} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+        problem = f"{field}.arch_args: {arch} does not accept {own}" if own else f"{field}.arch: {arch} cannot be built"
+        raise UserError(f"{problem} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
 
 
 def _suggestion(arch: str) -> str:
@@ -87,28 +99,29 @@ def _from_torchvision(name: str, arguments: dict[str, Any], field: str) -> nn.Mo
 
     if name not in models.list_models(module=models):
         raise UserError(_unknown(f"torchvision/{name}", models.list_models(module=models), field))
-    return models.get_model(name, weights=None, **_quiet_inception(name), **arguments)
+    return models.get_model(name, weights=None, **_default_args(name), **arguments)
 
 
-def _quiet_inception(name: str) -> dict[str, Any]:
-    """These two draw their weights in a slow and deprecated way unless told; and their auxiliary heads change the output."""
-    if name == "googlenet":
-        return {"init_weights": True, "aux_logits": False}
-    return {"init_weights": True, "aux_logits": False} if name == "inception_v3" else {}
+def _default_args(name: str) -> dict[str, Any]:
+    """Return arguments for GoogLeNet and Inception v3, whose auxiliary heads would change the type of the output.
+
+    Without `init_weights` torchvision warns that its default will change.
+    """
+    return {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
 
 
 def _from_timm(name: str, arguments: dict[str, Any], field: str) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise UserError(f"{field}: timm/{name} needs timm; pip install 'kd-accel[timm]'") from None
+        raise UserError(f"{field}: timm/{name} requires timm; pip install 'kd-accel[timm]'") from None
     if not timm.is_model(name):
         raise UserError(_unknown(f"timm/{name}", timm.list_models(), field))
     return timm.create_model(name, pretrained=False, **arguments)
 
 
 _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
-_LOADING = {
+_LOADING_ARGS = {
     "cache_dir",
     "checkpoint_path",
     "pretrained",
@@ -117,21 +130,23 @@ _LOADING = {
     "weights",
     "weights_backbone",
 }
-"""Arguments by which the libraries read files, pickles among them, or download."""
+"""Arguments that make the libraries read files, including pickles, or download weights."""
 
 
 def _unknown(arch: str, names: list[str], field: str) -> str:
     library, _, name = arch.partition("/")
     close = [f"{library}/{match}" for match in difflib.get_close_matches(name, names, n=3)]
-    advice = f"did you mean {' or '.join(close)}?" if close else f"name one that it has, such as {library}/resnet18"
+    advice = f"did you mean {' or '.join(close)}?" if close else f"choose one of its classifiers, such as {library}/resnet18"
     return f"{field}: {library} has no classifier {name!r}; {advice}"
 
 
 def _replace_stem(model: nn.Module, stem: Stem, field: str, arch: str) -> None:
-    """ResNets of torchvision and timm name their stem alike."""
+    """Replace the stem of a ResNet in place; torchvision and timm use the same module names."""
     conv, pool = getattr(model, "conv1", None), getattr(model, "maxpool", None)
     if not isinstance(conv, nn.Conv2d) or not isinstance(pool, nn.Module):
-        raise UserError(f"{field}: {stem} is for ResNets with a 7x7 convolution and a max-pool; {arch} is none: use imagenet")
+        raise UserError(
+            f"{field}: {stem!r} requires a ResNet with one convolution and a max-pool as stem, unlike {arch}; use imagenet"
+        )
     model.maxpool = nn.Identity()
     if stem == "cifar":
         model.conv1 = nn.Conv2d(3, conv.out_channels, kernel_size=3, stride=1, padding=1, bias=False)

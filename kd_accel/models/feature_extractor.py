@@ -1,7 +1,10 @@
-"""Recording what named modules give, without changing the model and without a second forward.
+"""Feature extraction: outputs of named modules, recorded by forward hooks during the model's own forward.
 
-A recorder hangs forward hooks on the recorded modules while it is open and takes every one of them away when it closes, whatever
-happened in between. A compiled model must be compiled after the recorder was opened.
+The model itself is not changed, and no second forward is needed. `FeatureExtractor` registers its hooks when it is opened and
+removes all of them when it is closed, after an error too. A model is compiled after its extractor was opened, see
+`compile_with_hooks`.
+
+Shapes: B batch, D channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -17,33 +20,42 @@ from torch import Tensor, nn
 
 from kd_accel.errors import UserError
 
-_LISTED = 12
+_MAX_LISTED = 12
 _PROBED_IMAGES = 2
-_FIELD = "distill.feature.layers"
 
 
 class FeatureExtractor:
-    """While open, each forward of `model` leaves the outputs of the named modules here, to be taken once."""
+    """Recorder of the outputs of named layers, active between `open` and `close` or as a context manager.
 
-    def __init__(self, model: nn.Module, names: Sequence[str], *, field: str = _FIELD) -> None:
-        """Raises UserError for a name that the model does not have; it lists what there is."""
+    Args:
+        model: Network that contains the layers.
+        names: Names of the layers, as in `model.named_modules()`.
+        field: Config key or argument that lists the layers, for error messages.
+
+    Raises:
+        UserError: A name is not a module of the model.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], *, field: str = "layers") -> None:
         self._modules = {name: _find(model, name, field) for name in names}
         self._handles: list[Any] = []
         self._features: dict[str, Tensor] = {}
 
     def open(self) -> FeatureExtractor:
-        assert not self._handles, "the recorder is open already"
+        """Register the forward hooks and return the extractor."""
+        assert not self._handles, "the feature extractor is already open"
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
 
     def close(self) -> None:
+        """Remove the forward hooks and drop the recorded features."""
         while self._handles:
             self._handles.pop().remove()
         self._features = {}
 
     def take(self) -> dict[str, Tensor]:
-        """The features [B, D, H, W] of the latest forward, by layer; forgets them."""
+        """Return the features [B, D, H, W] of the latest forward by layer, and release them."""
         features, self._features = self._features, {}
         return features
 
@@ -61,78 +73,102 @@ class FeatureExtractor:
 
 
 def compile_with_hooks(model: nn.Module) -> None:
-    """`model.compile()` for a model whose recorder is open.
+    """Compile a model in place whose feature extractor is open.
 
-    torch takes it for granted that hooks do not change, and runs what it compiled for one model for another of the same class,
-    whose hooks would be passed over; this makes it look.
+    By default torch.compile assumes that hooks never change, and reuses the code compiled for one model for another one of the
+    same class, without the second model's hooks. This function enables the guards on hooks.
     """
-    from torch._dynamo import config  # heavy, and not needed otherwise
+    from torch._dynamo import config  # slow to import
 
     config.skip_nnmodule_hook_guards = False
     model.compile()
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """An output as its module gave it; torch counts in `_version` how often a tensor has been written to."""
+def probe_layers(
+    model: nn.Module, names: Sequence[str], *, image_size: int, field: str = "layers"
+) -> dict[str, tuple[int, int, int]]:
+    """Determine the feature shapes of layers with one forward, and check that each layer can be recorded.
 
-    output: Any
+    The forward leaves the model, its training modes and the global random generator unchanged.
+
+    Args:
+        model: Network that contains the layers.
+        names: Names of the layers, as in `model.named_modules()`.
+        image_size: Height and width of the images, in pixels.
+        field: Config key or argument that lists the layers, for error messages.
+
+    Returns:
+        Feature shape (D, H, W) by layer.
+
+    Raises:
+        UserError: A layer does not exist, does not run, does not output a feature map, or its output is overwritten in place by
+            a later module; or the model does not accept images of this size. The message lists layers that can be recorded.
+    """
+    modules = {name: _find(model, name, field) for name in names}
+    outputs = _record_outputs(model, modules, image_size)
+    for name in names:
+        if name not in outputs or not outputs[name].is_map or outputs[name].is_overwritten:
+            raise UserError(_explain_unusable(model, name, outputs.get(name), image_size, field))
+    return {name: tuple(outputs[name].value.shape[1:]) for name in names}
+
+
+def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None:
+    """Check with one forward that a model outputs logits [B, num_classes].
+
+    Args:
+        model: Network to check; it stays unchanged.
+        num_classes: Expected number of logits.
+        image_size: Height and width of the images, in pixels.
+
+    Raises:
+        UserError: The model does not accept images of this size, or its output has another type or shape.
+    """
+    output = _record_outputs(model, {"": model}, image_size)[""].value
+    expected = (_PROBED_IMAGES, num_classes)
+    if not isinstance(output, Tensor) or output.shape != expected:
+        actual = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UserError(
+            f"model.arch: {type(model).__name__} returns {actual} for {_PROBED_IMAGES} images, expected logits of shape "
+            f"{expected}, one per class; use another arch, or fix the function that builds it"
+        )
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Output of a module together with its `_version`, PyTorch's count of in-place writes, at the time of the hook."""
+
+    value: Any
     version: int
 
     @property
     def is_map(self) -> bool:
-        """Of a square image: channels-last outputs and attention weights have another height than width there."""
-        return isinstance(self.output, Tensor) and self.output.dim() == 4 and self.output.shape[2] == self.output.shape[3]
+        """Whether the output is a feature map of a square image.
+
+        Channels-last outputs [B, H, W, D] and attention weights have dimensions 2 and 3 of different sizes.
+        """
+        return isinstance(self.value, Tensor) and self.value.dim() == 4 and self.value.shape[2] == self.value.shape[3]
 
     @property
     def is_overwritten(self) -> bool:
-        return isinstance(self.output, Tensor) and self.output._version != self.version
+        return isinstance(self.value, Tensor) and self.value._version != self.version
 
     @property
-    def words(self) -> str:
-        if not isinstance(self.output, Tensor):
-            return f"gives {type(self.output).__name__}"
+    def description(self) -> str:
+        """Type, or shape, of the output for error messages."""
+        if not isinstance(self.value, Tensor):
+            return f"returns {type(self.value).__name__}"
         kind = {3: ", the tokens of a transformer: not supported", 4: ", channels last: not supported"}
-        return f"gives a tensor of shape {tuple(self.output.shape)}{kind.get(self.output.dim(), '')}"
-
-
-def probe_layers(
-    model: nn.Module, names: Sequence[str], *, image_size: int, field: str = _FIELD
-) -> dict[str, tuple[int, int, int]]:
-    """(D, H, W) of each layer for square images of `image_size` pixels. The model and the global generator stay as they are.
-
-    field: the setting that names the layers, for messages. Raises UserError for a layer that is not there, is no feature map, does
-    not run, or is overwritten in place by a later module; it lists modules that can be recorded. Raises UserError too for a
-    model that cannot take images of this size.
-    """
-    modules = {name: _find(model, name, field) for name in names}
-    seen = _see(model, modules, image_size)
-    for name in names:
-        if name not in seen or not seen[name].is_map or seen[name].is_overwritten:
-            raise UserError(_refusal(model, name, seen.get(name), image_size, field))
-    return {name: tuple(seen[name].output.shape[1:]) for name in names}
-
-
-def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None:
-    """Raises UserError for a model that cannot take images of `image_size` pixels, or gives no logits [B, num_classes]."""
-    output = _see(model, {"": model}, image_size)[""].output
-    request = (_PROBED_IMAGES, num_classes)
-    if not isinstance(output, Tensor) or output.shape != request:
-        given = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise UserError(
-            f"model.arch: {type(model).__name__} gives {given} for {_PROBED_IMAGES} images, not logits of shape {request}, one "
-            "for each class; use another arch, or mend the function that builds it"
-        )
+        return f"returns a tensor of shape {tuple(self.value.shape)}{kind.get(self.value.dim(), '')}"
 
 
 @torch.no_grad()
-def _see(model: nn.Module, modules: dict[str, nn.Module], image_size: int) -> dict[str, _Seen]:
-    """One forward in evaluation mode: what each module gave last."""
-    seen: dict[str, _Seen] = {}
+def _record_outputs(model: nn.Module, modules: dict[str, nn.Module], image_size: int) -> dict[str, _Output]:
+    """Run one forward in evaluation mode and return the last output of each module that ran."""
+    outputs: dict[str, _Output] = {}
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            seen[name] = _Seen(output, output._version if isinstance(output, Tensor) else 0)
+            outputs[name] = _Output(output, output._version if isinstance(output, Tensor) else 0)
 
         return record
 
@@ -144,47 +180,48 @@ def _see(model: nn.Module, modules: dict[str, nn.Module], image_size: int) -> di
             device = next((parameter.device for parameter in model.parameters()), None)
             model(torch.zeros(_PROBED_IMAGES, 3, image_size, image_size, device=device))
     except (RuntimeError, AssertionError) as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"data.image_size: {type(model).__name__} cannot take images of {image_size} pixels ({said}); choose another size "
-            "or arch"
+            f"data.image_size: {type(model).__name__} does not accept images of {image_size}x{image_size} pixels ({reason}); "
+            "choose another size or arch"
         ) from None
     finally:
         for handle in handles:
             handle.remove()
         for module, training in was_training.items():
             module.training = training
-    return seen
+    return outputs
 
 
 def _find(model: nn.Module, name: str, field: str) -> nn.Module:
-    modules = _named(model)
+    modules = _named_submodules(model)
     if name in modules:
         return modules[name]
     close = difflib.get_close_matches(name, modules, n=3)
-    top = [key for key in modules if "." not in key]
+    top_level = [key for key in modules if "." not in key]
     raise UserError(
-        f"{field}: the model {type(model).__name__} has no module {name!r}"
-        f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} (top level: {_shortened(top)})"
+        f"{field}: {type(model).__name__} has no module {name!r}"
+        f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} (top level: {_shorten(top_level)})"
     )
 
 
-def _named(model: nn.Module) -> dict[str, nn.Module]:
-    return {key: module for key, module in model.named_modules() if key}
+def _named_submodules(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if name}
 
 
-def _refusal(model: nn.Module, name: str, seen: _Seen | None, image_size: int, field: str) -> str:
-    everything = _see(model, _named(model), image_size)
-    maps = [key for key, value in everything.items() if value.is_map and not value.is_overwritten]
-    top = [key for key in maps if "." not in key] or maps
-    advice = f"use one of {_shortened(top)}" if maps else "this model has none"
-    where = f"{field}: {name!r} of {type(model).__name__}"
-    if seen is None:
-        return f"{where} does not run in a forward pass; {advice}"
-    if seen.is_map:
-        return f"{where} is overwritten in place by a module that follows, so what it gave is lost; {advice}"
-    return f"{where} is no feature map [batch, channels, height, width] (it {seen.words}); {advice}"
+def _explain_unusable(model: nn.Module, name: str, output: _Output | None, image_size: int, field: str) -> str:
+    """Return the error message for a layer that cannot be recorded, with the layers that can."""
+    outputs = _record_outputs(model, _named_submodules(model), image_size)
+    maps = [key for key, value in outputs.items() if value.is_map and not value.is_overwritten]
+    top_level = [key for key in maps if "." not in key] or maps
+    remedy = f"use one of {_shorten(top_level)}" if maps else "this model has no feature maps; use another arch"
+    layer = f"{field}: {name!r} of {type(model).__name__}"
+    if output is None:
+        return f"{layer} does not run in a forward pass; {remedy}"
+    if output.is_map:
+        return f"{layer} is overwritten in place by a later module, so its output is lost; {remedy}"
+    return f"{layer} is not a feature map [batch, channels, height, width] (it {output.description}); {remedy}"
 
 
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (f", ... {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED]) + (f", ... {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else "")

@@ -1,4 +1,4 @@
-"""From the pixels of a view to what a model was trained on. Each model has its own, so teacher and student may differ."""
+"""Input normalization of a network. Teacher and student each have their own, with the mean and std they were trained with."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """Images [B, 3, H, W] in 0..255 (uint8 or float) -> (image / 255 - mean) / std in float32, in a memory layout.
+    """Conversion of images to normalized float32: (image / 255 - mean) / std.
 
-    mean and std are fractions of 1 per channel. They are no part of the state dict: a model file holds the model's own keys.
-    layout: of what it gives, and so of every map behind it; by default the one of the images.
+    Mean and standard deviation are no part of the state dict, so a model file holds only the network's own keys.
+
+    Args:
+        mean: Mean per channel, as fractions of 1.
+        std: Standard deviation per channel, as fractions of 1.
+        memory_format: Memory format of the output, which all feature maps inherit; by default that of the images.
+
+    Shape:
+        Images [B, 3, H, W], uint8 or float, in 0..255; output float32 [B, 3, H, W].
     """
 
     scale: Tensor
@@ -29,17 +36,18 @@ class Normalize(nn.Module):
         self.register_buffer("shift", (-mean_3 / std_3).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Normalize `images`; float images keep their gradient."""
         if images.dtype == torch.uint8:
             pixels = images.to(torch.float32, memory_format=self._memory_format)
-            return pixels.mul_(_along_rows(self.scale, pixels)).add_(_along_rows(self.shift, pixels))
+            return pixels.mul_(_repeat_along_row(self.scale, pixels)).add_(_repeat_along_row(self.shift, pixels))
         pixels = images.to(memory_format=self._memory_format)
-        return pixels * _along_rows(self.scale, pixels) + _along_rows(self.shift, pixels)
+        return pixels * _repeat_along_row(self.scale, pixels) + _repeat_along_row(self.shift, pixels)
 
 
-def _along_rows(values: Tensor, pixels: Tensor) -> Tensor:
-    """[1, 3, 1, 1] as [1, 3, 1, W] where a CPU has channels innermost.
+def _repeat_along_row(values: Tensor, pixels: Tensor) -> Tensor:
+    """Repeat [1, 3, 1, 1] to [1, 3, 1, W] for channels_last images on a CPU.
 
-    A kernel's inner loop then runs along a sample of pixels and not along three values, in a sixth of the time.
+    The inner loop of the CPU kernel then runs over a row of pixels, not over three channels: a sixth of the time.
     """
     if pixels.device.type != "cpu" or not pixels.is_contiguous(memory_format=torch.channels_last):
         return values

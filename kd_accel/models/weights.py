@@ -1,7 +1,7 @@
-"""Model files: what a run leaves to be deployed, and weights that come from elsewhere.
+"""Model files of a run, and pretrained weights from files or from the libraries.
 
-A model is `model.safetensors` with the library's own keys and `model.json` (ModelCard) with what is needed to use it. Nothing
-that a user passes in is unpickled.
+A saved model is `model.safetensors`, with the state dict keys of torchvision, timm or the user's own code, and `model.json`,
+with its architecture and preprocessing (`ModelCard`). Files given by a user are never unpickled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ from kd_accel.models.factory import build_model
 
 @dataclass(frozen=True)
 class ModelCard:
-    """How to rebuild and feed a saved model. mean and std: per channel, in 0..1. image_size: pixels."""
+    """Architecture, classes and preprocessing of a saved model; the content of `model.json`.
+
+    Attributes:
+        arch: Name of the architecture, as for `build_model`.
+        stem: Stem of a ResNet.
+        arch_args: Further arguments of the architecture.
+        label_names: Name of each class, in the order of the logits.
+        mean: Mean per channel that images are normalized with, as fractions of 1.
+        std: Standard deviation per channel, as fractions of 1.
+        image_size: Height and width of the training images, in pixels.
+    """
 
     arch: str
     stem: Stem
@@ -39,7 +49,16 @@ class ModelCard:
 
 
 def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
-    """Write model.safetensors and model.json, each whole or not at all."""
+    """Write `model.safetensors` and `model.json`, each atomically.
+
+    Args:
+        directory: Existing directory, usually that of a run.
+        model: Network whose state dict is written.
+        card: Description of the network.
+
+    Raises:
+        UserError: A file cannot be written; the previous one is then kept.
+    """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     text = json.dumps(asdict(card), indent=2) + "\n"
     try:
@@ -47,22 +66,27 @@ def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
         write_whole(directory / "model.json", lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write the model to {directory} ({error}); see that the directory is there and has space, and start again"
+            f"cannot write the model to {directory} ({error}); check that the directory exists, is writable and has free "
+            "space, then start again"
         ) from None
 
 
 def load_card(directory: Path) -> ModelCard:
-    """model.json of a run directory. Raises UserError for an empty, damaged or missing one."""
+    """Load `model.json` from a run directory.
+
+    Raises:
+        UserError: The file is missing, empty or damaged.
+    """
     path = directory / "model.json"
-    content = read_json(path, remedy="no finished run there; train it first, or name another directory")
+    content = read_json(path, remedy="no finished run in this directory; train it first, or choose another directory")
     wrong = [name for name, is_valid in _VALID.items() if not is_valid(content.get(name))]
     if wrong:
-        raise UserError(f"{path}: damaged ({', '.join(wrong)} wrong or missing); train the run again")
+        raise UserError(f"{path}: is damaged ({', '.join(wrong)} wrong or missing); train the run again")
     return ModelCard(**{field.name: content[field.name] for field in fields(ModelCard)})
 
 
-def _are_three(values: Any, *, above: float) -> bool:
-    """One finite number per color."""
+def _is_per_channel(values: Any, *, above: float) -> bool:
+    """Return whether `values` are three finite numbers greater than `above`."""
     return isinstance(values, list) and len(values) == 3 and all(_is_number(v) and above < v < float("inf") for v in values)
 
 
@@ -75,14 +99,25 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "stem": lambda value: value in get_args(Stem),
     "arch_args": lambda value: isinstance(value, dict),
     "label_names": lambda value: isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value),
-    "mean": lambda value: _are_three(value, above=float("-inf")),
-    "std": lambda value: _are_three(value, above=0),
+    "mean": lambda value: _is_per_channel(value, above=float("-inf")),
+    "std": lambda value: _is_per_channel(value, above=0),
     "image_size": lambda value: _is_number(value) and isinstance(value, int) and 0 < value <= MAX_IMAGE_SIZE,
 }
 
 
 def load_run_model(directory: Path, *, field: str = "model") -> tuple[nn.Module, ModelCard]:
-    """The model of a finished run, in evaluation mode on the CPU, and its card."""
+    """Load the model of a finished run.
+
+    Args:
+        directory: Run directory.
+        field: Config section or argument that contains the directory, for error messages.
+
+    Returns:
+        The network, in evaluation mode on the CPU, and its card.
+
+    Raises:
+        UserError: The run is not finished, its files are damaged, or it uses code of a user that is not allowed to run.
+    """
     card = load_card(directory)
     if problem := import_problem(card.arch, field=field, where=str(directory / "model.json")):
         raise UserError(problem)
@@ -92,24 +127,54 @@ def load_run_model(directory: Path, *, field: str = "model") -> tuple[nn.Module,
 
 
 def load_weights(model: nn.Module, weights: str, *, arch: str, is_exact: bool, field: str = "model") -> list[str]:
-    """Fill a model from a run directory, a .safetensors file, or weights that the library knows by name.
+    """Load weights into a model, from a run directory, a `.safetensors` file or a library.
 
-    is_exact: every tensor must fit (a teacher). Otherwise a classifier or stem of another shape keeps its fresh values, and
-    the returned notices say so (fine-tuning onto other classes). Raises UserError for anything else that does not fit.
+    Args:
+        model: Network to load into, on the CPU.
+        weights: Path, or a name such as `IMAGENET1K_V2` (torchvision) or a pretrained tag (timm).
+        arch: Name of the network's architecture.
+        is_exact: Whether all tensors must match, as for a teacher. Otherwise a classifier or stem of another shape keeps its
+            random weights, as in fine-tuning on other classes.
+        field: Config section that contains the weights, for error messages.
+
+    Returns:
+        A notice for each module that keeps its random weights.
+
+    Raises:
+        UserError: The weights cannot be read or do not fit the model.
     """
     read = _read_weights(weights, model, arch=arch, section=field)
-    tensors = {name: tensor for name, tensor in read.items() if not name.startswith(_AUXILIARY_HEADS.get(arch, ()))}
-    own = model.state_dict()
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = [name for name in own if name not in tensors and name not in optional]
-    unknown = [name for name in tensors if name not in own]
-    misshapen = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
-    if not missing and not unknown and not misshapen:
-        return _copied(model, tensors, [])
-    replaceable = set() if is_exact else _classifier_and_stem(own)
-    if (set(missing) | set(misshapen)) <= replaceable and all(_head_of(name) in _heads(replaceable) for name in unknown):
-        return _copied(model, tensors, sorted({_head_of(name) for name in [*missing, *misshapen]}))
-    raise UserError(f"{field}.weights: {_misfit(weights, arch, own, tensors, (missing, unknown, misshapen))}")
+    tensors = {key: tensor for key, tensor in read.items() if not key.startswith(_AUXILIARY_HEADS.get(arch, ()))}
+    state = model.state_dict()
+    mismatch = _compare(state, tensors)
+    if mismatch == _Mismatch([], [], []):
+        return _copy(state, tensors, [])
+    replaceable = set() if is_exact else set(_stem_and_classifier(state))
+    if {_module_of(key) for key in mismatch.all_keys} <= replaceable:
+        return _copy(state, tensors, sorted({_module_of(key) for key in [*mismatch.missing, *mismatch.misshapen]}))
+    raise UserError(f"{field}.weights: {_explain_mismatch(weights, arch, state, tensors, mismatch)}")
+
+
+@dataclass(frozen=True)
+class _Mismatch:
+    """State dict keys in which weights differ from a model: missing, not expected, or of another shape."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    @property
+    def all_keys(self) -> list[str]:
+        return [*self.missing, *self.unexpected, *self.misshapen]
+
+
+def _compare(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> _Mismatch:
+    """Compare weights with a model's state dict; BatchNorm's batch counters, which many files omit, may be missing."""
+    return _Mismatch(
+        missing=[key for key in state if key not in tensors and not key.endswith("num_batches_tracked")],
+        unexpected=[key for key in tensors if key not in state],
+        misshapen=[key for key in state if key in tensors and state[key].shape != tensors[key].shape],
+    )
 
 
 def _read_weights(weights: str, model: nn.Module, *, arch: str, section: str) -> dict[str, Tensor]:
@@ -121,11 +186,11 @@ def _read_weights(weights: str, model: nn.Module, *, arch: str, section: str) ->
         return _read_safetensors(path, field)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise UserError(
-            f"{field}: {weights} is a pickle, which can run code when it is read; convert it with "
+            f"{field}: {weights} is a pickle, which can run arbitrary code when it is loaded; convert it with "
             "safetensors.torch.save_file(state_dict, 'weights.safetensors')"
         )
     if "/" in weights:
-        raise UserError(f"{field}: there is no run directory {weights!r}; train it first, or check the path")
+        raise UserError(f"{field}: run directory {weights!r} not found; train it first, or check the path")
     if arch in _AUXILIARY_HEADS and not getattr(model, "transform_input", True):
         raise UserError(
             f"{field}: {weights} of {arch} was trained with transform_input, so the model needs it too; "
@@ -136,19 +201,19 @@ def _read_weights(weights: str, model: nn.Module, *, arch: str, section: str) ->
 
 
 _AUXILIARY_HEADS = {"torchvision/googlenet": ("aux1.", "aux2."), "torchvision/inception_v3": ("AuxLogits.",)}
-"""Beside the classifier, for torchvision's own way of training them; no model here has any."""
+"""Key prefixes of the auxiliary classifiers, which `build_model` leaves out, by architecture."""
 
 
 def _read_safetensors(path: Path, field: str) -> dict[str, Tensor]:
     try:
         tensors = read_tensors(path)
     except FileNotFoundError:
-        raise UserError(f"{field}: no file {path}; check the path, or train the run again") from None
+        raise UserError(f"{field}: file {path} not found; check the path, or train the run again") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{field}: {path} is damaged or no safetensors file ({error})") from None
-    for name, tensor in tensors.items():
+        raise UserError(f"{field}: {path} is damaged or not a safetensors file ({error}); use another file") from None
+    for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{field}: {name} of {path} holds numbers that are not finite; take other weights")
+            raise UserError(f"{field}: {key} in {path} contains values that are not finite; use other weights")
     return tensors
 
 
@@ -159,7 +224,8 @@ def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:
             from torchvision import models
 
             known_weights = models.get_model_weights(model_name)[name]
-            return models.get_model(model_name, weights=known_weights, progress=False).state_dict()  # renames old keys
+            # Through the model, not its file: torchvision renames keys of older files while it loads them.
+            return models.get_model(model_name, weights=known_weights, progress=False).state_dict()
         if library == "timm":
             import timm
 
@@ -167,69 +233,66 @@ def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:
             return timm.create_model(tagged, pretrained=True).state_dict()
     except KeyError:
         known = ", ".join(models.get_model_weights(model_name).__members__)
-        raise UserError(f"{field}: {arch} has no weights {name!r} (there are: {known})") from None
-    except Exception as error:  # every client raises its own kind when there is no network or no such name
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{field}: {arch} has no weights {name!r}; choose one of: {known}") from None
+    except Exception as error:  # without a network, or for an unknown name, each HTTP client raises its own exceptions
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{field}: cannot download {name!r} of {arch} ({said}); without a network give a "
-            ".safetensors file, or null to start from random weights"
+            f"{field}: cannot download {name!r} of {arch} ({reason}); without network access use a .safetensors file, or null "
+            "for random initial weights"
         ) from None
-    raise UserError(f"{field}: {name!r} is no run directory and no .safetensors file, and {library} knows no weights by name")
-
-
-def _classifier_and_stem(own: Mapping[str, Tensor]) -> set[str]:
-    """Keys of the first and of the last module that has a weight of two or more dimensions."""
-    ends = _ends(own)
-    return {name for name in own if _head_of(name) in ends}
-
-
-def _ends(own: Mapping[str, Tensor]) -> list[str]:
-    """Names of these two modules: stem, classifier."""
-    weights = [name for name, tensor in own.items() if tensor.dim() >= 2]
-    return [_head_of(weights[0]), _head_of(weights[-1])] if weights else []
-
-
-def _heads(names: set[str]) -> set[str]:
-    return {_head_of(name) for name in names}
-
-
-def _head_of(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _copied(model: nn.Module, tensors: dict[str, Tensor], replaced: list[str]) -> list[str]:
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in own and _head_of(name) not in replaced:
-                own[name].copy_(tensor)
-    return [f"{name}: starts from random weights, because the weights given have another shape there" for name in replaced]
-
-
-def _misfit(
-    weights: str,
-    arch: str,
-    own: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    differences: tuple[list[str], list[str], list[str]],
-) -> str:
-    missing, unknown, misshapen = differences
-    if misshapen and not missing and not unknown and {_head_of(name) for name in misshapen} == set(_ends(own)[1:]):
-        name = misshapen[0]
-        return f"{weights} has {tensors[name].shape[0]} classes ({name}), but {own[name].shape[0]} are wanted"
-    parts = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
-        if names
-    ]
-    return (
-        f"{weights} does not fit {arch}: of its tensors {'; '.join(parts)}. Set arch and stem to what it was made with"
-        f"{_made_with(Path(weights))}"
+    raise UserError(
+        f"{field}: {name!r} is neither a run directory nor a .safetensors file, and {arch} has no weights by name; use one of "
+        "these, or null for random initial weights"
     )
 
 
-def _made_with(path: Path) -> str:
-    """Where a model card tells."""
+def _stem_and_classifier(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the first and the last module with a weight of two or more dimensions."""
+    weights = [key for key, tensor in state.items() if tensor.dim() >= 2]
+    return [_module_of(weights[0]), _module_of(weights[-1])] if weights else []
+
+
+def _module_of(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _copy(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], replaced: list[str]) -> list[str]:
+    """Copy tensors into a state dict except those of the replaced modules, and return a notice for each of these."""
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            if key in state and _module_of(key) not in replaced:
+                state[key].copy_(tensor)
+    return [f"{name}: starts from random weights, because the given weights do not fit its shape" for name in replaced]
+
+
+def _explain_mismatch(
+    weights: str, arch: str, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], mismatch: _Mismatch
+) -> str:
+    """Return the error message for weights that do not fit a model."""
+    is_classifier = {_module_of(key) for key in mismatch.all_keys} == set(_stem_and_classifier(state)[1:])
+    if mismatch.misshapen == mismatch.all_keys and is_classifier:
+        key = mismatch.misshapen[0]
+        return (
+            f"{weights} has {tensors[key].shape[0]} classes ({key}), expected {state[key].shape[0]}; use weights trained on "
+            "the same classes"
+        )
+    differences = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in (
+            ("missing", mismatch.missing),
+            ("unexpected", mismatch.unexpected),
+            ("of another shape", mismatch.misshapen),
+        )
+        if keys
+    ]
+    return (
+        f"{weights} does not fit {arch}: of its tensors {'; '.join(differences)}. Set arch and stem to those the weights were "
+        f"trained with{_trained_with(Path(weights))}"
+    )
+
+
+def _trained_with(path: Path) -> str:
+    """Return architecture and stem of weights that have a model card, else an empty string."""
     directory = path if path.is_dir() else path.parent
     if not path.exists() or not (directory / "model.json").is_file():
         return ""

@@ -1,1 +1,1 @@
-"""What a person reads: tables, pictures and W&B."""
+"""Result tables and figures."""

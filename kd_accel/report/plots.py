@@ -1,6 +1,6 @@
-"""The two pictures of a report: learning curves, and accuracy against latency with a dot a model.
+"""Figures of a report: learning curves, and accuracy against latency with one marker per model.
 
-In: lines of metrics.jsonl and rows of the table. Out: PNG files. Drawn on figures of their own, so no window is ever needed.
+In: lines of metrics.jsonl and rows of the table. Out: PNG files. Figures are drawn without pyplot, so no display is needed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 _MARKED_POINTS = 50
-_MARKERS = "oxs+^Dv*"  # hollow and crossing, so that of two models in one place both are seen
+_MARKERS = "oxs+^Dv*"  # hollow next to crossing, so that two models in one place are both visible
 _LEAST_SPAN_PERCENT = 2.0
 _HIGHEST_PERCENT = 100.1
 
 
 def plot_learning_curves(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """curves: (name of the run, lines of metrics.jsonl). Training loss by step, accuracy on the validation rows by epoch."""
+    """Plot training loss by step and validation accuracy by epoch to a PNG file.
+
+    Args:
+        curves: (name, lines of metrics.jsonl) of each run.
+        path: The file.
+    """
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for name, lines in curves:
-        _draw(loss, name, lines, split="train", across="step", up="loss", scale=1)
-        _draw(accuracy, name, lines, split="val", across="epoch", up="accuracy", scale=100)
+        _draw(loss, name, lines, split="train", x="step", y="loss", scale=1)
+        _draw(accuracy, name, lines, split="val", x="epoch", y="accuracy", scale=100)
     loss.set(xlabel="optimizer step", ylabel="training loss (each run's own sum)", yscale="log")
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_major_formatter("{x:g}")
@@ -39,7 +44,12 @@ def plot_learning_curves(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]
 
 
 def plot_accuracy_against_latency(points: Sequence[tuple[str, float, float]], path: Path) -> None:
-    """points: (name, latency in milliseconds, accuracy as a fraction of 1)."""
+    """Plot test accuracy against latency to a PNG file.
+
+    Args:
+        points: (name, latency in milliseconds, accuracy as a fraction of 1) of each model.
+        path: The file.
+    """
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
     axes = figure.subplots()
     for index, (name, latency_ms, accuracy) in enumerate(points):
@@ -57,7 +67,7 @@ def plot_accuracy_against_latency(points: Sequence[tuple[str, float, float]], pa
 
 
 def _widen(axes: Axes) -> None:
-    """A hair's breadth of accuracy shall not fill the picture: it would look like a ranking. Nor is there any above 100 %."""
+    """Widen the accuracy axis to two points or more, not beyond 100 %: tiny differences would look like a ranking."""
     lower, upper = axes.get_ylim()
     middle = (lower + upper) / 2
     half = max(upper - lower, _LEAST_SPAN_PERCENT) / 2
@@ -65,13 +75,18 @@ def _widen(axes: Axes) -> None:
     axes.set_ylim(middle - half - excess, middle + half - excess)
 
 
-def _draw(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]], *, split: str, across: str, up: str, scale: float) -> None:
-    chosen = [line for line in lines if line["split"] == split and up in line]
+def _draw(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]], *, split: str, x: str, y: str, scale: float) -> None:
+    chosen = [line for line in lines if line["split"] == split and y in line]
     marker = "." if len(chosen) <= _MARKED_POINTS else ""
-    across_values, up_values = [line[across] for line in chosen], [scale * line[up] for line in chosen]
-    axes.plot(across_values, up_values, label=_plain(name), marker=marker, linewidth=1.2)
+    axes.plot(
+        [line[x] for line in chosen],
+        [scale * line[y] for line in chosen],
+        label=_plain(name),
+        marker=marker,
+        linewidth=1.2,
+    )
 
 
 def _plain(name: str) -> str:
-    """No formula: matplotlib would read one between two dollars."""
+    """Escape dollars, between which matplotlib would read a formula."""
     return name.replace("$", r"\$")

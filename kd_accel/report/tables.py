@@ -1,8 +1,8 @@
-"""The table of results: the columns of the reference job, filled from what runs and bench left on disk.
+"""Table of results, with the columns of the reference job, from the files of finished runs and of a bench.
 
-In: run directories (summary.json, metrics.jsonl) and a bench file. Out: results.md, results.json and, where matplotlib is
-installed, two pictures. Accuracies are fractions of 1 in files and percent in tables; the latency of a row is the median at
-batch size 1.
+In: run directories (summary.json, metrics.jsonl) and a bench file. Out: results.md, results.json and, if matplotlib is
+installed, two figures. Accuracies are fractions of 1 in files and percent in tables; a row's latency is the median at batch
+size 1.
 """
 
 from __future__ import annotations
@@ -37,9 +37,17 @@ _MAX_CURVE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """A model in the table. accuracy: test split, fraction of 1. parameters, macs: whole numbers. latency_ms: batch size 1.
+    """Row of the table: one model and its figures.
 
-    graph_latency_ms: of the same forward replayed as a CUDA graph, None where that was not measured.
+    Attributes:
+        name: Name of the run.
+        role: teacher, student or distilled.
+        arch: Architecture.
+        accuracy: On the test split, fraction of 1.
+        parameters: Number of parameters.
+        macs: Multiply-adds per image; None without a bench.
+        latency_ms: Median at batch size 1; None where not measured.
+        graph_latency_ms: Median of the same forward replayed as a CUDA graph; None where not measured.
     """
 
     name: str
@@ -52,13 +60,19 @@ class Row:
     graph_latency_ms: float | None = None
 
     def figures(self) -> dict[str, Any]:
-        """Return the row of results.json, which has no `graph_latency_ms` where there is none."""
+        """Return the row for results.json, without `graph_latency_ms` if that is None."""
         return {name: value for name, value in asdict(self).items() if name != _GRAPH or value is not None}
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run as read from its directory. curve: the lines of metrics.jsonl."""
+    """Results of a finished run.
+
+    Attributes:
+        row: Its row of the table.
+        summary: Content of summary.json.
+        curve: Lines of metrics.jsonl.
+    """
 
     row: Row
     summary: dict[str, Any]
@@ -68,9 +82,19 @@ class RunResult:
 def write_report(
     directories: Sequence[Path], *, out: Path, bench_file: Path | None = None, say: Callable[[str], None] = print
 ) -> str:
-    """Write everything to `out`; returns the table. Raises UserError for a run that is not finished or cannot be read.
+    """Write results.md, results.json and the figures.
 
-    say: called with a line for the user where the pictures are left out.
+    Args:
+        directories: Run directories, in the order of the rows.
+        out: Directory to write to.
+        bench_file: File of `kd-accel bench` with the figures of all runs; None = no MACs and latencies.
+        say: Prints a notice if the figures are skipped.
+
+    Returns:
+        The table in Markdown.
+
+    Raises:
+        UserError: A run is not finished or cannot be read, the bench lacks it, or `out` cannot be written.
     """
     bench = _read_bench(bench_file) if bench_file else {}
     results = [load_result(directory, bench.get(str(directory))) for directory in directories]
@@ -78,8 +102,8 @@ def write_report(
     if missing:
         names = " ".join(map(str, directories))
         raise UserError(
-            f"--bench {bench_file}: has no figures of {', '.join(missing)} as it is now; measure all of them, by the paths "
-            f"that report is given: kd-accel bench {names} --out {bench_file}"
+            f"--bench {bench_file}: has no figures of {', '.join(missing)} in its present state; measure all runs, by the "
+            f"paths given to report: kd-accel bench {names} --out {bench_file}"
         )
     text = results_table(results)
     try:
@@ -89,30 +113,38 @@ def write_report(
         (out / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _plot(results, out, say)
     except OSError as error:
-        raise UserError(f"--out: cannot write to {out} ({error.strerror}); name a directory that may be written") from None
+        raise UserError(f"--out: cannot write to {out} ({error.strerror}); use a directory with write permission") from None
     return text
 
 
 def _plot(results: Sequence[RunResult], out: Path, say: Callable[[str], None]) -> None:
-    curves, picture = out / "learning_curves.png", out / "accuracy_latency.png"
-    for old in (curves, picture):
-        old.unlink(missing_ok=True)  # pictures of an earlier report would show other runs
+    curves, scatter = out / "learning_curves.png", out / "accuracy_latency.png"
+    for old in (curves, scatter):
+        old.unlink(missing_ok=True)  # figures of an earlier report would show other runs
     try:
         from kd_accel.report.plots import plot_accuracy_against_latency, plot_learning_curves
     except ModuleNotFoundError:
-        say("pictures are left out: matplotlib is not installed")
+        say("figures are skipped: matplotlib is not installed")
         return
     plot_learning_curves([(result.row.name, result.curve) for result in results], curves)
     points = [
         (result.row.name, result.row.latency_ms, result.row.accuracy) for result in results if result.row.latency_ms is not None
     ]
     if points:
-        plot_accuracy_against_latency(points, picture)
+        plot_accuracy_against_latency(points, scatter)
 
 
 def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
-    """A run and its entry in a bench file."""
-    summary = read_json(directory / "summary.json", remedy="no finished run there; train it first")
+    """Load a finished run.
+
+    Args:
+        directory: Run directory.
+        bench: The run's entry in a bench file; None = without MACs and latency.
+
+    Raises:
+        UserError: The run is not finished, or its files are damaged.
+    """
+    summary = read_json(directory / "summary.json", remedy="not a finished run; train it first")
     try:
         latency_ms, graph_ms = _latencies(bench) if bench else (None, None)
         row = Row(
@@ -131,7 +163,7 @@ def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
 
 
 def results_table(results: Sequence[RunResult]) -> str:
-    """Return Markdown, with a column for CUDA graphs if any was measured, and for CIFAR-10 with the reference's own figures."""
+    """Format results as Markdown: with a column for CUDA graphs if any was measured, and one with the reference on CIFAR-10."""
     has_reference = any(_is_cifar10(result) for result in results)
     has_graphs = any(result.row.graph_latency_ms is not None for result in results)
     header = ["Model", "Architecture", "Accuracy (%)", "Parameters (M)", "MACs (M)", "Latency (ms)"]
@@ -173,7 +205,7 @@ def _is_cifar10(result: RunResult) -> bool:
 
 
 def _latencies(bench: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Return medians at batch size 1, eager and as a CUDA graph, which files of earlier versions lack."""
+    """Return the medians at batch size 1, eager and as a CUDA graph; the latter is absent from files of earlier versions."""
     entry = next((entry for entry in bench["latency"] if entry["batch_size"] == 1), None)
     if entry is None:
         return None, None
@@ -186,11 +218,13 @@ def _read_bench(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return {entry["name"]: entry for entry in content["models"]}
     except (KeyError, TypeError):
-        raise UserError(f"--bench {path}: is no file of kd-accel bench") from None
+        raise UserError(
+            f"--bench {path}: is not a file of kd-accel bench; measure again: kd-accel bench RUN ... --out FILE"
+        ) from None
 
 
 def _has_figures(bench: dict[str, dict[str, Any]], directory: Path) -> bool:
-    """Of the model that stands there today."""
+    """Return whether the bench has figures of the run's present model."""
     entry = bench.get(str(directory))
     return entry is not None and entry.get("digest") in (None, model_digest(directory))
 
@@ -198,19 +232,19 @@ def _has_figures(bench: dict[str, dict[str, Any]], directory: Path) -> bool:
 def _read_curve(path: Path) -> list[dict[str, Any]]:
     try:
         if path.stat().st_size > _MAX_CURVE_BYTES:
-            raise UserError(f"{path}: is longer than {_MAX_CURVE_BYTES // 2**20} MiB, so no pictures are drawn of it")
+            raise UserError(f"{path}: is longer than {_MAX_CURVE_BYTES // 2**20} MiB, the limit; train the run again")
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); train the run again") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: cannot be read (a line is no JSON); train the run again") from None
+        raise UserError(f"{path}: cannot be read (a line is not valid JSON); train the run again") from None
     if not all(isinstance(line, dict) and _is_event(line) for line in lines):
         raise UserError(f"{path}: cannot be read (a line without step, epoch and split); train the run again")
     return lines
 
 
 def _is_event(line: dict[str, Any]) -> bool:
-    """What the pictures take from it are numbers."""
+    """Return whether a line has a split and, for what the figures show, finite numbers."""
     numbers = [line.get("step"), line.get("epoch"), *(line[key] for key in ("loss", "accuracy") if key in line)]
     return isinstance(line.get("split"), str) and all(
         isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15 for value in numbers

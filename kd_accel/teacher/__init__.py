@@ -1,1 +1,1 @@
-"""Who teaches: a teacher that answers live, locked, and the digests by which it is recognized."""
+"""The teacher: a frozen classifier with its own normalization, loaded from a run or from weights, run live."""

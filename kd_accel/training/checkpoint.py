@@ -1,10 +1,10 @@
-"""The state of a training on disk: whole or not there, without pickle, and enough of it to go on exactly.
+"""Checkpoints: the state of a training on disk, written atomically and without pickle.
 
-A checkpoint is a directory `checkpoints/step-00000123` with safetensors for what is large and one state.json for the rest,
+A checkpoint is a directory `checkpoints/step-00000123` with safetensors files for tensors and one state.json for the rest,
 which also holds size and checksum of each file. It is written under a temporary name and renamed, so a kill at any instant
-leaves the checkpoints before it untouched. Reading takes the newest that is whole and names each that is not.
+leaves the checkpoints before it untouched. Reading takes the newest intact checkpoint, with a warning for each damaged one.
 
-state.json: {"version", "files": {name: {"bytes", "xxh3_128"}}, "state": {...}}; what "state" holds is TrainState's business.
+state.json: {"version", "files": {name: {"bytes", "xxh3_128"}}, "state": {...}}; training/state.py defines "state".
 """
 
 from __future__ import annotations
@@ -30,14 +30,22 @@ from kd_accel.errors import UserError
 from kd_accel.io.files import flush, load_json, write_whole
 from kd_accel.io.tensors import read_tensors
 
-VERSION = 1
+VERSION = 2
+"""Version of the format; a checkpoint of another version is refused."""
+
 _PREFIX = "step-"
 _STEP = re.compile(r"step-[0-9]{8,18}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint directory holds. tensors: by file stem, then by name, on the CPU."""
+    """Contents of a checkpoint directory.
+
+    Attributes:
+        path: of the directory.
+        state: plain values.
+        tensors: tensors on the CPU, by file stem, then by name.
+    """
 
     path: Path
     state: dict[str, Any]
@@ -47,9 +55,20 @@ class Checkpoint:
 def save_checkpoint(
     directory: Path, *, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write `directory/step-N` atomically, then remove all but `keep` up to it, and damaged ones of later steps.
+    """Write `directory/step-N` atomically, then remove superseded checkpoints: older than the latest `keep`, or of later steps.
 
-    Raises UserError when the disk refuses (full, read-only); what was there is untouched.
+    Args:
+        directory: of the checkpoints.
+        step: optimizer steps done.
+        tensors: contiguous tensors on the CPU, by file stem, then by name.
+        state: plain values for state.json.
+        keep: number of checkpoints to keep.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        UserError: the disk is full, read-only or broken; earlier checkpoints are untouched.
     """
     final = directory / f"{_PREFIX}{step:08d}"
     temporary = directory / f".{final.name}.tmp-{os.getpid()}"
@@ -74,37 +93,52 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"checkpoint: cannot write {final} ({error}); free some space or name another place with run_dir, then start "
-            "again: the training goes on from the last whole checkpoint"
+            f"checkpoint: cannot write {final} ({error}); free some space or move the run directory, then run the same command "
+            "again: the training resumes from the last intact checkpoint"
         ) from None
     return final
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time: who asks for one waits for the one before it, not for the disk."""
+    """Writer of checkpoints in a thread, one at a time, so that training continues meanwhile.
+
+    An error of a write is raised by the next call of `write` or `wait`.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
 
     def write(self, directory: Path, **content: Any) -> None:
-        """`save_checkpoint` with these arguments, which nobody changes any more. Raises what the one before it raised."""
+        """Start `save_checkpoint` with these arguments, once the write before it has ended.
+
+        Args:
+            directory: of the checkpoints.
+            **content: the other arguments of `save_checkpoint`; the caller must not change them afterwards.
+
+        Raises:
+            UserError: the write before it has failed.
+        """
         self.wait()
         self._writing = self._thread.submit(save_checkpoint, directory, **content)
 
     def wait(self) -> None:
-        """Until the last one is on the disk. Raises UserError when the disk has refused it."""
+        """Wait until the last checkpoint is on the disk. Raises UserError if its write has failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Without raising anything, for a training that ends with an error of its own."""
+        """End the thread after its last write, without raising: a training may end with another error."""
         self._thread.shutdown(wait=True)
 
 
 def find_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint, or None. One that is damaged is named in a warning and passed over."""
+    """Return the newest intact checkpoint, None without one; each newer, damaged checkpoint is named in a warning.
+
+    Raises:
+        UserError: a checkpoint has been written in another version of the format.
+    """
     for path in _step_directories(directory):
         damage = _damage(path)
         if damage is None:
@@ -114,27 +148,27 @@ def find_checkpoint(directory: Path) -> Path | None:
 
 
 def has_checkpoints(directory: Path) -> bool:
-    """Whether any stands there, whole or not."""
+    """Return whether a directory holds any checkpoint, intact or damaged."""
     return bool(_step_directories(directory))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that `find_checkpoint` found whole. Raises UserError where its files hold no tensors all the same."""
+    """Read a checkpoint that `find_checkpoint` has returned. Raises UserError if a file is not a safetensors file."""
     content = load_json(path / "state.json")
     try:
         tensors = {Path(name).stem: read_tensors(path / name) for name in content["files"]}
     except ValueError as error:
-        raise UserError(f"{path}: a file of it is no safetensors file ({error}); remove this checkpoint") from None
+        raise UserError(f"{path}: a file in it is not a valid safetensors file ({error}); remove this checkpoint") from None
     return Checkpoint(path, content["state"], tensors)
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module as it is now, copied to the host, contiguous, as safetensors wants it."""
+    """Copy the state of a module to the CPU, contiguous, as safetensors requires."""
     return {name: _copied(tensor) for name, tensor in module.state_dict().items()}
 
 
 def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy values into the tensors that exist, so that device and memory layout stay as they are."""
+    """Copy values into the module's tensors, which keep their device and memory format."""
     own = module.state_dict()
     assert own.keys() == tensors.keys(), own.keys() ^ tensors.keys()
     with torch.no_grad():
@@ -143,7 +177,11 @@ def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state per parameter as ("index.name" -> tensor, "index.name" -> plain number)."""
+    """Copy the optimizer's state to the CPU.
+
+    Returns:
+        Tensors and plain numbers, each by "index of the parameter.name".
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
@@ -156,7 +194,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """The inverse of `optimizer_tensors`; each tensor takes the layout of its parameter."""
+    """Load the state that `optimizer_tensors` returned; each tensor takes the memory format of its parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**numbers, **tensors}.items():
@@ -173,7 +211,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _step_directories(directory: Path) -> list[Path]:
-    """Newest first. A link is none: what it points to is not ours to read or to remove."""
+    """List the checkpoint directories, newest first, without symbolic links: their targets are not ours to read or remove."""
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if _STEP.fullmatch(path.name))
@@ -181,17 +219,19 @@ def _step_directories(directory: Path) -> list[Path]:
 
 
 def _superseded(directory: Path, newest: Path, *, keep: int) -> list[Path]:
-    """All but `keep` up to the newest, and those of later steps: a resume has passed them over, so they are damaged."""
+    """List the checkpoints to remove after `newest` was written.
+
+    Those of later steps are damaged: the training has resumed from an earlier one.
+    """
     later = [path for path in _step_directories(directory) if path > newest]
     return later + [path for path in _step_directories(directory) if path <= newest][keep:]
 
 
 def _damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
+    """Describe the damage of a checkpoint, None for an intact one. Raises UserError for another version of the format."""
     try:
         content = load_json(path / "state.json")
-        if content["version"] != VERSION:
-            return f"state.json has version {str(content['version'])[:20]}, this program reads {VERSION}"
+        _refuse_other_version(path, content["version"])
         if not isinstance(content["state"], dict):
             return "state.json is damaged"
         return next(_damaged_files(path, content["files"]), None)
@@ -201,12 +241,24 @@ def _damage(path: Path) -> str | None:
         return "state.json is damaged"
 
 
+def _refuse_other_version(path: Path, version: Any) -> None:
+    """Raise UserError for a checkpoint of another version, TypeError for a version that is not a number."""
+    if not isinstance(version, int):
+        raise TypeError(version)
+    if version != VERSION:
+        raise UserError(
+            f"{path}: is of version {version} of the checkpoint format, this program reads and writes version {VERSION}; start "
+            "from scratch in another run_dir, or resume with the version of kd_accel that wrote it"
+        )
+
+
 def _damaged_files(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield the damage of each file."""
     for name, expected in files.items():
         if Path(name).name != name:
             yield f"state.json names a file outside the directory ({name!r})"
         elif (path / name).exists() and (not (path / name).is_file() or (path / name).is_symlink()):
-            yield f"{name} is no file, or a link"
+            yield f"{name} is not a regular file"
         elif (path / name).stat().st_size != expected["bytes"]:
             yield f"{name} has {(path / name).stat().st_size} bytes instead of {expected['bytes']}"
         elif _checksum(path / name) != expected["xxh3_128"]:
@@ -214,6 +266,7 @@ def _damaged_files(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write and flush a safetensors file. Returns its entry in state.json."""
     save_file(tensors, path)
     path.chmod(0o644)
     flush(path)
@@ -229,6 +282,6 @@ def _checksum(path: Path) -> str:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Temporary directories of writers that were killed; the one writer of a run is the caller."""
+    """Remove temporary directories of killed writers; the caller is the only writer of its run."""
     for path in directory.glob(f".{_PREFIX}*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,76 +1,143 @@
-"""Means over the steps since the last line of metrics, summed on the device and read only when a line is written.
+"""Means of a training between two lines of metrics, and metrics.jsonl.
 
-Sums are float64, so that a mean does not depend on how many steps it spans; one reduction per line brings the ranks together.
-A checkpoint may fall between two lines: it keeps each rank's sums, and the line after a resume is the same as without it.
+Sums are float64 on the device and are read only for a line of metrics; one reduction per line adds the ranks. A checkpoint
+between two lines keeps each rank's sums, so that the next line is the same after a resume.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
-from kd_accel.types import LossTerms
+from kd_accel.errors import UserError
+from kd_accel.io.files import refused_by_disk
+from kd_accel.losses.distiller import DistillerOutput
+from kd_accel.training.nonfinite import diverged
 
-_NAMES = ("samples", "loss", "loss_hard", "loss_response", "loss_feature", "accuracy", "agreement")
 _OVERFLOWED = "overflowed_steps"
 
 
 class Meters:
-    """Running sums over samples, one sample of float64 on the device of the values that come in."""
+    """Running sums over samples since the last line of metrics, packed in one float64 vector on the device.
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(_NAMES) + 1, dtype=torch.float64, device=device)
-        self._seen: set[str] = {"samples", "loss", "loss_hard", "accuracy"}
+    Args:
+        device: of the values to add.
+        terms: names of the loss terms, as `Distiller.term_names`.
+        has_teacher: whether the agreement with a teacher is measured.
+        counts_overflows: whether the steps that a loss scaler leaves out are counted.
+    """
 
-    def update(
-        self,
-        terms: LossTerms,
-        logits_BC: Tensor,
-        labels: Tensor,
-        *,
-        teacher_logits_BC: Tensor | None = None,
+    def __init__(
+        self, device: torch.device, *, terms: Sequence[str], has_teacher: bool = False, counts_overflows: bool = False
     ) -> None:
-        """Add one micro-batch. No value is read here, so nothing waits for the device."""
-        answer = logits_BC.detach().argmax(1)
-        agreement = None
-        if teacher_logits_BC is not None:
-            agreement = (answer == teacher_logits_BC.argmax(1)).double().mean()
-        values = {
-            "loss": terms.total.detach(),
-            "loss_hard": terms.hard.detach(),
-            "loss_response": None if terms.response is None else terms.response.detach(),
-            "loss_feature": None if terms.feature is None else terms.feature.detach(),
-            "accuracy": (answer == labels).double().mean(),
-            "agreement": agreement,
-        }
-        present = {name: value for name, value in values.items() if value is not None}
-        self._seen.update(present)
-        zero = torch.zeros((), dtype=torch.float64, device=self._sums.device)
+        self._means = ("samples", "loss", *terms, "accuracy", *(["agreement"] if has_teacher else []))
+        self.names = (*self._means, *([_OVERFLOWED] if counts_overflows else []))
+        self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+
+    def update(self, output: DistillerOutput, labels: Tensor, *, teacher_logits: Tensor | None = None) -> None:
+        """Add one micro-batch, without a synchronization. labels: int64 [B]. teacher_logits: [B, C]."""
+        predicted = output.logits.detach().argmax(1)
+        values = [output.loss.detach(), *(term.detach() for term in output.terms.values()), _share(predicted == labels)]
+        if teacher_logits is not None:
+            values.append(_share(predicted == teacher_logits.argmax(1)))
+        # One stack and one addition for all meters, not one kernel each: small kernels are the cost of logging on a GPU.
+        # The first entry is 1, so that its sum is the number of samples.
         one = torch.ones((), dtype=torch.float64, device=self._sums.device)
-        means = torch.stack([one, *(present.get(name, zero).double() for name in _NAMES[1:])])
-        self._sums[: len(_NAMES)].add_(means, alpha=len(labels))
+        means = torch.stack([one, *(value.double() for value in values)])
+        self._sums[: len(self._means)].add_(means, alpha=len(labels))
 
     def count_overflows(self, number: int) -> None:
-        """Count steps that the loss scaler has left out; a line has their sum over all ranks."""
-        self._seen.add(_OVERFLOWED)
+        """Add steps that the loss scaler has left out; a line has their sum over all ranks."""
         self._sums[-1] += number
 
     @property
     def sums(self) -> Tensor:
-        """Float64 vector on the device, to be reduced over the ranks."""
+        """A copy of the sums, to be reduced over the ranks."""
         return self._sums.clone()
 
-    def restore(self, sums: list[float], names: list[str]) -> None:
+    def restore(self, sums: Sequence[float]) -> None:
+        """Load the sums of a checkpoint."""
         self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
-        self._seen.update(names)
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(self._seen)
 
     def read(self, reduced_sums: Tensor) -> dict[str, float]:
-        """Compute the means and the count from sums over all ranks, and start again from zero."""
-        sums = dict(zip((*_NAMES, _OVERFLOWED), reduced_sums.tolist(), strict=True))
+        """Compute means and counts from the sums of all ranks, and reset this rank's sums."""
+        sums = dict(zip(self.names, reduced_sums.tolist(), strict=True))
         self._sums.zero_()
-        means = {name: sums[name] / sums["samples"] for name in _NAMES[1:] if name in self._seen}
-        return means | ({_OVERFLOWED: int(sums[_OVERFLOWED])} if _OVERFLOWED in self._seen else {})
+        means = {name: sums[name] / sums["samples"] for name in self._means[1:]}
+        return means | ({_OVERFLOWED: int(sums[_OVERFLOWED])} if _OVERFLOWED in sums else {})
+
+
+class Tracker(Protocol):
+    """Protocol of a tracker, which receives metrics in addition to the file (training/wandb_tracker.py)."""
+
+    def log(self, values: dict[str, Any], *, step: int) -> None:
+        """Record numbers at an optimizer step."""
+
+
+class MetricsLog:
+    """metrics.jsonl: a line per event, written by the main process and truncated on resume, so that each step is logged once.
+
+    Args:
+        path: of the file.
+        is_main: whether this is the main process; other ranks write nothing.
+        tracker: receives the same numbers.
+    """
+
+    def __init__(self, path: Path, *, is_main: bool, tracker: Tracker | None = None) -> None:
+        self._path, self._is_main, self._tracker = path, is_main, tracker
+
+    def start(self, length_bytes: int) -> None:
+        """Truncate the file to the length that a checkpoint has recorded, 0 for a new run.
+
+        Raises:
+            UserError: the file is shorter than the recorded length.
+        """
+        if not self._is_main:
+            return
+        with self._path.open("ab") as file:
+            if file.tell() < length_bytes:
+                raise UserError(
+                    f"{self._path}: shorter than the checkpoint has recorded ({file.tell()} of {length_bytes} bytes); restore "
+                    "it, "
+                    "or start again in another run directory"
+                )
+            file.truncate(length_bytes)
+
+    def length_bytes(self) -> int:
+        """Return the length of the file, 0 on other processes."""
+        return self._path.stat().st_size if self._is_main and self._path.exists() else 0
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one line: step, epoch, split and plain numbers. Raises UserError for a number that is not finite."""
+        _refuse_not_finite(values)
+        if not self._is_main:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(refused_by_disk(error)) from None
+        if self._tracker is not None:
+            numbers = {key: value for key, value in values.items() if key not in ("split", "step")}
+            self._tracker.log({_axis_name(values["split"], key): value for key, value in numbers.items()}, step=values["step"])
+
+
+def _share(is_equal: Tensor) -> Tensor:
+    return is_equal.double().mean()
+
+
+def _axis_name(split: str, key: str) -> str:
+    return key if key == "epoch" else f"{split}/{key}"
+
+
+def _refuse_not_finite(values: dict[str, Any]) -> None:
+    """Raise UserError for a number that is not finite: of an evaluation, as training/nonfinite.py covers training steps."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise diverged(f"{name} is {value} at step {values['step']} ({values['split']})")

@@ -20,19 +20,26 @@ from torch import Tensor, nn
 
 from kd_accel.distributed import gathered
 from kd_accel.errors import UserError
-from kd_accel.types import LossTerms, StudentOutput, TeacherOutput
+from kd_accel.losses.distiller import DistillerOutput
+from kd_accel.types import TeacherOutput
 
 _LISTED = 5
-_NAMES = {"hard": "loss_hard", "response": "loss_response", "feature": "loss_feature"}
 _OVERFLOW = "overflow"
 _GRADIENT = "the gradient"
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """Finiteness of the numbers of one micro-batch. terms: bool by name. student, teacher: bool [B], of the logits."""
+    """Finiteness of the numbers of one micro-batch.
 
-    samples: Tensor
+    Attributes:
+        index: int64 [B], the samples' positions, on the host.
+        terms: bool scalars by term name.
+        student: bool [B], of the logits.
+        teacher: bool [B], of the logits; None without a teacher.
+    """
+
+    index: Tensor
     terms: dict[str, Tensor]
     student: Tensor
     teacher: Tensor | None
@@ -40,7 +47,13 @@ class _Forward:
 
 @dataclass(frozen=True)
 class _Step:
-    """Record of one optimizer step. norms: of the gradients of all parameters after the exchange, [P]."""
+    """Record of one optimizer step.
+
+    Attributes:
+        number: of the step, from 1.
+        forwards: one for each micro-batch.
+        norms: norm of each parameter's gradient after the exchange, [number of parameters].
+    """
 
     number: int
     forwards: list[_Forward]
@@ -48,41 +61,53 @@ class _Step:
 
 
 class NonFiniteGuard:
-    """Guard of each optimizer step: `watched` per micro-batch, `gradient_norm` before the update; `look` reads the results."""
+    """Guard of each optimizer step: `guarded` per micro-batch, `gradient_norm` before the update, `check` now and then.
+
+    Args:
+        accelerator: of the launch.
+        module: as prepared by Accelerate.
+        optimizer: fused, as prepared by Accelerate.
+    """
 
     def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: Any) -> None:
-        """module, optimizer: as prepared by Accelerate."""
         self._accelerator = accelerator
         self._named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
         self._is_bad = torch.zeros((), device=accelerator.device)
         if accelerator.scaler is None:
-            optimizer.optimizer.grad_scale, optimizer.optimizer.found_inf = None, self._is_bad  # read by the fused kernels
+            # The protocol between torch's GradScaler and fused optimizers, borrowed: a fused kernel that finds these attributes
+            # leaves the update out where found_inf is 1. It reads the tensor on the device, so the host need not.
+            optimizer.optimizer.grad_scale, optimizer.optimizer.found_inf = None, self._is_bad
         self._forwards: list[_Forward] = []
         self._steps: list[_Step] = []
 
-    def guarded(self, terms: LossTerms, output: StudentOutput, answer: TeacherOutput, samples: Tensor) -> Tensor:
-        """Record one micro-batch. samples: on the host, [B].
+    def guarded(self, output: DistillerOutput, target: TeacherOutput, index: Tensor) -> Tensor:
+        """Record one micro-batch.
+
+        Args:
+            output: of the distiller.
+            target: output of the teacher.
+            index: int64 [B], the samples' positions, on the host.
 
         Returns:
-            The total loss to go backward from; its gradient is NaN where the total is not finite.
+            The loss for the backward pass; its gradient is NaN where the loss is not finite.
         """
-        named = {name: getattr(terms, name) for name in _NAMES}
         self._forwards.append(
             _Forward(
-                samples,
-                {name: value.detach().isfinite() for name, value in named.items() if value is not None},
+                index,
+                {name: term.detach().isfinite() for name, term in output.terms.items()},
                 output.logits.detach().isfinite().all(1),
-                None if answer.logits is None else answer.logits.isfinite().all(1),
+                None if target.logits is None else target.logits.isfinite().all(1),
             )
         )
-        return terms.total * torch.where(terms.total.detach().isfinite(), 1.0, torch.nan)
+        # A loss of inf can have a finite gradient (cross-entropy of logits whose difference overflows), which would be applied.
+        return output.loss * torch.where(output.loss.detach().isfinite(), 1.0, torch.nan)
 
     def without_gradient(self) -> list[str]:
-        """List the trained parameters that the backward has not reached."""
+        """List the trained parameters without a gradient after the backward pass."""
         return [own_name(name) for name, weight in self._named if weight.grad is None]
 
     def gradient_norm(self, step: int) -> Tensor:
-        """Return the norm of all gradients after the exchange; where it is not finite, the update of `step` is left out."""
+        """Compute the norm of all gradients after the exchange; where it is not finite, the update of `step` is left out."""
         gradients = [weight.grad for _, weight in self._named if weight.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         norm = torch.linalg.vector_norm(norms)
@@ -91,11 +116,11 @@ class NonFiniteGuard:
         self._forwards = []
         return norm
 
-    def look(self) -> int:
-        """Read the steps since the last look, which synchronizes with the device. Every rank must call it.
+    def check(self) -> int:
+        """Check the steps since the last call, which synchronizes with the device. Every rank must call it.
 
         Returns:
-            How many of them were fp16 overflows.
+            The number of steps that were fp16 overflows.
 
         Raises:
             UserError: on all ranks alike, for the first step that is not finite for another reason; the message names step,
@@ -112,24 +137,24 @@ class NonFiniteGuard:
         return len(bad)
 
     def _cause(self, step: _Step) -> str:
-        """Describe what this rank has recorded of a step that went wrong."""
+        """Describe this rank's record of a step that is not finite."""
         rank = self._accelerator.process_index
         for forward in step.forwards:
             for name, is_finite in forward.terms.items():
                 if not is_finite:
-                    return f"{_NAMES[name]} is not finite on rank {rank} ({_samples_of(forward)})"
+                    return f"the loss term {name} is not finite on rank {rank} ({_samples_of(forward)})"
         if self._accelerator.scaler is not None:
             return _OVERFLOW
         name = self._named[int((~step.norms.isfinite()).int().argmax())][0]
-        samples = torch.cat([forward.samples for forward in step.forwards])
-        return f"{_GRADIENT} of {own_name(name)} is not finite (rank {rank} had {_listed(samples)})"
+        index = torch.cat([forward.index for forward in step.forwards])
+        return f"{_GRADIENT} of {own_name(name)} is not finite (rank {rank} had {_listed(index)})"
 
 
 def diverged(what: str) -> UserError:
-    """Build the error of a training whose numbers are not finite. what: the number and its place."""
+    """Build the error of a training whose numbers are not finite. what: the number, with step and samples."""
     return UserError(
-        f"{what}: the training has diverged; lower optim.lr, set optim.clip_norm, or use train.precision 'no'. The last "
-        "checkpoint is untouched"
+        f"{what}: the training has diverged; lower optim.lr, set optim.clip_norm, or use train.precision float32. The last "
+        "checkpoint is intact"
     )
 
 
@@ -139,23 +164,21 @@ def own_name(name: str) -> str:
 
 
 def _first_of(causes: Sequence[str]) -> str:
-    """Join the causes of all ranks: loss terms before an overflow, or before the gradient that they made so on all ranks."""
+    """Join the causes of all ranks; where a loss term of one rank is the cause, the gradients of all ranks only follow."""
     terms = [cause for cause in causes if not cause.startswith((_OVERFLOW, _GRADIENT))]
     return "; ".join(terms[:_LISTED] or causes[:_LISTED])
 
 
 def _samples_of(forward: _Forward) -> str:
-    """List the samples whose logits are not finite, of the teacher or of the student; all samples if there are none."""
+    """List the samples whose logits are not finite, of the teacher or of the student; all samples if none is found."""
     for whose, is_finite in (("teacher", forward.teacher), ("student", forward.student)):
         if is_finite is not None and not is_finite.all():
-            return f"the {whose}'s logits of {_listed(forward.samples[~is_finite.cpu()])}"
-    return _listed(forward.samples)
+            return f"the {whose}'s logits of {_listed(forward.index[~is_finite.cpu()])}"
+    return _listed(forward.index)
 
 
-def _listed(samples: Tensor) -> str:
-    shown = ", ".join(str(sample) for sample in samples[:_LISTED].tolist())
-    return (
-        f"sample {shown}"
-        if len(samples) == 1
-        else f"samples {shown}{f', ... {len(samples)} in all' if len(samples) > _LISTED else ''}"
-    )
+def _listed(index: Tensor) -> str:
+    shown = ", ".join(str(position) for position in index[:_LISTED].tolist())
+    if len(index) == 1:
+        return f"sample {shown}"
+    return f"samples {shown}{f', ... {len(index)} in all' if len(index) > _LISTED else ''}"

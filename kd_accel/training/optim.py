@@ -1,8 +1,4 @@
-"""The optimizer, and the learning rate as a pure function of the step, so that a resumed run needs no scheduler state.
-
-One-cycle after Smith and Topin, "Super-Convergence" (2018), with cosine flanks: from a 25th of the peak up to it, then down to
-a 250,000th of it.
-"""
+"""The optimizer, and the learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -20,9 +16,14 @@ _ONECYCLE_END_FRACTION = 1 / 25 / 1e4
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """One parameter group; the fused kernel, which is one pass over the parameters instead of several.
+    """Build the optimizer with one parameter group and a fused kernel, which is one pass over the parameters.
 
-    Raises UserError where nothing is trained.
+    Args:
+        parameters: those without `requires_grad` are left out.
+        optim: settings.
+
+    Raises:
+        UserError: no parameter can be trained.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
@@ -39,15 +40,26 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> t
         fused=True,
     )
     if optim.momentum:
-        # torch allocates it in the first step without writing to it; where found_inf leaves that update out, the fused kernel
-        # of the next step would continue from unwritten memory
+        # torch allocates the buffers in the first step and lets the kernel fill them. Where found_inf leaves that update out
+        # (training/nonfinite.py), the next step would continue from uninitialized memory.
         for weight in trained:
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
 
 
 def learning_rate(optim: OptimConfig, *, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """The rate of the optimizer step that follows `step` steps done, 0 <= step < total_steps."""
+    """Compute the learning rate of the optimizer step that follows `step` steps done.
+
+    Args:
+        optim: settings.
+        step: 0 to total_steps - 1.
+        total_steps: optimizer steps of the training.
+        steps_per_epoch: optimizer steps of an epoch.
+
+    References:
+        onecycle: Smith and Topin, "Super-Convergence", 2018, with cosine flanks: from a 25th of the peak up to it, then down
+        to a 250,000th of it.
+    """
     warmup_fraction = optim.warmup_fraction
     if warmup_fraction is None:
         warmup_fraction = 0.3 if optim.schedule == "onecycle" else 0.0
@@ -65,6 +77,7 @@ def learning_rate(optim: OptimConfig, *, step: int, total_steps: int, steps_per_
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -74,5 +87,5 @@ def _rise(done: float) -> float:
 
 
 def _cosine_fall(done: float) -> float:
-    """1 at 0, 0 at 1."""
+    """Compute half a cosine: 1 at 0, 0 at 1."""
     return 0.5 * (1 + math.cos(math.pi * done))

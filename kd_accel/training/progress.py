@@ -1,4 +1,4 @@
-"""What a person sees while a training runs: a bar on a terminal, plain lines elsewhere, nothing on other ranks."""
+"""Progress of a training, or of a pass over samples, for a person: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts optimizer steps; `note` shows the latest metrics."""
+    """Progress of a training in optimizer steps, with the latest metrics. Only the main process prints.
+
+    Args:
+        name: name of the run.
+        total_steps: optimizer steps of the training.
+        done_steps: optimizer steps done before this start.
+        is_main: whether this is the main process.
+    """
 
     def __init__(self, name: str, *, total_steps: int, done_steps: int, is_main: bool) -> None:
         self._is_main = is_main
@@ -21,12 +28,13 @@ class Progress:
         self._bar = tqdm(total=total_steps, initial=done_steps, desc=name, unit="step") if use_bar else None
 
     def advance(self) -> None:
+        """Count one optimizer step."""
         self._done_steps += 1
         if self._bar is not None:
             self._bar.update()
 
     def note(self, epoch: int, values: dict[str, float]) -> None:
-        """Training metrics, where a line of them was written."""
+        """Show the training metrics of the step that is about to be counted. epoch: epochs completed."""
         text = _shown(values)
         if self._bar is not None:
             self._bar.set_postfix_str(f"epoch {epoch + 1}, {text}")
@@ -37,17 +45,18 @@ class Progress:
             )
 
     def note_epoch(self, epochs_done: int, values: dict[str, float]) -> None:
-        """Validation metrics after an epoch."""
+        """Show the validation metrics after an epoch."""
         self.say(f"{self._name}: epoch {epochs_done} done, validation: {_shown(values)}")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._is_main:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
@@ -58,21 +67,29 @@ class Progress:
 
 
 class SampleProgress:
-    """The same for a pass over samples: how many are done, how fast, how long it will take."""
+    """Progress of a pass over samples: number done, rate and time left. Only the main process prints.
+
+    Args:
+        name: name of the pass.
+        total_samples: number of samples.
+        is_main: whether this is the main process.
+        every_s: seconds between two plain lines.
+    """
 
     def __init__(self, name: str, *, total_samples: int, is_main: bool, every_s: float = 5.0) -> None:
         self._name, self._total, self._done, self._is_main = name, total_samples, 0, is_main
-        self._started_at = self._said_at = time.perf_counter()
+        self._started_at = self._printed_at = time.perf_counter()
         self._every_s = every_s
         self._bar = tqdm(total=total_samples, desc=name, unit="sample") if is_main and sys.stderr.isatty() else None
 
     def advance(self, samples: int) -> None:
+        """Count samples."""
         self._done += samples
         now = time.perf_counter()
         if self._bar is not None:
             self._bar.update(samples)
-        elif self._is_main and (now - self._said_at > self._every_s or self._done == self._total):
-            self._said_at = now
+        elif self._is_main and (now - self._printed_at > self._every_s or self._done == self._total):
+            self._printed_at = now
             rate = self._done / (now - self._started_at)
             left_s = (self._total - self._done) / rate
             print(
@@ -80,15 +97,18 @@ class SampleProgress:
             )
 
     def close(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
 
 def _minutes(seconds: float) -> str:
+    """Format a duration as minutes:seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _shown(values: dict[str, float]) -> str:
+    """Format the metrics that are shown to a person, of those that are given."""
     parts = []
     if "loss" in values:
         parts.append(f"loss {values['loss']:.4f}")

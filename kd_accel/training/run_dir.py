@@ -1,20 +1,17 @@
-"""What stands in a run directory before a training starts, and whether that training may go on there."""
+"""The run directory: checks before a training starts or resumes in it, the lock, and its config."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from kd_accel.config.parsing import save_config
-from kd_accel.config.reading import flatten
-from kd_accel.config.schema import RunConfig
+from kd_accel.config.parsing import flatten
 from kd_accel.errors import UserError
 from kd_accel.io.files import lock, read_json, refuse_links, write_whole
 from kd_accel.io.safe_yaml import load_yaml_file
@@ -30,10 +27,11 @@ _MAY_CHANGE = (
     "data.num_workers",
     "train.timeout_s",
     "data.memory_limit_mib",
-    "teacher.cache_dir",
-    "teacher.shard_mib",
-    "teacher.cache_batch_size",
+    "teacher.cache.dir",
+    "teacher.cache.shard_mib",
+    "teacher.cache.batch_size",
 )
+"""Settings, or prefixes of settings, that may differ when a run is resumed."""
 
 
 def _is_count(value: Any) -> bool:
@@ -58,164 +56,187 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: isinstance(value, dict),
     "data": lambda value: isinstance(value, dict),
     "optimizer": lambda value: isinstance(value, dict),
-    "pca_explained": lambda value: isinstance(value, dict),
+    "explained": lambda value: isinstance(value, dict),
     "ranks": lambda value: isinstance(value, list) and bool(value) and all(isinstance(rank, dict) for rank in value),
     "meter_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "wandb_id": _is_name,
-    "teacher_digest": _is_name,
+    "teacher_fingerprint": _is_name,
     "cache": _is_name,
 }
-"""Of the plain state in a checkpoint, what is read before the training stands."""
+"""Check of each plain value of a checkpoint that is read before the training is built."""
 
 _RESULTS = ("summary.json", "model.safetensors", "model.json")
 
 
-def finished_summary(config: RunConfig) -> dict[str, Any] | None:
-    """summary.json of a run that has left all its results, None of one that has not.
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory of one run.
 
-    Raises UserError where it was another training than this config's.
+    Args:
+        path: of the directory, which may not exist yet.
+        settings: the complete settings of the run, as plain nested values.
+        resume: auto, never or must, as `checkpoint.resume`.
+        stop_after_steps: as `checkpoint.stop_after_steps`.
     """
-    directory = config.directory
-    if config.checkpoint.resume == "never" or not all((directory / name).is_file() for name in _RESULTS):
-        return None
-    remedy = "remove the directory, or name another run_dir"
-    summary = read_json(directory / "summary.json", remedy=remedy)
-    try:
-        stored = load_yaml_file(directory / "config.yaml")
-    except (OSError, ValueError, yaml.YAMLError):
-        stored = None
-    if not isinstance(stored, dict):
-        raise UserError(f"{directory / 'config.yaml'}: is missing or damaged: {remedy}")
-    _refuse_other_settings(stored, config, where=str(directory / "config.yaml"))
-    if not isinstance(summary.get("data"), dict):
-        raise UserError(f"{directory / 'summary.json'}: is damaged (no data): {remedy}")
-    return summary
+
+    path: Path
+    settings: Mapping[str, Any]
+    resume: Literal["auto", "never", "must"] = "auto"
+    stop_after_steps: int | None = None
+
+    def finished_summary(self) -> dict[str, Any] | None:
+        """Return summary.json of a run that has left all its results, None of another.
+
+        Raises:
+            UserError: the run has other settings.
+        """
+        if self.resume == "never" or not all((self.path / name).is_file() for name in _RESULTS):
+            return None
+        remedy = "remove the directory, or name another run_dir"
+        summary = read_json(self.path / "summary.json", remedy=remedy)
+        try:
+            stored = load_yaml_file(self.path / "config.yaml")
+        except (OSError, ValueError, yaml.YAMLError):
+            stored = None
+        if not isinstance(stored, dict):
+            raise UserError(f"{self.path / 'config.yaml'}: is missing or damaged: {remedy}")
+        self._refuse_other_settings(stored, where=str(self.path / "config.yaml"))
+        if not isinstance(summary.get("data"), dict):
+            raise UserError(f"{self.path / 'summary.json'}: is damaged (no data): {remedy}")
+        return summary
+
+    def checkpoint_to_resume(self) -> Path | None:
+        """Return the checkpoint from which the run continues, None to start from scratch.
+
+        Raises:
+            UserError: the directory and `checkpoint.resume` do not fit, a setting differs that may not, or the directory
+                cannot be written.
+        """
+        _refuse_unwritable(self.path)
+        refuse_links(self.path, field="run_dir")
+        found = find_checkpoint(self.path / "checkpoints")
+        if self.resume == "must" and found is None:
+            raise UserError(
+                f"checkpoint.resume: must, but {self.path} holds no intact checkpoint; use auto to start from scratch"
+            )
+        if self.resume == "never" and (found is not None or (self.path / "metrics.jsonl").exists()):
+            raise UserError(
+                f"checkpoint.resume: never, but {self.path} holds an earlier run; name another run_dir, or use auto"
+            )
+        if found is None:
+            self._refuse_a_damaged_run()
+            return None
+        checkpoint = load_checkpoint(found)
+        wrong = [name for name, is_valid in _STATE.items() if not is_valid(checkpoint.state.get(name))]
+        if wrong:
+            raise UserError(
+                f"{found}: is damaged ({', '.join(wrong)} wrong or missing); remove it to resume from an earlier one, or name "
+                "another run_dir"
+            )
+        self._refuse_other_settings(checkpoint.state["config"], where=str(found))
+        self._refuse_a_pause_that_is_past(checkpoint)
+        return found
+
+    def claim(self, *, resumed_from: Path | None) -> int:
+        """Create the directory and hold it until the returned descriptor is closed.
+
+        Args:
+            resumed_from: the newest checkpoint when the directory was checked.
+
+        Raises:
+            UserError: another training is running in the directory, or has run in it since it was checked.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = lock(self.path / ".lock")
+        except BlockingIOError:
+            raise UserError(
+                f"run_dir: another training is at work in {self.path}; wait for it, or name another run_dir"
+            ) from None
+        try:
+            if find_checkpoint(self.path / "checkpoints") != resumed_from or self.finished_summary() is not None:
+                raise UserError(f"run_dir: another training has run in {self.path} while this one started; start again")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def write_config(self) -> None:
+        """Write config.yaml, once everything that could be wrong with an earlier run in the directory has been checked."""
+        text = yaml.safe_dump(dict(self.settings), sort_keys=False)
+        write_whole(self.path / "config.yaml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def _refuse_a_damaged_run(self) -> None:
+        if has_checkpoints(self.path / "checkpoints"):
+            raise UserError(
+                f"{self.path / 'checkpoints'}: holds no intact checkpoint (the damage of each is named above), so the training "
+                "cannot be resumed; remove the directory to start from scratch, or name another run_dir"
+            )
+        if (self.path / "summary.json").exists():
+            raise UserError(
+                f"{self.path}: holds a summary.json but neither all results nor an intact checkpoint, so the training cannot "
+                "be "
+                "resumed; remove the directory, or name another run_dir"
+            )
+
+    def _refuse_a_pause_that_is_past(self, checkpoint: Checkpoint) -> None:
+        stop, step = self.stop_after_steps, checkpoint.state["position"]["step"]
+        if stop is not None and stop <= step:
+            raise UserError(
+                f"checkpoint.stop_after_steps: {stop}, but {checkpoint.path} is at step {step} already; raise it, or leave it "
+                "out "
+                "to train to the end"
+            )
+
+    def _refuse_other_settings(self, stored: Mapping[str, Any], *, where: str) -> None:
+        before, now = flatten(stored), flatten(self.settings)
+        keys = [key for key in {**before, **now} if not key.startswith(_MAY_CHANGE)]
+        changed = [
+            f"{key}: {before.get(key)!r} in the run, {now.get(key)!r} now" for key in keys if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"{where} was written with other settings: {'; '.join(changed)}. Set them back, or start from scratch in "
+                "another "
+                "run_dir"
+            )
 
 
-def checkpoint_to_resume(config: RunConfig) -> Path | None:
-    """The checkpoint from which this config may go on, None to start anew.
-
-    Raises UserError when the directory and `checkpoint.resume` do not fit, a setting differs that may not, or the directory
-    cannot be written.
-    """
-    directory, resume = config.directory, config.checkpoint.resume
-    _refuse_unwritable(directory)
-    refuse_links(directory, field="run_dir")
-    found = find_checkpoint(directory / "checkpoints")
-    if resume == "must" and found is None:
-        raise UserError(f"checkpoint.resume: must, but {directory} holds no whole checkpoint; use auto to start anew")
-    if resume == "never" and (found is not None or (directory / "metrics.jsonl").exists()):
-        raise UserError(f"checkpoint.resume: never, but {directory} holds an earlier run; name another run_dir, or use auto")
-    if found is None:
-        _refuse_a_damaged_run(directory)
-        return None
-    checkpoint = load_checkpoint(found)
-    wrong = [name for name, is_valid in _STATE.items() if not is_valid(checkpoint.state.get(name))]
-    if wrong:
+def refuse_other_teacher(stored: Mapping[str, Any], fingerprint: str | None, *, where: str) -> None:
+    """Raise UserError for another teacher than the one that the run began with, regardless of its path."""
+    if stored.get("teacher_fingerprint") != fingerprint:
         raise UserError(
-            f"{found}: is damaged ({', '.join(wrong)} wrong or missing); remove it to go on from an earlier one, or name "
-            "another run_dir"
-        )
-    _refuse_other_settings(checkpoint.state["config"], config, where=str(found))
-    _refuse_a_pause_that_is_past(checkpoint, config)
-    return found
-
-
-def claim(config: RunConfig, *, resumed_from: Path | None) -> int:
-    """Make the directory, and hold it until the returned descriptor is closed.
-
-    resumed_from: the newest checkpoint when it was looked at. Raises UserError where a training has worked there since.
-    """
-    directory = config.directory
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = lock(directory / ".lock")
-    except BlockingIOError:
-        raise UserError(f"run_dir: another training is at work in {directory}; wait for it, or name another run_dir") from None
-    try:
-        if find_checkpoint(directory / "checkpoints") != resumed_from or finished_summary(config) is not None:
-            raise UserError(f"run_dir: another training has worked in {directory} while this one started; start it again")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def keep_config(config: RunConfig) -> None:
-    """config.yaml, once all that could be wrong with an earlier training there has been looked at."""
-    write_whole(config.directory / "config.yaml", lambda temporary: save_config(config, temporary))
-
-
-def refuse_other_teacher(stored: Mapping[str, Any], digest: str | None, *, where: str) -> None:
-    """A run goes on with the teacher it began with, whatever stands under that teacher's path today."""
-    if stored.get("teacher_digest") != digest:
-        raise UserError(
-            f"teacher: {where} was trained with the teacher {stored.get('teacher_digest')}, the one here is {digest}; bring "
-            "the first one back, or start anew in another run_dir"
+            f"teacher: {where} was trained with the teacher {stored.get('teacher_fingerprint')}, the present one is "
+            f"{fingerprint}; "
+            "bring the first one back, or start from scratch in another run_dir"
         )
 
 
 def refuse_other_cache(checkpoint: Checkpoint, cache: str | None) -> None:
-    """The same for a cache, whatever its path."""
+    """Raise UserError for another cache than the one that the run began with, regardless of its path."""
     if checkpoint.state["cache"] != cache:
         raise UserError(
-            f"teacher.cache_dir: {checkpoint.path} was trained from the cache {checkpoint.state['cache']}, the one here is "
-            f"{cache}; bring the first one back, or start anew in another run_dir"
+            f"teacher.cache.dir: {checkpoint.path} was trained from the cache {checkpoint.state['cache']}, the present one is "
+            f"{cache}; bring the first one back, or start from scratch in another run_dir"
         )
 
 
-def refuse_other_data(stored: Mapping[str, Any], fingerprint_fields: Mapping[str, Any], *, where: str) -> None:
-    """A run goes on with the data it began with: same classes, samples, labels and images (a sample of them)."""
+def refuse_other_data(stored: Mapping[str, Any], fields_now: Mapping[str, Any], *, where: str) -> None:
+    """Raise UserError for other data than the run began with: classes, samples, labels and images (some of them)."""
     changed = [
-        f"{name}: {stored.get(name)} there, {value} here"
-        for name, value in fingerprint_fields.items()
-        if stored.get(name) != value
+        f"{name}: {stored.get(name)} in the run, {value} now" for name, value in fields_now.items() if stored.get(name) != value
     ]
     if changed:
         raise UserError(
-            f"data: {where} was trained on other data ({'; '.join(changed)}); bring it back, or start anew in another run_dir"
+            f"data: {where} was trained on other data ({'; '.join(changed)}); bring it back, or start from scratch in another "
+            "run_dir"
         )
 
 
 def _refuse_unwritable(directory: Path) -> None:
-    """Before anything that takes time; a full disk shows only later."""
+    """Raise UserError before anything that takes time; a full disk shows only later."""
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"run_dir: {existing} is a file; name a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"run_dir: {existing} may not be written; name another run_dir")
-
-
-def _refuse_a_damaged_run(directory: Path) -> None:
-    if has_checkpoints(directory / "checkpoints"):
-        raise UserError(
-            f"{directory / 'checkpoints'}: holds no whole checkpoint (what is wrong with each stands above), so the training "
-            "cannot go on; remove the directory to start anew, or name another run_dir"
-        )
-    if (directory / "summary.json").exists():
-        raise UserError(
-            f"{directory}: holds a summary.json but neither all results nor a whole checkpoint, so the training cannot go on; "
-            "remove the directory, or name another run_dir"
-        )
-
-
-def _refuse_a_pause_that_is_past(checkpoint: Checkpoint, config: RunConfig) -> None:
-    stop, step = config.checkpoint.stop_after_steps, checkpoint.state["position"]["step"]
-    if stop is not None and stop <= step:
-        raise UserError(
-            f"checkpoint.stop_after_steps: {stop}, but {checkpoint.path} is at step {step} already; raise it, or leave it out "
-            "to train to the end"
-        )
-
-
-def _refuse_other_settings(stored: Mapping[str, Any], config: RunConfig, *, where: str) -> None:
-    before = flatten(stored)
-    request = flatten(json.loads(json.dumps(asdict(config))))
-    keys = [key for key in {**before, **request} if not key.startswith(_MAY_CHANGE)]
-    changed = [
-        f"{key}: {before.get(key)!r} there, {request.get(key)!r} here" for key in keys if before.get(key) != request.get(key)
-    ]
-    if changed:
-        raise UserError(
-            f"{where} was written with other settings: {'; '.join(changed)}. Set them back, or start anew in another run_dir"
-        )
+        raise UserError(f"run_dir: {existing} is not writable; name another run_dir")

@@ -1,8 +1,8 @@
-"""Where a training stands, and what must be saved so that going on is the same as never having stopped.
+"""The state of a training, and its capture and restoration such that a resumed training equals one never stopped.
 
-Weights, buffers, optimizer, moving average, loss scaler, position in the epoch, best accuracy, the sums behind the next line
-of metrics, and every generator of random numbers on every rank. The learning rate, T, alpha and the order of the samples need
-no state: they are functions of the position.
+Saved are weights, buffers, optimizer, moving average, loss scaler, position, best accuracy, the sums behind the next line of
+metrics, and every generator of random numbers on every rank. The learning rate, T, alpha and the order of the samples are
+functions of the position and need no state.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ from kd_accel.training.metrics import Meters
 
 @dataclass
 class Position:
-    """epoch: whole epochs done. step_in_epoch, step: optimizer steps done in this epoch and in all.
+    """Position of a training.
 
-    best_val_accuracy: the best so far on the validation samples, None where nothing was measured. elapsed_s: training time.
+    Attributes:
+        epoch: epochs completed.
+        step_in_epoch: optimizer steps done in this epoch.
+        step: optimizer steps done in all.
+        best_val_accuracy: best accuracy so far on the validation samples, a fraction of 1; None without an evaluation.
+        elapsed_s: training time in seconds.
     """
 
     epoch: int = 0
@@ -47,7 +52,15 @@ class Position:
 
 @dataclass
 class TrainState:
-    """Everything that a step changes. module: as prepared by Accelerate. average: moving average of the student."""
+    """All that an optimizer step changes.
+
+    Attributes:
+        module: the distiller, as prepared by Accelerate.
+        optimizer: as prepared by Accelerate.
+        meters: sums since the last line of metrics.
+        average: moving average of the student, None without one.
+        position: of the training.
+    """
 
     module: nn.Module
     optimizer: Any
@@ -57,7 +70,11 @@ class TrainState:
 
 
 def capture(train_state: TrainState, accelerator: Accelerator) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """(tensors by file, plain state) on the main process; every rank must call it."""
+    """Copy the state to the CPU. Every rank must call it.
+
+    Returns:
+        Tensors by file and name, and plain values; both empty on other ranks than the main process.
+    """
     ranks = gather_object([_rank_state(train_state, accelerator)])
     if not accelerator.is_main_process:
         return {}, {}
@@ -69,14 +86,14 @@ def capture(train_state: TrainState, accelerator: Accelerator) -> tuple[dict[str
         "position": vars(train_state.position).copy(),
         "optimizer": numbers,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "meter_names": train_state.meters.names,
+        "meter_names": list(train_state.meters.names),
         "ranks": ranks,
     }
     return tensors, state
 
 
 def restore(train_state: TrainState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[str]:
-    """Put a captured state back. Returns notices about what could not be the same."""
+    """Load a captured state. Returns a notice for each thing that cannot be the same as before."""
     state = checkpoint.state
     restore_module(accelerator.unwrap_model(train_state.module), checkpoint.tensors["module"])
     restore_optimizer(train_state.optimizer.optimizer, checkpoint.tensors["optimizer"], state["optimizer"])
@@ -89,17 +106,18 @@ def restore(train_state: TrainState, checkpoint: Checkpoint, accelerator: Accele
 
 
 def _restore_ranks(train_state: TrainState, state: dict[str, Any], accelerator: Accelerator) -> list[str]:
+    """Load the state of this rank; for another number of ranks, only the sums behind the next line of metrics."""
     ranks, rank = state["ranks"], accelerator.process_index
     if len(ranks) == accelerator.num_processes:
-        train_state.meters.restore(ranks[rank]["meters"], state["meter_names"])
+        train_state.meters.restore(ranks[rank]["meters"])
         _restore_random(ranks[rank]["random"])
         return []
     if accelerator.is_main_process:
         summed = np.sum([saved["meters"] for saved in ranks], axis=0).tolist()
-        train_state.meters.restore(summed, state["meter_names"])
+        train_state.meters.restore(summed)
     return [
-        f"the checkpoint was written by {len(ranks)} processes and is resumed by {accelerator.num_processes}: same samples, order "
-        "and schedules, but BatchNorm sees other batch shares and dropout draws anew, so the weights will differ"
+        f"the checkpoint was written by {len(ranks)} processes and is resumed by {accelerator.num_processes}: samples, order "
+        "and schedules are the same, but BatchNorm's batches and dropout's random numbers are not, so the weights will differ"
     ]
 
 
@@ -108,7 +126,7 @@ def _rank_state(train_state: TrainState, accelerator: Accelerator) -> dict[str, 
 
 
 def _capture_random(accelerator: Accelerator) -> dict[str, Any]:
-    """The generators that a model may draw from; the data draws from none of them."""
+    """Capture the global generators, from which a model may draw; the data draws from none of them."""
     name, keys, *rest = np.random.get_state(legacy=True)
     device = accelerator.device
     return {
@@ -136,16 +154,16 @@ def _byte_tensor(text: str) -> torch.Tensor:
 def wrap_for_training(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """Prepare both with Accelerate. Buffers are exchanged between ranks only where `needs_buffers_exchanged`."""
+    """Prepare module and optimizer with Accelerate; DDP exchanges buffers only where `needs_buffers_exchanged`."""
     accelerator.ddp_handler.broadcast_buffers = needs_buffers_exchanged(module)
     return accelerator.prepare(module, optimizer)
 
 
 def needs_buffers_exchanged(module: nn.Module) -> bool:
-    """Return whether a training forward may read a buffer that another rank's differs from.
+    """Return whether a training forward may read a buffer that differs between ranks.
 
-    DistributedDataParallel would send rank 0's buffers to all before each forward. BatchNorm's running statistics are never
-    read in a training forward; rank 0's are evaluated and saved, and they see rank 0's batches alone either way.
+    DistributedDataParallel can broadcast rank 0's buffers before each forward. BatchNorm's running statistics are not read in a
+    training forward, and those that are evaluated and saved are rank 0's either way.
     """
     owners = [own for own in module.modules() if any(buffer is not None for buffer in own._buffers.values())]
     return not all(isinstance(own, _BatchNorm | Normalize) for own in owners)

@@ -1,7 +1,7 @@
-"""The one training loop: teacher, plain student and every distillation run through it and differ only in what they are given.
+"""The training loop: teacher, plain student and every distillation run through it and differ only in their parts.
 
-In: a `Job` (loader, signal source, course of loss and learning rate, trainee). Out: the trained weights inside the trainee,
-lines in metrics.jsonl, checkpoints. A step never waits for the device; values are read where a line of metrics is written.
+In: batches, teacher outputs, a distiller, schedules. Out: the trained weights inside the distiller, lines in metrics.jsonl,
+checkpoints. A step never synchronizes the device; values are read where a line of metrics is written.
 """
 
 from __future__ import annotations
@@ -9,41 +9,239 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kd_accel.config.schema import TrainConfig
+from kd_accel.data.loader import TrainLoader
+from kd_accel.distributed import Accelerator
 from kd_accel.errors import UserError
-from kd_accel.profiling import profiled, profiler_range
+from kd_accel.losses.distiller import DistillerOutput, LossWeights
+from kd_accel.profiling import StepProfiler, profiled, profiler_range
 from kd_accel.training.evaluation import HeldOut, evaluate, synchronize_buffers
-from kd_accel.training.job import Job
+from kd_accel.training.metrics import MetricsLog
+from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import set_learning_rate
-from kd_accel.training.preemption import preempted
-from kd_accel.training.saving import look, save, settle
+from kd_accel.training.preemption import PreemptionHandler, preempted
+from kd_accel.training.progress import Progress
+from kd_accel.training.saving import CheckpointSaver
+from kd_accel.training.schedules import TrainingSchedule
 from kd_accel.training.state import TrainState
-from kd_accel.types import Batch, LossFunction, LossTerms, StudentOutput, TeacherOutput, TeacherSource
+from kd_accel.types import Batch, TeacherOutput, TeacherSource
 
 
-def train(job: Job) -> None:
-    """Run from where the trainee stands to the end of the course, or to `checkpoint.stop_after_steps`."""
-    _refuse_single_samples(job)
-    position = job.train_state.position
-    while not job.must_stop:
-        with refused_by_determinism():
-            train_epoch(job)
-        if job.must_stop:
-            job.profiler.close()
-        if position.step_in_epoch == job.schedule.steps_per_epoch or job.is_done:
-            finish_epoch(job)
-            if not job.is_done:
-                _stop_if_preempted(job)
-    settle(job)
+@dataclass
+class Trainer:
+    """One training, from its present position to its end.
+
+    Args:
+        accelerator: of the launch.
+        train_state: all that a step changes; its module is a distiller as prepared by Accelerate.
+        loader: training batches of this rank.
+        teacher: gives the teacher's output for a batch.
+        schedule: learning rate, temperature and weights by position.
+        settings: of the loop.
+        checkpoints: saves the state.
+        metrics_log: receives the lines of metrics.
+        progress: shows them to a person.
+        profiler: records a few steps if the run's `profile` is set.
+        preemption: detects a request to stop.
+        guard: detects losses and gradients that are not finite.
+        validation: the split that is evaluated after epochs, None for none.
+    """
+
+    accelerator: Accelerator
+    train_state: TrainState
+    loader: TrainLoader
+    teacher: TeacherSource
+    schedule: TrainingSchedule
+    settings: TrainConfig
+    checkpoints: CheckpointSaver
+    metrics_log: MetricsLog
+    progress: Progress
+    profiler: StepProfiler
+    preemption: PreemptionHandler
+    guard: NonFiniteGuard
+    validation: HeldOut | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps of the schedule are done."""
+        return self.train_state.position.step >= self.schedule.total_steps
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether all steps are done, or `checkpoint.stop_after_steps` is reached."""
+        return self.is_done or self.train_state.position.step == self.checkpoints.settings.stop_after_steps
+
+    def fit(self) -> None:
+        """Train to the end of the schedule, or to `checkpoint.stop_after_steps`.
+
+        Raises:
+            UserError: the numbers are not finite, a parameter has no gradient, or the disk refuses a checkpoint.
+            Preempted: a signal has been received; a checkpoint is written first.
+        """
+        self._refuse_single_samples()
+        position = self.train_state.position
+        while not self.must_stop:
+            with refused_by_determinism():
+                self.fit_epoch()
+            if self.must_stop:
+                self.profiler.close()
+            if position.step_in_epoch == self.schedule.steps_per_epoch or self.is_done:
+                self.finish_epoch()
+                if not self.is_done:
+                    self._stop_if_preempted()
+        self.checkpoints.wait()
+
+    def fit_epoch(self) -> None:
+        """Run steps to the end of the epoch or of the schedule, or to `checkpoint.stop_after_steps`."""
+        position, train_state = self.train_state.position, self.train_state
+        train_state.module.train()
+        clock = _Clock(position.elapsed_s)
+        steps = self.loader.epoch(position.epoch, start_step=position.step_in_epoch)
+        for micro_batches in profiled("loader", steps):
+            weights, lr = self.schedule.weights_at(position.epoch, position.step), self.schedule.lr_at(position.step)
+            self.step(micro_batches, weights, lr)
+            position.step += 1
+            position.step_in_epoch += 1
+            is_last = position.step_in_epoch == self.schedule.steps_per_epoch or self.is_done
+            if is_last or position.step % self.settings.log_every_steps == 0:
+                with profiler_range("logging"):
+                    self._log({**self.schedule.logged(weights), "lr": lr}, clock)
+            position.elapsed_s = clock.elapsed_s
+            self.progress.advance()
+            self.profiler.step()
+            if is_last:
+                break
+            if self.must_stop or _is_due(position.step, self.checkpoints.settings.every_steps):
+                self.save()
+            if self.must_stop:
+                break
+            self._stop_if_preempted()
+        position.elapsed_s = clock.elapsed_s
+
+    def step(self, micro_batches: Sequence[Batch], weights: LossWeights, lr: float) -> None:
+        """Make one update from all micro-batches; the ranks exchange gradients in the last backward pass only."""
+        accelerator, module = self.accelerator, self.train_state.module
+        for number, batch in enumerate(micro_batches, 1):
+            on_device = batch.to(accelerator.device, non_blocking=True)
+            with nullcontext() if number == len(micro_batches) else accelerator.no_sync(module):
+                with accelerator.autocast():
+                    output, target = self.forward(on_device, weights)
+                with profiler_range("backward"):
+                    accelerator.backward(self.guard.guarded(output, target, batch.index) / len(micro_batches))
+            with profiler_range("logging"):
+                self.train_state.meters.update(output, on_device.labels, teacher_logits=target.logits)
+        with profiler_range("optimizer"):
+            self._update(lr)
+
+    def forward(self, batch: Batch, weights: LossWeights) -> tuple[DistillerOutput, TeacherOutput]:
+        """Run teacher and distiller for one micro-batch on the device, under the caller's autocast."""
+        with profiler_range("teacher"):
+            target = self.teacher(batch)
+        # A Batch keeps `index` on the host for the cache; it is copied only for a loss that needs it.
+        index = batch.index.to(batch.images.device, non_blocking=True) if self._uses_index else None
+        return self.train_state.module(batch.images, target, batch.labels, weights, index=index), target
+
+    def finish_epoch(self) -> None:
+        """Evaluate on the validation samples and save a checkpoint, each where it is due, and move on to the next epoch."""
+        position, saving = self.train_state.position, self.checkpoints.settings
+        position.epoch, position.step_in_epoch = position.epoch + 1, 0
+        if self.validation is not None and (self.is_done or _is_due(position.epoch, self.settings.eval_every_epochs)):
+            with profiler_range("evaluation"):
+                result = self.evaluate(self.validation)
+            position.best_val_accuracy = max(result["accuracy"], position.best_val_accuracy or 0.0)
+            self.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "val", **result})
+            self.progress.note_epoch(position.epoch, result)
+        is_due = _is_due(position.epoch, saving.every_epochs) or _is_due(position.step, saving.every_steps)
+        if self.must_stop or is_due:
+            self.save()
+
+    def evaluate(self, held_out: HeldOut) -> dict[str, float]:
+        """Evaluate the student, or its moving average, on a split; the module is in training mode afterwards."""
+        train_state = self.train_state
+        for module in filter(None, (train_state.module, train_state.average)):
+            synchronize_buffers(module, accelerator=self.accelerator)
+            module.eval()
+        result = evaluate(self.student_logits(), held_out, accelerator=self.accelerator)
+        train_state.module.train()
+        return result
+
+    def student_logits(self) -> Callable[[Tensor], Tensor]:
+        """Return the forward that is evaluated: the moving average where it is kept, outside of the DDP wrapper."""
+        module = self.accelerator.unwrap_model(self.train_state.module)
+        network = module.student if self.train_state.average is None else self.train_state.average
+        return lambda images: network(module.normalize(images))
+
+    def save(self) -> None:
+        """Start to write a checkpoint. Every rank must call it. Raises UserError for numbers that are not finite."""
+        with profiler_range("checkpoint"):
+            self._read_guard()
+            self.checkpoints.save(self.train_state, metrics_bytes=self.metrics_log.length_bytes())
+
+    @property
+    def _uses_index(self) -> bool:
+        return self.accelerator.unwrap_model(self.train_state.module).uses_index
+
+    def _update(self, lr: float) -> None:
+        """Apply the gradients, unless one of them is not finite."""
+        accelerator, train_state, clip_norm = self.accelerator, self.train_state, self.schedule.optim.clip_norm
+        _refuse_idle_parameters(self.guard.without_gradient())
+        if clip_norm is not None:
+            accelerator.unscale_gradients(train_state.optimizer)
+        norm = self.guard.gradient_norm(train_state.position.step + 1)
+        if clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(train_state.module.parameters(), clip_norm, norm)
+        set_learning_rate(train_state.optimizer, lr)
+        train_state.optimizer.step()
+        if train_state.average is not None:
+            train_state.average.update(accelerator.unwrap_model(train_state.module).student)
+        train_state.optimizer.zero_grad(set_to_none=True)
+
+    def _log(self, values: dict[str, float], clock: _Clock) -> None:
+        self._read_guard()
+        position, meters = self.train_state.position, self.train_state.meters
+        sums = self.accelerator.reduce(meters.sums, "sum")
+        assert isinstance(sums, Tensor)
+        means: dict[str, float] = meters.read(sums)
+        rate = {"images_per_second": float(sums[0]) / clock.lap_s()} if clock.has_lap else {}
+        self.metrics_log.write(
+            {"step": position.step, "epoch": position.epoch, "split": "train", **means, **values, **rate},
+        )
+        self.progress.note(position.epoch, {**means, **rate})
+
+    def _read_guard(self) -> None:
+        """Count the fp16 overflows since the last call. Raises UserError, on all ranks alike, for a step that has diverged."""
+        overflowed = self.guard.check()
+        if self.accelerator.scaler is not None and self.accelerator.is_main_process:
+            self.train_state.meters.count_overflows(overflowed)
+
+    def _stop_if_preempted(self) -> None:
+        """Raise Preempted, after a checkpoint, on all ranks at the same step."""
+        number = self.preemption.requested()
+        if number is not None:
+            self.save()
+            self.checkpoints.wait()
+            raise preempted(number, step=self.train_state.position.step)
+
+    def _refuse_single_samples(self) -> None:
+        """Raise UserError where BatchNorm would see one sample: its statistics are those of one forward of one process."""
+        processes, batch_size = self.accelerator.num_processes, self.settings.batch_size
+        parts = processes * self.settings.grad_accum_steps
+        if batch_size == parts and any(isinstance(module, _BatchNorm) for module in self.train_state.module.modules()):
+            raise UserError(
+                f"train.batch_size: {parts} over {processes} processes x {self.settings.grad_accum_steps} accumulation steps "
+                "is one "
+                f"sample in each forward, too few for the model's BatchNorm layers; use {2 * parts} or more"
+            )
 
 
 @contextmanager
 def refused_by_determinism() -> Iterator[None]:
-    """Raise UserError for an operator of the model that has no deterministic kernel, where only such may be used."""
+    """Inside the `with` block, turn torch's error for an operator without a deterministic kernel into UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -56,158 +254,12 @@ def refused_by_determinism() -> Iterator[None]:
         ) from None
 
 
-def train_step(
-    student: nn.Module, teacher: TeacherSource, loss: LossFunction, batch: Batch
-) -> tuple[LossTerms, StudentOutput, TeacherOutput]:
-    """Forward of one micro-batch: the teacher's answer, the student's, and the loss between them and the labels."""
-    with profiler_range("teacher"):
-        answer = teacher(batch)
-    with profiler_range("student"):
-        logits, pairs = student(batch.images, answer.features or None)
-    output = StudentOutput(logits, pairs)
-    with profiler_range("loss"):
-        return loss(output, answer, batch.labels), output, answer
-
-
-def student_logits(train_state: TrainState, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    """The forward that is evaluated and saved: the moving average where there is one, outside the DDP wrapper."""
-    module = accelerator.unwrap_model(train_state.module)
-    network = module.student if train_state.average is None else train_state.average
-    return lambda images: network(module.normalize(images))
-
-
-def measure(job: Job, held_out: HeldOut) -> dict[str, float]:
-    """Evaluate the student on a split; the training mode comes back afterwards."""
-    train_state = job.train_state
-    for module in filter(None, (train_state.module, train_state.average)):
-        synchronize_buffers(module, accelerator=job.accelerator)
-        module.eval()
-    result = evaluate(student_logits(train_state, job.accelerator), held_out, accelerator=job.accelerator)
-    train_state.module.train()
-    return result
-
-
-def train_epoch(job: Job) -> None:
-    """Steps from the position to the end of the epoch, of the course, or to the pause."""
-    position, train_state = job.train_state.position, job.train_state
-    train_state.module.train()
-    clock = _Clock(position.elapsed_s)
-    steps = job.loader.epoch(position.epoch, start_step=position.step_in_epoch)
-    for micro_batches in profiled("loader", steps):
-        loss, values = job.schedule.loss_at(position.epoch, position.step)
-        lr = job.schedule.lr_at(position.step)
-        _optimizer_step(job, micro_batches, loss, lr)
-        position.step += 1
-        position.step_in_epoch += 1
-        is_last = position.step_in_epoch == job.schedule.steps_per_epoch or job.is_done
-        if is_last or position.step % job.train.log_every_steps == 0:
-            with profiler_range("logging"):
-                _log(job, {**values, "lr": lr}, clock)
-        position.elapsed_s = clock.elapsed_s
-        job.progress.advance()
-        job.profiler.step()
-        if is_last:
-            break
-        if job.must_stop or _is_due(position.step, job.checkpoint.every_steps):
-            save(job)
-        if job.must_stop:
-            break
-        _stop_if_preempted(job)
-    position.elapsed_s = clock.elapsed_s
-
-
-def _stop_if_preempted(job: Job) -> None:
-    """Raises Interrupted, after a checkpoint, on all ranks at the same step."""
-    number = job.preemption.requested()
-    if number is not None:
-        save(job)
-        settle(job)
-        raise preempted(number, step=job.train_state.position.step)
-
-
-def _optimizer_step(job: Job, micro_batches: Sequence[Batch], loss: LossFunction, lr: float) -> None:
-    """One update from all micro-batches; the ranks exchange gradients in the last backward only."""
-    accelerator, train_state, guard = job.accelerator, job.train_state, job.guard
-    for index, batch in enumerate(micro_batches):
-        on_device = batch.to(accelerator.device, non_blocking=True)
-        is_last = index == len(micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(train_state.module):
-            with accelerator.autocast():
-                terms, output, answer = train_step(train_state.module, job.teacher, loss, on_device)
-            with profiler_range("backward"):
-                accelerator.backward(guard.guarded(terms, output, answer, batch.samples) / len(micro_batches))
-        with profiler_range("logging"):
-            train_state.meters.update(terms, output.logits, on_device.labels, teacher_logits_BC=answer.logits)
-    with profiler_range("optimizer"):
-        _update(job, lr)
-
-
-def _update(job: Job, lr: float) -> None:
-    """From the gradients that are there, unless one of them is not finite."""
-    accelerator, train_state, guard, clip_norm = job.accelerator, job.train_state, job.guard, job.schedule.optim.clip_norm
-    _refuse_idle_parameters(guard.without_gradient())
-    if clip_norm is not None:
-        accelerator.unscale_gradients(train_state.optimizer)
-    norm = guard.gradient_norm(train_state.position.step + 1)
-    if clip_norm is not None:
-        nn.utils.clip_grads_with_norm_(train_state.module.parameters(), clip_norm, norm)
-    set_learning_rate(train_state.optimizer, lr)
-    train_state.optimizer.step()
-    if train_state.average is not None:
-        train_state.average.update(accelerator.unwrap_model(train_state.module).student)
-    train_state.optimizer.zero_grad(set_to_none=True)
-
-
-def finish_epoch(job: Job) -> None:
-    """Validate, remember the best, move to the next epoch, save."""
-    position = job.train_state.position
-    position.epoch, position.step_in_epoch = position.epoch + 1, 0
-    if job.validation is not None and (job.is_done or _is_due(position.epoch, job.train.eval_every_epochs)):
-        with profiler_range("evaluation"):
-            result = measure(job, job.validation)
-        position.best_val_accuracy = max(result["accuracy"], position.best_val_accuracy or 0.0)
-        job.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "val", **result})
-        job.progress.note_epoch(position.epoch, result)
-    if (
-        job.must_stop
-        or _is_due(position.epoch, job.checkpoint.every_epochs)
-        or _is_due(position.step, job.checkpoint.every_steps)
-    ):
-        save(job)
-
-
-def _log(job: Job, values: dict[str, float], clock: _Clock) -> None:
-    look(job)
-    position, meters = job.train_state.position, job.train_state.meters
-    sums = job.accelerator.reduce(meters.sums, "sum")
-    assert isinstance(sums, Tensor)
-    means = meters.read(sums)
-    rate = float(sums[0]) / clock.lap_s() if clock.has_lap else None
-    job.metrics_log.write(
-        {
-            **{"step": position.step, "epoch": position.epoch, "split": "train", **means, **values},
-            **({"images_per_second": rate} if rate else {}),
-        }
-    )
-    job.progress.note(position.epoch, {**means, **({"images_per_second": rate} if rate else {})})
-
-
 def _is_due(count: int, every: int | None) -> bool:
     return every is not None and count % every == 0
 
 
-def _refuse_single_samples(job: Job) -> None:
-    """The statistics of BatchNorm are those of one forward of one process."""
-    parts = job.accelerator.num_processes * job.train.grad_accum_steps
-    if job.train.batch_size == parts and any(isinstance(module, _BatchNorm) for module in job.train_state.module.modules()):
-        raise UserError(
-            f"train.batch_size: {parts} over {job.accelerator.num_processes} processes x {job.train.grad_accum_steps} "
-            f"accumulation steps is one sample in each forward, too few for the model's BatchNorm layers; use {2 * parts} or more"
-        )
-
-
 def _refuse_idle_parameters(idle: Sequence[str]) -> None:
-    """Where ranks exchange gradients, a parameter without one would make them hang or drift."""
+    """Raise UserError for parameters without a gradient: DDP's exchange would hang, or they would differ between ranks."""
     if idle:
         more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
         raise UserError(
@@ -217,7 +269,7 @@ def _refuse_idle_parameters(idle: Sequence[str]) -> None:
 
 
 class _Clock:
-    """Training time: in all, and since the last line of metrics."""
+    """Clock of the training time: in all, and since the last line of metrics."""
 
     def __init__(self, elapsed_before_s: float) -> None:
         self._started_at = self._lap_at = time.perf_counter()

@@ -1,8 +1,7 @@
-"""Weights & Biases, the only place that knows it. It may fail in any way without stopping a training.
+"""Weights & Biases, online or offline; no failure of it stops a training.
 
-The engine starts the run through Accelerate's tracker and hands it over; here is decided in which mode, under which id, and
-what happens when W&B does not answer: offline after a short time-out, and silence after a single warning. The package is
-imported only for a run that is tracked, so nothing else needs it.
+A run is started through Accelerate's tracker. An online start that fails or times out is tried once more offline, and the first
+failure after the start ends the tracking with a warning. wandb is imported only for a run that is tracked.
 """
 
 from __future__ import annotations
@@ -24,26 +23,36 @@ from kd_accel.errors import UserError
 Mode = Literal["online", "offline", "disabled"]
 
 
-class WandbTracking:
-    """One W&B run. Create it on every rank, `start` it on the main process only; elsewhere logging does nothing."""
+class WandbTracker:
+    """One W&B run. Create it on every rank and `start` it on the main process; elsewhere logging does nothing.
 
-    def __init__(
-        self, config: TrackingConfig, *, run_dir: Path, name: str, settings: dict[str, Any], run_id: str | None = None
-    ) -> None:
-        """run_id: of a run that is resumed; a new one is made otherwise. settings: the whole config of the training."""
+    Args:
+        config: settings.
+        run_dir: directory of the training, in which W&B writes `wandb/`.
+        name: display name.
+        role: W&B's job_type: teacher, student or distilled.
+        run_id: id of a W&B run to resume; None = a new id.
+    """
+
+    def __init__(self, config: TrackingConfig, *, run_dir: Path, name: str, role: str, run_id: str | None = None) -> None:
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self._config = config
         self._run_dir = run_dir
         self._name = name
-        self._settings = settings
+        self._role = role
         self._run: Any = None
 
     @property
     def is_enabled(self) -> bool:
+        """Whether metrics are tracked by this process."""
         return self._run is not None
 
     def start(self, init: Callable[[dict[str, Any]], Any]) -> None:
-        """Begin: `init(arguments of wandb.init)` must return the run. Falls back to offline, then to nothing."""
+        """Start the run: online or offline as configured; on failure offline, then untracked, with a warning each.
+
+        Args:
+            init: starts a W&B run with these keyword arguments of `wandb.init`, and returns it.
+        """
         mode = choose_mode(self._config)
         if mode == "disabled":
             return
@@ -53,11 +62,11 @@ class WandbTracking:
                 self._define_axes()
                 return
             except Exception as error:
-                self._give_up(error, f"{attempt} tracking failed" + ("; tracking offline" if attempt == "online" else ""))
-                _forget_attempt()
+                self._stop(error, f"{attempt} tracking failed" + ("; tracking offline" if attempt == "online" else ""))
+                _tear_down()
 
     def init_arguments(self, mode: str) -> dict[str, Any]:
-        """What Accelerate passes on to wandb.init, besides project and config."""
+        """Return the arguments of wandb.init besides project and config, which Accelerate adds."""
         import wandb
 
         return {
@@ -67,27 +76,33 @@ class WandbTracking:
             "name": self._name,
             "entity": self._config.entity,
             "group": self._config.group,
+            "job_type": self._role,
+            "tags": list(self._config.tags),
             "dir": str(self._run_dir),
             "settings": wandb.Settings(init_timeout=self._config.timeout_s, console="off", quiet=True),
         }
 
     def log(self, values: dict[str, Any], *, step: int) -> None:
-        """Numbers at an optimizer step."""
+        """Log numbers at an optimizer step."""
         self._try(lambda: self._run.log({**values, "step": step}, step=step))
 
-    def log_table(self, name: str, columns: Sequence[str], samples: Sequence[Sequence[Any]]) -> None:
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table."""
+
         def send() -> None:
             import wandb
 
-            self._run.log({name: wandb.Table(columns=list(columns), data=[list(sample) for sample in samples])})
+            self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
         self._try(send)
 
     def finish(self) -> None:
+        """End the run."""
         self._try(lambda: self._run.finish())
         self._run = None
 
     def _define_axes(self) -> None:
+        """Plot training metrics against the step, and those of evaluations against the epoch."""
         self._run.define_metric("step")
         self._run.define_metric("epoch")
         self._run.define_metric("train/*", step_metric="step")
@@ -100,15 +115,15 @@ class WandbTracking:
         try:
             action()
         except Exception as error:
-            self._give_up(error, "tracking stopped")
+            self._stop(error, "tracking stopped")
 
-    def _give_up(self, error: Exception, what: str) -> None:
+    def _stop(self, error: Exception, what: str) -> None:
         self._run = None
-        warnings.warn(f"W&B: {what} ({type(error).__name__}: {error}); metrics.jsonl has everything", stacklevel=3)
+        warnings.warn(f"W&B: {what} ({type(error).__name__}: {error}); metrics.jsonl is complete", stacklevel=3)
 
 
-def _forget_attempt() -> None:
-    """W&B's service process holds the id of a run that could not start; it must go before another start under that id."""
+def _tear_down() -> None:
+    """End W&B's service process: it keeps the id of a run that could not start, and refuses another start with that id."""
     with suppress(Exception):
         import wandb
 
@@ -116,7 +131,7 @@ def _forget_attempt() -> None:
 
 
 def refuse_missing_package(config: TrackingConfig) -> None:
-    """Raise UserError where the config asks for tracking by name and wandb is not installed."""
+    """Raise UserError if the config names a mode of tracking and wandb is not installed."""
     if config.wandb in ("online", "offline") and not _is_installed():
         raise UserError(
             f"tracking.wandb: {config.wandb} needs wandb, which is not installed; pip install wandb, or set tracking.wandb to "
@@ -125,24 +140,24 @@ def refuse_missing_package(config: TrackingConfig) -> None:
 
 
 def missing_package_notices(config: TrackingConfig) -> list[str]:
-    """Return a line for the user where a run would be tracked and wandb is not installed, else nothing."""
+    """Return a line for the user if a run would be tracked and wandb is not installed, else nothing."""
     if _is_installed() or _requested_mode(config) == "disabled":
         return []
     return ["wandb is not installed; metrics go to metrics.jsonl only"]
 
 
 def tracker_name(config: TrackingConfig) -> str | None:
-    """Return the tracker to request from Accelerate, which warns about one that is not installed."""
+    """Return the tracker to request from Accelerate, None for none: Accelerate warns about one that is not installed."""
     return None if choose_mode(config) == "disabled" else "wandb"
 
 
 def choose_mode(config: TrackingConfig) -> Mode:
-    """Return how a run is tracked here: as it was asked for, or not at all where wandb is not installed."""
+    """Return the mode in which a run is tracked: the requested mode, or disabled if wandb is not installed."""
     return _requested_mode(config) if _is_installed() else "disabled"
 
 
 def _requested_mode(config: TrackingConfig) -> Mode:
-    """`auto` asks the environment (WANDB_MODE), then whether there is a key; it never prompts."""
+    """Return the requested mode. `auto` is WANDB_MODE if set, else online with an API key and offline without; no prompt."""
     if config.wandb != "auto":
         return config.wandb
     setup = os.environ.get("WANDB_MODE", "").lower()
@@ -152,7 +167,7 @@ def _requested_mode(config: TrackingConfig) -> Mode:
 
 
 def _is_installed() -> bool:
-    """Look for the distribution: a directory `wandb` of earlier runs can be imported as an empty package."""
+    """Return whether the distribution is installed: a directory `wandb/` of earlier runs is importable as an empty package."""
     try:
         version("wandb")
     except PackageNotFoundError:
@@ -161,6 +176,7 @@ def _is_installed() -> bool:
 
 
 def _has_key() -> bool:
+    """Return whether an API key is in the environment or, as `wandb login` leaves it, in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

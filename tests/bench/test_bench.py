@@ -237,7 +237,7 @@ def test_a_forward_that_cannot_be_captured_is_measured_otherwise(second_gpu, mon
 
 
 def test_runs_and_archs_by_name(saved, tmp_path, threads):
-    figures = bench_models([f"{saved}/", STUDENT], BenchConfig(**{**vars(QUICK), "threads": 1}))
+    figures = bench_models([f"{saved}/", STUDENT], QUICK.model_copy(update={"threads": 1}))
     assert (figures["device"], figures["dtype"], figures["threads"]) == ("cpu", "float32", 1)
     assert figures["versions"]["torch"] == torch.__version__
     teacher, student = figures["models"]
@@ -260,7 +260,7 @@ def test_kernels_are_those_of_a_training(monkeypatch, tf32):
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not tf32
-    figures = bench_models([STUDENT], BenchConfig(**{**vars(QUICK), "tf32": tf32}))
+    figures = bench_models([STUDENT], QUICK.model_copy(update={"tf32": tf32}))
     assert figures["cudnn_benchmark"] is torch.backends.cudnn.benchmark is True
     assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32
     assert figures["tf32"] == {"convolutions": None, "matmul": None}
@@ -304,7 +304,7 @@ def test_a_file_of_figures_knows_what_it_was_made_from(saved, tmp_path):
     assert not is_measured(path, [saved], QUICK)
     write_json(bench_models([str(saved)], QUICK), path)
     assert is_measured(path, [saved], QUICK)
-    assert not is_measured(path, [saved], BenchConfig(**{**vars(QUICK), "batch_sizes": [1]}))
+    assert not is_measured(path, [saved], QUICK.model_copy(update={"batch_sizes": [1]}))
     assert not is_measured(path, [saved, saved], QUICK)
     assert not is_measured(path, [], QUICK)
     card = ModelCard(TEACHER, "imagenet", {}, ["a", "b", "c", "d"], [0.5] * 3, [0.2] * 3, 24)
@@ -315,9 +315,7 @@ def test_a_file_of_figures_knows_what_it_was_made_from(saved, tmp_path):
 
 
 def test_an_image_size_of_ones_own(saved):
-    small, large = (
-        bench_models([str(saved)], BenchConfig(**{**vars(QUICK), "image_size": size}))["models"][0] for size in (16, 64)
-    )
+    small, large = (bench_models([str(saved)], QUICK.model_copy(update={"image_size": size}))["models"][0] for size in (16, 64))
     assert (small["image_size"], large["image_size"]) == (16, 64)
     assert (large["macs"] - 128) == 16 * (small["macs"] - 128)
     assert large["parameters"] == small["parameters"]
@@ -326,20 +324,20 @@ def test_an_image_size_of_ones_own(saved):
 @pytest.mark.parametrize(
     ("name", "changes", "told"),
     [
-        ("runs/nowhere", {}, "no run directory 'runs/nowhere'"),
-        ("resnet18", {}, "no run directory 'resnet18'; an arch is torchvision/NAME"),
+        ("runs/nowhere", {}, "run directory 'runs/nowhere' not found"),
+        ("resnet18", {}, "run directory 'resnet18' not found; architectures are torchvision/NAME"),
         ("torchvision/resnet19", {}, "did you mean torchvision/resnet"),
-        ("torchvision/vit_b_16", {}, "image_size: torchvision/vit_b_16 does not take images of 32x32 .*--image_size"),
-        (STUDENT, {"device": "gpu0"}, "device: 'gpu0' is no device"),
-        (STUDENT, {"device": "meta"}, "device: 'meta' is no device to measure on; use auto, cpu"),
-        (STUDENT, {"device": "cuda:99"}, "device: cuda:99 is not there"),
+        ("torchvision/vit_b_16", {}, "image_size: torchvision/vit_b_16 does not accept images of 32x32 .*--image_size"),
+        (STUDENT, {"device": "gpu0"}, "device: 'gpu0' is not a valid device"),
+        (STUDENT, {"device": "meta"}, "device: 'meta' is not a valid device; use auto, cpu"),
+        (STUDENT, {"device": "cuda:99"}, "device: cuda:99 not found"),
         (STUDENT, {"precision": "fp16"}, "precision: fp16 needs a GPU"),
         (STUDENT, {"cuda_graph": True}, "cuda_graph: true needs a GPU; leave it out"),
     ],
 )
 def test_what_cannot_be_measured_is_told(name, changes, told):
     with pytest.raises(UserError, match=told):
-        bench_models([name], BenchConfig(**{**vars(QUICK), **changes}))
+        bench_models([name], QUICK.model_copy(update=changes))
 
 
 def test_a_directory_without_a_whole_run(saved, tmp_path):
@@ -383,7 +381,7 @@ class Waiting(nn.Linear):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_on_a_gpu_a_graph_gives_what_the_forward_gives_and_is_faster(precision):
     model = build_model("torchvision/resnet18", num_classes=10).eval().cuda()
     images = torch.randn(1, 3, 32, 32, device="cuda")

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ from benchmarks import gpu_reference
 from benchmarks.budgeted_jobs import Job, Ledger, Runner
 from benchmarks.gpu_reference_chain import Chain, Options
 from benchmarks.gpu_reference_plan import FirstRates, choose, fitting_epochs, pair
-from kd_accel.config.parsing import build_parser, flatten, parse_config
+from kd_accel.config.parsing import flatten, parse_config
 from kd_accel.config.schema import RunConfig
 from tests.benchmarks.quick_product import STEPS_PER_EPOCH
 from tests.hidden_packages import hidden_environment, imports_of_hidden
@@ -168,8 +167,8 @@ def test_epochs_and_seeds_by_the_time_left():
 
 
 def parsed(*arguments):
-    config, _ = parse_config(RunConfig, arguments, parser=build_parser(RunConfig, prog="", description=""))
-    return flatten(asdict(config))
+    config, _ = parse_config(RunConfig, arguments)
+    return flatten(config.model_dump())
 
 
 @pytest.mark.parametrize("part", ["pair", "reference"])

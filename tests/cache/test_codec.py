@@ -1,9 +1,9 @@
-"""What is not finite never reaches a cache, wherever among the values it stands."""
+"""Storage types: a value that is not finite is refused at any position."""
 
 import pytest
 import torch
 
-from kd_accel.cache.codec import encode
+from kd_accel.cache.shard import encode
 from kd_accel.errors import UserError
 
 INFINITE = float("inf")

@@ -1,4 +1,4 @@
-"""What describes a cache (its plan, samples and projectors) is whole or refused, and never replaced by another config's."""
+"""spec.json, samples and targets of a cache are intact or refused, and never replaced by another config's."""
 
 import json
 import shutil
@@ -10,16 +10,17 @@ import torch
 
 from kd_accel.cache.manifest import (
     CachedSamples,
-    read_projectors,
     read_samples,
     read_spec,
-    write_projectors,
+    read_targets,
     write_samples,
     write_spec,
+    write_targets,
 )
 from kd_accel.cache.spec import SPLITS
 from kd_accel.errors import UserError
 from kd_accel.io.hashing import tensors_digest
+from kd_accel.losses.targets import PCA
 from tests.cache.test_compatibility import FEATURE, asking, files_of
 from tests.cache.test_store import spec_of
 from tests.in_process import cache, train
@@ -53,19 +54,21 @@ def flipped_bits(path):
 
 
 def records(directory):
-    """A plan, samples and projectors that agree, on the disk."""
+    """Write spec, samples and targets that agree."""
     samples = {split: CachedSamples(np.arange(2, dtype=np.int64), np.arange(2, dtype=np.uint64)) for split in SPLITS}
-    projectors = {"layer1": {"conv.weight": torch.randn(2, 3, 1, 1), "conv.bias": torch.randn(2)}}
+    target = PCA(2, images=64)
+    target.load({"conv.weight": torch.randn(2, 3, 1, 1), "conv.bias": torch.randn(2)})
     drawn = spec_of(samples=2, views=1)
-    projected = replace(drawn.tensors["layer1"], projector=tensors_digest(projectors["layer1"]))
+    digest = tensors_digest(target.tensors())
+    mapped = replace(drawn.tensors["layer1"], target=target.description(), target_digest=digest, explained=0.5)
     cache_spec = replace(
         drawn,
         fingerprint_fields={"data": {"contents": {split: cached.digest for split, cached in samples.items()}}},
         samples=dict.fromkeys(SPLITS, 2),
-        tensors={**drawn.tensors, "layer1": projected},
+        tensors={**drawn.tensors, "layer1": mapped},
     )
     write_samples(directory, samples)
-    write_projectors(directory, projectors)
+    write_targets(directory, {"layer1": target})
     write_spec(directory, cache_spec)
     return cache_spec
 
@@ -79,12 +82,12 @@ def test_every_flipped_bit_of_a_spec_is_noticed(tmp_path):
             survived += 1
         except UserError:
             pass
-    assert survived < 10  # a blank that became another, and the version of an earlier program
+    assert survived < 10  # a blank that became another
     assert read_spec(tmp_path) == cache_spec
 
 
-@pytest.mark.parametrize(("name", "read"), [("samples.safetensors", read_samples), ("targets.safetensors", read_projectors)])
-def test_every_flipped_bit_of_samples_and_projectors_is_noticed(tmp_path, name, read):
+@pytest.mark.parametrize(("name", "read"), [("samples.safetensors", read_samples), ("targets.safetensors", read_targets)])
+def test_every_flipped_bit_of_samples_and_targets_is_noticed(tmp_path, name, read):
     cache_spec = records(tmp_path)
     read(tmp_path, cache_spec)
     for place in flipped_bits(tmp_path / name):
@@ -100,7 +103,7 @@ def test_every_flipped_bit_of_samples_and_projectors_is_noticed(tmp_path, name, 
     "changed",
     [{"views": 1}, {"batch_samples": 17}, {"samples_per_shard": 64}, {"samples": {"train": 129, "val": 32, "test": 41}}],
 )
-def test_a_changed_spec_is_named_and_mended(built, copied, tmp_path, changed):
+def test_a_changed_spec_is_named_and_repaired(built, copied, tmp_path, changed):
     flags, directory = copied
     content = json.loads((directory / "spec.json").read_text())
     assert content["views"] == 2 and content["samples"]["train"] == 128
@@ -123,19 +126,19 @@ def test_a_cache_without_its_spec_is_not_overwritten_by_another_config(copied, c
         (directory / "spec.json").write_text(cache_spec)
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")}
     text = cache("build", *flags, other, code=2)
-    assert "manifest.json beside it belongs to a cache of something else" in text
+    assert "manifest.json next to it belongs to another cache" in text
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")} == before
     cache("build", *flags)
 
 
 @pytest.mark.parametrize("is_file_lost", [False, True])
-def test_lost_projectors_are_fitted_again_by_a_config_that_has_all_of_them(built, copied, teacher_run, is_file_lost):
+def test_lost_targets_are_fitted_again_by_a_config_that_has_all_of_them(built, copied, teacher_run, is_file_lost):
     flags, directory = copied
     (directory / "targets.safetensors").unlink()
     if is_file_lost:
         next(directory.glob("train/view-0000/layer1-*")).unlink()
     text = cache("build", *asking(teacher_run, directory, ONE_LAYER), code=2)
-    assert "does not ask for all that it held (layer1)" in text
+    assert "does not compare all of its layers (layer1)" in text
     assert not (directory / "targets.safetensors").exists()
     cache("build", *flags)
     cache("verify", *asking(teacher_run, directory, ONE_LAYER))
@@ -143,9 +146,9 @@ def test_lost_projectors_are_fitted_again_by_a_config_that_has_all_of_them(built
     assert bytes_of == {path.relative_to(built): content for path, (_, content) in files_of(built).items()}
 
 
-def test_a_lost_manifest_is_written_again(built, copied):
+def test_a_lost_manifest_is_created_again(built, copied):
     flags, directory = copied
     (directory / "manifest.json").unlink()
-    assert "complete, 8 files checked; manifest.json written" in cache("build", *flags)
+    assert "complete, 8 files checked; manifest.json created again" in cache("build", *flags)
     assert (directory / "manifest.json").read_bytes() == (built / "manifest.json").read_bytes()
     assert "complete, 8 files checked; nothing to do" in cache("build", *flags)

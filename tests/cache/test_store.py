@@ -1,4 +1,4 @@
-"""The files of a cache: safetensors reads them, samples come back by number, and every flipped bit is noticed."""
+"""The files of a cache: readable by safetensors, samples by index, and every flipped bit is noticed."""
 
 import copy
 import multiprocessing
@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from kd_accel.cache.codec import RELATIVE_ERROR, decode, encode
 from kd_accel.cache.reader import Reader
-from kd_accel.cache.shard import damage, data_offset, stored_checksum, write_shard
+from kd_accel.cache.shard import RELATIVE_ERROR, data_offset, decode, encode, find_damage, stored_checksum, write_shard
 from kd_accel.cache.spec import CacheSpec, TensorSpec, samples_in_a_shard, spec_from_json, spec_to_json
-from kd_accel.cache.writer import balanced_share, blocks_of
+from kd_accel.cache.verify import balanced_share
+from kd_accel.cache.writer import blocks_of
 from kd_accel.errors import UserError
 
+PCA = {"name": "pca", "channels": 6, "images": 64}
 TYPES = ["float32", "float16", "bfloat16", "int8"]
 
 
@@ -29,34 +30,34 @@ def spec_of(dtype="float16", *, samples=100, views=2, samples_per_shard=32, chan
         views=views,
         tensors={
             "logits": TensorSpec((10,), "float32" if dtype == "float32" else "float16"),
-            "layer1": TensorSpec((channels, 2, 2), dtype, projector="p" * 32, raw_channels=24),
+            "layer1": TensorSpec((channels, 2, 2), dtype, PCA, target_digest="p" * 32, raw_channels=24),
         },
         samples_per_shard=samples_per_shard,
         batch_samples=16,
     )
 
 
-def answers(cache_spec, shard):
-    """What the teacher is taken to have said: different for every sample and view."""
+def teacher_values(cache_spec, shard):
+    """Stand-in for the teacher's outputs, different for every sample and view."""
     generator = torch.Generator().manual_seed(1000 * shard.view + shard.first)
     return torch.randn(shard.samples, *cache_spec.tensors[shard.tensor].shape, generator=generator)
 
 
-def written(directory, cache_spec):
-    """All files of a cache; returns {(split, view, tensor): float32 values as they come back}."""
-    whole = {}
+def store(directory, cache_spec):
+    """Write all files of a cache; return {(split, view, tensor): decoded values}."""
+    stored_values = {}
     for shard in cache_spec.all_shards():
-        stored, scale = encode(answers(cache_spec, shard), cache_spec.tensors[shard.tensor].dtype, name=shard.tensor)
+        stored, scale = encode(teacher_values(cache_spec, shard), cache_spec.tensors[shard.tensor].dtype, name=shard.tensor)
         write_shard(directory, cache_spec, shard, stored, scale)
-        whole.setdefault((shard.split, shard.view, shard.tensor), []).append(decode(stored, scale))
-    return {place: torch.cat(parts) for place, parts in whole.items()}
+        stored_values.setdefault((shard.split, shard.view, shard.tensor), []).append(decode(stored, scale))
+    return {place: torch.cat(parts) for place, parts in stored_values.items()}
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_safetensors_reads_what_is_written(tmp_path, dtype):
+def test_safetensors_reads_a_shard(tmp_path, dtype):
     cache_spec = spec_of(dtype)
     shard = cache_spec.shards("train", 1, "layer1")[3]
-    values, scale = encode(answers(cache_spec, shard), dtype, name="layer1")
+    values, scale = encode(teacher_values(cache_spec, shard), dtype, name="layer1")
     checksum = write_shard(tmp_path, cache_spec, shard, values, scale)
     with safe_open(tmp_path / shard.name, "pt") as file:
         assert torch.equal(file.get_tensor("values"), values)
@@ -65,7 +66,7 @@ def test_safetensors_reads_what_is_written(tmp_path, dtype):
             assert torch.equal(file.get_tensor("scale"), scale)
         assert list(file.metadata()) == ["kd_accel"]
         for part in (
-            cache_spec.digest,
+            cache_spec.fingerprint,
             checksum,
             '"first_sample":96',
             '"samples":4',
@@ -74,13 +75,13 @@ def test_safetensors_reads_what_is_written(tmp_path, dtype):
             '"tensor":"layer1"',
         ):
             assert part in file.metadata()["kd_accel"]
-    assert damage(tmp_path, cache_spec, shard, checksum=checksum) is None
+    assert find_damage(tmp_path, cache_spec, shard, checksum=checksum) is None
     assert stored_checksum(tmp_path, cache_spec, shard) == checksum
     assert data_offset(cache_spec, shard) % 64 == 0
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_rounding_stays_within_what_is_said(dtype):
+def test_rounding_stays_within_its_bound(dtype):
     values = torch.randn(64, 6, 3, 3) * torch.logspace(-3, 3, 6)[:, None, None]
     stored, scale = encode(values, dtype, name="layer1")
     error = (decode(stored, scale).double() - values.double()).abs()
@@ -111,50 +112,50 @@ def test_numbers_that_a_type_cannot_hold_are_refused(value, dtype):
 def test_every_flipped_bit_of_a_header_and_of_the_data_is_noticed(tmp_path):
     cache_spec = spec_of("int8", samples_per_shard=2, channels=2)
     shard = cache_spec.shards("train", 0, "layer1")[0]
-    write_shard(tmp_path, cache_spec, shard, *encode(answers(cache_spec, shard), "int8", name="layer1"))
+    write_shard(tmp_path, cache_spec, shard, *encode(teacher_values(cache_spec, shard), "int8", name="layer1"))
     path = tmp_path / shard.name
     whole = path.read_bytes()
     for byte in range(len(whole)):
         flipped = bytearray(whole)
         flipped[byte] ^= 1 << (byte % 8)
         path.write_bytes(flipped)
-        assert damage(tmp_path, cache_spec, shard) is not None, byte
+        assert find_damage(tmp_path, cache_spec, shard) is not None, byte
     for length in (0, 7, 8, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert damage(tmp_path, cache_spec, shard) is not None, length
+        assert find_damage(tmp_path, cache_spec, shard) is not None, length
     path.write_bytes(whole + b"\0")
-    assert "bytes instead of" in damage(tmp_path, cache_spec, shard)
+    assert "bytes instead of" in find_damage(tmp_path, cache_spec, shard)
     path.write_bytes(whole)
-    assert damage(tmp_path, cache_spec, shard) is None
-    assert "another checksum than the manifest" in damage(tmp_path, cache_spec, shard, checksum="0" * 32)
+    assert find_damage(tmp_path, cache_spec, shard) is None
+    assert "another checksum than in manifest.json" in find_damage(tmp_path, cache_spec, shard, checksum="0" * 32)
     path.unlink()
-    assert damage(tmp_path, cache_spec, shard) == "is missing"
+    assert find_damage(tmp_path, cache_spec, shard) == "is missing"
 
 
 def test_a_file_of_another_place_or_cache_is_noticed(tmp_path):
     cache_spec = spec_of()
-    written(tmp_path, cache_spec)
+    store(tmp_path, cache_spec)
     request = cache_spec.shards("train", 0, "layer1")[1]
     other_cache = replace(cache_spec, fingerprint_fields={"teacher": "b", "data": {"contents": {}}})
-    other_projector = replace(
-        cache_spec, tensors={**cache_spec.tensors, "layer1": replace(cache_spec.tensors["layer1"], projector="q" * 32)}
+    other_target = replace(
+        cache_spec, tensors={**cache_spec.tensors, "layer1": replace(cache_spec.tensors["layer1"], target_digest="q" * 32)}
     )
     others = [
         (cache_spec, cache_spec.shards("train", 1, "layer1")[1]),
         (cache_spec, cache_spec.shards("train", 0, "layer1")[2]),
     ]
-    others += [(other_cache, request), (other_projector, request)]
+    others += [(other_cache, request), (other_target, request)]
     for other_spec, other in others:
         elsewhere = tmp_path / "elsewhere"
-        write_shard(elsewhere, other_spec, other, *encode(answers(cache_spec, other), "float16", name="layer1"))
+        write_shard(elsewhere, other_spec, other, *encode(teacher_values(cache_spec, other), "float16", name="layer1"))
         (elsewhere / other.name).replace(tmp_path / request.name)
-        assert "header of another cache or place" in damage(tmp_path, cache_spec, request)
+        assert "header of another cache or place" in find_damage(tmp_path, cache_spec, request)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_samples_come_back_by_their_number(tmp_path, dtype):
+def test_samples_are_read_by_index(tmp_path, dtype):
     cache_spec = spec_of(dtype)
-    whole = written(tmp_path, cache_spec)
+    whole = store(tmp_path, cache_spec)
     covered = np.arange(100) * 3 + 1
     reader = Reader(tmp_path, cache_spec, "train", covered, ["logits", "layer1"])
     generator = np.random.default_rng(0)
@@ -170,9 +171,9 @@ def test_samples_come_back_by_their_number(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("sample", [0, 3, 299])
-def test_a_sample_that_is_not_covered_is_never_answered_for(tmp_path, sample):
+def test_a_sample_that_is_not_covered_is_never_read(tmp_path, sample):
     cache_spec = spec_of()
-    written(tmp_path, cache_spec)
+    store(tmp_path, cache_spec)
     reader = Reader(tmp_path, cache_spec, "train", np.arange(100) * 3 + 1, ["logits"])
     with pytest.raises((AssertionError, IndexError)):
         reader.read(0, np.array([1, sample, 4]))
@@ -180,7 +181,7 @@ def test_a_sample_that_is_not_covered_is_never_answered_for(tmp_path, sample):
 
 def test_a_damaged_file_is_named_when_its_view_is_first_read(tmp_path):
     cache_spec = spec_of()
-    written(tmp_path, cache_spec)
+    store(tmp_path, cache_spec)
     shard = cache_spec.shards("train", 1, "layer1")[2]
     data = bytearray((tmp_path / shard.name).read_bytes())
     data[-1] ^= 4
@@ -201,7 +202,7 @@ def _read_elsewhere(reader, queue):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_reader_travels_to_another_process(tmp_path, method):
     cache_spec = spec_of()
-    written(tmp_path, cache_spec)
+    store(tmp_path, cache_spec)
     reader = Reader(tmp_path, cache_spec, "train", np.arange(100), ["layer1"])
     here = reader.read(1, np.array([7, 99, 7]))["layer1"].values.numpy()
     context = multiprocessing.get_context(method)
@@ -240,7 +241,7 @@ def _anonymous_bytes():
 
 def test_a_cache_of_many_files_opens_with_few_open_files(tmp_path):
     cache_spec = spec_of(samples_per_shard=1)
-    whole = written(tmp_path, cache_spec)
+    whole = store(tmp_path, cache_spec)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(160, before[0]), before[1]))
     try:
@@ -252,7 +253,7 @@ def test_a_cache_of_many_files_opens_with_few_open_files(tmp_path):
         assert torch.equal(decode(samples.values, samples.scale), whole["train", view, "layer1"])
 
 
-def test_names_and_cuts_follow_from_the_spec():
+def test_names_and_samples_of_files_follow_from_the_spec():
     cache_spec = spec_of(samples=100, samples_per_shard=32)
     shards = cache_spec.shards("train", 1, "layer1")
     assert [(shard.first, shard.samples) for shard in shards] == [(0, 32), (32, 32), (64, 32), (96, 4)]
@@ -271,8 +272,8 @@ def test_names_and_cuts_follow_from_the_spec():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_a_build_is_cut_into_shares_of_about_as_many_samples(world_size):
-    """A full file and a short one in each view: dealt out in turns, two processes would get 517 and 135 samples."""
+def test_the_shares_of_a_build_have_about_as_many_samples(world_size):
+    """A full file and a short one in each view: in turns, two processes would get 517 and 135 samples."""
     sizes = [block.samples for block in blocks_of(spec_of(samples=40, views=16, samples_per_shard=32).all_shards())]
     shares = [balanced_share(sizes, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert sorted(index for share in shares for index in share) == list(range(len(sizes)))
@@ -281,7 +282,7 @@ def test_a_build_is_cut_into_shares_of_about_as_many_samples(world_size):
     assert max(samples) - min(samples) <= 32
 
 
-def test_shards_are_whole_batches_of_about_the_size_asked_for():
+def test_shards_are_complete_batches_of_about_the_requested_size():
     specs = {"logits": TensorSpec((10,), "float16"), "layer1": TensorSpec((64, 8, 8), "float16")}
     assert samples_in_a_shard(specs, shard_mib=1, batch_samples=32) == 128  # of 8,192 bytes each
     assert samples_in_a_shard(specs, shard_mib=0.001, batch_samples=32) == 32
@@ -309,6 +310,12 @@ def test_a_spec_comes_back_from_json_and_a_wrong_one_does_not():
         lambda c: c["tensors"].pop("logits"),
         lambda c: c["tensors"]["logits"].update(dtype="float8"),
         lambda c: c["tensors"]["logits"].update(shape=None),
+        lambda c: c["tensors"]["logits"].update(target={"name": "identity"}),
+        lambda c: c["tensors"]["layer1"].update(target=None),
+        lambda c: c["tensors"]["layer1"].update(target={"channels": 6}),
+        lambda c: c["tensors"]["layer1"].update(target={**PCA, "images": 65}),
+        lambda c: c["tensors"]["layer1"].update(target_digest=1),
+        lambda c: c["tensors"]["layer1"].update(raw_channels=None),
         lambda c: c["samples"].pop("val"),
         lambda c: c.update(views=0),
         lambda c: c.update(samples_per_shard=0),

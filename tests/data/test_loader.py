@@ -8,6 +8,7 @@ import torch
 
 from kd_accel.config.schema import DataConfig
 from kd_accel.data import datamodule
+from kd_accel.data.datamodule import DataModule
 from kd_accel.data.loader import EvalLoader, TrainLoader, epoch_order
 from kd_accel.data.sources import MemoryImages
 from kd_accel.data.splits import SplitSamples, channel_statistics, split_samples
@@ -28,12 +29,12 @@ def loader(images=None, samples=None, **settings):
 
 
 def samples_of(batches):
-    return [batch.samples.tolist() for batch in batches]
+    return [batch.index.tolist() for batch in batches]
 
 
 @pytest.mark.parametrize(("world_size", "accum"), [(1, 4), (2, 2), (4, 1), (2, 1)])
 def test_a_step_has_the_same_samples_however_it_is_shared(world_size, accum):
-    whole = [step[0].samples.tolist() for step in loader().epoch(3)]
+    whole = [step[0].index.tolist() for step in loader().epoch(3)]
     shares = [loader(rank=rank, world_size=world_size, grad_accum_steps=accum) for rank in range(world_size)]
     steps = zip(*(share.epoch(3) for share in shares), strict=True)
     assert [sum((sample for rank in ranks for sample in samples_of(rank)), []) for ranks in steps] == whole
@@ -62,7 +63,7 @@ def test_views_take_turns():
 def test_a_batch_is_the_view_of_its_samples():
     images = image_set()
     batch = next(loader(images).epoch(1))[0]
-    samples = batch.samples.numpy()
+    samples = batch.index.numpy()
     expected = ViewTransform("crop_flip", 8, crop_padding=1)(images.pixels(samples), samples, 1)
     assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), expected)
     assert np.array_equal(batch.labels.numpy(), images.labels[samples])
@@ -81,7 +82,7 @@ def test_workers_and_stored_images_give_the_same_batches():
     for one, two, three in zip(plain, workers, device, strict=True):
         for other in (two[0], three[0]):
             assert torch.equal(one[0].images, other.images)
-            assert torch.equal(one[0].samples, other.samples)
+            assert torch.equal(one[0].index, other.index)
             assert torch.equal(one[0].labels, other.labels)
 
 
@@ -97,11 +98,10 @@ def test_the_images_that_a_gpu_keeps_are_those_of_the_samples(kind, monkeypatch)
     own = image_set()
     samples = np.arange(10, 90)
     images = kind(own.pixels(np.arange(100)), own.labels, own.label_names)
-    kept = datamodule.images_on(
-        torch.device("cpu"),
-        datamodule.Data(images, images, SplitSamples(samples, samples[:0], samples[:0]), [0.5] * 3, [0.5] * 3),
-        num_workers=1,
-    )
+    splits = SplitSamples(samples, samples[:0], samples[:0])
+    transform = ViewTransform("crop_flip", 8, crop_padding=1)
+    data = DataModule(images, images, splits, [0.5] * 3, [0.5] * 3, transform, num_workers=1)
+    kept = datamodule.images_on(torch.device("cpu"), data)
     assert kept.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(kept.permute(0, 2, 3, 1).numpy(), images.pixels(samples))
 
@@ -127,7 +127,7 @@ class Unreadable(MemoryImages):
     """A set of which no sample can be decoded."""
 
     def pixels(self, samples):
-        raise UserError(f"data: the image in sample {samples[0]} cannot be decoded; mend or remove the sample")
+        raise UserError(f"data: sample {samples[0]} cannot be decoded; fix or remove it")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -139,7 +139,7 @@ def test_an_image_that_cannot_be_decoded_is_said_as_plainly_by_a_worker(workers)
     ):
         with pytest.raises(UserError) as raised:
             list(batches)
-        assert str(raised.value).startswith("data: the image in sample")
+        assert str(raised.value).startswith("data: sample")
         assert "\n" not in str(raised.value)
 
 
@@ -147,7 +147,7 @@ def test_an_image_that_cannot_be_decoded_is_said_as_plainly_by_a_worker(workers)
 def test_evaluation_sees_each_sample_once(world_size):
     samples = np.array([3, 1, 4, 15, 9])
     shares = [EvalLoader(image_set(), samples=samples, batch_size=2, rank=r, world_size=world_size) for r in range(world_size)]
-    assert sum((batch.samples.tolist() for share in shares for batch in share), []) == samples.tolist()
+    assert sum((batch.index.tolist() for share in shares for batch in share), []) == samples.tolist()
     assert all(len(list(share)) == len(share) for share in shares)
 
 

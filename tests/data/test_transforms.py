@@ -128,7 +128,7 @@ def test_half_of_the_images_are_mirrored():
 
 def test_the_fingerprint_names_what_decides():
     a = ViewTransform("crop", 32, crop_padding=4).fingerprint_fields()
-    assert a == {"policy": "crop", "version": 1, "image_size": 32, "view_seed": 0, "crop_padding": 4}
+    assert a == {"transform": "crop", "version": 1, "image_size": 32, "view_seed": 0, "crop_padding": 4}
     assert (
         ViewTransform("none", 32, view_seed=1).fingerprint_fields()
         == ViewTransform("none", 32, view_seed=2).fingerprint_fields()

@@ -19,8 +19,8 @@ SHARD = "cache/train/view-0001/layer1-00000-of-00001.safetensors"
 STATE = "is damaged ({} wrong or missing)"
 
 RUNS = [
-    ("no card", make.remove("run/model.json"), TEACHER, "no finished run there"),
-    ("card that is no JSON", write("run/model.json", "{"), TEACHER, "is damaged (no JSON)"),
+    ("no card", make.remove("run/model.json"), TEACHER, "no finished run"),
+    ("card that is no JSON", write("run/model.json", "{"), TEACHER, "is damaged (not valid JSON)"),
     ("card nested deeply", write("run/model.json", make.nested(100_000)), TEACHER, "is damaged (nested too deeply)"),
     (
         "card nested quite deeply",
@@ -37,19 +37,19 @@ RUNS = [
         "card that names a pickle",
         put("run/model.json", arch="timm/resnet18", arch_args={"checkpoint_path": "/tmp/x.pth"}),
         TEACHER,
-        "checkpoint_path would load weights past all checks",
+        "checkpoint_path would load weights",
     ),
     (
         "card of a network of terabytes",
         put("run/model.json", **{**make.SMALL_CARD, "arch_args": {"width_per_group": 10**9}}),
         TEACHER,
-        "does not take",
+        "does not accept",
     ),
-    ("weights cut", cut("run/model.safetensors"), TEACHER, "is damaged or no safetensors file"),
-    ("weights missing", make.remove("run/model.safetensors"), ["bench", "{p}/run"], "no file"),
+    ("weights cut", cut("run/model.safetensors"), TEACHER, "is damaged or not a safetensors file"),
+    ("weights missing", make.remove("run/model.safetensors"), ["bench", "{p}/run"], "model.safetensors not found"),
     ("no config to evaluate", make.remove("run/config.yaml"), ["evaluate", "{p}/run"], "no config.yaml"),
     ("config with code", write("run/config.yaml", "name: !!python/name:os.system"), ["evaluate", "{p}/run"], "constructor"),
-    ("summary that is a list", write("run/summary.json", "[]"), ["report", "{p}/run", "--out={p}/new"], "no JSON object"),
+    ("summary that is a list", write("run/summary.json", "[]"), ["report", "{p}/run", "--out={p}/new"], "not a JSON object"),
     ("summary of no run", put("run/summary.json", role="king"), ["report", "{p}/run", "--out={p}/new"], "are damaged"),
     ("infinite count", put("run/summary.json", parameters=1e999), ["report", "{p}/run", "--out={p}/new"], "are damaged"),
     (
@@ -62,7 +62,7 @@ RUNS = [
         "bench file of nothing",
         write("b.json", "{}"),
         ["report", "{p}/run", "--out={p}/new", "--bench={p}/b.json"],
-        "is no file of",
+        "is not a file of",
     ),
     (
         "finished run without data",
@@ -118,7 +118,7 @@ CHECKPOINTS = [
 ]
 
 CACHES = [
-    ("plan that is no JSON", write("cache/spec.json", "{"), CACHED, "is damaged (no JSON)"),
+    ("plan that is no JSON", write("cache/spec.json", "{"), CACHED, "is damaged (not valid JSON)"),
     ("plan of many samples", make.cache_spec(lambda c: c["samples"].update(train=10**12)), INFO, "spec.json: is damaged"),
     ("plan of many files", make.cache_spec(lambda c: c.update(views=10**6)), INFO, "spec.json: is damaged"),
     ("plan of no samples in a file", make.cache_spec(lambda c: c.update(samples_per_shard=0)), INFO, "spec.json: is damaged"),
@@ -184,14 +184,14 @@ SETS = [
     ("samples missing", lambda place: (place / "data/train-00000-of-00001.parquet").unlink(), DATA, "has no split 'train'"),
     ("no Parquet", write("data/train-00000-of-00001.parquet", b"PAR1"), DATA, "cannot read parquet:"),
     ("column missing", None, [*DATA, "--data.label_column=fine"], "has no column 'fine'"),
-    ("no labels", table(labels=[0, None, 2, 3, 0, 1, 2, 3]), DATA, "the label in sample 1 is None"),
-    ("labels of text", table(labels=list("abcdabcd")), DATA, "the label in sample 0 is 'a', not a whole number"),
-    ("a label below zero", table(labels=[0, 1, -1, 3, 0, 1, 2, 3]), DATA, "the label in sample 2 is -1"),
-    ("a label that is an identifier", table(labels=[0, 1, 2**40, 3, 0, 1, 2, 3]), DATA, f"the label in sample 2 is {2**40}"),
-    ("a label that the other split lacks", table("test", labels=[0, 1, 9, 3, 0, 1, 2, 3]), DATA, "the label in sample 2 is 9"),
+    ("no labels", table(labels=[0, None, 2, 3, 0, 1, 2, 3]), DATA, "the label of sample 1 is None"),
+    ("labels of text", table(labels=list("abcdabcd")), DATA, "the label of sample 0 is 'a', not a whole number"),
+    ("a label below zero", table(labels=[0, 1, -1, 3, 0, 1, 2, 3]), DATA, "the label of sample 2 is -1"),
+    ("a label that is an identifier", table(labels=[0, 1, 2**40, 3, 0, 1, 2, 3]), DATA, f"the label of sample 2 is {2**40}"),
+    ("a label that the other split lacks", table("test", labels=[0, 1, 9, 3, 0, 1, 2, 3]), DATA, "the label of sample 2 is 9"),
     ("a bomb", table(images=[make.bomb()] * 8), DATA, "sample 0 of the train split cannot be decoded ...decompression bomb"),
     ("a smaller bomb", table(images=[make.bomb(9000)] * 8), DATA, "9000 x 9000 pixels are more than 64000000"),
-    ("a picture that is a program", table(images=[make.EPS] * 8), DATA, "not an image file of a known kind"),
+    ("a picture that is a program", table(images=[make.EPS] * 8), DATA, "not an image file of a supported format"),
     (
         "a cut image",
         table(images=[make.encoded(make.colour(1))[:50]] * 8),
@@ -219,7 +219,7 @@ SETS = [
         "a text under an image's name",
         make.folder("train/cat/1.png", "test/cat/1.png", texts=["train/cat/2.png"]),
         FOLDER,
-        "sample 1 of the train split, ...known kind",
+        "sample 1 of the train split, ...supported format",
     ),
     ("a split that is not there", make.folder("train/cat/1.png"), FOLDER, "has no split 'test'"),
 ]

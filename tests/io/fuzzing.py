@@ -1,23 +1,26 @@
 """Mutations of what is whole, and a loop with a time limit, a memory limit and an alarm: for test_fuzz.py."""
 
 import copy
-import dataclasses
 import math
+import random
 import resource
 import signal
 import time
 import typing
 from contextlib import contextmanager
 
+import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from kd_accel.config.reading import field_types, section_type
+from kd_accel.config.fields import section_of
 
 HANGS_AFTER_S = 20
 MEMORY_BYTES = 2 * 2**30
 BATCH = 50
 LEAST = 2 * BATCH
+LONG = pytest.param(15.0, marks=pytest.mark.faults)
+timed = pytest.mark.parametrize("seconds", [1.5, LONG])
 
 ODD = [0, -1, 1, 2**31, 2**53, 2**63, 2**64, 10**30, 1e999, -1e999, math.nan, 1e-320, 0.5, True, None]
 ODD += ["", ".", "..", "/", "\0"]
@@ -118,10 +121,11 @@ def settings_of(draw, config_class, *, is_tame=None):
     """Some fields of a config; in every second one few, with values of their type, so that it may be accepted."""
     is_tame = draw(st.booleans()) if is_tame is None else is_tame
     chosen = {}
-    for name, annotation in field_types(config_class).items():
+    for name, field in config_class.model_fields.items():
+        annotation = field.annotation
         if draw(st.integers(0, 9 if is_tame else 4)):
             continue
-        section = section_type(annotation)
+        section = section_of(annotation)
         if section and (is_tame or draw(st.integers(0, 5))):
             chosen[name] = draw(settings_of(section, is_tame=is_tame))
         else:
@@ -141,7 +145,7 @@ def values_of(annotation):
         return st.dictionaries(st.text(max_size=6), values_of(arguments[1]), max_size=3)
     if arguments:
         return st.one_of(*map(values_of, arguments))
-    if dataclasses.is_dataclass(annotation):
+    if section_of(annotation) is annotation:
         return settings_of(annotation)
     of_type = {int: st.integers(-3, 300), float: st.floats(-1, 2), bool: st.booleans(), str: st.text(max_size=9)}
     return of_type.get(annotation, st.none())
@@ -191,3 +195,11 @@ def fuzz(strategy, check, *, seconds, first_seed=0):
     finally:
         signal.signal(signal.SIGALRM, old)
     return count
+
+
+def run(strategy, check, seconds):
+    """Fuzz for some seconds: always the same examples in the short form, others each time in the long one."""
+    first_seed = random.SystemRandom().randrange(2**31) if seconds > 2 else 0
+    count = fuzz(strategy, check, seconds=seconds, first_seed=first_seed)
+    print(f"{count} examples from seed {first_seed}")
+    assert count >= 20

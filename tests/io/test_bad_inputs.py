@@ -26,7 +26,7 @@ KINDS = {
     "cache": bad_directories.CACHES,
     "data": bad_directories.SETS,
 }
-TABLE = [(f"{kind}, {sample[0]}", *sample[1:]) for kind, samples in KINDS.items() for sample in samples]
+TABLE = [(f"{kind}, {case[0]}", *case[1:]) for kind, cases in KINDS.items() for case in cases]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Layers in the forms that are fast on a CPU: same values, gradients and names as torch's own."""
+"""Tests of the CPU kernels: values, gradients and names equal those of PyTorch's own modules."""
 
 import copy
 
@@ -7,18 +7,17 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from kd_accel.models.cpu_kernels import ChannelsLastMaxPool2d, OnePixelConv2d, use_cpu_kernels
 from kd_accel.models.factory import build_model
-from kd_accel.models.fusion import fuse_conv_bn
+from kd_accel.models.inference import ChannelsLastMaxPool2d, OnePixelConv2d, fuse_conv_bn, use_cpu_kernels
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MEMORY_FORMATS = [torch.contiguous_format, torch.channels_last]
 ONE_PIXEL = [
     # kernel, stride, padding, height and width of the input
     (3, 1, 1, (1, 1)),
     (3, 2, 1, (2, 2)),
     (3, 2, 1, (1, 2)),
-    (3, 4, 1, (4, 4)),  # samples and columns beyond the kernel
+    (3, 4, 1, (4, 4)),  # rows and columns beyond the kernel
     (1, 1, 0, (1, 1)),
     (1, 2, 0, (2, 2)),
     (2, 2, 0, (2, 2)),
@@ -29,12 +28,12 @@ ONE_PIXEL = [
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Fails where torch's own convolution runs."""
+    """Return a function after whose call PyTorch's own convolution fails."""
 
-    def refuse(self, input, weight, bias):
-        raise AssertionError("not as a matrix product")
+    def fail(self, input, weight, bias):
+        raise AssertionError("not a matrix product")
 
-    return lambda: monkeypatch.setattr(OnePixelConv2d, "_conv_forward", refuse)
+    return lambda: monkeypatch.setattr(OnePixelConv2d, "_conv_forward", fail)
 
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=str)
@@ -50,13 +49,13 @@ def test_values_and_gradients_are_those_of_a_convolution(kernel, stride, padding
     weights = torch.randn(4, 6, 1, 1, dtype=torch.float64)
     expected = run(reference, images, weights)
     fast()
-    for found, request in zip(run(own, images, weights), expected, strict=True):
-        torch.testing.assert_close(found, request, rtol=1e-12, atol=1e-12)
-    assert own.weight.grad.stride() == own.weight.stride()  # or DistributedDataParallel would copy it
+    for actual, wanted in zip(run(own, images, weights), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+    assert own.weight.grad.stride() == own.weight.stride()  # otherwise DistributedDataParallel copies it
 
 
 def run(module, images, weights):
-    """Output, and the gradients of input and parameters."""
+    """Return the output and the gradients of input and parameters."""
     own = images.clone().requires_grad_()
     output = module(own)
     (output * weights).sum().backward()
@@ -64,7 +63,7 @@ def run(module, images, weights):
 
 
 @pytest.mark.parametrize("size", [(2, 2), (5, 5), (1, 2)])
-def test_more_pixels_are_left_to_the_convolution(size):
+def test_outputs_of_several_pixels_use_the_convolution(size):
     reference = nn.Conv2d(3, 4, 3, padding=1)
     own = copy.deepcopy(reference)
     use_cpu_kernels(own, CPU)
@@ -86,7 +85,7 @@ def test_more_pixels_are_left_to_the_convolution(size):
     ],
     ids=str,
 )
-def test_other_convolutions_stay_what_they_are(module):
+def test_other_convolutions_are_not_changed(module):
     kind = type(module)
     use_cpu_kernels(module, CPU)
     assert type(module) is kind
@@ -96,30 +95,28 @@ def test_other_convolutions_stay_what_they_are(module):
 @pytest.mark.parametrize(
     "pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 1, 1, dilation=2)], ids=str
 )
-def test_a_maximum_is_the_same_to_the_bit(pool, memory_format, monkeypatch):
-    """With gradients and without them. Equal values in a window, as after a ReLU, give their gradient to the same one."""
+def test_max_pool_is_equal_to_the_bit(pool, memory_format, monkeypatch):
+    """Compare with and without gradients; of equal values in a window, as after a ReLU, the same one receives the gradient."""
     torch.manual_seed(0)
     reference, own = copy.deepcopy(pool), copy.deepcopy(pool)
     use_cpu_kernels(own, CPU)
     assert type(own) is ChannelsLastMaxPool2d
     images = (2 * torch.randn(4, 5, 9, 9)).round().relu().to(memory_format=memory_format)
     weights = torch.randn_like(reference(images))
-    for found, request in zip(run(own, images, weights), run(reference, images, weights), strict=True):
-        assert torch.equal(found, request) and found.stride() == request.stride()
-    memory_formats = []
+    for actual, wanted in zip(run(own, images, weights), run(reference, images, weights), strict=True):
+        assert torch.equal(actual, wanted) and actual.stride() == wanted.stride()
+    pooled = []
     with monkeypatch.context() as patch:
         patch.setattr(
-            nn.functional,
-            "max_pool2d",
-            lambda maps, *args, **kwargs: memory_formats.append(maps) or max_pool2d(maps, *args, **kwargs),
+            nn.functional, "max_pool2d", lambda maps, *args, **kwargs: pooled.append(maps) or max_pool2d(maps, *args, **kwargs)
         )
-        found = own(images)
-    assert memory_formats[0].is_contiguous(memory_format=torch.channels_last), "the kernel that is fast"
-    assert torch.equal(found, reference(images)) and found.stride() == reference(images).stride()
+        actual = own(images)
+    assert pooled[0].is_contiguous(memory_format=torch.channels_last), "not the vectorized kernel"
+    assert torch.equal(actual, reference(images)) and actual.stride() == reference(images).stride()
     assert torch.equal(own(images[0]), reference(images[0]))  # one image without a batch
 
 
-def test_a_pool_that_gives_indices_stays_what_it_is():
+def test_a_pool_with_indices_is_not_changed():
     module = nn.MaxPool2d(2, return_indices=True)
     use_cpu_kernels(module, CPU)
     assert type(module) is nn.MaxPool2d
@@ -136,18 +133,38 @@ def test_a_network_is_the_same_function(arch):
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
-    profiler_range = [model.layer4[0].conv2.weight.grad for model in (own, reference)]
-    torch.testing.assert_close(*profiler_range, rtol=1e-3, atol=1e-3 * profiler_range[1].abs().max().item())
+    gradients = [model.layer4[0].conv2.weight.grad for model in (own, reference)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item())
     assert own.state_dict().keys() == reference.state_dict().keys()
 
 
-def test_elsewhere_than_on_a_cpu_nothing_changes():
+@pytest.mark.parametrize(
+    ("choice", "device", "kind"),
+    [
+        ("auto", CPU, OnePixelConv2d),
+        ("auto", GPU, nn.Conv2d),
+        ("always", CPU, OnePixelConv2d),
+        ("always", GPU, OnePixelConv2d),
+        ("never", CPU, nn.Conv2d),
+        ("never", GPU, nn.Conv2d),
+    ],
+)
+def test_the_choice_decides_for_which_devices_modules_change(choice, device, kind):
     module = nn.Conv2d(4, 4, 3)
-    use_cpu_kernels(module, torch.device("cuda", 0))
-    assert type(module) is nn.Conv2d
+    use_cpu_kernels(module, device, choice)
+    assert type(module) is kind
 
 
-def test_the_output_can_be_written_to_in_every_mode():
+def test_hooks_and_references_survive_the_change():
+    block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+    convolution, outputs = block[0], []
+    convolution.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    use_cpu_kernels(block, CPU)
+    assert block[0] is convolution and type(convolution) is OnePixelConv2d
+    assert torch.equal(block(torch.ones(2, 3, 1, 1)), outputs[0])
+
+
+def test_an_output_made_without_gradients_can_be_modified_in_place():
     module, parameter = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.ones(1))
     use_cpu_kernels(module, CPU)
     with torch.no_grad():
@@ -158,18 +175,18 @@ def test_the_output_can_be_written_to_in_every_mode():
 
 
 @pytest.mark.slow
-def test_a_compiled_network_has_them():
+def test_a_compiled_network_is_the_same_function():
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
     own = copy.deepcopy(reference)
     use_cpu_kernels(own, CPU)
     own.compile(fullgraph=True)
     images, weights = torch.randn(5, 3, 2, 2), torch.randn(5, 4, 1, 1)
-    for found, request in zip(run(own, images, weights), run(reference, images, weights), strict=True):
-        torch.testing.assert_close(found, request, rtol=1e-4, atol=1e-5)
+    for actual, wanted in zip(run(own, images, weights), run(reference, images, weights), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_folded_network_can_have_them():
+def test_a_fused_network_is_the_same_function():
     model = build_model("torchvision/resnet18", num_classes=10).eval()
     own = fuse_conv_bn(model, layers=["layer4"], image_size=32)
     use_cpu_kernels(own, CPU)

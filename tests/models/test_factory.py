@@ -1,4 +1,4 @@
-"""Networks by name: what is built, what it depends on, and what a user can get wrong about a name and its arguments."""
+"""Tests of networks built by name: shapes, initial weights, and errors in names and arguments."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 @pytest.mark.parametrize(("arch", "count"), [("resnet50", 23_528_522), ("resnet18", 11_181_642)])
-def test_the_references_parameter_counts(library, arch, count):
+def test_parameter_counts_of_the_reference(library, arch, count):
     model = build_model(f"{library}/{arch}", num_classes=10)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
@@ -26,7 +26,7 @@ def test_each_stem_doubles_the_resolution(library, stem, sizes):
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_weights_depend_on_the_seed_alone_and_the_generator_stays():
+def test_weights_depend_on_the_seed_alone_and_the_generator_is_not_changed():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     one = build_model("torchvision/resnet18", num_classes=10, seed=1).state_dict()
@@ -38,11 +38,11 @@ def test_weights_depend_on_the_seed_alone_and_the_generator_stays():
     assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
 
 
-def test_building_leaves_the_generators_of_gpus_alone(monkeypatch):
-    def moved(seed):
-        raise AssertionError("moved")
+def test_gpu_generators_are_not_changed(monkeypatch):
+    def fail(seed):
+        raise AssertionError("seeded")
 
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", moved)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
     build_model("import:tests.own_models:student", num_classes=4, seed=3)
 
 
@@ -53,38 +53,42 @@ def test_arch_args_reach_the_builder():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "settings", "said"),
+    ("arch", "settings", "message"),
     [
         ("torchvision/resnet81", {}, "did you mean torchvision/resnet18"),
         ("timm/resnet81", {}, "did you mean timm/resnet18"),
         ("resnet18", {}, "bench.arch: 'resnet18' must start with torchvision/.*did you mean torchvision/resnet18"),
-        ("torchvision/zzz", {}, "torchvision has no classifier 'zzz'; name one that it has, such as torchvision/resnet18"),
+        ("torchvision/zzz", {}, "torchvision has no classifier 'zzz'; .*such as torchvision/resnet18"),
         ("keras/zzz", {}, "must start with torchvision/.*such as torchvision/resnet18"),
         ("timm/resnet18.nope", {}, "bench.arch: timm/resnet18.nope cannot be built .*nope"),
         ("torchvision/resnet18", {"arch_args": {"num_classes": 5}}, "bench.arch_args: num_classes is set by the data"),
-        ("torchvision/resnet18", {"arch_args": {"width_per_group": 128}}, "bench.arch_args: .* does not take .*base_width=64"),
-        ("timm/resnet18", {"arch_args": {"wings": 2}}, "bench.arch_args: .* does not take .'wings': 2"),
+        (
+            "torchvision/resnet18",
+            {"arch_args": {"width_per_group": 128}},
+            "bench.arch_args: .* does not accept .*base_width=64",
+        ),
+        ("timm/resnet18", {"arch_args": {"wings": 2}}, "bench.arch_args: .* does not accept .'wings': 2"),
         (
             "import:tests.own_models:student",
             {"arch_args": {"wings": 2}},
-            "does not take its arguments .*called with wings, num_classes",
+            "bench.arch_args: import:tests.own_models:student .*wings, num_classes",
         ),
-        ("import:builtins:dict", {"stem": "cifar"}, "gave dict, not a torch.nn.Module"),
-        ("import:tests.own_models:nothing", {}, "has no function 'nothing'"),
-        ("import:nowhere.at_all:model", {}, "cannot import 'nowhere.at_all'"),
-        ("import:tests", {}, "must have the form import:package.module:function"),
-        ("torchvision/vgg11", {"stem": "cifar"}, "bench.stem: cifar is for ResNets .* torchvision/vgg11 is none: use imagenet"),
-        ("timm/resnet18d", {"stem": "cifar"}, "is for ResNets"),
+        ("import:builtins:dict", {"stem": "cifar"}, "bench.arch: .* returns dict, not a torch.nn.Module"),
+        ("import:tests.own_models:nothing", {}, "bench.arch: .*'nothing'"),
+        ("import:nowhere.at_all:model", {}, "bench.arch: .*'nowhere.at_all'"),
+        ("import:tests", {}, "bench.arch: .*import:package.module:function"),
+        ("torchvision/vgg11", {"stem": "cifar"}, "bench.stem: 'cifar' requires a ResNet .*torchvision/vgg11; use imagenet"),
+        ("timm/resnet18d", {"stem": "cifar"}, "requires a ResNet"),
     ],
 )
-def test_what_cannot_be_built(arch, settings, said):
-    with pytest.raises(UserError, match=said):
+def test_networks_that_cannot_be_built(arch, settings, message):
+    with pytest.raises(UserError, match=message):
         build_model(arch, num_classes=10, field="bench", **settings)
 
 
-def test_timm_that_is_not_installed(monkeypatch):
+def test_timm_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(UserError, match="needs timm; pip install 'kd-accel.timm.'"):
+    with pytest.raises(UserError, match="model.arch: timm/resnet18 .*pip install 'kd-accel.timm.'"):
         build_model("timm/resnet18", num_classes=10)
 
 
@@ -92,8 +96,8 @@ def broken_model(num_classes):
     raise TypeError("a fault inside the user's own code")
 
 
-def test_a_fault_inside_own_code_is_told_with_its_place():
-    told = r"model.arch: .*broken_model fails with TypeError: a fault inside the user's own code in .*test_factory.py, line \d+"
-    with pytest.raises(UserError, match=told) as raised:
+def test_an_error_inside_own_code_is_reported_with_its_line():
+    message = r"model.arch: .*broken_model .*TypeError: a fault inside the user's own code .*test_factory.py, line \d+"
+    with pytest.raises(UserError, match=message) as raised:
         build_model(f"import:{__name__}:broken_model", num_classes=10)
-    assert isinstance(raised.value.__cause__, TypeError)  # for who calls from Python
+    assert isinstance(raised.value.__cause__, TypeError)

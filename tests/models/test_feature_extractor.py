@@ -1,4 +1,4 @@
-"""Layers give what their modules gave and leave no trace; those that would be silently wrong are refused before a training."""
+"""Tests of feature extraction: features equal the modules' outputs, hooks are removed, and unusable layers are refused."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ def small():
     return build_model("import:tests.own_models:student_with_everything", num_classes=4)
 
 
-def test_layers_give_what_the_modules_gave_and_leave_no_trace():
+def test_features_equal_the_outputs_of_the_modules_and_hooks_are_removed():
     model = build_model("torchvision/resnet18", num_classes=10).eval()
     images = torch.rand(2, 3, 32, 32)
     plain = model(images)
-    with FeatureExtractor(model, ["layer2", "layer4.1.conv2"]) as recorder:
+    with FeatureExtractor(model, ["layer2", "layer4.1.conv2"]) as extractor:
         assert torch.equal(model(images), plain)
-        features = recorder.take()
-        assert recorder.take() == {}
+        features = extractor.take()
+        assert extractor.take() == {}
     assert torch.equal(
         features["layer2"], model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(images))))))
     )
@@ -32,7 +32,7 @@ def test_layers_give_what_the_modules_gave_and_leave_no_trace():
     assert hooks(model) == 0
 
 
-def test_hooks_go_away_when_something_fails():
+def test_hooks_are_removed_after_an_error():
     model = small()
     with pytest.raises(ZeroDivisionError), FeatureExtractor(model, ["layer1"]):
         assert hooks(model) == 1
@@ -40,7 +40,7 @@ def test_hooks_go_away_when_something_fails():
     assert hooks(model) == 0
 
 
-def test_a_probe_changes_nothing():
+def test_probing_does_not_change_the_model():
     model = small().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -51,7 +51,7 @@ def test_a_probe_changes_nothing():
     assert hooks(model) == 0
 
 
-def test_each_modules_own_mode_comes_back():
+def test_probing_restores_the_mode_of_each_module():
     model = build_model("torchvision/resnet18", num_classes=4).train()
     model.layer2.eval()
     probe_layers(model, ["layer1"], image_size=32)
@@ -59,32 +59,32 @@ def test_each_modules_own_mode_comes_back():
     assert not any(module.training for module in model.layer2.modules())
 
 
-def test_layers_that_are_not_there_or_no_maps():
+def test_missing_layers_and_layers_without_feature_maps_are_refused():
     model = build_model("torchvision/resnet18", num_classes=10)
-    with pytest.raises(UserError, match="no module 'layer5'; did you mean layer4.*top level: conv1, bn1"):
+    with pytest.raises(UserError, match="layers: ResNet has no module 'layer5'; did you mean layer4.*top level: conv1, bn1"):
         FeatureExtractor(model, ["layer5"])
-    with pytest.raises(UserError, match="'fc' of ResNet is no feature map .*shape .2, 10.*use one of conv1"):
+    with pytest.raises(UserError, match="layers: 'fc' of ResNet is not a feature map .*shape .2, 10.*use one of conv1"):
         probe_layers(model, ["fc"], image_size=32)
 
 
 def test_an_output_that_is_overwritten_in_place_is_refused():
     model = build_model("torchvision/resnet18", num_classes=4).eval()
     images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(), FeatureExtractor(model, ["bn1"]) as recorder:
+    with torch.no_grad(), FeatureExtractor(model, ["bn1"]) as extractor:
         model(images)
-        assert recorder.take()["bn1"].min() >= 0 > model.bn1(model.conv1(images)).min()  # the danger is real
+        assert extractor.take()["bn1"].min() >= 0 > model.bn1(model.conv1(images)).min()  # the recorded tensor was overwritten
     with pytest.raises(UserError, match="'bn1' of ResNet is overwritten in place .*use one of conv1, relu, maxpool, layer1"):
         probe_layers(model, ["layer1", "bn1"], image_size=32)
 
 
-def test_tokens_are_refused_in_words():
+def test_tokens_of_a_transformer_are_refused():
     model = build_model("timm/vit_tiny_patch16_224", num_classes=4, arch_args={"img_size": 32})
     with pytest.raises(UserError, match="tokens of a transformer: not supported.*use one of patch_embed.proj$"):
         probe_layers(model, ["blocks.2"], image_size=32)
 
 
 class ChannelsLast(nn.Module):
-    """Outputs [B, H, W, D], as Swin's stages give them; `idle` is never called, `both` gives two tensors."""
+    """Network with a channels-last stage [B, H, W, D] as in Swin, a module with two outputs, and an unused module."""
 
     def __init__(self):
         super().__init__()
@@ -99,29 +99,29 @@ class ChannelsLast(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("layer", "said"),
+    ("layer", "message"),
     [
         ("stage", "shape .2, 8, 8, 6., channels last: not supported.; use one of conv$"),
-        ("both", "gives tuple.; use one of conv$"),
+        ("both", "returns tuple.; use one of conv$"),
         ("idle", "'idle' of ChannelsLast does not run in a forward pass; use one of conv$"),
-        ("stages", "^teacher.layers: the model ChannelsLast has no module 'stages'; did you mean stage"),
+        ("stages", "^teacher.layers: ChannelsLast has no module 'stages'; did you mean stage"),
     ],
 )
-def test_what_is_no_feature_map(layer, said):
+def test_outputs_that_are_not_feature_maps_are_refused(layer, message):
     model = ChannelsLast()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         probe_layers(model, ["conv", layer], image_size=8, field="teacher.layers")
     assert hooks(model) == 0
 
 
-def test_a_model_without_feature_maps_says_so():
-    with pytest.raises(UserError, match="this model has none"):
+def test_a_model_without_feature_maps():
+    with pytest.raises(UserError, match="this model has no feature maps; use another arch"):
         probe_layers(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), ["1"], image_size=2)
 
 
-def test_images_that_are_too_small_for_the_model():
+def test_images_too_small_for_the_model():
     model = build_model("torchvision/alexnet", num_classes=4).train()
-    with pytest.raises(UserError, match="data.image_size: AlexNet cannot take images of 32 pixels .*choose another size"):
+    with pytest.raises(UserError, match="data.image_size: AlexNet does not accept images of 32x32 .*choose another size"):
         probe_layers(model, ["features.0"], image_size=32)
     assert hooks(model) == 0
     assert model.training
@@ -129,9 +129,9 @@ def test_images_that_are_too_small_for_the_model():
 
 def test_layers_of_a_compiled_model():
     model = small().eval()
-    with FeatureExtractor(model, ["layer1"]) as recorder:
+    with FeatureExtractor(model, ["layer1"]) as extractor:
         model.compile(backend="eager")
         model(torch.rand(2, 3, 32, 32))
-        first = recorder.take()["layer1"]
+        first = extractor.take()["layer1"]
         model(torch.rand(2, 3, 32, 32))
-        assert not torch.equal(first, recorder.take()["layer1"])
+        assert not torch.equal(first, extractor.take()["layer1"])

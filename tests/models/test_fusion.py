@@ -1,4 +1,4 @@
-"""A folded network is the same function with fewer layers, and one that cannot be folded safely stays as it is."""
+"""Tests of conv-bn fusion: a fused network is the same function, and unsafe fusions are refused."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from torch import nn
 
 from kd_accel.models.factory import build_model
 from kd_accel.models.feature_extractor import FeatureExtractor
-from kd_accel.models.fusion import fuse_conv_bn
+from kd_accel.models.inference import fuse_conv_bn
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
 
 
 class Block(nn.Module):
-    """conv -> norm -> relu, with statistics as after a training."""
+    """Convolution, norm, ReLU and classifier, with BatchNorm statistics as after a training."""
 
     def __init__(self):
         super().__init__()
@@ -26,15 +26,15 @@ class Block(nn.Module):
 
 
 class Twice(Block):
-    """Its convolution is used without the norm as well."""
+    """Block whose convolution is also used without the norm."""
 
     def forward(self, images):
-        seen = self.conv(images)
-        return self.head((self.norm(seen) + seen).mean((2, 3)))
+        maps = self.conv(images)
+        return self.head((self.norm(maps) + maps).mean((2, 3)))
 
 
 class Shared(Block):
-    """One norm for two convolutions: it is called twice."""
+    """Block whose norm is called twice, for two convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -45,21 +45,21 @@ class Shared(Block):
 
 
 class Branching(Block):
-    """Cannot be traced."""
+    """Block that cannot be traced: its control flow depends on the images."""
 
     def forward(self, images):
         return super().forward(images if images.sum() > 0 else -images)
 
 
 class Reaching(Block):
-    """Reads a weight of the layer that would be gone."""
+    """Block that reads a weight of its norm in its own forward."""
 
     def forward(self, images):
         return super().forward(images) * self.norm.weight.mean()
 
 
 class OfTheBatch(Block):
-    """Its norm keeps no statistics."""
+    """Block whose norm always uses the statistics of the batch."""
 
     def __init__(self):
         super().__init__()
@@ -84,42 +84,42 @@ def test_the_same_function_in_float64(arch):
     model = build_model(f"torchvision/{arch}", num_classes=7, seed=1)
     _train(model)
     model.double().eval()
-    own = fuse_conv_bn(model, layers=[], image_size=32)
+    fused = fuse_conv_bn(model, layers=[], image_size=32)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    assert _norms(model) > 0 and _norms(own) == 0
-    assert torch.allclose(own(images), model(images), rtol=1e-11, atol=1e-11)
+    assert _norms(model) > 0 and _norms(fused) == 0
+    assert torch.allclose(fused(images), model(images), rtol=1e-11, atol=1e-11)
 
 
 def test_layers_keep_their_names_and_values():
     model = build_model("torchvision/resnet18", num_classes=7).double().eval()
     _train(model)
-    own = fuse_conv_bn(model, layers=STAGES, image_size=32)
+    fused = fuse_conv_bn(model, layers=STAGES, image_size=32)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    seen = []
-    for network in (model, own):
-        with FeatureExtractor(network, STAGES) as recorder, torch.no_grad():
+    features = []
+    for network in (model, fused):
+        with FeatureExtractor(network, STAGES) as extractor, torch.no_grad():
             network(images)
-            seen.append(recorder.take())
+            features.append(extractor.take())
     for layer in STAGES:
-        assert torch.allclose(seen[0][layer], seen[1][layer], rtol=1e-10)
+        assert torch.allclose(features[0][layer], features[1][layer], rtol=1e-10)
 
 
-def test_the_model_that_is_given_stays_as_it_is():
+def test_the_model_is_not_changed():
     model = Block().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    own = fuse_conv_bn(model, layers=[], image_size=8)
+    fused = fuse_conv_bn(model, layers=[], image_size=8)
     assert model.training and _norms(model) == 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not own.training and not any(weight.requires_grad for weight in own.parameters())
+    assert not fused.training and not any(weight.requires_grad for weight in fused.parameters())
 
 
 @pytest.mark.parametrize("layer", ["conv", "norm", "head"])
-def test_only_the_output_before_the_norm_stands_in_the_way(layer):
+def test_only_a_layer_before_the_norm_prevents_fusion(layer):
     assert (fuse_conv_bn(Block(), layers=[layer], image_size=8) is None) == (layer == "conv")
 
 
 @pytest.mark.parametrize("kind", [Twice, Shared, Branching, Reaching, OfTheBatch])
-def test_what_cannot_be_folded_safely_is_left_alone(kind):
+def test_unsafe_fusions_are_refused(kind):
     assert fuse_conv_bn(kind(), layers=[], image_size=8) is None
 
 

@@ -142,7 +142,7 @@ def test_without_matplotlib_the_table_is_written_and_old_pictures_go(tmp_path, m
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write_report([directory], out=tmp_path / "out", bench_file=bench) == table
-    assert capsys.readouterr().out == "pictures are left out: matplotlib is not installed\n"
+    assert capsys.readouterr().out == "figures are skipped: matplotlib is not installed\n"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.md", "results.json"}
 
 
@@ -187,8 +187,8 @@ def test_a_run_that_is_not_finished_or_damaged(tmp_path):
         with pytest.raises(UserError, match="summary.json: cannot be read .*train it first"):
             write_report([tmp_path / name], out=tmp_path / "out")
     damages = {
-        "{": "summary.json: is damaged .no JSON.",
-        "[]": "summary.json: is damaged .no JSON object.",
+        "{": "summary.json: is damaged .not valid JSON.",
+        "[]": "summary.json: is damaged .not a JSON object.",
         '{"name": "x"}': "summary.json or its bench figures are damaged",
     }
     directory = finished(tmp_path, "r")
@@ -205,7 +205,8 @@ def test_a_summary_without_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("{\n", "a line is no JSON"), ("1\n", "a line without step"), ('{"step": 1}\n', "a line without step")]
+    ("text", "told"),
+    [("{\n", "a line is not valid JSON"), ("1\n", "a line without step"), ('{"step": 1}\n', "a line without step")],
 )
 def test_metrics_that_are_damaged(tmp_path, text, told):
     directory = finished(tmp_path, "r")
@@ -225,14 +226,14 @@ def test_a_bench_file_that_does_not_fit(tmp_path):
     first, second = finished(tmp_path, "first"), finished(tmp_path, "second")
     with pytest.raises(
         UserError,
-        match="has no figures of .*second as it is now; measure .*kd-accel bench .*first .*second --out .*bench.json$",
+        match="has no figures of .*second in its present state; measure .*kd-accel bench .*first .*second --out .*bench.json$",
     ):
         write_report([first, second], out=tmp_path / "out", bench_file=benched(tmp_path, (first, 1.0)))
     with pytest.raises(UserError, match="nowhere.json: cannot be read .*kd-accel bench"):
         write_report([first], out=tmp_path / "out", bench_file=tmp_path / "nowhere.json")
     for text in ('{"rows": []}', '{"models": [{}]}', '{"models": 3}'):
         (tmp_path / "bench.json").write_text(text)
-        with pytest.raises(UserError, match="is no file of kd-accel bench"):
+        with pytest.raises(UserError, match="is not a file of kd-accel bench"):
             write_report([first], out=tmp_path / "out", bench_file=tmp_path / "bench.json")
     (tmp_path / "bench.json").write_text(json.dumps({"models": [{"name": str(first), "macs": "many", "latency": []}]}))
     with pytest.raises(UserError, match="bench figures are damaged"):
@@ -249,7 +250,7 @@ def test_figures_of_an_earlier_model_of_the_same_run(tmp_path):
     bench.write_text(json.dumps(content))
     write_report([directory], out=tmp_path / "out", bench_file=bench)
     (directory / "model.safetensors").write_text("new")
-    with pytest.raises(UserError, match="has no figures of .*r as it is now"):
+    with pytest.raises(UserError, match="has no figures of .*r in its present state"):
         write_report([directory], out=tmp_path / "out", bench_file=bench)
 
 

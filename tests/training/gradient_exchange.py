@@ -10,15 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from kd_accel.distributed import start_processes
-from kd_accel.losses.distiller import DistillationLoss
+from kd_accel.losses.distiller import Distiller, LossWeights
+from kd_accel.losses.features import MSE
+from kd_accel.losses.logits import KL
 from kd_accel.models.factory import build_model
 from kd_accel.models.feature_extractor import probe_layers
 from kd_accel.models.preprocess import Normalize
-from kd_accel.models.projectors import build_projectors
-from kd_accel.models.student import StudentModule
-from kd_accel.teacher.teacher import LiveTeacher
-from kd_accel.training.trainer import train_step
+from kd_accel.teacher.teacher import LiveTeacher, raw_targets
 from kd_accel.types import Batch
+
+LAYERS = ["layer1", "layer2"]
+WEIGHTS = LossWeights(temperature=2.0, alpha=0.5, features={"mse": 0.1})
 
 
 def gradients(module, moment):
@@ -26,28 +28,32 @@ def gradients(module, moment):
 
 
 def main(directory):
-    accelerator = start_processes("no")
+    accelerator = start_processes("float32")
     student = build_model("import:tests.own_models:student", num_classes=4)
     network = build_model("import:tests.own_models:teacher", num_classes=4, seed=1)
-    layers = ["layer1", "layer2"]
-    shapes = [probe_layers(model, layers, image_size=32) for model in (student, network)]
-    projectors = build_projectors(*shapes, direction="student_to_teacher")
-    normalize = Normalize([0.5] * 3, [0.25] * 3)
-    teacher = LiveTeacher(network, normalize, layers={layer: layer for layer in layers})
-    module = StudentModule(student, normalize, layers=layers, student_projectors=projectors.student)
-    module.start_recording()
-    prepared = accelerator.prepare(module)
+    distiller = Distiller(
+        student,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        logits=KL(),
+        features={"mse": MSE(direction="student_to_teacher")},
+        layers={layer: layer for layer in LAYERS},
+        target_shapes=probe_layers(network, LAYERS, image_size=32),
+    )
+    teacher = LiveTeacher(network, Normalize([0.5] * 3, [0.25] * 3), targets=raw_targets(LAYERS))
+    distiller.start_recording()
+    prepared = accelerator.prepare(distiller)
     generator = torch.Generator().manual_seed(accelerator.process_index)
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=generator, dtype=torch.uint8)
     batch = Batch(images, torch.arange(8) % 4, torch.arange(8), 0)
-    loss = DistillationLoss(temperature=2.0, alpha=0.5, feature_weight=0.1)
     with accelerator.no_sync(prepared):
-        accelerator.backward(train_step(prepared, teacher, loss, batch)[0].total)
-    found = gradients(module, "before")
-    accelerator.backward(train_step(prepared, teacher, loss, batch)[0].total)
-    found |= gradients(module, "after")
+        accelerator.backward(prepared(batch.images, teacher(batch), batch.labels, WEIGHTS).loss)
+    found = gradients(distiller, "before")
+    accelerator.backward(prepared(batch.images, teacher(batch), batch.labels, WEIGHTS).loss)
+    found |= gradients(distiller, "after")
     save_file(found, Path(directory) / f"rank{accelerator.process_index}.safetensors")
-    module.stop_recording()
+    distiller.stop_recording()
+    teacher.close()
     accelerator.end_training()
 
 

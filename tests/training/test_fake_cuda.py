@@ -1,7 +1,7 @@
-"""Parts of a step with tensors that claim to be on a GPU: views, signals, projectors, losses, metrics, guard, average, update.
+"""Parts of a step with tensors that claim to be on a GPU: views, teacher, distiller, metrics, guard, average, update.
 
-Fake tensors keep track of device, dtype and shape and refuse to mix devices, so whatever was left on the CPU is found. They
-have no values, so whatever reads one, which on a GPU waits for all queued work, is found too.
+Fake tensors keep track of device, dtype and shape and refuse to mix devices, so an operand left on the CPU is found. They have
+no values, so a read of one, which on a GPU synchronizes with all queued work, is found too.
 """
 
 from contextlib import contextmanager
@@ -13,33 +13,32 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kd_accel.cache.compatibility import decoded_on
-from kd_accel.cache.reader import StoredValues
+from kd_accel.cache.reader import StoredValues, decode_on
 from kd_accel.data.transforms import ViewTransform
-from kd_accel.losses.distiller import DistillationLoss
-from kd_accel.losses.features import pooled_by_products
+from kd_accel.losses.distiller import Distiller, DistillerOutput, LossWeights
+from kd_accel.losses.features import MSE, pooled_by_products
+from kd_accel.losses.logits import KL
+from kd_accel.losses.targets import PCA
 from kd_accel.models.factory import build_model
+from kd_accel.models.feature_extractor import probe_layers
 from kd_accel.models.preprocess import Normalize
-from kd_accel.models.projectors import FeatureProjector, PcaFit, build_projectors
-from kd_accel.models.student import StudentModule
+from kd_accel.models.projectors import FeatureProjector
 from kd_accel.teacher.teacher import LiveTeacher
 from kd_accel.training.average import MovingAverage
 from kd_accel.training.metrics import Meters
 from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import set_learning_rate
-from kd_accel.training.trainer import train_step
-from kd_accel.types import Batch, LossTerms, StudentOutput, TeacherOutput
+from kd_accel.types import Batch, TeacherOutput
 
 LAYERS = ["layer1", "layer2", "layer3", "layer4"]
-STUDENT = {layer: (channels, 8, 8) for layer, channels in zip(LAYERS, (64, 128, 256, 512), strict=True)}
-TEACHER = {layer: (channels, 8, 8) for layer, channels in zip(LAYERS, (256, 512, 1024, 2048), strict=True)}
+MEAN, STD = [0.5] * 3, [0.25] * 3
 
 
-def batch_on(device, policy="crop_flip"):
-    samples = np.arange(4)
+def batch_on(device, augment="crop_flip"):
+    index = np.arange(4)
     stored = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=device)
-    images = ViewTransform(policy, 32).on_device(stored, samples, 1)
-    return Batch(images, torch.zeros(4, dtype=torch.int64, device=device), torch.from_numpy(samples).to(device), 1)
+    images = ViewTransform(augment, 32).on_device(stored, index, 1)
+    return Batch(images, torch.zeros(4, dtype=torch.int64, device=device), torch.from_numpy(index).to(device), 1)
 
 
 @contextmanager
@@ -60,66 +59,77 @@ def autocast(use_bf16):
 @pytest.mark.parametrize("direction", ["both", "student_to_teacher", "teacher_to_student"])
 def test_a_step_leaves_nothing_on_the_wrong_device(direction, use_bf16):
     with FakeTensorMode(), torch.device("cuda"):
-        student = build_model("torchvision/resnet18", num_classes=10)
-        network = build_model("torchvision/resnet50", num_classes=10)
-        projectors = build_projectors(STUDENT, TEACHER, direction=direction)
-        frozen = {layer: FeatureProjector(TEACHER[layer][0], channels) for layer, channels in projectors.pca_channels.items()}
-        normalize = Normalize([0.5] * 3, [0.25] * 3).to("cuda")
-        teacher = build_teacher(network, normalize, frozen, use_bf16)
-        module = StudentModule(student, normalize, layers=LAYERS, student_projectors=projectors.student)
-        module.start_recording()
-        loss = DistillationLoss(temperature=4.0, alpha=0.5, feature_weight=0.1)
+        teacher, distiller = build_pair(MSE(direction=direction), use_bf16)
+        distiller.start_recording()
         batch = batch_on("cuda")
         with autocast(use_bf16):
-            terms, output, answer = train_step(module, teacher, loss, batch)
-        meters = Meters(torch.device("cuda"))
-        meters.update(terms, output.logits, batch.labels, teacher_logits_BC=answer.logits)
-        for tensor in (terms.total, terms.feature, output.logits, answer.logits, meters.sums, batch.images):
+            target = teacher(batch)
+            output = distiller(batch.images, target, batch.labels, LossWeights(features={"mse": 0.1}))
+        output.loss.backward()
+        meters = Meters(torch.device("cuda"), terms=distiller.term_names, has_teacher=True)
+        meters.update(output, batch.labels, teacher_logits=target.logits)
+        gradients = [weight.grad for weight in distiller.parameters()]
+        for tensor in (output.loss, *output.terms.values(), output.logits, target.logits, meters.sums, *gradients):
             assert tensor.device.type == "cuda"
-        assert terms.total.dtype == answer.logits.dtype == torch.float32
+        assert list(output.terms) == distiller.term_names == ["ce", "kl", "features/mse"]
+        assert output.loss.dtype == target.logits.dtype == torch.float32
         assert output.logits.dtype == (torch.bfloat16 if use_bf16 else torch.float32)
-        for student_map, target in output.pairs.values():
-            assert student_map.shape[:2] == target.shape[:2]
-        module.stop_recording()
+        distiller.stop_recording()
         teacher.close()
 
 
-def build_teacher(network, normalize, frozen, use_bf16):
+def build_pair(loss, use_bf16):
+    """A live teacher and a distiller with one feature loss over all layers, its targets fitted, all on the fake GPU."""
+    student = build_model("torchvision/resnet18", num_classes=10)
+    network = build_model("torchvision/resnet50", num_classes=10)
+    ours, theirs = (probe_layers(model, LAYERS, image_size=32) for model in (student, network))
+    targets = {layer: fitted(loss.target_function(ours[layer], theirs[layer]), theirs[layer]) for layer in LAYERS}
+    distiller = Distiller(
+        student,
+        mean=MEAN,
+        std=STD,
+        logits=KL(),
+        features={"mse": loss},
+        layers={layer: layer for layer in LAYERS},
+        target_shapes={layer: targets[layer].output_shape(theirs[layer]) for layer in LAYERS},
+    )
+    normalize = Normalize(MEAN, STD).to("cuda")
+    return TeacherWithoutDigest(network, normalize, targets=targets, autocast=lambda: autocast(use_bf16)), distiller
+
+
+class TeacherWithoutDigest(LiveTeacher):
     """A fake tensor has no bytes, so the digest of the weights is left out."""
 
-    class WithoutDigest(LiveTeacher):
-        def digest(self):
-            return "fake"
+    def digest(self):
+        return "fake"
 
-    return WithoutDigest(
-        network,
-        normalize,
-        layers={layer: layer for layer in LAYERS},
-        projectors=frozen,
-        autocast=lambda: autocast(use_bf16),
-    )
+
+def fitted(target, shape):
+    if isinstance(target, PCA):
+        target.load(FeatureProjector(shape[0], target.channels).state_dict())
+    return target
 
 
 def test_the_check_can_fail():
     with FakeTensorMode():
         images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device="cuda")
         with pytest.raises(RuntimeError, match="device"):
-            Normalize([0.5] * 3, [0.25] * 3)(images)
+            Normalize(MEAN, STD)(images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
-def test_stored_answers_are_decoded_on_the_device(dtype):
+def test_stored_outputs_are_decoded_on_the_device(dtype):
     with FakeTensorMode():
         scale = torch.ones(4, 3) if dtype == torch.int8 else None
         stored = StoredValues(torch.zeros(4, 3, 2, 2, dtype=dtype), scale)
-        answer = decoded_on(torch.device("cuda"), stored, torch.channels_last)
-        assert answer.device.type == "cuda"
-        assert answer.dtype == torch.float32
-        assert answer.is_contiguous(memory_format=torch.channels_last)
+        feature = decode_on(torch.device("cuda"), stored, torch.channels_last)
+        assert feature.device.type == "cuda"
+        assert feature.dtype == torch.float32
+        assert feature.is_contiguous(memory_format=torch.channels_last)
 
 
 class FakeAccelerator:
-    """What a guard asks of Accelerate's."""
+    """The attributes of Accelerate's that a guard reads."""
 
     device, scaler, process_index = torch.device("cuda"), None, 0
 
@@ -135,14 +145,13 @@ def test_the_guard_and_the_average_read_nothing():
     with FakeTensorMode(), torch.device("cuda"):
         network = with_gradients()
         average, wrapped = MovingAverage(torch.nn.Identity(), decay=0.999), SimpleNamespace(optimizer=SimpleNamespace())
-        average.module = build_model("torchvision/resnet18", num_classes=10).requires_grad_(
-            False
-        )  # no copy: fake ones have none
+        # a fake network cannot be copied
+        average.module = build_model("torchvision/resnet18", num_classes=10).requires_grad_(False)
         guard = NonFiniteGuard(FakeAccelerator(), network, wrapped)
         batch = batch_on("cuda")
         logits = network(batch.images.float())
-        hard = torch.nn.functional.cross_entropy(logits, batch.labels)
-        loss = guard.guarded(LossTerms(hard, hard), StudentOutput(logits), TeacherOutput(logits.detach()), batch.samples)
+        ce = torch.nn.functional.cross_entropy(logits, batch.labels)
+        loss = guard.guarded(DistillerOutput(ce, {"ce": ce}, logits), TeacherOutput(logits.detach()), batch.index)
         assert guard.without_gradient() == []
         norm = guard.gradient_norm(1)
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm)
@@ -166,7 +175,7 @@ def test_the_update_reads_nothing(name):
 
 
 def test_torchs_average_reads_its_counter():
-    """Why there is an average of our own; and this check can fail."""
+    """The reason for an average of our own, and the proof that this check can fail."""
     with FakeTensorMode(), torch.device("cuda"):
         network = build_model("torchvision/resnet18", num_classes=10)
         average = AveragedModel(torch.nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(0.999))
@@ -184,6 +193,6 @@ def test_deterministic_pooling_stays_on_the_device():
 
 def test_sums_of_a_pca_stay_on_the_device():
     with FakeTensorMode():
-        fit = PcaFit(3)
-        fit.update(torch.zeros(2, 3, 4, 4, device="cuda"))
-        assert fit._outer.device.type == "cuda" and fit._outer.dtype == torch.float64
+        target = PCA(2)
+        target.update(torch.zeros(2, 3, 4, 4, device="cuda"))
+        assert target._sums._outer.device.type == "cuda" and target._sums._outer.dtype == torch.float64

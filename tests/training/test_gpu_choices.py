@@ -1,16 +1,15 @@
-"""What is chosen where there is a GPU, as far as the choice itself can be seen without one."""
+"""Choices that depend on a GPU, as far as they can be tested without one."""
 
 import pytest
 import torch
 from accelerate.utils import InitProcessGroupKwargs
 
-from benchmarks.jobs import fused_teacher
 from kd_accel import distributed
-from kd_accel.commands.teacher import TeacherNetwork, numeric_mode
-from kd_accel.config.schema import DataConfig, RunConfig, TeacherConfig, TrainConfig
 from kd_accel.data.datamodule import notices_of_small_batches
 from kd_accel.distributed import peer_timeout_s
-from kd_accel.models.kernels import choose_kernels
+from kd_accel.models.factory import build_model
+from kd_accel.models.inference import choose_kernels
+from kd_accel.teacher.teacher import Teacher
 from tests.own_models import SmallNet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -26,40 +25,43 @@ def test_tf32_is_one_setting_for_convolutions_and_matrix_products(tf32):
         choose_kernels()
 
 
-def test_tf32_is_part_of_what_a_cache_is_recognised_by_on_a_gpu_alone():
-    teacher = TeacherNetwork(SmallNet(4, width=4), "x", "imagenet", {}, [0.5] * 3, [0.5] * 3, None)
+def test_tf32_is_part_of_the_fingerprint_on_a_gpu_alone():
+    teacher = Teacher(SmallNet(4, width=4), [0.5] * 3, [0.5] * 3)
 
-    def mode(tf32, device):
-        config = RunConfig(teacher=TeacherConfig(run="t"), train=TrainConfig(tf32=tf32, channels_last=False))
-        return numeric_mode(config, teacher, {}, device)
+    def numerics(tf32, device):
+        return teacher.numerics(
+            device, layers=[], image_size=32, precision="float32", channels_last=False, compiled=False, tf32=tf32
+        )
 
-    assert mode(True, GPU) == {**mode(False, GPU), "tf32": True}
-    assert mode(True, CPU) == mode(False, CPU) == mode(False, GPU)
+    assert numerics(True, GPU) == {**numerics(False, GPU), "tf32": True}
+    assert numerics(True, CPU) == numerics(False, CPU) == numerics(False, GPU)
 
 
 @pytest.mark.parametrize(
     ("has_gpu", "setting", "gloo_s"), [(True, None, 600), (False, None, 1800), (True, 5.0, 5), (False, 5.0, 5)]
 )
-def test_how_long_ranks_wait(monkeypatch, has_gpu, setting, gloo_s):
-    """NCCL, the first group of a launch with GPUs, longer than gloo, whose error comes as an exception."""
+def test_timeouts_of_the_process_groups(monkeypatch, has_gpu, setting, gloo_s):
+    """NCCL, the first group of a launch with GPUs, has a longer one than gloo, whose error is an exception."""
     joined = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(distributed, "Accelerator", lambda **arguments: joined.update(arguments))
-    distributed._joined("no", None, setting)
+    distributed._joined("float32", None, setting)
     (waits,) = [each.timeout for each in joined["kwargs_handlers"] if isinstance(each, InitProcessGroupKwargs)]
     assert peer_timeout_s(setting) == gloo_s
     assert waits.total_seconds() == gloo_s + (60 if has_gpu else 0)
 
 
-def test_benchmarks_fold_batchnorm_before_a_model_is_moved():
-    """Where it is moved there are no numbers by which the folded one could be compared, as there are none in full with TF32."""
-    teacher = fused_teacher(torch.device("meta"))
-    assert teacher.conv1.weight.device.type == "meta"
-    assert isinstance(teacher.bn1, torch.nn.Identity) and teacher.conv1.bias is not None
+def test_batchnorm_is_fused_before_the_network_is_moved():
+    """A fused copy is compared with the original: impossible on a device without values, and too coarse with TF32."""
+    teacher = Teacher(build_model("torchvision/resnet18", num_classes=10), [0.5] * 3, [0.25] * 3)
+    network, _ = teacher.on_device(torch.device("meta"), image_size=32, channels_last=False, cpu_kernels="never")
+    assert network.conv1.weight.device.type == "meta"
+    assert isinstance(network.bn1, torch.nn.Identity) and network.conv1.bias is not None
+    assert teacher.network.conv1.weight.device.type == "cpu" and isinstance(teacher.network.bn1, torch.nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "processes", "image_size", "device", "is_told"),
+    ("batch_size", "processes", "image_size", "device", "has_notice"),
     [
         (128, 8, 32, GPU, True),
         (1024, 8, 32, GPU, False),
@@ -68,8 +70,7 @@ def test_benchmarks_fold_batchnorm_before_a_model_is_moved():
         (128, 8, 32, CPU, False),
     ],
 )
-def test_few_small_images_for_each_gpu_are_told(batch_size, processes, image_size, device, is_told):
-    config = RunConfig(data=DataConfig(image_size=image_size), train=TrainConfig(batch_size=batch_size))
-    notices = notices_of_small_batches(config, device, processes=processes)
-    assert len(notices) == is_told
+def test_few_small_images_for_each_gpu_have_a_notice(batch_size, processes, image_size, device, has_notice):
+    notices = notices_of_small_batches(device, batch_size=batch_size, image_size=image_size, processes=processes)
+    assert len(notices) == has_notice
     assert all(f"{batch_size // processes} images of {image_size} pixels in a forward" in notice for notice in notices)

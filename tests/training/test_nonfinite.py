@@ -36,7 +36,7 @@ class Bench:
         torch.manual_seed(0)
         self.model = SmallNet(4, width=4, norm=True)
         self.average = MovingAverage(self.model, decay=0.9)
-        self.accelerator = start_processes("no")
+        self.accelerator = start_processes("float32")
         self.accelerator.scaler = scaler
         module, own = self.accelerator.prepare(
             self.model,

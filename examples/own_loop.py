@@ -1,0 +1,109 @@
+"""Distillation in a loop of your own: plain PyTorch, the teacher's outputs from a cache.
+
+    python examples/own_loop.py --teacher runs/digits/teacher --epochs 3
+    accelerate launch --config_file launch/cpu2.yaml examples/own_loop.py --teacher runs/digits/teacher --epochs 3
+
+It trains to the same bytes as `kd-accel train` with the same settings on a CPU; a test compares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torchvision
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+import kd_accel as kd
+
+IMAGE_SIZE, BATCH_SIZE, VIEWS, PEAK_LR = 32, 64, 2, 0.05
+LAYERS = ["layer3", "layer4"]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--teacher", required=True, help="run directory of the teacher")
+    options.add_argument("--cache", default="caches/own-loop", help="directory of the teacher's outputs")
+    options.add_argument("--epochs", type=int, default=3)
+    options.add_argument("--limit_train", type=int, default=None, help="use so many training samples")
+    options.add_argument("--out", type=Path, default=Path("own_loop.safetensors"))
+    arguments = options.parse_args()
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    device = accelerator.device
+
+    # Data: the training samples, and a view of each that depends on (view_seed, view, index) alone.
+    data = kd.ImageDataset("digits", image_size=IMAGE_SIZE, limit_train=arguments.limit_train)
+    views = kd.ViewDataset(data, transform=kd.transforms.Crop(IMAGE_SIZE), num_views=VIEWS, view_seed=0)
+    sampler = kd.EpochBatchSampler(
+        views, batch_size=BATCH_SIZE, seed=0, rank=accelerator.process_index, world_size=accelerator.num_processes
+    )
+    batches = DataLoader(views, batch_sampler=sampler)
+
+    # Teacher: it runs once over all views; the next start finds them on the disk.
+    teacher = kd.Teacher.from_run(arguments.teacher)
+    student = build_student(num_classes=len(data.class_names))
+    losses = {"mse": kd.losses.MSE(direction="student_to_teacher")}
+    cache = kd.TeacherCache.build(
+        arguments.cache,
+        teacher,
+        views,
+        layers={layer: kd.targets.Identity() for layer in LAYERS},
+        dtype="float32",
+        batch_size=BATCH_SIZE,
+    )
+
+    # Student and losses are one module: one optimizer, one DDP wrapper, one state dict.
+    distiller = kd.Distiller(
+        student,
+        mean=data.mean,
+        std=data.std,
+        logits=kd.losses.KL(),
+        features=losses,
+        layers={layer: layer for layer in LAYERS},
+        target_shapes=cache.shapes,
+        image_size=IMAGE_SIZE,
+    )
+    distiller.to(device).train()
+    distiller.start_recording()
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=PEAK_LR, momentum=0.9, weight_decay=5e-4, fused=True)
+    module, optimizer = accelerator.prepare(distiller, optimizer)
+
+    total_steps, step = arguments.epochs * len(sampler), 0
+    for epoch in range(arguments.epochs):
+        views.set_epoch(epoch)
+        sampler.set_epoch(epoch)
+        weights = kd.LossWeights(temperature=4.0, alpha=max(0.5, 0.9 * 0.95**epoch), features={"mse": 0.1})
+        for batch in batches:
+            target = cache.read(batch["index"], views.view, device=device)
+            output = module(batch["image"].to(device), target, batch["label"].to(device), weights)
+            accelerator.backward(output.loss)
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(PEAK_LR, step, total_steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+        accelerator.print(f"epoch {epoch + 1}: loss {output.loss.item():.4f}")
+    distiller.stop_recording()
+    if accelerator.is_main_process:
+        save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, arguments.out)
+    accelerator.end_training()
+
+
+def build_student(num_classes: int) -> torch.nn.Module:
+    """A ResNet-18, its initial weights drawn with seed 0."""
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=num_classes)
+
+
+def cosine(peak: float, step: int, total_steps: int) -> float:
+    """The learning rate of a step: half a cosine from the peak to 0."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
+if __name__ == "__main__":
+    main()

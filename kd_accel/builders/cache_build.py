@@ -1,0 +1,141 @@
+"""From a RunConfig to a cache that is built or verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from kd_accel.builders.cache import cache_directory, cache_request, used_views
+from kd_accel.builders.student import build_losses, build_student
+from kd_accel.builders.teacher import build_targets, live_teacher, load_teacher, teacher_on_device
+from kd_accel.cache.build_spec import CacheBuild
+from kd_accel.cache.compatibility import CacheRequest, check_contents, check_fingerprint, check_samples
+from kd_accel.cache.manifest import read_samples, read_spec
+from kd_accel.cache.reader import OpenCache
+from kd_accel.cache.spec import CacheSpec
+from kd_accel.cache.verify import find_damaged_files, refuse_other_outputs
+from kd_accel.cache.writer import OpenProgress, build_cache, locked_for_building
+from kd_accel.config.schema import RunConfig
+from kd_accel.data.datamodule import DataModule, load_data
+from kd_accel.distributed import Accelerator, patient_group
+from kd_accel.models.preprocess import Normalize
+from kd_accel.teacher.teacher import Teacher
+from kd_accel.training.progress import SampleProgress
+
+
+@dataclass(frozen=True)
+class VerifiedCache:
+    """Result of a verification.
+
+    Attributes:
+        directory: Directory of the cache.
+        cache_spec: Its spec.
+        wrong: {name of a missing or damaged file: what is wrong with it}.
+        largest_difference: Largest relative difference of the recomputed samples; None if files are wrong.
+    """
+
+    directory: Path
+    cache_spec: CacheSpec
+    wrong: dict[str, str]
+    largest_difference: float | None
+
+
+@dataclass(frozen=True)
+class _Parts:
+    directory: Path
+    data: DataModule
+    teacher: Teacher
+    request: CacheRequest
+
+
+def build_cache_of(config: RunConfig, accelerator: Accelerator) -> None:
+    """Build the cache of a config: all that it lacks. Every process must call it.
+
+    Raises:
+        UserError: The parts of the config do not fit together, or the directory holds another cache.
+    """
+    assert config.teacher is not None
+    directory, settings = cache_directory(config), config.teacher.cache
+    with locked_for_building(directory, accelerator):
+        parts = _load_parts(config, accelerator)
+        network, normalize = _network(config, parts, accelerator)
+        build = CacheBuild(
+            directory,
+            parts.request,
+            parts.data,
+            network,
+            normalize,
+            accelerator,
+            batch_samples=settings.batch_size or config.train.batch_size // config.train.grad_accum_steps,
+            shard_mib=settings.shard_mib,
+            is_compiled=config.train.compile,
+        )
+        build_cache(build, progress=_progress(directory, accelerator))
+
+
+def verify_cache_of(config: RunConfig, accelerator: Accelerator) -> VerifiedCache:
+    """Check every byte of the cache of a config, and recompute a few samples. Every process must call it.
+
+    Raises:
+        UserError: The cache is another one, lacks what the config requests, or does not hold what the teacher computes.
+    """
+    parts = _load_parts(config, accelerator)
+    directory, request = parts.directory, parts.request
+    cache_spec = read_spec(directory)
+    check_fingerprint(directory, cache_spec, request)
+    check_contents(directory, cache_spec, replace(request, views=used_views(config, parts.data)))
+    wrong = find_damaged_files(directory, cache_spec, accelerator=accelerator, group=patient_group(accelerator))
+    difference = None if wrong else _recompute(config, parts, cache_spec, accelerator)
+    return VerifiedCache(directory, cache_spec, wrong, difference)
+
+
+def _load_parts(config: RunConfig, accelerator: Accelerator) -> _Parts:
+    losses, data = build_losses(config), load_data(config.data)
+    student, _ = build_student(config, data)
+    teacher = load_teacher(config, data)
+    targets = build_targets(config, losses, student, teacher)
+    request = cache_request(config, data, teacher, targets, accelerator.device, views=data.num_views)
+    return _Parts(cache_directory(config), data, teacher, request)
+
+
+def _network(config: RunConfig, parts: _Parts, accelerator: Accelerator) -> tuple[nn.Module, Normalize]:
+    return teacher_on_device(config, parts.teacher, accelerator, list(parts.request.targets))
+
+
+def _recompute(config: RunConfig, parts: _Parts, cache_spec: CacheSpec, accelerator: Accelerator) -> float:
+    samples, targets = read_samples(parts.directory, cache_spec), parts.request.targets
+    for split, requested in parts.request.samples.items():
+        check_samples(parts.directory, split, samples[split], requested)
+    cache = OpenCache(parts.directory, cache_spec, samples, tuple(targets))
+    cache.load_targets(targets)
+    for target in targets.values():
+        target.to(accelerator.device)
+    live = live_teacher(config, *_network(config, parts, accelerator), targets, accelerator)
+    try:
+        return refuse_other_outputs(
+            cache,
+            live,
+            parts.data,
+            epochs=config.train.epochs,
+            precision=config.train.precision,
+            rank=accelerator.process_index,
+            device=accelerator.device,
+        )
+    finally:
+        live.close()
+
+
+def _progress(directory: Path, accelerator: Accelerator) -> OpenProgress:
+    @contextmanager
+    def opened(total_samples: int) -> Iterator[Callable[[int], None]]:
+        progress = SampleProgress(str(directory), total_samples=total_samples, is_main=accelerator.is_main_process)
+        try:
+            yield progress.advance
+        finally:
+            progress.close()
+
+    return opened

@@ -1,0 +1,90 @@
+"""Results of a finished training: the model to deploy, and the summary."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+import kd_accel
+from kd_accel.builders.student import model_card
+from kd_accel.builders.trainer import Run, role, trained_network
+from kd_accel.config.schema import RunConfig, Schedule
+from kd_accel.distributed import on_main_process
+from kd_accel.io.files import write_json
+from kd_accel.models.weights import save_model
+
+_TABLE = ("name", "role", "arch", "accuracy", "parameters")
+
+
+def save_results(run: Run, test_metrics: dict[str, float]) -> None:
+    """Write model.safetensors, model.json and, last, summary.json; print the result. The main process writes."""
+    position, trainer = run.trainer.train_state.position, run.trainer
+    trainer.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
+    on_main_process(trainer.accelerator, lambda: _save(run, test_metrics))
+    accuracy, where = 100 * test_metrics["accuracy"], run.directory.path
+    trainer.progress.say(f"{run.config.name}: test accuracy {accuracy:.2f} % ({where})")
+
+
+def _save(run: Run, test_metrics: dict[str, float]) -> None:
+    save_model(run.directory.path, trained_network(run), card=model_card(run.config, run.data))
+    summary = _summary(run, test_metrics)
+    write_json(summary, run.directory.path / "summary.json")
+    run.tracker.log_table("results", list(_TABLE), [[summary[key] for key in _TABLE]])
+
+
+def _summary(run: Run, test_metrics: dict[str, float]) -> dict[str, Any]:
+    config, position, accelerator = run.config, run.trainer.train_state.position, run.trainer.accelerator
+    return {
+        "name": config.name,
+        "role": role(config),
+        "arch": config.model.arch,
+        "stem": config.model.stem,
+        "accuracy": test_metrics["accuracy"],
+        "accuracy_best_val": position.best_val_accuracy,
+        "agreement": test_metrics.get("agreement"),
+        "teacher_accuracy": test_metrics.get("teacher_accuracy"),
+        "parameters": sum(parameter.numel() for parameter in run.distiller.student.parameters()),
+        "steps": position.step,
+        "seconds": position.elapsed_s,
+        "images_per_second": position.step * config.train.batch_size / max(position.elapsed_s, 1e-9),
+        "world_size": accelerator.num_processes,
+        "precision": config.train.precision,
+        "tf32": config.train.tf32 if accelerator.device.type == "cuda" else None,
+        "cpu_kernels": config.train.cpu_kernels,
+        "device": _device_name(accelerator.device),
+        "is_scheduled": _is_scheduled(config),
+        "source": config.data.source,
+        "data": run.data.fingerprint_fields(),
+        "teacher_fingerprint": run.teacher.fingerprint if run.teacher else None,
+        "explained": dict(run.teacher.explained) if run.teacher else {},
+        "versions": {
+            "kd_accel": kd_accel.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "commit": _commit(),
+    }
+
+
+def _is_scheduled(config: RunConfig) -> bool:
+    """Return whether T or alpha changes during the training."""
+    distill = config.distill
+    return distill is not None and any(isinstance(value, Schedule) for value in (distill.temperature, distill.alpha))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _commit() -> str | None:
+    """Return the commit of the program's own checkout, if it runs from one."""
+    command = ["git", "-C", str(Path(kd_accel.__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,126 @@
+"""The trained side: network, losses, and the distiller around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kd_accel.config.schema import DistillConfig, FeatureLossConfig, RunConfig
+from kd_accel.data.datamodule import DataModule
+from kd_accel.errors import UserError
+from kd_accel.losses.base import FeatureLoss, LogitLoss
+from kd_accel.losses.distiller import Distiller
+from kd_accel.losses.registry import build_loss
+from kd_accel.models.factory import build_model
+from kd_accel.models.feature_extractor import probe_logits
+from kd_accel.models.inference import image_memory_format, use_cpu_kernels
+from kd_accel.models.projectors import Shape
+from kd_accel.models.weights import ModelCard, load_weights
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a distillation, none of them built for shapes yet.
+
+    Args:
+        logits: loss on the logits, None for none.
+        features: feature losses by name.
+        layers: {student layer: teacher layer} of each feature loss.
+    """
+
+    logits: LogitLoss | None = None
+    features: Mapping[str, FeatureLoss] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def teacher_layers(self) -> list[str]:
+        """Return the teacher's layers that are compared, each once."""
+        return list(dict.fromkeys(layer for pairs in self.layers.values() for layer in pairs.values()))
+
+
+def build_losses(config: RunConfig) -> Losses:
+    """Build the losses of a config; none without a teacher. Raises UserError for unknown losses and wrong settings."""
+    if config.teacher is None:
+        return Losses()
+    distill = config.distill or DistillConfig()
+    logits = distill.logits and build_loss("logits", distill.logits.loss, distill.logits.args, field="distill.logits")
+    features = {
+        name: build_loss("features", feature.loss or name, feature.args, field=f"distill.features.{name}")
+        for name, feature in distill.features.items()
+    }
+    layers = {name: _layer_pairs(feature) for name, feature in distill.features.items()}
+    return Losses(logits, features, layers)  # type: ignore[arg-type]
+
+
+def _layer_pairs(feature: FeatureLossConfig) -> dict[str, str]:
+    layers = feature.layers
+    return dict(layers) if isinstance(layers, dict) else {layer: layer for layer in layers}
+
+
+def build_student(config: RunConfig, data: DataModule) -> tuple[nn.Module, list[str]]:
+    """Build the network to train, with its initial weights.
+
+    Returns:
+        The network, and a notice for each tensor of the given weights that was replaced by a random one.
+
+    Raises:
+        UserError: the network or its weights do not fit the data.
+    """
+    model, num_classes = config.model, len(data.label_names)
+    network = build_model(model.arch, num_classes=num_classes, stem=model.stem, arch_args=model.arch_args, seed=config.seed)
+    probe_logits(network, num_classes=num_classes, image_size=config.data.image_size)
+    if model.weights is None:
+        return network, []
+    return network, load_weights(network, model.weights, arch=model.arch, is_exact=False)
+
+
+def build_distiller(
+    config: RunConfig,
+    data: DataModule,
+    network: nn.Module,
+    losses: Losses,
+    target_shapes: Mapping[str, Shape],
+    device: torch.device,
+) -> Distiller:
+    """Build the one module that is trained, on the CPU. target_shapes: of the targets by the teacher's layer."""
+    use_cpu_kernels(network, device, config.train.cpu_kernels)
+    if config.train.sync_batchnorm:
+        network = _with_sync_batchnorm(network)
+    return Distiller(
+        network,
+        mean=data.mean,
+        std=data.std,
+        logits=losses.logits,
+        features=losses.features,
+        layers=losses.layers,
+        target_shapes=target_shapes,
+        image_size=config.data.image_size,
+        label_smoothing=config.train.label_smoothing,
+        seed=config.seed,
+        memory_format=image_memory_format(config.train.channels_last, device),
+    )
+
+
+def _with_sync_batchnorm(network: nn.Module) -> nn.Module:
+    """Convert the BatchNorm layers: same names and numbers in the state dict, statistics of all processes in a step."""
+    if not torch.cuda.is_available():
+        raise UserError("train.sync_batchnorm: torch has it on GPUs only, and no GPU was found; leave it out")
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise UserError(f"train.sync_batchnorm: has no effect, {type(network).__name__} has no BatchNorm layer; leave it out")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
+def model_card(config: RunConfig, data: DataModule) -> ModelCard:
+    """Return what must be known to deploy the trained network."""
+    return ModelCard(
+        arch=config.model.arch,
+        stem=config.model.stem,
+        arch_args=dict(config.model.arch_args),
+        label_names=list(data.label_names),
+        mean=data.mean,
+        std=data.std,
+        image_size=config.data.image_size,
+    )

@@ -1,0 +1,281 @@
+"""The teacher's side of a training: the teacher, its target functions, and the source of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kd_accel.builders.cache import cache_request
+from kd_accel.builders.student import Losses
+from kd_accel.cache.reader import OpenCache, open_cache
+from kd_accel.cache.verify import refuse_other_outputs
+from kd_accel.config.schema import RunConfig
+from kd_accel.data.datamodule import DataModule, Split
+from kd_accel.distributed import Accelerator, on_main_process
+from kd_accel.errors import UserError
+from kd_accel.losses.targets import TargetFunction
+from kd_accel.models.feature_extractor import compile_with_hooks, probe_layers
+from kd_accel.models.preprocess import Normalize
+from kd_accel.models.projectors import Shape
+from kd_accel.teacher.fitting import fit_notices, fit_targets
+from kd_accel.teacher.loading import load_own_teacher, load_run_teacher, refuse_other_classes
+from kd_accel.teacher.teacher import LiveTeacher, Teacher
+from kd_accel.training.checkpoint import Checkpoint
+from kd_accel.types import Batch, TeacherOutput, TeacherSource
+
+
+@dataclass(frozen=True)
+class TeacherSetup:
+    """A teacher that is ready for a training.
+
+    Args:
+        source: gives its output for training batches.
+        held_out: gives the source for a held-out split.
+        fingerprint: of the teacher.
+        target_shapes: (D, H, W) of each target by the teacher's layer.
+        cache: digest of what is read from a cache, None without one.
+        live: the network, where it runs during the training.
+        targets: fitted target functions, kept in every checkpoint where no cache holds them.
+        explained: share of the variance that each fitted target keeps, by the teacher's layer.
+        notices: lines for the user.
+    """
+
+    source: TeacherSource
+    held_out: Callable[[Split], TeacherSource]
+    fingerprint: str
+    target_shapes: Mapping[str, Shape]
+    cache: str | None = None
+    live: LiveTeacher | None = None
+    targets: Mapping[str, TargetFunction] = field(default_factory=dict)
+    explained: Mapping[str, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Return the fitted tensors as a checkpoint keeps them, by "layer|name", on the CPU."""
+        return {
+            f"{layer}|{name}": tensor
+            for layer, target in self.targets.items()
+            if target.tensors()
+            for name, tensor in _fitted(target).items()
+        }
+
+    def check_unchanged(self) -> None:
+        """Check our own invariant: the training has not changed the teacher."""
+        if self.live is not None:
+            self.live.check_unchanged()
+
+    def close(self) -> None:
+        """Remove the hooks from a live network."""
+        if self.live is not None:
+            self.live.close()
+
+
+def load_teacher(config: RunConfig, data: DataModule) -> Teacher:
+    """Load the teacher of a config. Raises UserError if it does not fit its weights, or the classes of the data."""
+    settings = config.teacher
+    assert settings is not None, "checked by config/validation.py"
+    if settings.run is not None:
+        teacher = load_run_teacher(Path(settings.run))
+    else:
+        assert settings.arch and settings.weights and settings.mean and settings.std, "checked by config/validation.py"
+        teacher = load_own_teacher(
+            settings.arch,
+            settings.weights,
+            num_classes=len(data.label_names),
+            mean=settings.mean,
+            std=settings.std,
+            stem=settings.stem,
+            arch_args=settings.arch_args,
+        )
+    refuse_other_classes(teacher, data.label_names, run=settings.run)
+    return teacher
+
+
+def build_targets(config: RunConfig, losses: Losses, network: nn.Module, teacher: Teacher) -> dict[str, TargetFunction]:
+    """Build the target function of each of the teacher's compared layers, not fitted.
+
+    Raises:
+        UserError: a layer is not found or not a feature map, or one layer would need two different functions.
+    """
+    size = config.data.image_size
+    theirs = layer_shapes(config, losses, teacher)
+    ours = probe_layers(network, list(dict.fromkeys(n for pairs in losses.layers.values() for n in pairs)), image_size=size)
+    targets: dict[str, TargetFunction] = {}
+    for name, pairs in losses.layers.items():
+        for student_layer, layer in pairs.items():
+            try:
+                target = losses.features[name].target_function(ours[student_layer], theirs[layer])
+            except UserError as error:
+                raise UserError(f"distill.features.{name}.args.{error} (layers {student_layer} and {layer})") from None
+            known = targets.setdefault(layer, target)
+            if known.description() != target.description():
+                raise UserError(
+                    f"distill.features.{name}.layers: the teacher's layer {layer} would need two targets, "
+                    f"{known.description()} and "
+                    f"{target.description()}; a layer has one: use direction student_to_teacher, or other layers"
+                )
+    return targets
+
+
+def layer_shapes(config: RunConfig, losses: Losses, teacher: Teacher) -> dict[str, Shape]:
+    """Measure (D, H, W) of the teacher's compared layers. Raises UserError for a layer that is not a feature map."""
+    layers = losses.teacher_layers()
+    return probe_layers(teacher.network, layers, image_size=config.data.image_size, field="distill.features.layers (teacher)")
+
+
+def teacher_on_device(
+    config: RunConfig, teacher: Teacher, accelerator: Accelerator, layers: list[str]
+) -> tuple[nn.Module, Normalize]:
+    """Copy the teacher's network to the device of this process, with the numerics of the config."""
+    return teacher.on_device(
+        accelerator.device,
+        layers=layers,
+        image_size=config.data.image_size,
+        channels_last=config.train.channels_last,
+        cpu_kernels=config.train.cpu_kernels,
+    )
+
+
+def live_teacher(
+    config: RunConfig,
+    network: nn.Module,
+    normalize: nn.Module,
+    targets: Mapping[str, TargetFunction],
+    accelerator: Accelerator,
+) -> LiveTeacher:
+    """Build the forward of the teacher, in the numerics of the config."""
+    live = LiveTeacher(network, normalize, targets=targets, autocast=accelerator.autocast)
+    if config.train.compile:
+        compile_with_hooks(network)
+    return live
+
+
+def build_teacher_setup(
+    config: RunConfig,
+    data: DataModule,
+    network: nn.Module,
+    losses: Losses,
+    *,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+) -> TeacherSetup:
+    """Load the teacher, build its targets, and prepare the source of its outputs."""
+    assert config.teacher is not None
+    teacher = load_teacher(config, data)
+    targets = build_targets(config, losses, network, teacher)
+    shapes = layer_shapes(config, losses, teacher)
+    target_shapes = {layer: target.output_shape(shapes[layer]) for layer, target in targets.items()}
+    cache = None
+    if config.teacher.outputs != "live":
+        assert config.teacher.cache.dir is not None, "checked by config/validation.py"
+        request = cache_request(config, data, teacher, targets, accelerator.device)
+        cache = open_cache(Path(config.teacher.cache.dir), request)
+    is_cached = config.teacher.outputs == "cached"
+    model, normalize = teacher_on_device(config, teacher, accelerator, list(targets))
+    notices = _rectified_notices(losses)
+    if cache is not None and is_cached:
+        cache.load_targets(targets)
+    else:
+        notices += _fit(targets, data, model, normalize, accelerator, checkpoint)
+    for target in targets.values():
+        target.to(accelerator.device)
+    live = live_teacher(config, model, normalize, targets, accelerator)
+    explained = {layer: target.explained for layer, target in targets.items() if target.explained is not None}
+    setup = TeacherSetup(live, lambda split: live, teacher.fingerprint, target_shapes, None, live, targets, explained, notices)
+    return setup if cache is None else _with_cache(setup, cache, live, config, data, accelerator)
+
+
+def _with_cache(
+    setup: TeacherSetup, cache: OpenCache, live: LiveTeacher, config: RunConfig, data: DataModule, accelerator: Accelerator
+) -> TeacherSetup:
+    """Compare a few samples of the cache with the live teacher, and read from the cache what it holds."""
+    assert config.teacher is not None
+    refuse_other_outputs(
+        cache,
+        live,
+        data,
+        epochs=config.train.epochs,
+        precision=config.train.precision,
+        rank=accelerator.process_index,
+        device=accelerator.device,
+    )
+    common: dict[str, Any] = {
+        "held_out": cache.source,
+        "fingerprint": setup.fingerprint,
+        "target_shapes": setup.target_shapes,
+        "cache": cache.digest,
+        "explained": setup.explained,
+        "notices": setup.notices,
+    }
+    if config.teacher.outputs == "cached":
+        live.close()
+        live.network.cpu()
+        return TeacherSetup(source=cache.source("train"), **common)
+    mixed = _LogitsFrom(cache.source("train"), live)
+    return TeacherSetup(source=mixed, live=live, targets=setup.targets, **common)
+
+
+@dataclass(frozen=True)
+class _LogitsFrom:
+    """Logits of one source and features of another (`outputs: mixed`)."""
+
+    logits: TeacherSource
+    features: TeacherSource
+
+    def __call__(self, batch: Batch) -> TeacherOutput:
+        return TeacherOutput(self.logits(batch).logits, self.features(batch).features)
+
+
+def _fit(
+    targets: Mapping[str, TargetFunction],
+    data: DataModule,
+    network: nn.Module,
+    normalize: nn.Module,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+) -> list[str]:
+    """Fit the targets on the main process, or take them from the checkpoint. Returns notices."""
+    if checkpoint is not None:
+        load_saved(targets, checkpoint.tensors.get("targets", {}), checkpoint.state["explained"])
+        return []
+    if all(target.is_fitted for target in targets.values()):
+        return []
+
+    def fit() -> dict[str, tuple[dict[str, Tensor], float | None]]:
+        fit_targets(targets, data, network, normalize, autocast=accelerator.autocast)
+        return {layer: (_fitted(target), target.explained) for layer, target in targets.items()}
+
+    for layer, (tensors, explained) in on_main_process(accelerator, fit).items():
+        targets[layer].load(tensors)
+        targets[layer].explained = explained
+    return fit_notices(targets, num_samples=len(data.splits.train))
+
+
+def load_saved(targets: Mapping[str, TargetFunction], tensors: Mapping[str, Tensor], explained: Mapping[str, float]) -> None:
+    """Load fitted tensors named "layer|name" into the target functions."""
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer, _, name = key.rpartition("|")
+        by_layer.setdefault(layer, {})[name] = tensor
+    for layer, target in targets.items():
+        target.load(by_layer.get(layer, {}))
+        target.explained = explained.get(layer)
+
+
+def _fitted(target: TargetFunction) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in target.tensors().items()}
+
+
+def _rectified_notices(losses: Losses) -> list[str]:
+    """Warn of student layers without a projector of their own: one that ends in a ReLU cannot reach signed targets."""
+    return [
+        f"distill.features.{name}.args.direction: teacher_to_student compares the student's layer {layer} directly with signed "
+        "targets; if it ends in a ReLU it cannot reach the negative ones: direction both has a learned projector there"
+        for name, loss in losses.features.items()
+        if getattr(loss.settings, "direction", None) == "teacher_to_student"
+        for layer in losses.layers[name]
+    ]

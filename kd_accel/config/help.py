@@ -1,0 +1,82 @@
+"""The settings of a config class with type, default and description, as `--help` prints them.
+
+Descriptions come from the "Args:" of the classes in schema.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from kd_accel.config.fields import NAME, entry_of, options, section_of
+from kd_accel.config.schema import Argument, Schedule
+from kd_accel.io.safe_yaml import dump_yaml
+
+_WIDTH = 120
+_LABELS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", types.NoneType: "null", Schedule: "SCHEDULE"}
+_RULES = (
+    "settings: --a.b VALUE, or a: {b: VALUE} in a YAML file. Files are merged in their order, then the flags: a mapping adds\n"
+    "to what was there before, and null removes an entry of a mapping {NAME: ...} or {KEY: ...}."
+)
+
+
+def descriptions(section: type[BaseModel]) -> dict[str, str]:
+    """Return the description of each setting, from the "Args:" of the class."""
+    _, _, arguments = inspect.cleandoc(section.__doc__ or "").partition("Args:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", arguments, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def settings_help(config_class: type[BaseModel], losses: Mapping[str, Sequence[str]]) -> str:
+    """Return all settings, section by section, and the losses by name."""
+    lines = list(_section_help(config_class, "", ""))
+    if any("SCHEDULE" in line for line in lines):
+        lines += _section_help(Schedule, "a.b.", "SCHEDULE: {start: FLOAT, ...} in place of a number, for any --a.b above")
+    named = [f"losses ({kind}): {', '.join(names)}, or import:package.module:Class" for kind, names in losses.items()]
+    return "\n".join(["", _RULES, *lines, *(["", *named] if named else []), ""])
+
+
+def _section_help(section: type[BaseModel], prefix: str, heading: str) -> Iterator[str]:
+    """Yield the settings of a section, then its sections."""
+    yield from ["", heading] if heading else [""]
+    texts, inner = descriptions(section), []
+    for name, field in section.model_fields.items():
+        below = section_of(field.annotation) or section_of(entry_of(field.annotation))
+        if below not in (None, Schedule):
+            is_mapping = entry_of(field.annotation) is not None
+            default = "  (default null)" if field.default is None and field.default_factory is None else ""
+            key = f"{prefix}{name}.{NAME}" if is_mapping else f"{prefix}{name}"
+            inner.append((below, f"{key}.", f"{key}:{default} {texts[name]}"))
+            continue
+        line = f"--{prefix}{name} {_label(field.annotation)}  ({_default(field)}) {texts[name]}"
+        yield textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent=" " * 8, break_on_hyphens=False)
+    for below, key, text in inner:
+        yield from _section_help(typing.cast(type[BaseModel], below), key, text)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return f"default {dump_yaml([value], in_one_line=True).strip()[1:-1]}"
+
+
+def _label(annotation: Any) -> str:
+    if annotation == Argument:
+        return "VALUE"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin is list:
+        return f"[{_label(arguments[0])}, ...]"
+    if origin is dict:
+        return f"{{KEY: {_label(arguments[1])}, ...}}"
+    return _LABELS[annotation] if annotation in _LABELS else "|".join(map(_label, options(annotation)))

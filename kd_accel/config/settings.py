@@ -1,0 +1,134 @@
+"""Settings as they are written: YAML files and flags, merged into one nested mapping with the origin of each setting."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel
+
+from kd_accel.config.fields import Keys, child, entry_of, options, type_of
+from kd_accel.io.safe_yaml import MAX_DEPTH, load_yaml, load_yaml_file, place
+
+COMMAND_LINE = "the command line"
+
+
+@dataclass
+class Settings:
+    """Merged settings, and what is wrong with their form.
+
+    Attributes:
+        config_class: schema of the settings.
+        values: nested mapping.
+        origins: file of each setting, or COMMAND_LINE.
+        typed: texts of the command line, which allow the user code among them.
+        mistakes: messages.
+    """
+
+    config_class: type[BaseModel]
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Keys, str] = field(default_factory=dict)
+    typed: list[str] = field(default_factory=list)
+    mistakes: list[str] = field(default_factory=list)
+
+    def add_file(self, path: str) -> None:
+        """Merge the settings of a YAML file."""
+        content = read_yaml(path, self.mistakes)
+        if len(content) >= 3 and not self.config_class.model_fields.keys() & content.keys():
+            keys = ", ".join(map(str, content))
+            self.mistakes.append(f"config: {path} is written for another command: none of its settings ({keys}) is of this one")
+        else:
+            where = f"./{path}" if path == COMMAND_LINE else path
+            self._merge(self.values, content, self.config_class, (), where)
+
+    def add_flags(self, flags: Sequence[tuple[str, str | None]]) -> None:
+        """Merge settings given as (dotted name, text); the text None is that of a flag without a value."""
+        for name, text in flags:
+            keys = tuple(name.split("."))[:MAX_DEPTH]
+            annotation = type_of(self.config_class, keys)
+            if text is None and annotation is not None:
+                self.mistakes.append(f"--{name}: has no value; write --{name} VALUE")
+                continue
+            value = None if text is None else _value(annotation, text)
+            self.typed += [found for _, found in texts(value)]
+            for key in reversed(keys[1:]):
+                value = {key: value}
+            self._merge(self.values, {keys[0]: value}, self.config_class, (), COMMAND_LINE)
+
+    def origin(self, keys: Keys) -> str | None:
+        """Return the file of a setting, or COMMAND_LINE; None for a default."""
+        return next((self.origins[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in self.origins), None)
+
+    def _merge(self, into: dict[str, Any], added: Mapping[Any, Any], annotation: Any, above: Keys, where: str) -> None:
+        for key, value in ((str(key), value) for key, value in added.items()):
+            keys = (*above, key)
+            if isinstance(value, dict):
+                below = into[key] if isinstance(into.get(key), dict) else {}
+                self._merge(below, value, child(annotation, key), keys, where)
+                if below or not value:  # a mapping that only removed entries does not begin a section
+                    into[key], self.origins[keys] = below, where
+            elif value is not None or entry_of(annotation) is None:
+                into[key], self.origins[keys] = value, where
+            elif into.pop(key, None) is None and where != COMMAND_LINE:
+                rule = f"null removes an entry, but nothing before this has it; for its defaults write {key}: {{}}"
+                self.mistakes.append(f"{'.'.join(keys)}: {rule} (in {where})")
+
+
+def read_yaml(path: str, mistakes: list[str], *, field: str = "config") -> dict[Any, Any]:
+    """Return the settings in a file; empty, with a mistake that begins with `field`, where it has none."""
+    try:
+        content = load_yaml_file(Path(path))
+    except OSError as error:
+        mistakes.append(f"{field}: cannot read {path} ({error.strerror}); name a YAML file")
+        return {}
+    except (yaml.YAMLError, ValueError) as error:
+        mistakes.append(f"{field}: {path} is not valid YAML ({place(error)}); fix the file")
+        return {}
+    if isinstance(content, dict):
+        return content
+    found = "nothing" if content is None else f"a {type(content).__name__}"
+    mistakes.append(f"{field}: {path} holds {found}; it must hold settings as `key: value`")
+    return {}
+
+
+def texts(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, str]]:
+    """Yield each text in nested values, keys included, with the setting in which it is."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield keys, str(key)
+            yield from texts(inner, (*keys, str(key)))
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item, keys)
+    elif isinstance(value, str):
+        yield keys, value
+
+
+def _value(annotation: Any, text: str) -> Any:
+    """Return the value of a flag: its text where the setting takes text only, else YAML, in which None is null as in Python."""
+    if text in ("null", "None"):
+        return None
+    if annotation is not None and all(_is_text(option) for option in options(annotation)):
+        return text
+    try:
+        value = load_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+    return text if value is None else _without_python_none(value)
+
+
+def _is_text(annotation: Any) -> bool:
+    return annotation in (str, types.NoneType) or typing.get_origin(annotation) is Literal
+
+
+def _without_python_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_python_none(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_python_none(item) for item in value]
+    return None if value == "None" else value

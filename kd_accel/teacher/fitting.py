@@ -1,0 +1,80 @@
+"""Fitting of target functions (PCA) on the teacher's features of a few training images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd_accel.data.datamodule import DataModule
+from kd_accel.data.hashing import hashed_order
+from kd_accel.losses.targets import PCA, TargetFunction
+from kd_accel.models.feature_extractor import FeatureExtractor
+
+_BATCH_SAMPLES = 128
+_PURPOSE = 31
+
+
+def fit_targets(
+    targets: Mapping[str, TargetFunction],
+    data: DataModule,
+    network: nn.Module,
+    normalize: nn.Module,
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
+    """Fit the functions that are not fitted yet, in place, on the device of the teacher.
+
+    Args:
+        targets: by the teacher's layer.
+        data: view 0 of its training samples is used, drawn by a hash, in the order of their indices.
+        network: the teacher's network on its device.
+        normalize: uint8 images -> input of the network.
+        autocast: the context in which the teacher runs.
+    """
+    lacking = {layer: target for layer, target in targets.items() if isinstance(target, PCA) and not target.is_fitted}
+    for images in sorted({target.images for target in lacking.values()}):
+        group = {layer: target for layer, target in lacking.items() if target.images == images}
+        _fit_group(group, _recorded(list(group), data, network, normalize, images, autocast))
+
+
+def fit_notices(targets: Mapping[str, TargetFunction], *, num_samples: int) -> list[str]:
+    """Return a line for the user about each fit: the variance that it keeps, and fewer training samples than asked for."""
+    fitted = {layer: target for layer, target in targets.items() if isinstance(target, PCA)}
+    notices = [f"PCA at {layer} explains {target.explained:.1%} of the variance" for layer, target in fitted.items()]
+    wanted = max((target.images for target in fitted.values()), default=0)
+    if wanted > num_samples:
+        notices.append(
+            f"distill.features: pca_images {wanted} is more than the {num_samples} training samples; the PCA is fitted on all "
+            "of them"
+        )
+    return notices
+
+
+def _fit_group(group: Mapping[str, PCA], recorded: Iterator[dict[str, Tensor]]) -> None:
+    """Fit several functions in one pass over the teacher's features."""
+    for features in recorded:
+        for layer, feature in features.items():
+            group[layer].update(feature)
+    for layer, target in group.items():
+        target.finish(layer=layer)
+
+
+def _recorded(
+    layers: Sequence[str],
+    data: DataModule,
+    network: nn.Module,
+    normalize: nn.Module,
+    images: int,
+    autocast: Callable[[], AbstractContextManager],
+) -> Iterator[dict[str, Tensor]]:
+    samples = np.sort(hashed_order((_PURPOSE,), data.splits.train)[:images])
+    device = next(network.parameters()).device
+    network.eval()
+    with FeatureExtractor(network, layers) as extractor, torch.no_grad(), autocast():
+        for part in np.array_split(samples, -(-len(samples) // _BATCH_SAMPLES)):
+            network(normalize(data.view_batch(part, 0).images.to(device)))
+            yield extractor.take()

@@ -1,0 +1,190 @@
+"""TeacherCache, the cache's interface from Python: what is read equals the live teacher, and wrong use is named."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kd_accel.cache.manifest import read_spec
+from kd_accel.cache.teacher_cache import TeacherCache
+from kd_accel.config.schema import DataConfig
+from kd_accel.data.datamodule import load_data
+from kd_accel.errors import UserError
+from kd_accel.losses.targets import PCA, Identity
+from kd_accel.teacher.teacher import LiveTeacher, Teacher
+from tests.own_models import teacher as teacher_network
+
+MEAN, STD = [0.5, 0.4, 0.5], [0.2, 0.3, 0.2]
+
+
+def data_of(source="images", **changes):
+    source = f"import:tests.own_models:{source}"
+    return load_data(DataConfig(**{"source": source, "augment": "crop_flip", "views": 2, "val_fraction": 0.2, **changes}))
+
+
+def teacher_of(seed=0):
+    torch.manual_seed(seed)
+    network = teacher_network(4)
+    network.layer1[1].running_mean.uniform_(-0.1, 0.1)
+    return Teacher(network, MEAN, STD, ("red", "green", "blue", "olive"))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return data_of()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, data):
+    """A cache that no test changes: the raw map of layer1 and 8 channels of layer2, in float32."""
+    directory = tmp_path_factory.mktemp("caches") / "cache"
+    layers = {"layer1": Identity(), "layer2": PCA(8, images=64)}
+    return TeacherCache.build(directory, teacher_of(), data, layers=layers, dtype="float32", batch_size=32)
+
+
+def live_of(cache, data, layers=("layer1", "layer2")):
+    network, normalize = teacher_of().on_device(torch.device("cpu"), layers=layers, image_size=32)
+    targets = {"layer1": Identity(), "layer2": PCA(8, images=64)}
+    cache._cache.load_targets(targets)
+    return LiveTeacher(network, normalize, targets=targets)
+
+
+def test_reads_equal_the_live_teacher(built, data):
+    live = live_of(built, data)
+    indices = data.splits.train[:32]  # the first batch of the build: the same shape, so the same bits
+    for view in (0, 1):
+        expected = live(data.view_batch(indices, view))
+        output = built.read(torch.from_numpy(indices), torch.full((32,), view))
+        assert torch.equal(output.logits, expected.logits)
+        assert output.features.keys() == expected.features.keys() == {"layer1", "layer2"}
+        for layer, feature in expected.features.items():
+            assert torch.equal(output.features[layer], feature)
+            assert built.shapes[layer] == feature.shape[1:]
+    order = np.random.default_rng(0).permutation(128)
+    shuffled = built.read(data.splits.train[order], 1)
+    assert torch.equal(shuffled.logits[np.argsort(order)[:32]], output.logits)
+    live.close()
+
+
+def test_held_out_splits_have_logits_of_plain_images(built, data):
+    live = live_of(built, data)
+    for split, indices in (("val", data.splits.val), ("test", data.splits.test)):
+        output = built.read(indices, 0, split=split)
+        (batch,) = data.batches(split, [(indices, 0)])
+        assert torch.allclose(output.logits, live(batch).logits, atol=1e-5) and output.features == {}
+    live.close()
+
+
+def test_the_teacher_of_an_opened_cache_is_checked(built):
+    assert TeacherCache.open(built.directory, teacher_of()).fingerprint == built.fingerprint
+    with pytest.raises(UserError, match=r"another teacher: teacher.weights: [0-9a-f]{32} stored, [0-9a-f]{32} requested"):
+        TeacherCache.open(built.directory, teacher_of(seed=1))
+
+
+def test_views_are_those_of_the_build(built, data):
+    other = data_of(views=None, view_seed=5, augment="none", limit_train=64)
+    views = built.views(other)
+    assert (views.num_views, views.transform) == (2, data.transform)
+    assert np.array_equal(views.splits.train, other.splits.train)
+    with pytest.raises(UserError, match=r"holds other data: views.image_size: 32 stored, 24 requested"):
+        built.views(data_of(image_size=24))
+    with pytest.raises(UserError, match=r"data.contents.train: 1 of 128 requested samples"):
+        built.views(data_of("touched_images"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"view": 2}, "view: 2 is not stored; the train split has the views 0 to 1"),
+        ({"view": torch.tensor([0, 1])}, "view: all samples of a read must have the same view"),
+        ({"index": torch.tensor([10**6])}, "index: the cache does not cover"),
+        ({"index": torch.tensor([-1])}, "index: the cache does not cover"),
+        ({"view": 1, "split": "test", "index": torch.tensor([0])}, "the test split has the views 0 to 0"),
+    ],
+)
+def test_wrong_reads_name_the_argument(built, data, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        built.read(**{"index": torch.from_numpy(data.splits.train[:1]), "view": 0, **arguments})
+
+
+def test_a_sample_of_another_split_is_not_covered(built, data):
+    with pytest.raises(ValueError, match="index: the cache does not cover"):
+        built.read(data.splits.val[:1], 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"views": None}}, "views: num_views must be a number"),
+        ({"batch_size": 0}, "batch_size and shard_mib must be positive"),
+        ({"teacher": Teacher(teacher_network(4), MEAN, STD, ("a", "b", "c", "d"))}, "teacher: its class_names"),
+    ],
+)
+def test_wrong_builds_name_the_argument(tmp_path, data, changes, message):
+    views = data_of(**changes["config"]) if "config" in changes else data
+    arguments = {key: value for key, value in changes.items() if key != "config"}
+    with pytest.raises(ValueError, match=message):
+        TeacherCache.build(tmp_path / "cache", **{"teacher": teacher_of(), "views": views, **arguments})
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_build_completes_what_exists(tmp_path, data):
+    directory = tmp_path / "cache"
+    TeacherCache.build(directory, teacher_of(), data, layers=["layer2"], dtype="int8", batch_size=32)
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*-of-*")}
+    cache = TeacherCache.build(directory, teacher_of(), data, layers=["layer1"], dtype="int8", batch_size=32)
+    assert cache.shapes == {"layer1": (16, 8, 8), "layer2": (32, 2, 2)}
+    assert {name: spec.dtype for name, spec in read_spec(directory).tensors.items()} == {
+        "logits": "float16",
+        "layer1": "int8",
+        "layer2": "int8",
+    }
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    cache.verify()
+    path = next(directory.glob("train/view-0001/layer1-*"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(UserError, match=r"1 files are damaged \(train/view-0001/layer1-.*does not match its checksum"):
+        cache.verify()
+    with pytest.raises(UserError, match=r"targets.layer1: identity stored, pca\(channels=4, images=9\) requested"):
+        TeacherCache.build(directory, teacher_of(), data, layers={"layer1": PCA(4, images=9)}, batch_size=32)
+
+
+def test_fitted_targets_must_be_those_of_the_cache(built, data, tmp_path):
+    other = PCA(8, images=64)
+    other.load({"conv.weight": torch.ones(8, 32, 1, 1), "conv.bias": torch.zeros(8)})
+    with pytest.raises(UserError, match=r"targets.layer2: fitted tensors [0-9a-f]{32} stored, [0-9a-f]{32} requested"):
+        TeacherCache.build(built.directory, teacher_of(), data, layers={"layer2": other}, dtype="float32", batch_size=32)
+    stored = PCA(8, images=64)
+    built._cache.load_targets({"layer2": stored})
+    same = TeacherCache.build(built.directory, teacher_of(), data, layers={"layer2": stored}, dtype="float32", batch_size=32)
+    assert same.fingerprint == built.fingerprint
+    alone = TeacherCache.build(tmp_path, teacher_of(), data, layers={"layer2": stored}, dtype="float32", batch_size=32)
+    spec, expected = (read_spec(cache.directory).tensors["layer2"] for cache in (alone, built))
+    assert spec.target_digest == expected.target_digest
+
+
+@pytest.mark.parametrize("is_old_spec", [True, False])
+def test_a_cache_of_version_1_is_refused_and_kept(built, data, tmp_path, is_old_spec):
+    """plan.json is the spec of version 1; no spec.json of version 1 was ever released, but one is refused alike."""
+    content = json.loads((built.directory / "spec.json").read_text())
+    name = "plan.json" if is_old_spec else "spec.json"
+    (tmp_path / name).write_text(json.dumps({**content, "version": 1}))
+    before = sorted(tmp_path.iterdir())
+    for attempt in (
+        lambda: TeacherCache.open(tmp_path),
+        lambda: TeacherCache.build(tmp_path, teacher_of(), data, batch_size=32),
+    ):
+        with pytest.raises(UserError, match=r"version 1, this program reads version 2; run `kd-accel cache build` with"):
+            attempt()
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != ".lock"] == before
+
+
+def test_a_damaged_version_is_repaired_by_a_build(tmp_path, data):
+    directory = tmp_path / "cache"
+    cache = TeacherCache.build(directory, teacher_of(), data, batch_size=32)
+    content = json.loads((directory / "spec.json").read_text())
+    (directory / "spec.json").write_text(json.dumps({**content, "version": "two"}))
+    with pytest.raises(UserError, match=r"is damaged \(version two\)"):
+        TeacherCache.open(directory)
+    assert TeacherCache.build(directory, teacher_of(), data, batch_size=32).fingerprint == cache.fingerprint

@@ -1,0 +1,86 @@
+"""`--help`: every setting with type, default and description, from the one place where it is described."""
+
+import typing
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from kd_accel.cli import main
+from kd_accel.config import schema
+from kd_accel.config.fields import leaves, options
+from kd_accel.config.help import descriptions, settings_help
+from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
+
+SECTIONS = [
+    each
+    for each in vars(schema).values()
+    if isinstance(each, type) and issubclass(each, BaseModel) and each not in (BaseModel, schema.Section)
+]
+
+
+def help_of(capsys, *argv):
+    with pytest.raises(SystemExit) as left:
+        main([*argv, "--help"])
+    assert not left.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_each_setting_is_described_and_nothing_else(section):
+    assert list(descriptions(section)) == list(section.model_fields)
+    assert all(text.endswith(".") for text in descriptions(section).values())
+
+
+@pytest.mark.parametrize("config_class", [RunConfig, BenchConfig, ReproduceConfig])
+def test_the_help_has_each_setting_with_its_description(config_class):
+    text = " ".join(settings_help(config_class, {}).split())
+    for keys, _ in leaves(config_class):
+        assert f"--{'.'.join(keys)} " in text
+    for section in SECTIONS if config_class is RunConfig else [config_class]:
+        if section not in (BenchConfig, ReproduceConfig) or section is config_class:
+            assert all(description in text for description in descriptions(section).values()), section
+
+
+@pytest.mark.parametrize("argv", [["train"], ["cache", "build"], ["cache", "info"], ["plan"]])
+def test_help_of_the_commands_that_take_a_run(capsys, argv):
+    text = help_of(capsys, *argv)
+    for line in (
+        "  --data.image_size INT  (default 32) side of the square",
+        "  --train.compile BOOL  (default false) compile",
+        "  --train.precision float32|bf16|fp16  (default float32) ",
+        "  --optim.betas [FLOAT, ...]  (default [0.9, 0.999]) ",
+        "  --teacher.run TEXT|null  (default null) run directory of the teacher;",
+        "  --teacher.cache.shard_mib FLOAT  (default 64.0) size",
+        "  --distill.temperature FLOAT|SCHEDULE  (default 4.0) T,",
+        "  --distill.logits.args {KEY: VALUE, ...}  (default {}) ",
+        "  --distill.features.NAME.layers [TEXT, ...]|{KEY: TEXT, ...}  (default [layer1, layer2, layer3, layer4]) ",
+        "  --a.b.start FLOAT  (required) value at the beginning.",
+        "teacher:  (default null) the teacher; null = plain training.",
+        "losses (logits): kl,",
+        "losses (features): ",
+        "--allow_import",
+    ):
+        assert line in text, line
+    assert ("--json" in text) == (argv[-1] in ("info", "plan"))
+
+
+def test_help_of_other_commands(capsys):
+    assert "  --batch_sizes [INT, ...]  (default [1, 32]) images per forward." in help_of(capsys, "bench")
+    assert "  --runs [TEXT, ...]  (required) config files" in help_of(capsys, "reproduce")
+    assert "--split {test,val}" in help_of(capsys, "evaluate")
+    assert "--out" in help_of(capsys, "report")
+
+
+def literals_of(annotation):
+    for option in options(annotation):
+        if typing.get_origin(option) is typing.Literal:
+            yield from typing.get_args(option)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_no_choice_is_something_else_in_yaml(section):
+    """`no` without quotes is false in YAML; a choice of that name could not be written as people write it."""
+    for name, field in section.model_fields.items():
+        for choice in literals_of(field.annotation):
+            assert yaml.safe_load(f"{name}: {choice}") == {name: choice}

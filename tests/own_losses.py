@@ -1,0 +1,96 @@
+"""Losses of a user, named as `import:tests.own_losses:...`: a feature loss with a memory bank, and a logit loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+
+from kd_accel.losses.base import FeatureLoss, LogitLoss, LossSettings
+from kd_accel.models.projectors import Shape, seeded_projector
+
+
+class BankLoss(FeatureLoss):
+    """Contrast of the student's embedding with a memory bank of the teacher's embeddings of all samples.
+
+    Formula:
+        cross-entropy over the bank's rows of cos(head(student), bank) * exp(scale), with the sample's own row as the class
+
+    References:
+        After Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018.
+    """
+
+    per_sample = False
+    uses_index = True
+
+    class Settings(LossSettings):
+        """Settings of the loss.
+
+        Args:
+            samples: samples in the source's training split, the rows of the bank.
+            momentum: share of a row that is kept when it is written again.
+        """
+
+        samples: int = Field(ge=1)
+        momentum: float = 0.5
+
+        @field_validator("momentum")
+        @classmethod
+        def _refuse_a_bank_that_stands_still(cls, momentum: float) -> float:
+            if not 0 <= momentum < 1:
+                raise ValueError("must be at least 0 and below 1")
+            return momentum
+
+    def build(self, student_shapes: Mapping[str, Shape], target_shapes: Mapping[str, Shape], *, seed: int) -> None:
+        (layer,) = student_shapes
+        width = target_shapes[layer][0]
+        self.head = seeded_projector(student_shapes[layer][0], width, layer=layer, seed=seed)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("bank", torch.zeros(self.settings.samples, width))
+
+    def forward(self, features: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, index: Tensor | None = None) -> Tensor:
+        assert index is not None
+        (layer,) = features
+        self._write(index, _embedding(targets[layer]))
+        similarity = _embedding(self.head(features[layer])) @ self.bank.T
+        return functional.cross_entropy(similarity * self.scale.exp(), index)
+
+    @torch.no_grad()
+    def _write(self, index: Tensor, embeddings: Tensor) -> None:
+        index, embeddings = _of_all_processes(index), _of_all_processes(embeddings)
+        momentum = self.settings.momentum
+        self.bank[index] = functional.normalize(momentum * self.bank[index] + (1 - momentum) * embeddings)
+
+
+class PowerLoss(LogitLoss):
+    """Mean p-th power of the difference between the softened probabilities."""
+
+    class Settings(LossSettings):
+        """Settings of the loss.
+
+        Args:
+            power: exponent of the absolute difference.
+        """
+
+        power: float = 2.0
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, labels: Tensor, index: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = (functional.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
+        return (student - teacher).abs().pow(self.settings.power).sum(1).mean()
+
+
+def _embedding(feature: Tensor) -> Tensor:
+    return functional.normalize(feature.float().mean((2, 3)))
+
+
+def _of_all_processes(tensor: Tensor) -> Tensor:
+    if not distributed.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
