@@ -80,13 +80,16 @@ class Running:
 
     @property
     def has_ended(self) -> bool:
+        """Whether the command has ended."""
         return self.process.poll() is not None
 
     @property
     def steps_shown(self) -> list[tuple[int, int]]:
+        """Return (step, total steps) of each line of progress so far."""
         return _steps_shown(self.stdout.read_text(encoding="utf-8", errors="replace"))
 
     def outcome(self) -> Outcome:
+        """Wait for the end of the command and return its outcome."""
         texts = (path.read_text(encoding="utf-8", errors="replace") for path in (self.stdout, self.stderr))
         return Outcome(self.job, self.process.wait(), time.monotonic() - self.started_at, *texts)
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.bare import forward_case
-from benchmarks.caches import cache_specs, fill_cache
+from benchmarks.caches import fill_cache, write_cache_spec
 from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
-from benchmarks.jobs import Bench, Size, live_teacher, normalization, open_bench
+from benchmarks.jobs import Bench, Size, build_live_teacher, hybrid, normalization, open_bench
 from kd_accel.cache.reader import Reader
 from kd_accel.cache.shard import write_shard
 from kd_accel.cache.spec import CacheSpec, TensorSpec, samples_in_a_shard
@@ -132,8 +132,9 @@ def files_case(directory: Path, order: list[np.ndarray]) -> Callable[[], float]:
 
 def building_cases(bench: Bench, directory: Path) -> Cases:
     """Each call is a block of samples in view 0."""
-    cache_spec, teacher, count = cache_specs(bench, views=1), live_teacher(bench), itertools.count()
-    normalize = normalization(bench.device)
+    teacher, normalize, count = build_live_teacher(bench, hybrid()).live, normalization(bench), itertools.count()
+    assert teacher is not None
+    cache_spec = write_cache_spec(bench, directory / "spec", teacher, views=1)
     shares = [(share, 0) for share in np.split(bench.samples, bench.size.steps)]
     images = [normalize(batch.images) for batch in bench.batches("train", shares)]
 
@@ -141,7 +142,7 @@ def building_cases(bench: Bench, directory: Path) -> Cases:
         fill_cache(bench, directory / f"built-{next(count)}", cache_spec, teacher)  # a new directory: no file is replaced
         return bench.size.samples
 
-    return {"forward": forward_case(bench.device, images), "build": build}
+    return {"forward": forward_case(bench, images), "build": build}
 
 
 def _buffer() -> Tensor:

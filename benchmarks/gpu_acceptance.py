@@ -1,24 +1,23 @@
-"""Everything about a GPU that can be wrong or slow, in one command of about three minutes.
+"""Acceptance of a GPU: checks of everything that can be wrong or slow on one, in a command of about three minutes.
 
     python -m benchmarks.gpu_acceptance --out DIR [--budget_s 180] [--only a,b] [--trial]
 
-    a  ten steps of every way of training in which nothing may wait for the device
+    a  ten steps of every way of training in which nothing may synchronize the device
     b  images per second, operators per step, busy share and memory of the program next to its limits
-    c  losses against the CPU, views of the device against the host's, cached against live answers
+    c  losses against the CPU, views of the device against the host's, cached against live outputs
     d  two ranks on the one GPU, a signal and a resume among them, and one rank over NCCL
-    e  exact resume, and numbers that go wrong
+    e  exact resume, and numbers that are not finite
     f  `cache build` and `verify`
     g  compiled trainings
 
 benchmarks/acceptance/ has a module for each. DIR/gpu_acceptance.jsonl gets a line of JSON as soon as a case has ended; a case
-that fails, hangs or crashes leaves the others alone, and DIR/gpu_acceptance.log has what all processes printed. The closing
-line of JSON lists the cases that are ok, failed and not run, the last with the reason. Exit code 1 where something failed.
+that fails, hangs or crashes does not affect the others, and DIR/gpu_acceptance.log has the output of all processes. The closing
+line of JSON lists the cases that are ok, failed and not run, the last with the reason. The exit code is 1 if a case has failed.
 Without a GPU nothing is measured and the exit code is 0; `--trial` runs all of it in small on a CPU.
 
-The order is by what is learned in a second: whether anything is wrong (a, c, d, e) comes before how fast it is. Those four
-measure no time, so they run side by side and cost about as much as the longest of them. f follows, which takes seconds, then b,
-the figures that all later work on speed starts from; g compiles for half a minute or more and is the only part of which nothing
-depends, so it is last. Timed parts run alone.
+Correctness (a, c, d, e) comes before speed. Those four measure no time, so they run side by side and cost about as much as the
+longest of them. f follows, which takes seconds, then b, the figures on which later work on speed is based; g compiles for half a
+minute or more, and nothing depends on it, so it is last. Timed parts run alone.
 """
 
 from __future__ import annotations
@@ -39,10 +38,11 @@ from benchmarks.acceptance.record import Figures, Record, Setting
 from benchmarks.acceptance.starting import BUDGET, Starter
 
 LEAST_S = 4.0
-"""Nothing is started with less time left: a process does not reach its first case."""
+"""Least time left to start a process: with less, it does not reach its first case."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for the lines and logs")
     parser.add_argument("--budget_s", type=float, default=180.0, help="time for all of it, in seconds")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 signal.signal(number, lambda *about: starter.end_budget())  # the closing line is written all the same
 
             if not torch.cuda.is_available() and not arguments.trial:
-                print("there is no GPU here: nothing was measured")
+                print("no GPU was found: nothing was measured")
                 return
             has_worked = run(parts, arguments.out, starter, is_trial=arguments.trial)
     finally:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(parts: Sequence[Part], out: Path, starter: Starter, *, is_trial: bool = False) -> bool:
-    """Run parts as far as the budget goes and write the closing line. Returns whether nothing has failed."""
+    """Run parts as far as the budget allows and write the closing line. Returns whether nothing has failed."""
     started_at, method = time.monotonic(), starter.choose_method()
     record = Record(out / "gpu_acceptance.jsonl", _in_each_line())
     before_bytes = record.length_bytes()
@@ -108,7 +108,7 @@ def join_logs(logs: Path, joined: Path) -> None:
 
 
 def set_environment() -> None:
-    """Set what all processes need. The check by NVML leaves the GPU alone: a process must not touch it before it is forked."""
+    """Set the variables of all processes. The check by NVML does not touch the GPU, as no process may before it is forked."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 8)))
@@ -122,7 +122,7 @@ def _close(record: Record, lines: Sequence[Figures], out: Path, notes: Figures) 
     result = Result("gpu-acceptance", notes={"ok": ok, "failed": failed, **notes})
     for line in lines:
         if not line["ok"]:
-            print(f"{line['item']}/{line['case']} failed: {line.get('error', 'its figures are not as they must be')}")
+            print(f"{line['item']}/{line['case']} failed: {line.get('error', 'its figures are not as required')}")
         for name, figures in line.get("cases", {"": line}).items():
             if "images_per_s" in figures:
                 case = "/".join(filter(None, (line["item"], line["case"], name)))

@@ -12,10 +12,10 @@ job (gpu_reference_plan.py has the settings). Each step is a command of the prod
     4. A cached training and a live one, each alone: images/s from their metrics.jsonl, without the first two lines.
     5. `bench` and `report` of what was finished.
 
-OUT/gpu_reference.jsonl gets a line after each command, a line of what was not done and why, and last the line that all suites
-have in common, which is also printed. OUT/report holds the table; each part needs an OUT of its own. Runs, cache and logs are
-in a temporary directory, or in --work to be kept. The exit code is 1 after a failure and 0 otherwise, also if the budget has
-ended, and without a GPU, where nothing runs. --trial runs all of it in small on a CPU.
+OUT/gpu_reference.jsonl gets a line after each command, a line of the commands that were not run with the reasons, and last the
+closing line of all suites, which is also printed. OUT/report holds the table; each part needs an OUT of its own. Runs, cache and
+logs are in a temporary directory, or in --work to be kept. The exit code is 1 after a failure and 0 otherwise, also if the budget
+has ended, and without a GPU, where nothing runs. --trial runs all of it in small on a CPU.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from benchmarks.harness import Result, finish
 _PROGRAM = (sys.executable, "-m", "kd_accel")
 _FIRST_START_S = 10.0
 _CLOSING_S, _CLOSING_SHARE = 30.0, 0.25
-"""Kept for bench and report: so many seconds, or this share of a short budget."""
+"""Time kept for bench and report, in seconds, and as the share of a short budget."""
 _SIDE_BY_SIDE = 4
 
 
 def main() -> None:
     options = _parse()
     if not options.trial and not torch.cuda.is_available():
-        print("there is no GPU here: nothing was measured")
+        print("no GPU was found: nothing was measured")
         return
     deadline = time.monotonic() + options.budget_s
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -80,7 +80,7 @@ def _parse() -> Options:
     parser.add_argument("--seeds", type=int, help="pair: of the students, as time allows; 2, or 1 with --trial")
     parser.add_argument("--epochs", type=int, help="of every training if they fit; 30, or 2 with --trial")
     parser.add_argument("--limit_train", type=int, help="use only this many training images")
-    parser.add_argument("--trial", action="store_true", help="all of it in small; on made-up images unless --data is given")
+    parser.add_argument("--trial", action="store_true", help="all of it in small; on generated images unless --data is given")
     parser.add_argument("--work", type=Path, help="directory in which runs, cache and logs are kept")
     arguments = parser.parse_args()
     if arguments.data is None and not arguments.trial and torch.cuda.is_available():
@@ -93,7 +93,7 @@ def _parse() -> Options:
 
 
 def _runner(options: Options, ledger: Ledger, work: Path, *, ends_at: float) -> Runner:
-    """Return a runner of the product that keeps time for the last two commands, and everything it writes inside `work`."""
+    """Return a runner of the product that keeps time for the last two commands and writes inside `work` alone."""
     threads = 1 if options.trial else max(1, (os.cpu_count() or 1) // _SIDE_BY_SIDE)
     search_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     places = {"HF_HOME": str((options.work or work) / "hf"), "PYTHONPATH": search_path}
@@ -109,7 +109,7 @@ def _runner(options: Options, ledger: Ledger, work: Path, *, ends_at: float) -> 
 
 
 def _close(chain: Chain, options: Options, work: Path) -> None:
-    """Write what was not done, and the line that the suites have in common."""
+    """Write the jobs that were not done, and the closing line of all suites."""
     ledger = chain.ledger
     if ledger.not_done:
         ledger.write({"not_done": list(ledger.not_done), "reasons": ledger.not_done})
@@ -126,8 +126,8 @@ def _close(chain: Chain, options: Options, work: Path) -> None:
 
 
 def _notes(chain: Chain, options: Options) -> dict[str, Any]:
-    rows = chain.finished_samples()
-    by_sample = {key: {name: chain.ledger.done[name][key] for name in rows} for key in ("accuracy", "agreement")}
+    rows = chain.finished_rows()
+    by_row = {key: {name: chain.ledger.done[name][key] for name in rows} for key in ("accuracy", "agreement")}
     return {
         "part": options.part,
         "trial": options.trial,
@@ -137,7 +137,7 @@ def _notes(chain: Chain, options: Options) -> dict[str, Any]:
         "batch_size": chain.part.batch_size,
         "epochs": chain.part.epochs,
         "epochs_planned": chain.planned.epochs,
-        **by_sample,
+        **by_row,
         "failed": chain.ledger.failed,
         "not_done": chain.ledger.not_done,
         "gpu": _gpu_and_driver(),

@@ -1,4 +1,4 @@
-"""Jobs of gpu_reference in their order: what runs side by side, what runs alone, and what follows from the first rates."""
+"""Jobs of gpu_reference in their order, side by side or alone, and the choice of epochs from the first rates."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _RATE_LINES = 3
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of the command line. data: None = the made-up images of the trial; epochs: None = those of the part."""
+    """Arguments of the command line. data: None = the generated images of the trial; epochs: None = those of the part."""
 
     data: Path | None
     out: Path
@@ -58,7 +58,7 @@ class Options:
 
 
 class Chain:
-    """The jobs of a part in their order."""
+    """Jobs of a part in their order."""
 
     def __init__(self, options: Options, work: Path, runner: Runner) -> None:
         part = pair(options.stem, range(options.seeds)) if options.part == "pair" else reference()
@@ -79,7 +79,7 @@ class Chain:
 
     def report(self) -> None:
         """Run the last two commands, for the rows that are finished."""
-        finished = [str(self._work / name) for name in self.finished_samples()]
+        finished = [str(self._work / name) for name in self.finished_rows()]
         if not finished:
             for name in ("bench", "report"):
                 self.ledger.leave_out(name, "no training was finished")
@@ -93,7 +93,7 @@ class Chain:
         measured = ["--bench", str(figures)] if "bench" in self.ledger.done else []
         self._runner.run(Job("report", ["report", *finished, "--out", str(self._options.out / "report"), *measured]))
 
-    def finished_samples(self) -> list[str]:
+    def finished_rows(self) -> list[str]:
         """Names of the trainings that are done, in the order of the table."""
         return [row.name for row in self.planned.rows if row.name in self.ledger.done]
 
@@ -108,7 +108,7 @@ class Chain:
         return teacher, self._runner.start(resumed) if resumed else student
 
     def _start_and_stop(self) -> tuple[Running | None, Running | None, Job | None]:
-        """Return teacher, student, and the job that resumes the student; None for what did not start or did not stop."""
+        """Return teacher, student, and the job that resumes the student; None for those that did not start or did not stop."""
         teacher, student = (self._runner.start(self.training(row)) for row in (self.part.teacher, self.part.students[0]))
         return teacher, student, self._stopped(student) if student else None
 
@@ -134,7 +134,7 @@ class Chain:
         return replace(student.job, about=about, figures=resumed_figures)
 
     def _must_start_again(self, teacher: Running, student: Running) -> bool:
-        """Decide epochs and seeds, once the teacher's first rates are there. Where they never come, the plan stands."""
+        """Decide epochs and seeds from the first rates of the teacher; without them the plan does not change."""
         lines = WARM_LINES + _RATE_LINES
         has_rates = self._runner.wait_until(lambda: len(rates(teacher.job)) >= lines, teacher)
         if not has_rates or len(rates(student.job)) < lines:
@@ -150,7 +150,7 @@ class Chain:
         return choice.starts_again
 
     def _run_other_seeds(self) -> None:
-        """Run the rows that the choice has left out, if there is time for them after all."""
+        """Run the rows that the choice has left out, if time is left for them."""
         plain, distilled = (
             [row for row in planned if row not in kept]
             for planned, kept in (
@@ -188,7 +188,7 @@ class Chain:
         return Job(f"cache-{action}", arguments, needs=(needs,), figures=read)
 
     def _flags(self, row: Row) -> dict[str, Any]:
-        """Return the flags of a row besides its run directory. There are no more views than epochs that could see them."""
+        """Return the flags of a row besides its run directory, with no more views than epochs."""
         flags = {**row.flags, **self.part.shared, **_source(self._options), "name": row.name, "seed": row.seed}
         flags |= {"train.epochs": self.part.epochs, "train.eval_every_epochs": 10}
         flags |= {"tracking.wandb": "disabled", "checkpoint.every_epochs": None}
@@ -196,7 +196,7 @@ class Chain:
             flags["data.views"] = min(self.part.views, self.part.epochs)
         if row in self.planned.distilled:
             flags |= {"teacher.run": str(self._work / self.planned.teacher.name), "teacher.outputs": "cached"}
-            flags["teacher.cache_dir"] = str(self._work / "cache")
+            flags["teacher.cache.dir"] = str(self._work / "cache")
         return flags
 
 

@@ -37,7 +37,7 @@ def training_figures(outcome: Outcome) -> Mapping[str, Any]:
 
 
 def resumed_figures(outcome: Outcome) -> Mapping[str, Any]:
-    """Return the figures of a resumed training. Raises ValueError if it started from the beginning instead."""
+    """Return the figures of a resumed training. Raises ValueError if it started from scratch instead."""
     first, start = outcome.steps_shown[0][0], outcome.job.about["resumed_from_step"]
     if first <= start:
         raise ValueError(f"the first step after the checkpoint of step {start} was {first}")
@@ -51,14 +51,14 @@ def timed_figures(outcome: Outcome) -> Mapping[str, Any]:
 
 
 def build_figures(outcome: Outcome) -> Mapping[str, Any]:
-    """Return the rate of `cache build`; a row counts once for each of its views."""
-    return {"rows_per_second": float(re.findall(r"\((\d+) samples/s\)", outcome.stdout)[-1])}
+    """Return the rate of `cache build`; a sample counts once for each of its views."""
+    return {"samples_per_second": float(re.findall(r"\((\d+) samples/s\)", outcome.stdout)[-1])}
 
 
 def verify_figures(outcome: Outcome) -> Mapping[str, Any]:
     """Return the result of `cache verify --json`."""
     report = json.loads(next(line for line in outcome.stdout.splitlines() if line.startswith("{")))
-    return {name: report[name] for name in ("is_whole", "files", "bytes", "largest_difference")}
+    return {name: report[name] for name in ("is_intact", "files", "bytes", "largest_difference")}
 
 
 def bench_figures(path: Path) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Trainings of gpu_reference: their settings, and the rule that decides how many epochs fit into the budget.
+"""Trainings of gpu_reference: their settings, and the number of epochs that fit into the budget.
 
 Part `reference` takes its settings from configs/cifar10, the values of the reference job to the letter. Part `pair` is a recipe
 for a GPU: bf16, batch 512, and a stem that leaves a 32x32 image more pixels, 4 times as many (`no_pool`) or 16 times (`cifar`).
@@ -23,18 +23,18 @@ Flags = Mapping[str, Any]
 Stem = Literal["no_pool", "cifar"]
 
 _CACHED_COST = 1.5
-"""Of a step with cached features, in plain steps: it launches 1.4 times as many operators, and reads."""
+"""Cost of a step with cached features, in plain steps: it launches 1.4 times as many operators, and reads."""
 _NEIGHBOR_COST = 0.5
-"""What a training that runs next to another adds to its time, as a share: launches overlap on a GPU, kernels do not."""
-_ANSWER_S_PER_BYTE = 4.3e-9
-"""The host's side of `cache build`: 15,000 answers of 15,380 bytes a second."""
+"""Share by which a training slows down another next to it: launches overlap on a GPU, kernels do not."""
+_CACHED_S_PER_BYTE = 4.3e-9
+"""Time of the host in `cache build`: 15,000 samples and views of 15,380 bytes a second."""
 _SLACK = 1.1
 _LEAST_EPOCHS_OF_ALL_SEEDS = 10
 
 
 @dataclass(frozen=True)
 class Row:
-    """A training of the table.
+    """Training that is a row of the table.
 
     Args:
         name: also of its run directory.
@@ -49,19 +49,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """The trainings of one part.
+    """Trainings of one part.
 
     Args:
         name: pair or reference.
         epochs: of every training.
         shared: settings of all trainings.
-        teacher: the one that all distilled rows learn from.
+        teacher: of all distilled rows.
         students: plain; the first one is stopped and resumed.
-        distilled: with the cached answers of the teacher.
+        distilled: with the cached outputs of the teacher.
         precision: of the trainings, and of the latencies.
         batch_size: of the trainings.
         views: of the students; the teacher gets new ones in every epoch.
-        answer_bytes: size in the cache of one sample and view.
+        sample_bytes: size in the cache of one sample and view.
         timed_steps: of a cached and of a live training, each alone.
         keeps_time_for_timed: whether these two come before more epochs.
     """
@@ -75,15 +75,17 @@ class Part:
     precision: str
     batch_size: int
     views: int
-    answer_bytes: int
+    sample_bytes: int
     timed_steps: int
     keeps_time_for_timed: bool
 
     @property
     def rows(self) -> tuple[Row, ...]:
+        """Return all trainings in the order of the table."""
         return (self.teacher, *self.students, *self.distilled)
 
     def of_first_seed(self) -> Part:
+        """Return the part with the students of the first seed alone."""
         first = self.students[0].seed
         students, distilled = (tuple(row for row in rows if row.seed == first) for rows in (self.students, self.distilled))
         return replace(self, students=students, distilled=distilled)
@@ -110,7 +112,12 @@ class FirstRates:
 
 @dataclass(frozen=True)
 class Choice:
-    """The part as it fits, and whether the trainings that run must start again to have fewer epochs."""
+    """Part as it fits into the budget.
+
+    Args:
+        part: with epochs and seeds that fit.
+        starts_again: whether the running trainings must start again, with fewer epochs.
+    """
 
     part: Part
     starts_again: bool
@@ -140,7 +147,7 @@ def choose(part: Part, rates: FirstRates, *, left_s: float) -> Choice:
 
 
 def fitting_epochs(part: Part, rates: FirstRates, *, left_s: float) -> int:
-    """Return how many epochs the time is enough for; 0 or less if not for one."""
+    """Return the number of epochs that fit into the time; 0 or less if not one fits."""
     fixed_s = 2 * rates.startup_s + _build_s(part, rates)
     if part.keeps_time_for_timed:
         fixed_s += 2 * rates.startup_s + part.timed_steps * (rates.teacher_step_s + 2 * rates.student_step_s)
@@ -150,16 +157,16 @@ def fitting_epochs(part: Part, rates: FirstRates, *, left_s: float) -> int:
 
 
 def epoch_s(rates: FirstRates, *, plain: int = 0, distilled: int = 0) -> float:
-    """Return the time of an epoch of so many students side by side."""
+    """Return the time of an epoch of these numbers of students side by side."""
     costs = [1.0] * plain + [_CACHED_COST] * distilled
     longest = max(costs, default=0.0)
     return _SLACK * rates.steps_per_epoch * rates.student_step_s * (longest + _NEIGHBOR_COST * (sum(costs) - longest))
 
 
 def _build_s(part: Part, rates: FirstRates) -> float:
-    """Time of `cache build` without its start: a forward is a third of a training step. Held-out rows count as a view."""
-    answers = (part.views + 1) * rates.steps_per_epoch * part.batch_size
-    return answers * (rates.teacher_step_s / (3 * part.batch_size) + _ANSWER_S_PER_BYTE * part.answer_bytes)
+    """Estimate `cache build` without its start: a forward is a third of a training step. Held-out samples count as a view."""
+    forwards = (part.views + 1) * rates.steps_per_epoch * part.batch_size
+    return forwards * (rates.teacher_step_s / (3 * part.batch_size) + _CACHED_S_PER_BYTE * part.sample_bytes)
 
 
 def pair(stem: Stem, seeds: Sequence[int]) -> Part:
@@ -167,7 +174,8 @@ def pair(stem: Stem, seeds: Sequence[int]) -> Part:
     data = {"data.augment": "crop_flip", "data.mean": [0.4914, 0.4822, 0.4465], "data.std": [0.2470, 0.2435, 0.2616]}
     teacher = {"role": "teacher", "model.arch": "torchvision/resnet50", "model.arch_args": {"zero_init_residual": True}}
     student = {"model.arch": "torchvision/resnet18"}
-    distill = {"temperature": 4.0, "alpha": 0.9, "feature": {"weight": 0.1, "direction": "both", "layers": ["layer4"]}}
+    features = {"mse": {"weight": 0.1, "layers": ["layer4"], "args": {"direction": "both"}}}
+    distill = {"temperature": 4.0, "alpha": 0.9, "features": features}
     optim = {"optim.lr": 0.2, "optim.nesterov": True, "train.batch_size": 512, "train.precision": "bf16"}
     pixels = {"no_pool": 4, "cifar": 16}[stem]
     return Part(
@@ -180,7 +188,7 @@ def pair(stem: Stem, seeds: Sequence[int]) -> Part:
         precision="bf16",
         batch_size=512,
         views=8,
-        answer_bytes=2 * 10 + 2 * 512 * pixels,
+        sample_bytes=2 * 10 + 2 * 512 * pixels,
         timed_steps=160,
         keeps_time_for_timed=True,
     )
@@ -204,10 +212,10 @@ def reference() -> Part:
         teacher=teacher,
         students=(student,),
         distilled=(fixed, scheduled),
-        precision="no",
+        precision="float32",
         batch_size=128,
         views=10,
-        answer_bytes=15_380,
+        sample_bytes=15_380,
         timed_steps=400,
         keeps_time_for_timed=False,
     )
@@ -215,15 +223,15 @@ def reference() -> Part:
 
 def in_small(part: Part) -> Part:
     """Return the part for a few images on a CPU: two ResNet-18, two epochs, two views, one layer."""
-    small = {"train.batch_size": 4, "train.log_every_steps": 1, "train.precision": "no"}
-    layers = {"distill.feature.layers": ["layer1"], "distill.feature.pca_images": 16}
+    small = {"train.batch_size": 4, "train.log_every_steps": 1, "train.precision": "float32"}
+    layers = {"distill.features.mse.layers": ["layer1"], "distill.features.mse.args.pca_images": 16}
     return replace(
         part,
         epochs=2,
         shared={**part.shared, **small},
         teacher=replace(part.teacher, flags={**part.teacher.flags, "model.arch": "torchvision/resnet18"}),
         distilled=tuple(replace(row, flags={**row.flags, **layers}) for row in part.distilled),
-        precision="no",
+        precision="float32",
         batch_size=4,
         views=2,
         timed_steps=5,

@@ -1,4 +1,4 @@
-"""Images for the trial of gpu_reference: ten classes of 32x32 noise, each around a color of its own."""
+"""Images for the trial of gpu_reference: noise in ten classes, each around a color of its own."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.caches import cache_specs, fill_cache, write_cache
+from benchmarks.caches import fill_cache, write_cache, write_cache_spec
 from benchmarks.harness import Result, finish, suite_parser
 from benchmarks.jobs import (
     PLAIN,
@@ -93,7 +93,7 @@ def _train(bench: Bench, directory: Path, epochs: int, teacher: TeacherSetup | N
 
 
 def _build(bench: Bench, directory: Path, views: int, teacher: LiveTeacher) -> None:
-    fill_cache(bench, directory, cache_specs(bench, views=views), teacher)
+    fill_cache(bench, directory, write_cache_spec(bench, directory, teacher, views=views), teacher)
 
 
 if __name__ == "__main__":

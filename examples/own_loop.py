@@ -47,6 +47,7 @@ def main() -> None:
     # Teacher: it runs once over all views; the next start finds them on the disk.
     teacher = kd.Teacher.from_run(arguments.teacher)
     student = build_student(num_classes=len(data.class_names))
+    kd.use_cpu_kernels(student, device)  # as kd-accel trains: faster kernels on a CPU, no effect on a GPU
     losses = {"mse": kd.losses.MSE(direction="student_to_teacher")}
     cache = kd.TeacherCache.build(
         arguments.cache,

@@ -27,6 +27,7 @@ _PLACES = {
     "evaluate": "kd_accel.api",
     "load_model": "kd_accel.models.predictor",
     "train": "kd_accel.api",
+    "use_cpu_kernels": "kd_accel.models.inference",
 }
 _MODULES = {
     "losses": "kd_accel.losses",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from kd_accel.losses import targets as targets
     from kd_accel.losses.distiller import Distiller as Distiller
     from kd_accel.losses.distiller import LossWeights as LossWeights
+    from kd_accel.models.inference import use_cpu_kernels as use_cpu_kernels
     from kd_accel.models.predictor import Model as Model
     from kd_accel.models.predictor import Prediction as Prediction
     from kd_accel.models.predictor import load_model as load_model

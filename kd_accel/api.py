@@ -1,21 +1,24 @@
-"""Whole trainings from Python: what the commands `train` and `evaluate` do, as functions."""
+"""Complete trainings and evaluations from Python: the commands `train` and `evaluate` as functions."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from kd_accel.commands.evaluate import evaluate_run
 from kd_accel.commands.train import run_training
-from kd_accel.config.fields import flatten
-from kd_accel.config.parsing import parse_config
+from kd_accel.config.parsing import build_config
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.splits import HeldOutSplit
 from kd_accel.errors import UserError
 from kd_accel.io.files import read_json
+from kd_accel.losses.registry import names
 from kd_accel.models.predictor import Model, load_model
 
 
@@ -23,9 +26,9 @@ from kd_accel.models.predictor import Model, load_model
 class RunResult:
     """A finished training.
 
-    Args:
-        directory: of the run.
-        summary: content of summary.json: accuracies, parameters, steps, versions.
+    Attributes:
+        directory: Run directory.
+        summary: Content of summary.json: accuracies, parameters, steps, versions.
     """
 
     directory: Path
@@ -37,36 +40,72 @@ class RunResult:
 
 
 def train(config: RunConfig | str | Path | Mapping[str, Any], **settings: Any) -> RunResult:
-    """Train, or resume a training that was stopped.
+    """Train, or resume a training that was stopped; a finished run is returned as it is.
+
+    The files are those of `kd-accel train` with the same settings. In a launch of several processes every process must call it.
 
     Args:
-        config: a config, the path of a YAML file, or nested settings.
-        settings: single settings by dotted name that override the config, as `**{"optim.lr": 0.05}`.
+        config: A config, the path of a YAML file, or nested settings.
+        settings: Single settings by dotted name that override the config, as `**{"optim.lr": 0.05}`.
 
     Returns:
         The finished run.
 
     Raises:
-        ValueError: a setting, the data or a file is not valid (`UserError`).
+        TypeError: `config` has another type.
+        ValueError: A setting, the data or a file is not valid (`UserError`).
+        Preempted: A signal has stopped the training after a checkpoint; the same call resumes it.
     """
-    built, _ = parse_config(RunConfig, [*_flags(config), *_flags(settings)])
-    run_training(built)
+    if not isinstance(config, RunConfig | str | Path | Mapping):
+        raise TypeError(f"config: must be a RunConfig, a path or a mapping, not {type(config).__name__}")
+    losses = {"logits": names("logits"), "features": names("features")}
+    source = _with_text_paths(config) if isinstance(config, Mapping) else config
+    built = build_config(RunConfig, source, _with_text_paths(settings), losses=losses)
+    with _kernel_choices_restored():
+        run_training(built)
     if not (built.directory / "summary.json").is_file():
         raise UserError("checkpoint.stop_after_steps: the training is paused, so it has no result; train without it to finish")
     return RunResult(built.directory, read_json(built.directory / "summary.json", remedy="train the run again"))
 
 
 def evaluate(run: str | Path, *, split: HeldOutSplit = "test") -> dict[str, Any]:
-    """Evaluate a finished run on a held-out split: samples, loss, accuracy and, for a distilled run, agreement."""
-    return evaluate_run(Path(run), split=split)
+    """Evaluate a finished run on a held-out split, on the processes of the launch.
+
+    Args:
+        run: Run directory.
+        split: test or val.
+
+    Returns:
+        `samples`, `loss` (mean cross-entropy), `accuracy` and, for a distilled run, `agreement` with the teacher, as fractions
+        of 1.
+
+    Raises:
+        ValueError: `split` is not a held-out split, or the directory has no finished run (`UserError`).
+    """
+    if split not in get_args(HeldOutSplit):
+        raise ValueError(f"split: {split!r} is not a held-out split; use one of {', '.join(get_args(HeldOutSplit))}")
+    with _kernel_choices_restored():
+        return evaluate_run(Path(run), split=split)
 
 
-def _flags(config: RunConfig | str | Path | Mapping[str, Any]) -> list[str]:
-    """Return the command-line flags that stand for a config, so that both entrances parse and check alike."""
-    if isinstance(config, str | Path):
-        return [f"--config={config}"]
-    settings = config.model_dump(mode="json") if isinstance(config, RunConfig) else config
-    if not isinstance(settings, Mapping):
-        raise TypeError(f"config: must be a RunConfig, a path or a mapping, not {type(config).__name__}")
-    values = flatten(settings).items()
-    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values]
+def _with_text_paths(value: Any) -> Any:
+    """Return settings with paths as text, as YAML has them."""
+    if isinstance(value, Mapping):
+        return {name: _with_text_paths(inner) for name, inner in value.items()}
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+@contextmanager
+def _kernel_choices_restored() -> Iterator[None]:
+    """Restore the process-wide switches of PyTorch that a training sets, for the caller's own code."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    is_deterministic, is_warning = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning)

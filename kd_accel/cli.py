@@ -203,6 +203,32 @@ def _report(argv: list[str]) -> None:
     run_report(values.runs, out=values.out, bench_file=values.bench)
 
 
+def _losses(argv: list[str]) -> None:
+    parser = CommandParser("losses", "[NAME]", "Print the losses that a config can name, or one loss with its settings.")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="registered name, or import:package.module:Class")
+    name = parser.parse(argv).name
+    allow([name] if name else [])
+    from kd_accel.commands.losses import run_losses
+
+    run_losses(name)
+
+
+def _layers(argv: list[str]) -> None:
+    description = "Print the layers of a network that a feature loss can compare, with their shapes."
+    parser = CommandParser("layers", "RUN_OR_ARCH [--image_size N] [--stem NAME] [--all]", description)
+    parser.add_argument("network", metavar="RUN_OR_ARCH", help="run directory or architecture")
+    parser.add_argument(
+        "--image_size", type=int, default=None, help="side of the images in pixels; default: the run's own, or 32"
+    )
+    parser.add_argument("--stem", choices=["imagenet", "no_pool", "cifar"], default="imagenet", help="stem of a ResNet")
+    parser.add_argument("--all", action="store_true", help="also layers inside others")
+    values = parser.parse(argv)
+    allow([values.network])
+    from kd_accel.commands.layers import run_layers
+
+    run_layers(values.network, image_size=values.image_size, stem=values.stem, is_deep=values.all)
+
+
 def _reproduce(argv: list[str]) -> None:
     end = argv.index("--") if "--" in argv else len(argv)
     description = (
@@ -229,5 +255,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "evaluate": ("accuracy, loss and agreement of a trained run", _evaluate),
     "bench": ("parameters, MACs and latency of runs or architectures", _bench),
     "report": ("table and pictures of several runs", _report),
+    "layers": ("the layers of a network that can be compared, with shapes", _layers),
+    "losses": ("the losses that a config can name, and their settings", _losses),
     "reproduce": ("a whole chain of trainings, measured and compared", _reproduce),
 }

@@ -7,6 +7,7 @@ without a GPU Accelerate is told to use the CPU.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -63,6 +65,7 @@ def start_processes(
         UserError: The launch is incomplete, or contradicts the config.
     """
     _refuse_contradictions(precision)
+    _forget_start()
     try:
         accelerator = _joined(precision, track_with, timeout_s)
     except ValueError as error:  # Accelerate's, if WORLD_SIZE is set and the rest of the launch is missing
@@ -75,6 +78,14 @@ def start_processes(
     refuse_unjoined(accelerator)
     set_seed(seed, device_specific=True)
     return accelerator
+
+
+def _forget_start() -> None:
+    """Clear Accelerate's global state, which would hand the precision of an ended or failed run on to the next accelerator.
+
+    A process group that is still joined is used again.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _joined(precision: Precision, track_with: str | None, timeout_s: float | None) -> Accelerator:
@@ -195,9 +206,20 @@ def patient_group(accelerator: Accelerator) -> Any:
 
 
 def leave_processes(accelerator: Accelerator) -> None:
-    """Leave the process group, at the end of the program; trackers are finished elsewhere, and may have failed."""
+    """End the use of the processes; trackers are finished elsewhere, and may have failed.
+
+    The process group itself is left at the end of the program, because a launch can join only once: a second group would meet
+    the addresses of the first one in the launcher's store.
+    """
     accelerator.trackers.clear()
-    accelerator.end_training()
+    _forget_start()
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _refuse_contradictions(precision: Precision) -> None:

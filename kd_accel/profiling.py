@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType, _profiler_enabled
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from kd_accel.io.files import refused_by_disk
@@ -40,13 +40,13 @@ _observers: list[Observer] = []
 def profiler_range(name: RangeName) -> AbstractContextManager[object]:
     """Mark the code of a `with` block as a range of the profiler.
 
-    `projector` is nested in `student`; all other ranges are disjoint.
+    `projector` is nested in `loss`; all other ranges are disjoint.
     """
     if torch.compiler.is_compiling():  # traced code cannot query the profiler, so it has no ranges
         return nullcontext()
     if _observers:
         return _observers[-1](name)
-    return record_function(PREFIX + name) if torch.autograd._profiler_enabled() else nullcontext()
+    return record_function(PREFIX + name) if _profiler_enabled() else nullcontext()
 
 
 @contextmanager
@@ -88,7 +88,7 @@ class StepProfiler:
         """
         self._directory, self._rank, self._say = directory, rank, say
         self._profiler: Any = None
-        self._is_written = False
+        self._is_saved = False
         if steps is not None:
             os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -106,11 +106,11 @@ class StepProfiler:
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
-            if not self._is_written:
+            if not self._is_saved:
                 self._say(f"profile: nothing was recorded, the training ended within its first {WARM_UP_STEPS} steps")
 
     def _write(self, profiler: profile) -> None:
-        self._is_written = True
+        self._is_saved = True
         path = self._directory / f"rank-{self._rank}.json"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def range_shares(events: Iterable[Any] | None, *, whole: str = "ProfilerStep") -
     for event in events:
         if event.name.startswith(PREFIX) and _is_host(event) != on_device:
             spent_us[event.name.removeprefix(PREFIX)] += event.time_range.elapsed_us()
-    spent_us["student"] -= spent_us["projector"]
+    spent_us["loss"] -= spent_us["projector"]
     shares = {name: spent_us[name] / total_us for name in get_args(RangeName) if name in spent_us}
     return total_us / steps / 1000, {**shares, "rest": 1 - sum(shares.values())}
 

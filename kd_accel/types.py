@@ -58,41 +58,8 @@ class TeacherOutput:
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class StudentOutput:
-    """Output of one forward of the trained module.
-
-    Attributes:
-        logits: [B, C].
-        pairs: (student map, target map) by layer, each [B, D, H, W] with equal channels; heights and widths may still differ.
-    """
-
-    logits: Tensor
-    pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """Terms of the loss as scalars, each before its weight.
-
-    Attributes:
-        total: The weighted sum that is minimized.
-        hard: Cross-entropy with the labels.
-        response: Divergence from the teacher's logits; None without a teacher.
-        feature: Distance from the teacher's features; None where no layers are compared.
-    """
-
-    total: Tensor
-    hard: Tensor
-    response: Tensor | None = None
-    feature: Tensor | None = None
-
-
 TeacherSource = Callable[[Batch], TeacherOutput]
 """Source of the teacher's outputs for a batch: a live teacher, a cache, or `no_teacher`."""
-
-LossFunction = Callable[[StudentOutput, TeacherOutput, "Tensor"], LossTerms]
-"""(student output, teacher output, labels) -> loss terms."""
 
 
 def no_teacher(batch: Batch) -> TeacherOutput:

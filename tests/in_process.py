@@ -1,18 +1,15 @@
-"""Running a command inside the test process, where what counts is what it says: no interpreter starts, so it takes a tenth."""
+"""Commands run inside the test process, for tests of files and messages: no interpreter starts, so it takes a tenth."""
 
 import contextlib
 import io
 import os
-
-from accelerate.state import AcceleratorState
 
 from kd_accel.cli import main
 from tests.launching import SMALL, environment
 
 
 def say(*argv, code=0):
-    """What the command printed, on both streams; it must end with `code`."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    """Run a command. Returns its output on both streams; its exit code must be `code`."""
     out, before = io.StringIO(), dict(os.environ)
     os.environ.update(environment())
     try:

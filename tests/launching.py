@@ -1,4 +1,4 @@
-"""Starting the program: real processes, through `accelerate launch` where there are two."""
+"""Real processes of the program, through `accelerate launch` for several."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def command(*argv, processes=1, launch_file="launch/cpu2.yaml"):
 
 
 def start(*argv, processes=1, quiet=False, **environment_changes):
-    """A process with text streams that runs the program: several through the launcher, one forked from a warm interpreter."""
+    """Start a process with text streams: several through the launcher, one forked from a warm interpreter."""
     if processes == 1:
         return WarmProcess(argv, env=environment(**environment_changes), quiet=quiet)
     stream = subprocess.DEVNULL if quiet else subprocess.PIPE
@@ -74,7 +74,7 @@ def train(run_dir, *flags, processes=1, code=0, **environment_changes):
 
 
 def kill_all(process):
-    """kill -9 for a process, which may have ended, and all that it started: a launcher's workers have sessions of their own."""
+    """Kill a process, which may have ended, and all its descendants: a launcher's workers have sessions of their own."""
     everybody = []
     with contextlib.suppress(psutil.NoSuchProcess):
         everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -86,7 +86,7 @@ def kill_all(process):
 
 
 def metrics(run_dir, split=None):
-    """The lines of metrics.jsonl without what depends on the machine's speed."""
+    """Return the lines of metrics.jsonl without the numbers that depend on the machine's speed."""
     lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("images_per_second", None)

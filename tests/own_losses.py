@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from kd_accel.losses.base import FeatureLoss, LogitLoss, LossSettings
+from kd_accel.losses import FeatureLoss, LogitLoss, LossSettings
 from kd_accel.models.projectors import Shape, seeded_projector
 
 

@@ -1,4 +1,4 @@
-"""Small models that tests name as `import:tests.own_models:...`: the models of a user with code of their own."""
+"""Small models and data sources for `import:tests.own_models:...`, as a user's own code."""
 
 import contextlib
 import os
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class SmallNet(nn.Module):
-    """Two stages and a classifier; no BatchNorm unless asked for, so that results do not depend on the batch's shares."""
+    """Two layers and a classifier, without BatchNorm by default, so that results do not depend on the split of a batch."""
 
     def __init__(self, num_classes: int, *, width: int, norm: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
-        self.layer1 = self._range(3, width, norm)
-        self.layer2 = self._range(width, 2 * width, norm)
+        self.layer1 = self._block(3, width, norm)
+        self.layer2 = self._block(width, 2 * width, norm)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(2 * width, num_classes)
 
     @staticmethod
-    def _range(channels_in: int, channels_out: int, norm: bool) -> nn.Sequential:
+    def _block(channels_in: int, channels_out: int, norm: bool) -> nn.Sequential:
         layers = [nn.Conv2d(channels_in, channels_out, 3, stride=4, padding=1), nn.ReLU()]
         return nn.Sequential(*layers[:1], *([nn.BatchNorm2d(channels_out)] if norm else []), *layers[1:])
 
@@ -80,7 +80,7 @@ def without_a_classifier(num_classes: int) -> nn.Module:
 
 
 def images(split: str, image_size: int) -> dict[str, object]:
-    """A data source of one's own: colored noise around one mean color per class, the same at every call."""
+    """Colored noise around one mean color per class, the same at every call."""
     generator = torch.Generator().manual_seed({"train": int(os.environ.get("KD_TEST_NOISE_SEED", "1")), "test": 2}[split])
     samples = {"train": 160, "test": 41}[split]
     labels = torch.arange(samples) % 4
@@ -127,7 +127,7 @@ def relabelled_images(split: str, image_size: int) -> dict[str, object]:
 
 
 class SlowNet(SmallNet):
-    """A teacher that takes its time, so that a build can be killed in the middle."""
+    """A slow teacher, so that a build can be killed in the middle."""
 
     def forward(self, images: Tensor) -> Tensor:
         time.sleep(float(os.environ.get("KD_TEST_FORWARD_S", "0")))
@@ -139,21 +139,21 @@ def slow_teacher(num_classes: int) -> nn.Module:
 
 
 def late_teacher(num_classes: int) -> nn.Module:
-    """Takes KD_TEST_FORWARD_S for each batch of a build, on rank 1 alone: the other is done long before."""
+    """Takes KD_TEST_FORWARD_S for each batch of a build, on rank 1 alone: rank 0 ends long before."""
 
     def wait(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if os.environ.get("RANK") == "1" and len(inputs[0]) >= 16:  # fewer samples are answered elsewhere
+        if os.environ.get("RANK") == "1" and len(inputs[0]) >= 16:  # smaller batches are not of the build
             time.sleep(float(os.environ["KD_TEST_FORWARD_S"]))
 
     model = SmallNet(num_classes, width=16, norm=True)
-    model.layer1[0].register_forward_pre_hook(wait)  # in `forward` it would hinder the trace by which BatchNorm is folded
+    model.layer1[0].register_forward_pre_hook(wait)  # in `forward` it would prevent the trace by which BatchNorm is fused
     return model
 
 
 class BreakingNet(SmallNet):
-    """Goes wrong in the steps of KD_TEST_BREAKING_STEPS, counted in this process, on rank KD_TEST_BREAKING_RANK alone.
+    """Fails in the steps of KD_TEST_BREAKING_STEPS, counted in this process, on rank KD_TEST_BREAKING_RANK alone.
 
-    KD_TEST_BREAKS: `gradient`, behind a loss that is finite; `logits` of the third sample of the batch; `weights`, changed a bit.
+    KD_TEST_BREAKS: `gradient`, behind a finite loss; `logits` of the third sample of the batch; `weights`, changed a bit.
     """
 
     forwards = 0
@@ -176,9 +176,11 @@ class BreakingNet(SmallNet):
 
 
 class MortalNet(SmallNet):
-    """Something happens to it at KD_TEST_AT: `train:5` = in the forward of this process's fifth step, `eval:5` or `test:5` =
-    in an evaluation of the validation samples, or of the 41 test samples, after as many. KD_TEST_HAPPENS: the number of a signal to
-    this process, or a file that grows until its disk is full. BatchNorm and dropout; the average has the same counter.
+    """BatchNorm and dropout, and a fault at KD_TEST_AT; the moving average has the same counter of steps.
+
+    KD_TEST_AT: `train:5` = in the forward of this process's fifth step; `eval:5`, `test:5` = in an evaluation of the validation
+    samples, or of the 41 test samples, after the fifth step. KD_TEST_HAPPENS: the number of a signal to this process, or a file
+    that grows until its disk is full.
     """
 
     steps = 0
@@ -218,7 +220,7 @@ def images_with_an_outlier(split: str, image_size: int) -> dict[str, object]:
 
 
 class NamedLogits(SmallNet):
-    """Its second stage is called as the answers are."""
+    """Its second layer has the name of the logits in a cache."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, width=8)

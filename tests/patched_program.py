@@ -1,7 +1,9 @@
-"""The program with a function replaced, for what is not seen from outside: `python -m tests.patched_program PATCH ARGUMENTS`.
+"""The program with a function replaced, for behavior that is not visible from outside.
 
-PATCH: `flushes` appends each file that a process flushes to the disk to KD_TEST_FLUSHES-RANK; `fails` has rank 0 fail in a way
-that nobody foresaw, while the others wait for it.
+    python -m tests.patched_program PATCH ARGUMENTS
+
+PATCH: `flushes` appends each file of a cache that a process flushes to the disk to KD_TEST_FLUSHES-RANK; `fails` raises an
+unforeseen error on rank 0, while its peers wait for rank 0.
 """
 
 import os
@@ -9,7 +11,7 @@ import sys
 
 from kd_accel.cache import manifest
 from kd_accel.cli import main
-from kd_accel.commands import train
+from kd_accel.training.run_dir import RunDirectory
 
 
 def record_flushes():
@@ -24,7 +26,7 @@ def record_flushes():
 
 
 def fail():
-    train.finished_summary = lambda config: 1 // 0
+    RunDirectory.finished_summary = lambda self: 1 // 0
 
 
 if __name__ == "__main__":

@@ -15,11 +15,14 @@ pytestmark = pytest.mark.slow
 
 UNTRACKED = "wandb is not installed; metrics go to metrics.jsonl only"
 NO_PICTURES = "figures are skipped: matplotlib is not installed"
-CACHED = ["--distill.feature={weight: 0.1, layers: [layer1, layer2], pca_images: 64}", "--teacher.outputs=cached"]
+CACHED = [
+    "--distill.features.mse={weight: 0.1, layers: [layer1, layer2], args: {pca_images: 64}}",
+    "--teacher.outputs=cached",
+]
 
 
 def run_hidden(where, argv, *, cwd=ROOT, code=0, **changes):
-    """Run a real process in the hidden environment of `where`; return its streams and what it tried to import."""
+    """Run a real process in the hidden environment of `where`."""
     done = subprocess.run(
         list(map(str, argv)),
         cwd=cwd,
@@ -35,7 +38,7 @@ def run_hidden(where, argv, *, cwd=ROOT, code=0, **changes):
 
 @dataclass
 class Chain:
-    """One teacher, a cache, a student that paused on two processes and resumed on one, their figures and their table."""
+    """A teacher, a cache, a student that paused on two processes and resumed on one, the benchmark and the report of both."""
 
     where: Path
     teacher: subprocess.CompletedProcess
@@ -49,13 +52,13 @@ class Chain:
 def chain(tmp_path_factory):
     where = tmp_path_factory.mktemp("hidden")
     teacher, student, cache, bench, out = (where / name for name in ("teacher", "student", "cache", "bench.json", "report"))
-    flags = [*CACHED, f"--teacher.run={teacher}", f"--teacher.cache_dir={cache}", "--data.views=2"]
+    flags = [*CACHED, f"--teacher.run={teacher}", f"--teacher.cache.dir={cache}", "--data.views=2"]
     training = ["train", f"--run_dir={student}", *SMALL, *flags, "--tracking.wandb=auto"]
 
     def program(*argv, processes=1, **changes):
         return run_hidden(where, command(*argv, processes=processes), **changes)
 
-    taught = program("train", f"--run_dir={teacher}", *SMALL, "--role=teacher", "--model.arch=import:tests.own_models:teacher")
+    trained = program("train", f"--run_dir={teacher}", *SMALL, "--role=teacher", "--model.arch=import:tests.own_models:teacher")
     program("cache", "build", *SMALL, *flags)
     paused = program(*training, "--checkpoint.stop_after_steps=11", processes=2)
     resumed = program(*training, WANDB_MODE="online", WANDB_API_KEY="0" * 40)
@@ -65,7 +68,7 @@ def chain(tmp_path_factory):
     for name in ("learning_curves.png", "accuracy_latency.png"):
         (out / name).write_text("of an earlier report")
     reported = program("report", teacher, student, f"--out={out}", f"--bench={bench}")
-    return Chain(where, taught, paused, resumed, reported, imports_of_hidden(where))
+    return Chain(where, trained, paused, resumed, reported, imports_of_hidden(where))
 
 
 def test_only_the_pictures_were_imported(chain):
@@ -80,10 +83,10 @@ def test_a_disabled_run_is_silent_about_tracking(chain):
     assert summary(chain.where / "teacher")["commit"] is None
 
 
-def test_every_start_of_a_tracked_run_tells_once_that_it_is_not(chain):
+def test_every_start_of_a_run_that_cannot_be_tracked_has_one_notice(chain):
     for done in (chain.paused, chain.resumed):
-        said = done.stdout + done.stderr
-        assert said.count(UNTRACKED) == said.count("wandb") == 1
+        shown = done.stdout + done.stderr
+        assert shown.count(UNTRACKED) == shown.count("wandb") == 1
 
 
 def test_the_student_resumed_from_its_pause_and_the_cache(chain):
@@ -91,7 +94,7 @@ def test_the_student_resumed_from_its_pause_and_the_cache(chain):
     assert [line["step"] for line in metrics(chain.where / "student", "train")] == list(range(1, 25))
     result = summary(chain.where / "student")
     assert result["role"] == "distilled" and result["steps"] == 24 and result["commit"] is None
-    assert result["teacher_digest"] is not None
+    assert result["teacher_fingerprint"] is not None
 
 
 def test_the_report_has_the_table_and_no_pictures(chain):
@@ -105,7 +108,7 @@ def test_the_report_has_the_table_and_no_pictures(chain):
     assert said.count(NO_PICTURES) == said.count("matplotlib") == 1 and table in said
 
 
-def test_tracking_that_is_asked_for_by_name_is_refused_before_the_training(tmp_path):
+def test_tracking_requested_by_name_is_refused_before_the_training(tmp_path):
     run_dir = tmp_path / "run"
     argv = command("train", f"--run_dir={run_dir}", *SMALL, "--tracking.wandb=offline")
     done = run_hidden(tmp_path / "hidden", argv, code=2)

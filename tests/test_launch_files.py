@@ -1,4 +1,4 @@
-"""The launch files are what Accelerate accepts, and the commands in their headers are real (test_processes runs them)."""
+"""The launch files are accepted by Accelerate, and the commands in their headers are real (test_processes runs them)."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def header(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_accelerate_knows_every_key(path):
+def test_accelerate_accepts_every_key(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == PROCESSES[path.stem]
     assert config.mixed_precision == "no" and not config.use_cpu
@@ -48,7 +48,7 @@ def program(path, text):
 
 
 def test_the_slurm_script_starts_a_launcher_on_every_node(tmp_path):
-    """With stand-ins for Slurm and the launcher: what each node's launcher is told."""
+    """With stand-ins for Slurm and the launcher: the arguments of each node's launcher."""
     program(tmp_path / "bin/scontrol", "printf 'node7\\nnode8\\n'")
     program(
         tmp_path / "bin/srun",
@@ -80,7 +80,7 @@ def test_the_slurm_script_starts_a_launcher_on_every_node(tmp_path):
 
 
 def test_the_slurm_script_ends_its_tasks_and_requeues_before_its_time_is_over(tmp_path):
-    """USR1 comes to the script, TERM goes to srun, and the job goes back into the queue once srun has ended."""
+    """The script receives USR1, sends TERM to srun, and puts the job back into the queue once srun has ended."""
     program(tmp_path / "bin/scontrol", 'case $1 in show) echo node7;; *) echo "$@" >> calls;; esac')
     program(
         tmp_path / "bin/srun",
@@ -101,6 +101,6 @@ def test_the_slurm_script_ends_its_tasks_and_requeues_before_its_time_is_over(tm
     assert (tmp_path / "calls").read_text().split("\n")[:-1] == ["started", "stopped", "requeue 77"]
 
 
-def test_the_slurm_script_wants_a_config(tmp_path):
+def test_the_slurm_script_needs_a_config(tmp_path):
     done = subprocess.run(["bash", ROOT / "launch/slurm.sbatch"], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "usage: sbatch launch/slurm.sbatch CONFIG" in done.stderr

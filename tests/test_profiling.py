@@ -2,10 +2,12 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 
-from kd_accel.profiling import PREFIX, profiler_range
+from kd_accel.profiling import PREFIX, profiler_range, range_shares
 from tests.in_process import train
 from tests.launching import metrics
 from tests.launching import train as launched_train
@@ -57,6 +59,17 @@ def test_a_training_shorter_than_asked_for(tmp_path):
     marks, _ = ranges(tmp_path / "short" / "profile" / "rank-0.json")
     assert marks["optimizer"] == 3 and "ms a step" in said
     assert "nothing was recorded" in train(tmp_path / "shorter", "--train.max_steps=4", "--profile=10")
+
+
+def test_the_time_of_the_projectors_is_not_counted_twice():
+    def event(name, us):
+        return SimpleNamespace(name=name, device_type=DeviceType.CPU, time_range=SimpleNamespace(elapsed_us=lambda: us))
+
+    marks = {"student": 40.0, "loss": 30.0, "projector": 10.0, "optimizer": 20.0}
+    events = [event("ProfilerStep#1", 100.0), *(event(PREFIX + name, us) for name, us in marks.items())]
+    step_ms, shares = range_shares(events)
+    assert step_ms == 0.1
+    assert shares == pytest.approx({"student": 0.4, "projector": 0.1, "loss": 0.2, "optimizer": 0.2, "rest": 0.1})
 
 
 def test_a_mark_does_nothing_while_nothing_is_recorded():

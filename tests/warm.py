@@ -1,9 +1,9 @@
-"""Trainees from one warm parent: a process that has imported everything and forks for each start, which saves its seconds.
+"""Processes forked from one warm parent, which has imported everything: each start saves seconds of imports.
 
-What is forked is a process like any other: its own environment, files, signals, exit code; it runs `kd_accel.cli.main`, as
-`python -m kd_accel` does. The parent never computes, so no thread is there to be lost in a fork.
+A forked process is like any other: its own environment, files, signals, exit code; it runs `kd_accel.cli.main`, as
+`python -m kd_accel` does. The parent never computes, so that it has no threads, which a fork would lose.
 
-    python -m tests.warm SOCKET    serves until its standard input ends; each connection asks for one process
+    python -m tests.warm SOCKET    serves until its standard input ends; each connection requests one process
 """
 
 import array
@@ -59,10 +59,10 @@ class WarmProcess:
 
     def communicate(self, timeout=None):
         deadline = None if timeout is None else time.monotonic() + timeout
-        said = ["", ""]
+        texts = ["", ""]
 
         def read(index, stream):
-            said[index] = stream.read()
+            texts[index] = stream.read()
 
         readers = [
             threading.Thread(target=read, args=(index, stream), daemon=True)
@@ -75,7 +75,7 @@ class WarmProcess:
             if reader.is_alive():
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
         self.wait(None if deadline is None else max(0.1, deadline - time.monotonic()))
-        return tuple(said)
+        return tuple(texts)
 
     def send_signal(self, number):
         if self.poll() is None:
@@ -93,7 +93,7 @@ def _pipes():
 
 @functools.cache
 def _parent():
-    """Start it once per session; the path of its socket."""
+    """Start the parent, once per session. Returns the path of its socket."""
     path = Path(tempfile.mkdtemp(prefix="kd-warm-")) / "socket"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_", "KD_"))}
     parent = subprocess.Popen(
@@ -121,8 +121,8 @@ def serve(path):
     import_everything()
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert len(threads) == 1, f"a fork would lose threads: {threads}"
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are nobody's to wait for
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end us
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: nothing waits for the keepers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end this process
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(f"{path}.new")
     server.listen(64)
@@ -139,7 +139,7 @@ def serve(path):
 
 
 def keep(connection):
-    """In a process of its own: fork the one that was asked for, say its number, wait for its end, say how it ended."""
+    """In a process of its own: fork the requested process, send its id, wait for its end, send its exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     length = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big")
     first, ends, _, _ = socket.recv_fds(connection, 1, 2)
@@ -152,7 +152,7 @@ def keep(connection):
         os.close(end)
     connection.sendall(f"{pid}\n".encode())
     _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(OSError):  # whoever asked has gone
+    with contextlib.suppress(OSError):  # the test may have ended
         connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os._exit(0)
 
@@ -171,7 +171,7 @@ def become(request, ends):
 
 
 def _ended():
-    """The exit code of the interpreter that would have run this alone."""
+    """Run the program. Returns the exit code of an interpreter that had run it alone."""
     from kd_accel.cli import main
 
     code = 0
@@ -190,7 +190,7 @@ def _ended():
 
 
 def import_everything():
-    """What commands import when they are called, so that no trainee has to."""
+    """Import what commands import when they are called, so that no forked process has to."""
     import importlib
     import pkgutil
 

@@ -1,7 +1,7 @@
-"""Item f: a cache of ResNet-50's logits and features by the program's own commands, built, verified and built again.
+"""Item f: cache of ResNet-50's logits and features by the program's own commands, built, verified and built again.
 
 build    samples and views per second of the teacher's pass, and of the whole command
-verify   every byte, and a few answers of the teacher again: the largest difference, relative to the largest value
+verify   every byte, and a few outputs of the teacher recomputed: the largest difference, relative to the largest value
 rebuild  nothing is left to do
 """
 
@@ -15,21 +15,21 @@ from typing import Any
 
 from benchmarks.acceptance.guard import Cases
 from benchmarks.acceptance.record import Figures, Setting
-from benchmarks.acceptance.runs import MANY_IMAGES, UNTRACKED, teacher_flags
+from benchmarks.acceptance.runs import MANY_IMAGES, UNTRACKED, features_flag, teacher_flags
 from benchmarks.acceptance.starting import Starter
 
 _LIMIT_S = 120.0
 
 
 def build(setting: Setting, starter: Starter) -> Cases:
+    """Build the cases, which must run in this order."""
     directory = setting.scratch / "cache"
-    samples, layers = setting.size(8192, 64), setting.size(4, 2)
+    samples = setting.size(8192, 64)
     flags = [
         *(*UNTRACKED, *MANY_IMAGES, f"--data.limit_train={samples}", f"--data.views={setting.size(2, 1)}"),
         *("--model.arch=torchvision/resnet18", *teacher_flags(setting, starter, "torchvision/resnet50")),
-        *("--teacher.outputs=cached", f"--teacher.cache_dir={directory}", f"--train.batch_size={setting.size(128, 16)}"),
-        f"--distill.feature={{direction: both, pca_images: {setting.size(2048, 64)}, "
-        f"layers: [{', '.join(f'layer{number}' for number in range(1, layers + 1))}]}}",
+        *("--teacher.outputs=cached", f"--teacher.cache.dir={directory}", f"--train.batch_size={setting.size(128, 16)}"),
+        features_flag(setting.size(4, 2), pca_images=setting.size(2048, 64)),
     ]
     return {
         "build": partial(_built, starter, flags),
@@ -48,7 +48,7 @@ def _built(starter: Starter, flags: list[str]) -> Figures:
 
 def _verified(starter: Starter, flags: list[str]) -> Figures:
     report = _last_object(starter.command("f-verify", "cache", "verify", "--json", *flags).finish(_LIMIT_S))
-    return {"ok": report["is_whole"], **{name: report[name] for name in ("largest_difference", "files", "bytes")}}
+    return {"ok": report["is_intact"], **{name: report[name] for name in ("largest_difference", "files", "bytes")}}
 
 
 def _built_again(starter: Starter, flags: list[str]) -> Figures:

@@ -1,8 +1,8 @@
 """Item g: compiled trainings in bf16, plain and with a live teacher, by the program's own command.
 
-images_per_s is the median of the lines of metrics after the first one, in which everything is compiled; start_s is the time of
-the first line beyond what its steps take later. The compiler's cache is a new one for each, so nothing is found in it; a trial
-has one for both, since its headers alone are compiled for seconds.
+images_per_s is the median of the lines of metrics after the first one, which includes the compilation; start_s is the time of
+the first line minus that of its steps at this rate. The compiler's cache is a new one for each, so it is empty; a trial has
+one for both, since the compilation of its headers alone takes seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.acceptance.guard import Cases
 from benchmarks.acceptance.record import Figures, Setting
-from benchmarks.acceptance.runs import MANY_IMAGES, UNTRACKED, networks, teacher_flags
+from benchmarks.acceptance.runs import MANY_IMAGES, UNTRACKED, features_flag, networks, teacher_flags
 from benchmarks.acceptance.starting import NotRun, Starter
 from benchmarks.harness import has_compiler
 
@@ -22,10 +22,10 @@ LIMIT_S = 240.0
 
 
 def build(setting: Setting, starter: Starter) -> Cases:
+    """Build the cases."""
     student, teacher = networks(setting)
-    layers = "[layer1, layer2]" if setting.is_trial else "[layer1, layer2, layer3, layer4]"
-    feature = f"--distill.feature={{direction: both, layers: {layers}, pca_images: {setting.size(2048, 64)}}}"
-    distilled = [*teacher_flags(setting, starter, teacher), feature]
+    features = features_flag(setting.size(4, 2), pca_images=setting.size(2048, 64))
+    distilled = [*teacher_flags(setting, starter, teacher), features]
     flags = [
         *("train", *UNTRACKED, *MANY_IMAGES, f"--data.limit_train={setting.size(8192, 512)}", f"--model.arch={student}"),
         *(f"--train.max_steps={setting.size(120, 9)}", "--train.epochs=9"),

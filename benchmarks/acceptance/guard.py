@@ -1,7 +1,7 @@
-"""The guard around the cases of an acceptance: whatever happens to one, the others are run, and all are in the record.
+"""Guard around the cases of an acceptance: each is run regardless of how the others end, and all are in the record.
 
 Cases that share a network or a cache share a process. A case that raises is recorded and the next one follows, unless CUDA has
-failed, which poisons the process: the rest then gets a new one, as it does after a crash or a hang.
+failed, which poisons the process: the other cases then get a new one, as after a crash or a hang.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Part:
     """Cases of an item that are run one after the other.
 
     Args:
+        item: letter of the item.
+        name: of the part; empty for the only one of its kind.
         cases: their names.
         build: `module:function`. in_child: (setting, name of the part) -> cases, called in a process of its own; otherwise
             (setting, starter) -> cases that start commands, called in this process.
@@ -47,7 +49,7 @@ class Part:
 
     @property
     def builder(self) -> Callable[..., Cases]:
-        """Imported where it is called: what a child needs takes seconds to import."""
+        """Import the builder, in the process that calls it: the imports of a child take seconds."""
         module, _, function = self.build.partition(":")
         return getattr(importlib.import_module(module), function)
 
@@ -57,7 +59,7 @@ class Part:
 
 
 def run_part(part: Part, setting: Setting, starter: Starter) -> dict[str, str]:
-    """Run all cases of a part. Returns {item/case that was left out: why}."""
+    """Run all cases of a part. Returns {item/case that was left out: reason}."""
     if part.in_child:
         return _supervise(part, setting, starter)
     try:
@@ -72,7 +74,7 @@ def run_part(part: Part, setting: Setting, starter: Starter) -> dict[str, str]:
 
 
 def run_cases(part: Part, cases: Cases, record: Record, *, progress: Path | None = None) -> dict[str, str]:
-    """Run cases in this process. progress: a file that names those that were begun and ended. Returns as `run_part`."""
+    """Run cases in this process. progress: a file for the names of those that were begun and ended. Returns as `run_part`."""
     left_out: dict[str, str] = {}
     for name, case in cases.items():
         _note(progress, "begin", name)
@@ -118,14 +120,14 @@ def _supervise(part: Part, setting: Setting, starter: Starter) -> dict[str, str]
         ended, begun = _named(progress, "end"), _named(progress, "begin")
         unfinished = [case for case in begun if case not in ended]
         remaining = [case for case in remaining if case not in ended]
-        culprits = unfinished or ([] if ended else remaining)  # none was begun: what all of them need has failed
+        culprits = unfinished or ([] if ended else remaining)  # none was begun: what all of them share has failed
         _fail(part, culprits, {"ok": False, **ending}, setting.record)
         remaining = [case for case in remaining if case not in culprits]
     return {}
 
 
 def _ending(child: Started, part: Part, progress: Path) -> Figures:
-    """Wait for a child. Returns what is to be recorded of a case that it has not ended."""
+    """Wait for a child. Returns the figures of a case that it has not ended."""
     try:
         code = child.wait(part.limit_s, progress=lambda: progress.stat().st_size)
     except TimeoutError as error:

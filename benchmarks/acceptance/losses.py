@@ -1,7 +1,7 @@
-"""Item c, losses: 30 steps of ResNet-18 on the device next to the same on the CPU, with TF32 and without.
+"""Item c, losses: 30 steps of ResNet-18 on the device against the same on the CPU, with TF32 and without.
 
-`float32` runs with NVIDIA_TF32_OVERRIDE=0 and `train.tf32: false`, `tf32` with `train.tf32: true`. Without TF32 what is left is
-another order of sums, which 30 steps with BatchNorm amplify.
+`float32` runs with NVIDIA_TF32_OVERRIDE=0 and `train.tf32: false`, `tf32` with `train.tf32: true`. Without TF32 only the order of
+sums differs, which 30 steps with BatchNorm amplify.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.acceptance.runs import IMAGES, UNTRACKED, losses, relative_diffe
 from benchmarks.acceptance.starting import Started, Starter
 
 LARGEST = {"float32": 1e-3, "tf32": 3e-2}
-"""Relative differences of a loss that are taken for rounding."""
+"""Relative differences of a loss that count as rounding."""
 _LIMIT_S = 120.0
 
 

@@ -1,4 +1,4 @@
-"""Item d, NCCL: DistributedDataParallel over NCCL with one rank trains what the same program trains without a launch.
+"""Item d, NCCL: training with DistributedDataParallel over NCCL with one rank equals training without a launch.
 
 On a CPU the rank joins over gloo.
 """
@@ -22,6 +22,7 @@ from benchmarks.training_case import Programs
 
 
 def build(setting: Setting, part: str) -> Cases:
+    """Build the case."""
     return {"nccl": partial(one_rank_over_nccl, setting)}
 
 
@@ -41,12 +42,12 @@ def one_rank_over_nccl(setting: Setting) -> Figures:
 
 
 def _weights_after_an_epoch(bench: Bench, directory: Path) -> dict[str, Tensor]:
-    """Train in DistributedDataParallel where the process has joined: for one rank on a GPU Accelerate leaves it out."""
-    job = Programs(bench, directory).job("plain", directory, blocks=1)
-    train_state = job.train_state
+    """Train in DistributedDataParallel if the process has joined: Accelerate does not use it for one rank on a GPU."""
+    trainer = Programs(bench, directory).training("plain", directory, blocks=1)
+    train_state = trainer.train_state
     if torch.distributed.is_initialized() and not isinstance(train_state.module, DistributedDataParallel):
         train_state.module = DistributedDataParallel(
             train_state.module, device_ids=[bench.device.index], gradient_as_bucket_view=True, broadcast_buffers=True
         )
-    epochs_of(job)()
+    epochs_of(trainer)()
     return bench.accelerator.unwrap_model(train_state.module).state_dict()

@@ -1,8 +1,8 @@
-"""Images and small networks, to be named as `import:benchmarks.acceptance.own:...` by the trainings of the acceptance.
+"""Images and small networks, named as `import:benchmarks.acceptance.own:...` by the trainings of the acceptance.
 
-What goes wrong in a training is asked for by the environment, so that the settings are those of the undisturbed one:
+Disturbances are set in the environment, so that the settings are those of the undisturbed training:
     KD_ACCEPTANCE_SIGTERM_AT  the last rank sends itself SIGTERM in the forward of this training step
-    KD_ACCEPTANCE_BREAKS      `logits:5` or `gradient:5`: not a number in the forward, or behind it, of training step 5
+    KD_ACCEPTANCE_BREAKS      `logits:5` or `gradient:5`: NaN in the forward, or in the gradient behind it, of training step 5
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 CLASSES = 10
 SAMPLES = {"train": 2048, "test": 256}
 BROKEN_PLACE = 2
-"""Place in the batch of the sample that `logits` breaks."""
+"""Position in the batch of the sample that `logits` breaks."""
 
 
 def images(split: str, image_size: int) -> dict[str, object]:
@@ -39,7 +39,7 @@ def _images(samples: int, image_size: int, *, seed: int) -> dict[str, object]:
 
 
 class SmallNet(nn.Module):
-    """Two stages and a classifier without BatchNorm: results do not depend on how a batch is shared."""
+    """Network of two convolutions and a classifier, without BatchNorm: results do not depend on how a batch is shared."""
 
     def __init__(self, num_classes: int, *, width: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SmallNet(nn.Module):
 
 
 class DisturbedNet(SmallNet):
-    """The same network, in whose training steps things happen as the environment says."""
+    """The same network with disturbed training steps, as set in the environment."""
 
     steps = 0
 
@@ -67,22 +67,27 @@ class DisturbedNet(SmallNet):
 
 
 def student(num_classes: int) -> nn.Module:
+    """Build a student."""
     return SmallNet(num_classes, width=8)
 
 
 def disturbed(num_classes: int) -> nn.Module:
+    """Build a student whose training is disturbed."""
     return DisturbedNet(num_classes, width=8)
 
 
 def disturbed_float64(num_classes: int) -> nn.Module:
+    """Build the same in float64."""
     return DisturbedNet(num_classes, width=8).double()
 
 
 def teacher(num_classes: int) -> nn.Module:
+    """Build a teacher."""
     return SmallNet(num_classes, width=16)
 
 
 def teacher_float64(num_classes: int) -> nn.Module:
+    """Build the same in float64."""
     return SmallNet(num_classes, width=16).double()
 
 

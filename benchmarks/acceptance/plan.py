@@ -1,4 +1,4 @@
-"""The parts of an acceptance in their order and the names of their cases; gpu_acceptance.py justifies the order."""
+"""Parts of an acceptance in their order, with the names of their cases; gpu_acceptance.py justifies the order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ITEMS = tuple("abcdefg")
 _VARIANTS = ("plain", "live_hybrid", "cached_hybrid", "cached_hybrid_int8", "clipped", "averaged", "host_loader")
 _DETERMINISTIC = ("deterministic", "deterministic_live_hybrid")
 _WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""What `deterministic` sets before CUDA starts, which the variants before it do."""
+"""Variable that `deterministic` must set before CUDA starts, which the variants before it do."""
 _AGREEMENT = (
     "views/none",
     "views/crop",
@@ -20,8 +20,8 @@ BROKEN_FP16 = ("resume/fp16", "logits/fp16", "overflow/fp16")
 
 
 def planned(*, is_trial: bool) -> list[Part]:
-    """CPUs have no fp16, so a trial leaves it out."""
-    timed = ("no", "bf16")
+    """Return the parts of an acceptance; a trial has no fp16, which CPUs lack."""
+    timed = ("float32", "bf16")
     precisions = timed if is_trial else (*timed, "fp16")
     return [
         *(

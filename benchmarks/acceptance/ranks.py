@@ -20,7 +20,17 @@ import torch
 
 from benchmarks.acceptance.guard import Cases
 from benchmarks.acceptance.record import Figures, Setting
-from benchmarks.acceptance.runs import IMAGES, OWN, UNTRACKED, losses, metrics, model_bytes, relative_difference, teacher_flags
+from benchmarks.acceptance.runs import (
+    IMAGES,
+    OWN,
+    UNTRACKED,
+    features_flag,
+    losses,
+    metrics,
+    model_bytes,
+    relative_difference,
+    teacher_flags,
+)
 from benchmarks.acceptance.starting import Started, Starter, launch_environment, run_command
 
 SIGTERM_CODE = 128 + 15
@@ -52,6 +62,7 @@ def build(setting: Setting, starter: Starter) -> Cases:
 
 
 def same_cache(started: dict[str, list[Started]], directory: Path) -> Figures:
+    """Compare the files of the caches of one and of two ranks."""
     _finish(started["cache-1"] + started["cache-2"])
     one, two = (_digests(directory / f"cache-{ranks}") for ranks in (1, 2))
     differing = [name for name in {**one, **two} if one.get(name) != two.get(name)]
@@ -59,11 +70,13 @@ def same_cache(started: dict[str, list[Started]], directory: Path) -> Figures:
 
 
 def same_losses(started: dict[str, list[Started]], directory: Path) -> Figures:
+    """Compare the losses of two ranks with those of one."""
     _finish(started["straight-1"] + started["straight-2"])
     return _compared(directory / "2", directory / "1")
 
 
 def resumed(started: dict[str, list[Started]], starter: Starter, directory: Path, flags: list[str]) -> Figures:
+    """Resume the signaled training on two ranks, and compare it with the undisturbed one."""
     _finish(started["stopped"], code=SIGTERM_CODE)
     steps_done = len(losses(directory / "stopped"))
     shutil.copytree(directory / "stopped", directory / "moved")
@@ -74,8 +87,9 @@ def resumed(started: dict[str, list[Started]], starter: Starter, directory: Path
 
 
 def resumed_by_one(started: dict[str, list[Started]], starter: Starter, directory: Path, flags: list[str]) -> Figures:
+    """Resume the signaled training on one rank, and compare its losses."""
     if not (directory / "moved").exists():
-        raise RuntimeError("there is no checkpoint of two ranks: the case sigterm has failed")
+        raise RuntimeError("the checkpoint of two ranks was not found: the case sigterm has failed")
     moved = [*flags, f"--run_dir={directory / 'moved'}", "--checkpoint.resume=must"]
     _finish(_start(starter, "d-moved", moved, 1) + started["straight-1"])
     return _compared(directory / "moved", directory / "1")
@@ -103,18 +117,17 @@ def _finish(started: list[Started], *, code: int = 0) -> None:
 
 
 def _cache_flags(setting: Setting, starter: Starter, directory: Path, ranks: int) -> list[str]:
-    """Return the flags of a build that gives each rank a few files; the ranks fit the PCA together."""
+    """Return the flags of a build with a few files for each rank."""
     return [
         *("cache", "build", *_SHARED, f"--data.limit_train={setting.size(2048, 96)}", "--data.views=2"),
         *("--model.arch=torchvision/resnet18", *teacher_flags(setting, starter, "torchvision/resnet50")),
-        *("--teacher.outputs=cached", "--teacher.shard_mib=1", f"--teacher.cache_dir={directory / f'cache-{ranks}'}"),
-        f"--train.batch_size={setting.size(128, 16)}",
-        f"--distill.feature={{direction: both, layers: [layer1, layer2], pca_images: {setting.size(1024, 64)}}}",
+        *("--teacher.outputs=cached", "--teacher.cache.shard_mib=1", f"--teacher.cache.dir={directory / f'cache-{ranks}'}"),
+        *(f"--train.batch_size={setting.size(128, 16)}", features_flag(2, pca_images=setting.size(1024, 64))),
     ]
 
 
 def _digests(directory: Path) -> dict[str, str]:
-    """Return a digest of each file that a build leaves, of the plan without what it records for people."""
+    """Return a digest of each file of a cache; of spec.json without the circumstances of the build."""
     files = [path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(".")]
     contents = {str(path.relative_to(directory)): path.read_bytes() for path in files}
     cache_spec = {

@@ -1,4 +1,4 @@
-"""What an acceptance has found so far: a line of JSON for each case, in the file as soon as the case has ended."""
+"""Record of an acceptance: a line of JSON for each case, in the file as soon as the case has ended."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 Figures = dict[str, Any]
-"""What a case measured. "ok": whether it is as it must be; True where it is not said."""
+"""Figures of a case. "ok": whether they are as required; True by default."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Appends to a file, from any process. provenance: commit, card and versions, repeated in each line."""
+    """File to which any process appends.
+
+    Args:
+        path: of the file.
+        provenance: commit, card and versions, repeated in each line.
+    """
 
     path: Path
     provenance: Mapping[str, Any]
@@ -27,7 +32,7 @@ class Record:
         self.append(json.dumps(line))
 
     def append(self, text: str) -> None:
-        """One write for the whole line: several processes append to the same file."""
+        """Append a line in a single write, since several processes append to the same file."""
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(file, f"{text}\n".encode())
@@ -35,6 +40,7 @@ class Record:
             os.close(file)
 
     def lines(self, *, since_bytes: int = 0) -> list[Figures]:
+        """Read the lines from a position on."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
@@ -42,16 +48,24 @@ class Record:
             return [json.loads(line) for line in file]
 
     def length_bytes(self) -> int:
+        """Return the length of the file."""
         return self.path.stat().st_size if self.path.exists() else 0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What each item is given. scratch: a directory for runs and caches, removed at the end."""
+    """Settings of all items.
+
+    Args:
+        is_trial: whether everything is run in small on a CPU.
+        scratch: directory for runs and caches, removed at the end.
+        record: of the figures.
+    """
 
     is_trial: bool
     scratch: Path
     record: Record
 
     def size(self, real: int, trial: int) -> int:
+        """Return the first number, or the second in a trial."""
         return trial if self.is_trial else real

@@ -1,9 +1,9 @@
-"""Item e: exact resume with deterministic kernels, and numbers that go wrong.
+"""Item e: exact resume with deterministic kernels, and numbers that are not finite.
 
 resume/PRECISION      20 steps of ResNet-18 with a live ResNet-50, its features and a moving average, against 10 and 10: bytes
-logits/PRECISION      logits of one sample of step 5 are not a number: the training stops and names term, rank, sample and step
-gradient/bf16         the gradient of step 5 is not a number behind a finite loss: the same, with the parameter
-overflow/fp16         the same is an overflow under fp16: the loss scaler leaves the step out, and the training ends well
+logits/PRECISION      logits of one sample of step 5 are NaN: the training stops and names term, rank, sample and step
+gradient/bf16         the gradient of step 5 is NaN behind a finite loss: the same, with the parameter
+overflow/fp16         the same is an overflow under fp16: the loss scaler skips the step, and the training finishes
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ from pathlib import Path
 from benchmarks.acceptance.guard import Cases
 from benchmarks.acceptance.plan import BROKEN, BROKEN_FP16
 from benchmarks.acceptance.record import Figures, Setting
-from benchmarks.acceptance.runs import IMAGES, OWN, UNTRACKED, losses, metrics, model_bytes, networks, teacher_flags
+from benchmarks.acceptance.runs import (
+    IMAGES,
+    OWN,
+    UNTRACKED,
+    features_flag,
+    losses,
+    metrics,
+    model_bytes,
+    networks,
+    teacher_flags,
+)
 from benchmarks.acceptance.starting import Started, Starter
 
 BROKEN_STEP = 5
-PRECISIONS = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}
 _REFUSED = 2
 _LIMIT_S = 120.0
-_SAID = {
-    "logits": rf"loss_hard is not finite on rank 0 \(the student's logits of sample \d+\) at step {BROKEN_STEP}: [^\n]*",
+_MESSAGES = {
+    "logits": rf"loss term ce is not finite on rank 0 \(the student's logits of sample \d+\) at step {BROKEN_STEP}: [^\n]*",
     "gradient": rf"the gradient of \S+ is not finite \(rank 0 had samples [^)]*\) at step {BROKEN_STEP}: [^\n]*",
 }
 
@@ -44,13 +53,13 @@ def build(setting: Setting, starter: Starter) -> Cases:
 
 
 def _resume(name: str, setting: Setting, starter: Starter) -> Callable[[], Figures]:
-    """Train with all that a checkpoint must bring back: momentum, average, projectors, the place in an epoch."""
-    directory, precision = setting.scratch / name, PRECISIONS[name.split("/")[1]]
+    """Train with all that a checkpoint must restore: momentum, average, projectors, the position in an epoch."""
+    directory, precision = setting.scratch / name, name.split("/")[1]
     student, teacher = networks(setting)
     flags = [
         *("train", *UNTRACKED, *IMAGES, "--data.limit_train=1664", f"--model.arch={student}"),
         *teacher_flags(setting, starter, teacher),
-        f"--distill.feature={{direction: both, layers: [layer1, layer2], pca_images: {setting.size(640, 64)}}}",
+        features_flag(2, pca_images=setting.size(640, 64)),
         *("--optim.lr=0.01", "--optim.nesterov=true", "--optim.clip_norm=5", "--train.ema_decay=0.9"),
         *(f"--train.batch_size={setting.size(128, 32)}", "--train.max_steps=20", "--train.epochs=20"),
         *("--train.log_every_steps=3", "--train.deterministic=true", f"--train.precision={precision}"),
@@ -79,7 +88,7 @@ def _same_bytes(directory: Path, straight: Started, first: Started, second: Call
 
 
 def _broken_run(name: str, setting: Setting, starter: Starter, breaks: str) -> tuple[Path, Started]:
-    run_dir, precision = setting.scratch / name, PRECISIONS[name.split("/")[1]]
+    run_dir, precision = setting.scratch / name, name.split("/")[1]
     flags = [
         *("train", *UNTRACKED, *IMAGES, "--data.limit_train=320", f"--model.arch={OWN}:disturbed", "--optim.lr=0.05"),
         *("--train.batch_size=32", "--train.max_steps=10", "--train.log_every_steps=1", "--checkpoint.every_steps=2"),
@@ -97,18 +106,18 @@ def _refused(name: str, setting: Setting, starter: Starter) -> Callable[[], Figu
 
 def _stops_with_one_paragraph(kind: str, run_dir: Path, started: Started) -> Figures:
     printed = started.finish(_LIMIT_S, code=_REFUSED)
-    said = re.findall(_SAID[kind], printed)
+    messages = re.findall(_MESSAGES[kind], printed)
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir() if not path.name.startswith("."))
-    is_as_it_must_be = len(said) == 1 and "Traceback" not in printed and kept[-1:] == [f"step-{BROKEN_STEP - 1:08d}"]
-    return {"ok": is_as_it_must_be, "said": said[:1], "exit_code": _REFUSED, "newest_checkpoint": kept[-1:]}
+    is_ok = len(messages) == 1 and "Traceback" not in printed and kept[-1:] == [f"step-{BROKEN_STEP - 1:08d}"]
+    return {"ok": is_ok, "message": messages[:1], "exit_code": _REFUSED, "newest_checkpoint": kept[-1:]}
 
 
 def _overflow(name: str, setting: Setting, starter: Starter) -> Callable[[], Figures]:
     run_dir, started = _broken_run(name, setting, starter, "gradient")
-    return partial(_scaler_leaves_it_out, run_dir, started)
+    return partial(_step_is_skipped, run_dir, started)
 
 
-def _scaler_leaves_it_out(run_dir: Path, started: Started) -> Figures:
+def _step_is_skipped(run_dir: Path, started: Started) -> Figures:
     started.finish(_LIMIT_S)
     overflowed = {line["step"]: line["overflowed_steps"] for line in metrics(run_dir) if line["split"] == "train"}
     steps = json.loads((run_dir / "summary.json").read_text())["steps"]

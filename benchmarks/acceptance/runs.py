@@ -1,4 +1,4 @@
-"""Flags that trainings of the acceptance share, and what their runs have left on the disk."""
+"""Flags that trainings of the acceptance share, and readers of their run directories."""
 
 from __future__ import annotations
 
@@ -21,26 +21,34 @@ _LOCK = threading.Lock()
 
 
 def networks(setting: Setting) -> tuple[str, str]:
-    """(student, teacher): those of the reference job, in a trial small ones. Both have `layer1` and `layer2`."""
+    """Return (student, teacher): those of the reference job, in a trial small ones. Both have `layer1` and `layer2`."""
     return (f"{OWN}:student", f"{OWN}:teacher") if setting.is_trial else ("torchvision/resnet18", "torchvision/resnet50")
 
 
+def features_flag(layers: int, *, pca_images: int) -> str:
+    """Return the flag of a feature loss of direction `both` on the first layers."""
+    names = ", ".join(f"layer{number}" for number in range(1, layers + 1))
+    return f"--distill.features.mse={{layers: [{names}], args: {{direction: both, pca_images: {pca_images}}}}}"
+
+
 def losses(run_dir: Path) -> list[float]:
+    """Return the loss of each training line of metrics."""
     return [line["loss"] for line in metrics(run_dir) if line["split"] == "train"]
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without the speed."""
+    """Return the lines of metrics.jsonl without the speed."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
 
 def relative_difference(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the largest one over all steps."""
+    """Return the largest relative difference over all steps."""
     return max(abs(first - second) / abs(second) for first, second in zip(one, other, strict=True))
 
 
 def model_bytes(run_dir: Path) -> bytes:
+    """Return the bytes of the trained model."""
     return (run_dir / "model.safetensors").read_bytes()
 
 
@@ -61,6 +69,7 @@ def teacher_flags(setting: Setting, starter: Starter, arch: str) -> list[str]:
 
 
 def save_weights(arch: str, arguments: dict[str, Any], path: Path) -> None:
+    """Build an architecture and save its initial weights."""
     from safetensors.torch import save_file
 
     from kd_accel.models.factory import build_model

@@ -1,4 +1,4 @@
-"""Item b: the program next to its limits (benchmarks/bare.py), in turns: a block is an epoch of a few steps, a unit an image.
+"""Item b: speed of the program next to its limits (benchmarks/bare.py), in turns; a block is an epoch of a few steps, a unit an image.
 
     ms_per_step, images_per_s   medians over the blocks, by the host's clock
     operators_per_step          kernels that the device ran in a step; copies_per_step: copies and fills, by torch.profiler
@@ -6,7 +6,7 @@
     peak_mib                    largest use during a block beyond what lay on the device before it
 
 The last three are null without a GPU. `peak_mib` is activations and gradients: weights, momentum and images of all cases lie on
-the device at once. A case that fails leaves the others alone.
+the device at once. A failed case does not affect the others.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.acceptance.guard import Cases, described
 from benchmarks.acceptance.record import Figures, Setting
-from benchmarks.bare import LIMITS, LimitPrecision, limit_case
+from benchmarks.bare import LIMITS, limit_case
 from benchmarks.harness import Result, measure_in_turns
 from benchmarks.jobs import Bench, Size, open_bench
 from benchmarks.training_case import Programs
+from kd_accel.config.schema import Precision
 
 RATIOS = (
     ("plain", "bare"),
@@ -40,15 +41,17 @@ _WARM_UP, _REPEATS = 2, 5
 Block = Callable[[], float]
 
 
-def build(setting: Setting, precision: LimitPrecision) -> Cases:
+def build(setting: Setting, precision: Precision) -> Cases:
+    """Build the cases of one precision."""
     return {name: partial(measure, setting, precision, int(name)) for name in BATCH_SIZES}
 
 
-def measure(setting: Setting, precision: LimitPrecision, batch_size: int) -> Figures:
+def measure(setting: Setting, precision: Precision, batch_size: int) -> Figures:
+    """Measure programs and limits with one batch size."""
     repeats = setting.size(_REPEATS, 1)
     size = Size(setting.size(batch_size, 2 if batch_size == 128 else 4), setting.size(BATCH_SIZES[str(batch_size)], 1))
     bench = open_bench(size, precision=precision)
-    blocks, peaks, failed = _built(setting, bench, precision, epochs=_WARM_UP + repeats + 1)
+    blocks, peaks, failed = _built(setting, bench, epochs=_WARM_UP + repeats + 1)
     result = Result.of_repeats("speed", measure_in_turns(blocks, repeats=repeats, warm_up=0), notes={})
     found: dict[str, Any] = {
         name: {
@@ -68,7 +71,7 @@ def measure(setting: Setting, precision: LimitPrecision, batch_size: int) -> Fig
 
 def device_figures(events: Iterable[Any], *, steps: int, block_s: float) -> Figures:
     """Return figures from the events of a profiled block and the time that the block takes without the profiler."""
-    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in events if event.device_type == torch._C._autograd.DeviceType.CUDA]
     if not on_device:
         return dict.fromkeys(("operators_per_step", "copies_per_step", "busy_share"))
     own = [event for event in on_device if not event.is_user_annotation]  # a mark spans kernels that are listed too
@@ -82,10 +85,10 @@ def device_figures(events: Iterable[Any], *, steps: int, block_s: float) -> Figu
 
 
 def _built(
-    setting: Setting, bench: Bench, precision: LimitPrecision, *, epochs: int
+    setting: Setting, bench: Bench, *, epochs: int
 ) -> tuple[dict[str, Block], dict[str, float | None], Figures]:
     """Return (cases that are warm, their peaks, the errors of the other cases)."""
-    directory = setting.scratch / f"speed-{precision}-{bench.size.batch_size}"
+    directory = setting.scratch / f"speed-{bench.precision}-{bench.size.batch_size}"
     programs = Programs(bench, directory, views=2)
     built: dict[str, Block] = {}
     peaks: dict[str, float | None] = {}
@@ -93,7 +96,7 @@ def _built(
     for name in NAMES:
         try:
             if name in LIMITS:
-                block = limit_case(LIMITS[name], bench.device, bench.size, precision=precision)
+                block = limit_case(LIMITS[name], bench)
             else:
                 block = programs.case(name, directory / name, blocks=epochs)
             peaks[name] = _warm(block)

@@ -1,7 +1,8 @@
 """Processes of an acceptance: forked from one that has imported everything, each with its own log and deadline.
 
-torch and this program take five seconds and more to import, so an interpreter that did it once (multiprocessing's fork server,
-which never touches the GPU) forks for each start. Where a forked process cannot use the GPU all are started from scratch.
+torch and this program take five seconds and more to import, so an interpreter that has imported them once (multiprocessing's
+fork server, which never touches the GPU) forks for each start. If a forked process cannot use the GPU, all are started from
+scratch.
 """
 
 from __future__ import annotations
@@ -23,23 +24,31 @@ from typing import Any
 
 PRELOADED = [
     *(f"benchmarks.acceptance.{name}" for name in ("guard", "steps", "speed", "agreement", "nccl", "ranks", "runs")),
-    *("kd_accel.cli", "kd_accel.commands.train", "kd_accel.commands.cache", "kd_accel.commands.cache_report"),
+    *("kd_accel.cli", "kd_accel.builders.results", "kd_accel.builders.cache_build"),
 ]
 _POLL_S = 0.02
 _TAIL = 1500
 BUDGET = "budget"
-"""Why a case was left out for which there was no time."""
+"""Reason of a case that was left out for lack of time."""
 _LOCK = threading.Lock()
-"""Around all that multiprocessing does here: it polls every process from whichever thread starts one."""
+"""Held around all calls of multiprocessing: it polls every process from any thread that starts one."""
 
 
 class NotRun(Exception):  # noqa: N818  (no error)
-    """Why a case was left out."""
+    """Reason why a case was left out."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """A process. budget_left_s: of the time for everything."""
+    """Started process.
+
+    Args:
+        name: of the process.
+        pid: of the process, also of its group.
+        log: file of its output.
+        poll: returns the exit code, None while it runs.
+        budget_left_s: returns the rest of the time for everything, in seconds.
+    """
 
     name: str
     pid: int
@@ -48,9 +57,18 @@ class Started:
     budget_left_s: Callable[[], float]
 
     def wait(self, limit_s: float, *, progress: Callable[[], object] = lambda: None) -> int:
-        """Return the exit code; negative = killed by that signal. The limit counts from the last change of `progress()`.
+        """Wait for the end of the process, and kill it at the limit.
 
-        Raises TimeoutError at the limit and NotRun at the end of the budget; the process is killed then.
+        Args:
+            limit_s: seconds since the last change of `progress()`.
+            progress: returns a value that changes while the process makes progress.
+
+        Returns:
+            The exit code; negative = killed by that signal.
+
+        Raises:
+            TimeoutError: the limit was reached.
+            NotRun: the budget has ended.
         """
         seen, ends_at = progress(), time.monotonic() + limit_s
         while (code := self.poll()) is None:
@@ -66,7 +84,7 @@ class Started:
         return code
 
     def finish(self, limit_s: float, *, code: int = 0) -> str:
-        """Wait for this exit code and return what the process printed. Raises RuntimeError for another code."""
+        """Wait for this exit code and return the output of the process. Raises RuntimeError for another code."""
         found = self.wait(limit_s)
         if found != code:
             raise RuntimeError(f"{self.name} ended with {found}, not {code}\n{self.tail}")
@@ -74,14 +92,16 @@ class Started:
 
     @property
     def printed(self) -> str:
+        """Return the output of the process."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     @property
     def tail(self) -> str:
+        """Return the end of the output."""
         return self.printed[-_TAIL:].strip()
 
     def kill(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and all that it started."""
         with contextlib.suppress(ProcessLookupError):
             try:
                 os.killpg(self.pid, signal.SIGKILL)
@@ -90,9 +110,11 @@ class Started:
 
 
 class Starter:
-    """Starts processes; as a context it kills at its end what still runs.
+    """Starter of processes; on leaving its context it kills those that still run.
 
-    logs: directory, one file for each process. budget_s: time for everything, from now on.
+    Args:
+        logs: directory, one file for each process.
+        budget_s: time for everything, from now on.
     """
 
     def __init__(self, logs: Path, *, budget_s: float) -> None:
@@ -109,7 +131,7 @@ class Starter:
         return self._ends_at - time.monotonic()
 
     def end_budget(self) -> None:
-        """Leave out what has not been run. Whoever waits for a process kills it."""
+        """End the budget now: what has not been run is left out, and running processes are killed."""
         self._ends_at = time.monotonic()
 
     def __enter__(self) -> Starter:
@@ -119,7 +141,7 @@ class Starter:
         self.kill_running()
 
     def kill_running(self) -> None:
-        """End what nobody waits for any more."""
+        """Kill all processes that still run."""
         for started in self._started:
             if started.poll() is None:
                 started.kill()
@@ -173,12 +195,14 @@ class Starter:
 
 
 def run_command(argv: list[str]) -> None:
+    """Run a command line of the program."""
     from kd_accel.cli import main
 
     main(argv)
 
 
 def use_device() -> None:
+    """Compute something on the device of this machine."""
     import torch
 
     ones = torch.ones(4, 4, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -195,7 +219,7 @@ def launch_environment(world_size: int) -> list[dict[str, str]]:
 
 
 def _enter(log: Path, env: Mapping[str, str], function: Callable[..., None], *arguments: object) -> None:
-    """Run in the new process, in a group of its own, so that it can be ended with all that it started."""
+    """Run in the new process, in a group of its own, so that it can be killed with all that it started."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):

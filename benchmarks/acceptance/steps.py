@@ -1,4 +1,4 @@
-"""Item a: ten steps of every way of training in which nothing may wait for the device.
+"""Item a: ten steps of every way of training in which nothing may synchronize the device.
 
 `torch.cuda.set_sync_debug_mode("error")` holds for the steps themselves, not for what comes before them (building, the choice
 of kernels) and after them (the line of metrics reads values). On a CPU the steps are run without it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from benchmarks.training_case import Programs
 from kd_accel.config.schema import Precision
 from kd_accel.models.inference import choose_kernels
 from kd_accel.profiling import StepProfiler
-from kd_accel.training.trainer import train_epoch
 
 VARIANTS = {
     "plain": "plain",
@@ -39,40 +37,44 @@ VARIANTS = {
 
 
 def build(setting: Setting, precision: Precision) -> Cases:
-    """Build the variants. An epoch ends with a line of metrics, so it has one step after those that are watched."""
+    """Build the variants. An epoch ends with a line of metrics, so it has one step more than warm-up and checked steps."""
     steps, warm_up = setting.size(10, 2), setting.size(3, 1)
     bench = open_bench(Size(setting.size(128, 2), warm_up + steps + 1), precision=precision)
     directory = setting.scratch / f"steps-{precision}"
     programs = Programs(bench, directory, views=1)
-    return {name: partial(watched_steps, programs, name, directory / name, warm_up=warm_up, steps=steps) for name in VARIANTS}
+    return {name: partial(checked_steps, programs, name, directory / name, warm_up=warm_up, steps=steps) for name in VARIANTS}
 
 
-def watched_steps(programs: Programs, name: str, directory: Path, *, warm_up: int, steps: int) -> Figures:
-    """Run an epoch of a variant. Raises RuntimeError where a watched step waits for the device."""
+def checked_steps(programs: Programs, name: str, directory: Path, *, warm_up: int, steps: int) -> Figures:
+    """Run an epoch of a variant. Raises RuntimeError if a checked step synchronizes the device."""
     with _kernels(deterministic=name.startswith("deterministic")):
-        job = programs.job(VARIANTS[name], directory, blocks=1)
-        guard = SyncWatch(directory, first=warm_up, steps=steps)
+        trainer = programs.training(VARIANTS[name], directory, blocks=1)
+        trainer.profiler = guard = SyncGuard(directory, first=warm_up, steps=steps)
         try:
-            train_epoch(replace(job, profiler=guard))
+            trainer.fit_epoch()
         finally:
             guard.close()
     (line,) = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return {"watched_steps": guard.guarded, "loss": line["loss"]}
+    return {"checked_steps": guard.checked, "loss": line["loss"]}
 
 
-class SyncWatch(StepProfiler):
-    """Forbids waiting for the device in `steps` steps after the `first` ones. watched: how many of them are done."""
+class SyncGuard(StepProfiler):
+    """Guard in place of a profiler that forbids synchronizations in `steps` steps after the `first` ones.
+
+    Attributes:
+        checked: number of those steps that are done.
+    """
 
     def __init__(self, directory: Path, *, first: int, steps: int) -> None:
         super().__init__(directory, steps=None, rank=0, say=print)
-        self._first, self._steps, self._done, self.guarded = first, steps, 0, 0
+        self._first, self._steps, self._done, self.checked = first, steps, 0, 0
 
     def step(self) -> None:
         self._done += 1
-        self.guarded = min(max(0, self._done - self._first), self._steps)
+        self.checked = min(max(0, self._done - self._first), self._steps)
         if self._done == self._first:
             _set_mode("error")
-        if self.guarded == self._steps:
+        if self.checked == self._steps:
             _set_mode("default")
 
     def close(self) -> None:

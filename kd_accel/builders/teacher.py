@@ -14,7 +14,8 @@ from kd_accel.builders.student import Losses
 from kd_accel.cache.reader import OpenCache, open_cache
 from kd_accel.cache.verify import refuse_other_outputs
 from kd_accel.config.schema import RunConfig
-from kd_accel.data.datamodule import DataModule, Split
+from kd_accel.data.datamodule import DataModule
+from kd_accel.data.splits import Split
 from kd_accel.distributed import Accelerator, on_main_process
 from kd_accel.errors import UserError
 from kd_accel.losses.targets import TargetFunction

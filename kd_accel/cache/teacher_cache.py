@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +28,7 @@ from kd_accel.config.schema import Precision, StorageType
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import Split
 from kd_accel.data.transforms import ViewTransform
+from kd_accel.data.views import ImageDataset, ViewDataset
 from kd_accel.distributed import Accelerator
 from kd_accel.errors import UserError
 from kd_accel.losses.targets import TargetFunction
@@ -61,7 +61,7 @@ class TeacherCache:
         cls,
         directory: str | Path,
         teacher: Teacher,
-        views: DataModule,
+        views: ViewDataset | DataModule,
         *,
         layers: Mapping[str, TargetFunction] | Sequence[str] = (),
         dtype: StorageType = "float16",
@@ -79,7 +79,7 @@ class TeacherCache:
         Args:
             directory: Directory of the cache; created if it does not exist.
             teacher: The teacher.
-            views: Images, splits and views.
+            views: Images, splits and views; held-out splits are stored without augmentation.
             layers: Target functions by the teacher's layer, fitted in place; or names of layers whose raw maps are stored.
             dtype: Storage type; int8 for features only (logits are float16 then).
             batch_size: Samples in one forward of the teacher, on each process.
@@ -92,21 +92,22 @@ class TeacherCache:
             ValueError: An argument is not valid.
             UserError: The directory holds another cache, another build is running, or the disk refuses.
         """
-        if views.num_views is None:
+        data = views.module if isinstance(views, ViewDataset) else views
+        if data.num_views is None:
             raise ValueError("views: num_views must be a number; new views in each epoch cannot be stored")
         if batch_size < 1 or shard_mib <= 0:
             raise ValueError(f"batch_size and shard_mib must be positive, not {batch_size} and {shard_mib}")
-        if teacher.class_names is not None and teacher.class_names != tuple(views.label_names):
+        if teacher.class_names is not None and teacher.class_names != tuple(data.label_names):
             raise ValueError("teacher: its class_names must be those of views, in the same order")
         accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
         targets = dict(layers) if isinstance(layers, Mapping) else raw_targets(layers)
-        image_size = views.transform.image_size
+        image_size = data.transform.image_size
         request = create_request(
             teacher,
-            views,
+            data,
             targets,
             device=accelerator.device,
-            views=views.num_views,
+            views=data.num_views,
             dtype=dtype,
             precision=_precision(accelerator),
             channels_last=channels_last,
@@ -118,7 +119,7 @@ class TeacherCache:
             network, normalize = teacher.on_device(
                 accelerator.device, layers=targets, image_size=image_size, channels_last=channels_last
             )
-            parts = (directory, request, views, network, normalize, accelerator)
+            parts = (directory, request, data, network, normalize, accelerator)
             build_cache(CacheBuild(*parts, batch_samples=batch_size, shard_mib=shard_mib, is_compiled=compiled))
         return cls.open(directory)
 
@@ -143,28 +144,31 @@ class TeacherCache:
         layers = tuple(name for name in cache_spec.tensors if name != LOGITS)
         return cls(OpenCache(directory, cache_spec, samples, layers))
 
-    def views(self, data: DataModule) -> DataModule:
-        """Return data with the views that the cache was built from.
+    def views(self, data: ImageDataset) -> ViewDataset:
+        """Return the views that the cache was built from.
 
         Args:
-            data: Images and splits; its samples may be fewer than those of the cache.
+            data: The images; they may be fewer than those of the cache.
 
         Raises:
             UserError: The samples, their contents, the classes or the image size are not those of the cache.
         """
-        spec = self._cache.cache_spec
-        stored = spec.fingerprint_fields["views"]
+        stored = self._cache.cache_spec.fingerprint_fields["views"]
         transform = ViewTransform(
             augment=stored["transform"],
-            image_size=data.transform.image_size,
+            image_size=data.module.transform.image_size,
             crop_padding=stored.get("crop_padding", 0),
-            view_seed=stored.get("view_seed", 0),
         )
-        data = replace(data, transform=transform, num_views=self.num_views)
+        views = ViewDataset(data, transform, num_views=self.num_views, view_seed=stored.get("view_seed", 0))
+        self.check_data(views.module)
+        return views
+
+    def check_data(self, data: DataModule) -> None:
+        """Check that the cache was built from these images and views. Raises UserError that names what differs."""
+        spec = self._cache.cache_spec
         _refuse(self.directory, "other data", differing_fields(spec, {**spec.fingerprint_fields, **data_fields(data)}))
         for split, samples in covered_samples(data).items():
             check_samples(self.directory, split, self._cache.samples[split], samples)
-        return data
 
     def read(
         self,
@@ -212,7 +216,7 @@ class TeacherCache:
 
 
 def _single_view(view: int | Tensor) -> int:
-    numbers = torch.as_tensor(view).unique().tolist()
+    numbers = sorted(set(torch.as_tensor(view).flatten().tolist()))
     if len(numbers) != 1:
         raise ValueError(f"view: all samples of a read must have the same view, not {numbers}")
     return int(numbers[0])

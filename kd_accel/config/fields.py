@@ -76,9 +76,8 @@ def words(annotation: Any) -> str:
 
 
 def takes_text(annotation: Any) -> bool:
-    """Return whether text is a value of this type, or an item of one."""
-    items = [typing.get_args(option)[0] if typing.get_origin(option) is list else option for option in options(annotation)]
-    return any(item is str or typing.get_origin(item) is Literal for item in items)
+    """Return whether any text is a value of this type, or an item of one."""
+    return any(option in (str, list[str], dict[str, str]) for option in options(annotation))
 
 
 def match(name: str, known: Sequence[str]) -> str | None:

@@ -59,7 +59,7 @@ def _section_help(section: type[BaseModel], prefix: str, heading: str) -> Iterat
         line = f"--{prefix}{name} {_label(field.annotation)}  ({_default(field)}) {texts[name]}"
         yield textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent=" " * 8, break_on_hyphens=False)
     for below, key, text in inner:
-        yield from _section_help(typing.cast(type[BaseModel], below), key, text)
+        yield from _section_help(below, key, text)
 
 
 def _default(field: FieldInfo) -> str:

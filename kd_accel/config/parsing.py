@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from kd_accel.config.command_line import CommandParser
 from kd_accel.config.fields import Keys, child, flatten, match, meant, options, takes_text, words
 from kd_accel.config.schema import ReproduceConfig, RunConfig
-from kd_accel.config.settings import COMMAND_LINE, Settings, texts
+from kd_accel.config.settings import CALL, COMMAND_LINE, Settings, nested, texts
 from kd_accel.config.validation import problems
 from kd_accel.errors import UserError
 from kd_accel.io.safe_yaml import dump_yaml
@@ -50,20 +50,40 @@ def parse_config(
     """
     parser = parser or CommandParser("train", "", "", config_class=config_class)
     settings, arguments = _read(config_class, argv, parser)
-    written, is_partial = copy.deepcopy(settings.values), bool(settings.mistakes)
-    config, refused = _validate(settings, parser.options(), is_partial=is_partial)
-    broken = problems(config, parser.losses) if config is not None else []
-    found = [
-        *settings.mistakes,
-        *(f"{rule}{_where(settings, rule.partition(':')[0])}" for rule in broken if not _names(rule, refused)),
-        *_foreign_code(settings, written),
-    ]
-    if config is None or found:
-        raise UserError(_listed(found))
+    config = _checked(settings, parser.losses, parser.options())
     if arguments.print_config:
         print(dump_yaml(config.model_dump(mode="json")), end="")
         raise SystemExit(0)
     return config, arguments
+
+
+def build_config(
+    config_class: type[Config],
+    source: Path | str | Mapping[str, Any] | Config,
+    overrides: Mapping[str, Any],
+    *,
+    losses: Mapping[str, Sequence[str]],
+) -> Config:
+    """Build and check a config from Python.
+
+    Args:
+        config_class: schema of the settings.
+        source: YAML file, nested settings or a config.
+        overrides: values by dotted name, merged like flags; a value is taken as it is, not as text.
+        losses: names of the registered losses by kind; empty = names are not checked.
+
+    Raises:
+        UserError: Lists every mistake.
+    """
+    settings = Settings(config_class)
+    if isinstance(source, Path | str):
+        settings.add_file(str(source))
+    else:
+        settings.add(source.model_dump() if isinstance(source, BaseModel) else source, CALL)
+    for name, value in overrides.items():
+        settings.add(nested(tuple(name.split(".")), value), CALL)
+    config: Config = _checked(settings, losses)
+    return config
 
 
 def load_config_file(config_class: type[Config], path: Path) -> Config:
@@ -94,6 +114,21 @@ def _read(config_class: type[BaseModel], argv: Sequence[str], parser: CommandPar
         settings.add_file(path)
     settings.add_flags(flags)
     return settings, arguments
+
+
+def _checked(settings: Settings, losses: Mapping[str, Sequence[str]], command_options: Sequence[str] = ()) -> Any:
+    """Return the config of merged settings. Raises UserError that lists every mistake."""
+    given, is_partial = copy.deepcopy(settings.values), bool(settings.mistakes)
+    config, refused = _validate(settings, command_options, is_partial=is_partial)
+    broken = problems(config, losses) if config is not None else []
+    found = [
+        *settings.mistakes,
+        *(f"{rule}{_where(settings, rule.partition(':')[0])}" for rule in broken if not _names(rule, refused)),
+        *_foreign_code(settings, given),
+    ]
+    if found:
+        raise UserError(_listed(found))
+    return config
 
 
 def _validate(settings: Settings, command_options: Sequence[str], *, is_partial: bool) -> tuple[Any, set[str]]:
@@ -206,10 +241,10 @@ def _where(settings: Settings, name: str) -> str:
     return f" (in {origin})" if origin else ""
 
 
-def _foreign_code(settings: Settings, written: Mapping[str, Any]) -> list[str]:
+def _foreign_code(settings: Settings, given: Mapping[str, Any]) -> list[str]:
     """Return a message for each name of user code that is in a file and that the user neither typed nor allowed."""
     allow(settings.typed)
-    named = ((".".join(keys), settings.origin(keys) or COMMAND_LINE, text) for keys, text in texts(written))
+    named = ((".".join(keys), settings.origin(keys) or COMMAND_LINE, text) for keys, text in texts(given))
     found = (import_problem(text, field=name, where=where) for name, where, text in named)
     return [problem for problem in found if problem]
 

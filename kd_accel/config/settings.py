@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from kd_accel.config.fields import Keys, child, entry_of, options, type_of
 from kd_accel.io.safe_yaml import MAX_DEPTH, load_yaml, load_yaml_file, place
 
-COMMAND_LINE = "the command line"
+COMMAND_LINE, CALL = "the command line", "the call"
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Settings:
     Attributes:
         config_class: schema of the settings.
         values: nested mapping.
-        origins: file of each setting, or COMMAND_LINE.
-        typed: texts of the command line, which allow the user code among them.
+        origins: file of each setting, COMMAND_LINE or CALL.
+        typed: texts of the command line or call, which allow the user code among them.
         mistakes: messages.
     """
 
@@ -43,8 +43,14 @@ class Settings:
             keys = ", ".join(map(str, content))
             self.mistakes.append(f"config: {path} is written for another command: none of its settings ({keys}) is of this one")
         else:
-            where = f"./{path}" if path == COMMAND_LINE else path
+            where = f"./{path}" if path in (COMMAND_LINE, CALL) else path
             self._merge(self.values, content, self.config_class, (), where)
+
+    def add(self, settings: Mapping[Any, Any], where: str) -> None:
+        """Merge nested settings of the command line or of a call from Python."""
+        plain = _plain(settings)
+        self.typed += [text for _, text in texts(plain)]
+        self._merge(self.values, plain, self.config_class, (), where)
 
     def add_flags(self, flags: Sequence[tuple[str, str | None]]) -> None:
         """Merge settings given as (dotted name, text); the text None is that of a flag without a value."""
@@ -54,14 +60,10 @@ class Settings:
             if text is None and annotation is not None:
                 self.mistakes.append(f"--{name}: has no value; write --{name} VALUE")
                 continue
-            value = None if text is None else _value(annotation, text)
-            self.typed += [found for _, found in texts(value)]
-            for key in reversed(keys[1:]):
-                value = {key: value}
-            self._merge(self.values, {keys[0]: value}, self.config_class, (), COMMAND_LINE)
+            self.add(nested(keys, None if text is None else _value(annotation, text)), COMMAND_LINE)
 
     def origin(self, keys: Keys) -> str | None:
-        """Return the file of a setting, or COMMAND_LINE; None for a default."""
+        """Return where a setting was set last; None for a default."""
         return next((self.origins[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in self.origins), None)
 
     def _merge(self, into: dict[str, Any], added: Mapping[Any, Any], annotation: Any, above: Keys, where: str) -> None:
@@ -74,7 +76,7 @@ class Settings:
                     into[key], self.origins[keys] = below, where
             elif value is not None or entry_of(annotation) is None:
                 into[key], self.origins[keys] = value, where
-            elif into.pop(key, None) is None and where != COMMAND_LINE:
+            elif into.pop(key, None) is None and where not in (COMMAND_LINE, CALL):
                 rule = f"null removes an entry, but nothing before this has it; for its defaults write {key}: {{}}"
                 self.mistakes.append(f"{'.'.join(keys)}: {rule} (in {where})")
 
@@ -96,6 +98,13 @@ def read_yaml(path: str, mistakes: list[str], *, field: str = "config") -> dict[
     return {}
 
 
+def nested(keys: Keys, value: Any) -> dict[str, Any]:
+    """Return a value under its keys: {"a": {"b": value}}."""
+    for key in reversed(keys[1:]):
+        value = {key: value}
+    return {keys[0]: value}
+
+
 def texts(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, str]]:
     """Yield each text in nested values, keys included, with the setting in which it is."""
     if isinstance(value, dict):
@@ -107,6 +116,15 @@ def texts(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, str]]:
             yield from texts(item, keys)
     elif isinstance(value, str):
         yield keys, value
+
+
+def _plain(value: Any) -> Any:
+    """Return nested values with dicts, lists and texts in place of Python's other mappings, tuples and paths."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _value(annotation: Any, text: str) -> Any:

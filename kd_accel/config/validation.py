@@ -48,7 +48,7 @@ def problems(config: BaseModel, losses: Mapping[str, Sequence[str]] | None = Non
         return [*_values(config), *_bench(config)]
     assert isinstance(config, RunConfig)
     checks = (_values, _name, _data, _model, _teacher, _distill, _optim, _train, _checkpoint)
-    unknown = _unknown_losses(config.distill, losses) if config.distill and losses else ()
+    unknown = _unknown_losses(config.distill, losses) if config.distill is not None and losses else ()
     return [*(problem for check in checks for problem in check(config)), *unknown]
 
 

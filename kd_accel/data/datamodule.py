@@ -194,20 +194,3 @@ def notices_of_small_batches(
         f"images of {image_size} pixels in a forward, too few to hide a GPU's kernel launches; use {_FEW_SAMPLES} or more per "
         "process (and scale optim.lr), or fewer processes"
     ]
-
-
-# shims
-
-Data = DataModule
-
-
-def training_loader(data: DataModule, config: Any, accelerator: Any) -> TrainLoader:
-    """Return `data.train_loader(...)` of a RunConfig and an Accelerator."""
-    return data.train_loader(
-        batch_size=config.train.batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        grad_accum_steps=config.train.grad_accum_steps,
-        seed=config.seed,
-        pin_memory=accelerator.device.type == "cuda",
-    )

@@ -1,23 +1,24 @@
 """Torch datasets of images and of their views, for a plain DataLoader.
 
-`ImageDataset` reads a source (or wraps a dataset that exists already), `ViewDataset` gives one augmented view of each training
-sample, `EpochBatchSampler` the order in which `kd-accel train` sees them.
+`ImageDataset` reads a source or wraps an existing dataset, `ViewDataset` has one augmented view of each training sample,
+`EpochBatchSampler` has the order in which `kd-accel train` visits them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from kd_accel.config.schema import DataConfig
+from kd_accel.config.parsing import build_config
+from kd_accel.config.schema import DataConfig, RunConfig
 from kd_accel.data.datamodule import DataModule, load_data
-from kd_accel.data.dataset import ImageSet, MemoryImages, empty_images
+from kd_accel.data.dataset import MemoryImages, empty_images
 from kd_accel.data.decode import fit_array, fit_image
 from kd_accel.data.loader import epoch_order
 from kd_accel.data.splits import Split, channel_statistics, split_samples
@@ -25,28 +26,35 @@ from kd_accel.data.transforms import ViewTransform
 
 Item = dict[str, Any]
 
+_SETTINGS_OF_VIEWS = ("augment", "crop_padding", "views", "view_seed")
+_SETTINGS_OF_SOURCES = ("train_split", "test_split")
+_MAX_CLASSES = 1_000_000
+"""Limit of labels without class names: a larger one is an identifier in place of a label."""
+
 
 class ImageDataset(Dataset[Item]):
-    """Images of a source, split into train, val and test; as a torch dataset it is the training split, without augmentation.
+    """Images of a source, split into train, val and test; as a torch dataset the training split, without augmentation.
 
-    An item is {"image": uint8 tensor [3, S, S], "label": int, "index": int}; `index` is the sample's position in the source
-    split, before any subset.
+    An item is {"image": uint8 tensor [3, S, S], "label": int, "index": int}; `index` is the sample's position in its source
+    split, before any subset. The channel statistics, classes and splits equal those of a run with the same settings.
 
     Args:
-        source: as `data.source` of a config (`hub:NAME`, `parquet:DIR`, `imagefolder:DIR`, `digits`), or a dataset with
-            `__len__` and `__getitem__` whose items are pairs (image, label) or dicts; an image is a PIL image, or uint8
-            [H, W, 3] or [3, H, W].
-        test: dataset of the test samples, where `source` is a dataset; None for none.
-        image_size: side of the square to which every image is resized, in pixels.
-        image_column: key of the image in a dict, column of a source.
-        label_column: key of the label in a dict, column of a source.
-        class_names: by label, where `source` is a dataset; by default its `classes`, or the numbers.
-        val_fraction: fraction of the training samples held out for validation.
-        settings: further settings of a config's `data` section, such as `limit_train`.
+        source: `hub:NAME`, `parquet:DIR`, `imagefolder:DIR` or `digits`, as `data.source` of a config; or a dataset with
+            `__len__` and `__getitem__` whose items are pairs (image, label) or dicts. Its images are PIL images, or uint8
+            [H, W, 3] or [3, H, W] as arrays or tensors; they are read into memory once.
+        test: Dataset of the test samples, where `source` is a dataset; None for none.
+        image_size: S, the side of the square to which every image is resized, in pixels.
+        image_column: Key of the image in a dict, column of a source.
+        label_column: Key of the label in a dict, column of a source.
+        class_names: Class names by label, where `source` is a dataset; None takes its `classes` or the names of its label
+            feature (Hugging Face), else the numbers.
+        val_fraction: Fraction of the training samples held out for validation.
+        settings: Further settings of a config's `data` section: `limit_train`, `limit_test`, `mean`, `std`,
+            `memory_limit_mib`, `num_workers` (for the batches of a cache build) and, for a source, `train_split`, `test_split`.
 
     Raises:
-        TypeError: an image or label of another type.
-        ValueError: a source or setting that is not valid (`UserError`).
+        TypeError: An image or label has another type, or `source` is neither a name nor a dataset.
+        ValueError: A source or setting is not valid (`UserError`).
     """
 
     def __init__(
@@ -62,18 +70,25 @@ class ImageDataset(Dataset[Item]):
         **settings: Any,
     ) -> None:
         shared: dict[str, Any] = {"image_size": image_size, "val_fraction": val_fraction, **settings}
+        if refused := settings.keys() & set(_SETTINGS_OF_VIEWS):
+            raise ValueError(f"{min(refused)}: is a setting of the views; give it to ViewDataset or to its transform")
         if isinstance(source, str):
-            if ":" in source:
-                shared |= {"image_column": image_column, "label_column": label_column}
-            self.module = load_data(DataConfig(source=source, **shared))
-            return
-        config, columns = DataConfig(**shared), (image_column, label_column)
-        names = class_names if class_names is not None else getattr(source, "classes", None)
-        train = _wrapped(source, image_size, columns, names, argument="source")
-        held_out = train if test is None else _wrapped(test, image_size, columns, train.label_names, argument="test")
-        splits = split_samples(train.num_samples, 0 if test is None else held_out.num_samples, config)
-        mean, std = channel_statistics(train, splits.train)
-        self.module = DataModule(train, held_out, splits, mean, std, ViewTransform("none", image_size), 1)
+            if test is not None or class_names is not None:
+                name = "test" if test is not None else "class_names"
+                raise ValueError(f"{name}: has no effect with the source {source}, which has its own; leave it out")
+            columns = {"image_column": image_column, "label_column": label_column}
+            self.module = load_data(_checked({"source": source, **columns, **shared}))
+        else:
+            if refused := settings.keys() & set(_SETTINGS_OF_SOURCES):
+                raise ValueError(f"{min(refused)}: has no effect with a dataset; give its splits as source and test")
+            self.module = _wrapped_module(source, test, _checked(shared), (image_column, label_column), class_names)
+
+    @classmethod
+    def from_module(cls, module: DataModule) -> ImageDataset:
+        """Wrap the data of a config."""
+        dataset = cls.__new__(cls)
+        dataset.module = module
+        return dataset
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -91,7 +106,9 @@ class ImageDataset(Dataset[Item]):
         return self.module.std
 
     def split(self, name: Split) -> SplitDataset:
-        """Return the samples of train, val or test, without augmentation."""
+        """Return the samples of train, val or test, without augmentation. Raises ValueError for another name."""
+        if name not in get_args(Split):
+            raise ValueError(f"name: {name!r} is not a split; use one of {', '.join(get_args(Split))}")
         return SplitDataset(self.module, name)
 
     def __len__(self) -> int:
@@ -100,9 +117,18 @@ class ImageDataset(Dataset[Item]):
     def __getitem__(self, position: int) -> Item:
         return self.split("train")[position]
 
+    def __getitems__(self, positions: Sequence[int]) -> list[Item]:
+        """Return several items at once, as a DataLoader requests a batch."""
+        return self.split("train").__getitems__(positions)
+
 
 class SplitDataset(Dataset[Item]):
-    """One split without augmentation; items as those of `ImageDataset`."""
+    """One split without augmentation; items as those of `ImageDataset`.
+
+    Args:
+        module: The data.
+        split: Name of the split.
+    """
 
     def __init__(self, module: DataModule, split: Split) -> None:
         self._images = module.test if split == "test" else module.train
@@ -115,54 +141,69 @@ class SplitDataset(Dataset[Item]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
-        """Return several items at once, as a DataLoader asks for a batch."""
-        indices = self._indices[np.asarray(positions)]
+        """Return several items at once, as a DataLoader requests a batch."""
+        indices = self._indices[np.asarray(positions, dtype=np.int64)]
         return _items(self._images.pixels(indices), self._images.labels[indices], indices)
 
 
 class ViewDataset(Dataset[Item]):
     """One augmented view of each training sample: a pure function of (view_seed, view, index).
 
-    An item is {"image": uint8 tensor [3, S, S], "label": int, "index": int, "view": int}. `set_view` chooses the view, also for
-    workers that live on.
+    An item is {"image": uint8 tensor [3, S, S], "label": int, "index": int, "view": int}. `set_view` chooses the view of all
+    items, also in workers that are already running; call it between two epochs, because a DataLoader prefetches.
 
     Args:
-        data: the images.
-        transform: how a view is made of an image (`kd_accel.transforms`).
-        num_views: number of different views of each sample; None = without limit.
-        view_seed: seed of the views.
+        data: The images.
+        transform: Augmentation, one of `kd_accel.transforms`.
+        num_views: Number of different views of each sample; None = without limit (1 without augmentation).
+        view_seed: Seed of the views.
+
+    Raises:
+        TypeError: `data` or `transform` has another type.
+        ValueError: An argument is not valid.
     """
 
     def __init__(
         self, data: ImageDataset, transform: ViewTransform, *, num_views: int | None = None, view_seed: int = 0
     ) -> None:
-        if num_views is not None and num_views < 1:
-            raise ValueError(f"num_views: {num_views} must be at least 1, or None")
+        if not isinstance(data, ImageDataset):
+            raise TypeError(f"data: must be an ImageDataset, not {type(data).__name__}; wrap it as ImageDataset(data)")
+        if not isinstance(transform, ViewTransform):
+            raise TypeError(f"transform: must be one of kd_accel.transforms, not {type(transform).__name__}")
         size = data.module.transform.image_size
         if transform.image_size != size:
             raise ValueError(f"transform: made for images of {transform.image_size} pixels, but data has {size}; use the same")
-        transform = replace(transform, view_seed=view_seed)
-        self.module = replace(data.module, transform=transform, num_views=1 if transform.augment == "none" else num_views)
+        if num_views is not None and num_views < 1:
+            raise ValueError(f"num_views: {num_views} must be at least 1, or None")
+        if view_seed < 0:
+            raise ValueError(f"view_seed: {view_seed} must be at least 0")
+        if transform.augment == "none":
+            if num_views not in (None, 1):
+                raise ValueError(f"num_views: {num_views} views without augmentation are all equal; leave it out")
+            num_views = 1
+        self.module = replace(data.module, transform=replace(transform, view_seed=view_seed), num_views=num_views)
         self._view = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
     def num_views(self) -> int | None:
-        """Number of different views of each sample."""
+        """Number of different views of each sample; None = without limit."""
         return self.module.num_views
 
     @property
     def view(self) -> int:
-        """The view that items have now."""
+        """Number of the view that the items have."""
         return int(self._view)
 
     def set_view(self, view: int) -> None:
-        """Choose the view of the items from here on. Raises ValueError if it is not one of `num_views`."""
+        """Choose the view of the items from now on. Raises ValueError if it is not one of `num_views`."""
         if view < 0 or (self.num_views is not None and view >= self.num_views):
             raise ValueError(f"view: {view} must be at least 0 and below num_views ({self.num_views})")
         self._view.fill_(view)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the view of an epoch, as a training does: epoch mod num_views."""
+        """Choose the view of an epoch as `kd-accel train` does: epoch mod num_views. Raises ValueError if it is negative."""
+        if epoch < 0:
+            raise ValueError(f"epoch: {epoch} must be at least 0")
         self.set_view(epoch if self.num_views is None else epoch % self.num_views)
 
     def __len__(self) -> int:
@@ -172,8 +213,8 @@ class ViewDataset(Dataset[Item]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
-        """Return several items at once, as a DataLoader asks for a batch."""
-        indices, view = self.module.splits.train[np.asarray(positions)], self.view
+        """Return several items at once, as a DataLoader requests a batch."""
+        indices, view = self.module.splits.train[np.asarray(positions, dtype=np.int64)], self.view
         pixels = self.module.transform(self.module.train.pixels(indices), indices, view)
         return [{**item, "view": view} for item in _items(pixels, self.module.train.labels[indices], indices)]
 
@@ -181,15 +222,25 @@ class ViewDataset(Dataset[Item]):
 class EpochBatchSampler(Sampler[list[int]]):
     """Batches of positions in a `ViewDataset`, in the order of `kd-accel train`: a pure function of (seed, epoch).
 
+    The samples that do not fill a batch are left out, different ones in each epoch.
+
     Args:
-        views: the dataset.
-        batch_size: samples of one optimizer step over all processes.
-        seed: of the order.
-        rank: number of this process.
-        world_size: number of processes; each gets a contiguous share of every batch.
+        views: The dataset.
+        batch_size: Samples of one optimizer step over all processes.
+        seed: Seed of the order.
+        rank: Number of this process.
+        world_size: Number of processes; each has a contiguous share of every batch.
+
+    Raises:
+        TypeError: `views` has another type.
+        ValueError: An argument is not valid.
     """
 
     def __init__(self, views: ViewDataset, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if not isinstance(views, ViewDataset):
+            raise TypeError(f"views: must be a ViewDataset, not {type(views).__name__}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: {rank} must be at least 0 and below world_size ({world_size})")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size: {batch_size} must be a positive multiple of world_size ({world_size})")
         if batch_size > len(views):
@@ -198,7 +249,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         self._rank, self._world_size, self._epoch = rank, world_size, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is given."""
+        """Choose the epoch whose order is next."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -210,64 +261,127 @@ class EpochBatchSampler(Sampler[list[int]]):
         return iter(positions[:, self._rank].tolist())
 
 
+def square_pixels(image: Any, image_size: int, *, where: str) -> np.ndarray:
+    """Convert one image to RGB and resize it.
+
+    Args:
+        image: PIL image, or uint8 [H, W, 3] or [3, H, W] as array or tensor.
+        image_size: S, in pixels.
+        where: Argument and position, for the message.
+
+    Returns:
+        uint8 [S, S, 3].
+
+    Raises:
+        TypeError: The image has another type or shape.
+    """
+    if hasattr(image, "convert"):
+        return fit_image(image, image_size)
+    array = image.numpy(force=True) if isinstance(image, Tensor) else image
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
+        kind = f"{array.dtype} array" if isinstance(array, np.ndarray) else type(image).__name__
+        raise TypeError(f"{where}: the image is a {kind}; it must be a PIL image, or uint8 [H, W, 3] or [3, H, W]")
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise TypeError(f"{where}: the image has shape {list(array.shape)}; it must be uint8 [H, W, 3] or [3, H, W]")
+    return fit_array(np.ascontiguousarray(array), image_size)
+
+
 def _items(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> list[Item]:
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
     columns = zip(images, labels.tolist(), indices.tolist(), strict=True)
     return [{"image": image, "label": label, "index": index} for image, label, index in columns]
 
 
+def _checked(settings: Mapping[str, Any]) -> DataConfig:
+    """Check settings by the rules of a run's `data` section. Raises UserError."""
+    return build_config(RunConfig, {"data": settings}, {}, losses={}).data
+
+
+def _wrapped_module(
+    source: Any, test: Any, config: DataConfig, columns: tuple[str, str], class_names: Sequence[str] | None
+) -> DataModule:
+    """Read datasets of pairs or dicts into memory, and split them as a source."""
+    train = _wrapped(source, config, columns, class_names or _names(source, columns[1]), argument="source")
+    if test is None:
+        held_out = MemoryImages(empty_images(0, config.image_size), np.empty(0, dtype=np.int64), train.label_names)
+    else:
+        own = None if class_names else _names(test, columns[1])
+        if own is not None and tuple(own) != train.label_names:
+            raise ValueError("test: has other classes than source; both need the same, in the same order")
+        held_out = _wrapped(test, config, columns, train.label_names, argument="test")
+    splits = split_samples(train.num_samples, held_out.num_samples, config)
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        mean, std = channel_statistics(train, splits.train)
+    transform = ViewTransform("none", config.image_size)
+    return DataModule(train, held_out, splits, mean, std, transform, 1, config.num_workers)
+
+
+def _names(dataset: Any, label_column: str) -> list[str] | None:
+    """Return the class names of a dataset of torchvision or Hugging Face; None where it has none."""
+    features = getattr(dataset, "features", None)
+    label = features.get(label_column) if isinstance(features, Mapping) else None
+    names = getattr(dataset, "classes", None) or getattr(label, "names", None)
+    return None if names is None else [str(name) for name in names]
+
+
 def _wrapped(
-    dataset: Any,
-    image_size: int,
-    columns: tuple[str, str],
-    class_names: Sequence[str] | None,
-    *,
-    argument: str,
-) -> ImageSet:
+    dataset: Any, config: DataConfig, columns: tuple[str, str], class_names: Sequence[str] | None, *, argument: str
+) -> MemoryImages:
     """Read a dataset of pairs or dicts into memory, resized."""
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise TypeError(
-            f"{argument}: must be a source name or a dataset with __len__ and __getitem__, not {type(dataset).__name__}"
-        )
-    images = empty_images(len(dataset), image_size)
+    _check_dataset(dataset, config, argument)
+    images = empty_images(len(dataset), config.image_size)
     labels = np.empty(len(dataset), dtype=np.int64)
     for position in range(len(dataset)):
         where = f"{argument}: item {position}"
         image, label = _parts(dataset[position], *columns, where)
-        images[position] = _pixels(image, image_size, where)
-        if not isinstance(label, int | np.integer | Tensor) or isinstance(label, bool):
-            raise TypeError(f"{where}: the label is {type(label).__name__}, not an integer")
-        labels[position] = int(label)
-    if not len(labels):
-        raise ValueError(f"{argument}: has no items")
+        images[position] = square_pixels(image, config.image_size, where=where)
+        labels[position] = _label(label, where)
     names = [str(name) for name in (range(int(labels.max()) + 1) if class_names is None else class_names)]
-    if labels.min() < 0 or labels.max() >= len(names):
-        raise ValueError(f"{argument}: labels must be in 0..{len(names) - 1}, they are in {labels.min()}..{labels.max()}")
+    if len(set(names)) < len(names):
+        raise ValueError("class_names: two classes have the same name")
+    if labels.max() >= len(names):
+        raise ValueError(f"{argument}: has the label {labels.max()}, but labels must be in 0..{len(names) - 1}")
     return MemoryImages(images, labels, names)
+
+
+def _check_dataset(dataset: Any, config: DataConfig, argument: str) -> None:
+    """Raise TypeError for an object without positions, ValueError for an empty dataset or one that exceeds the memory limit."""
+    has_positions = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping)
+    if not has_positions:
+        remedy = "; give its splits as source and test" if isinstance(dataset, Mapping) else ""
+        name = "the name of a source or " if argument == "source" else ""
+        raise TypeError(
+            f"{argument}: must be {name}a dataset with __len__ and __getitem__, not {type(dataset).__name__}{remedy}"
+        )
+    if not len(dataset):
+        raise ValueError(f"{argument}: has no items")
+    if (needed := len(dataset) * config.image_size**2 * 3) > config.memory_limit_mib * 2**20:
+        raise ValueError(
+            f"image_size: {len(dataset)} images of {config.image_size} x {config.image_size} pixels take {needed // 2**20} MiB "
+            f"of memory, more than memory_limit_mib ({config.memory_limit_mib}); raise it, or read a source from disk"
+        )
 
 
 def _parts(item: Any, image_column: str, label_column: str, where: str) -> tuple[Any, Any]:
     """Return (image, label) of a pair or a dict."""
-    if isinstance(item, dict):
-        missing = [name for name in (image_column, label_column) if name not in item]
-        if missing:
-            raise ValueError(f"{where}: has no column {missing[0]!r} (it has {', '.join(map(str, item))})")
+    if isinstance(item, Mapping):
+        for argument, column in (("image_column", image_column), ("label_column", label_column)):
+            if column not in item:
+                raise ValueError(f"{argument}: {where} has no {column!r} (it has {', '.join(map(str, item))})")
         return item[image_column], item[label_column]
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1]
     raise TypeError(f"{where}: must be a pair (image, label) or a dict, not {type(item).__name__}")
 
 
-def _pixels(image: Any, image_size: int, where: str) -> np.ndarray:
-    """Return uint8 [S, S, 3] of a PIL image, an array or a tensor."""
-    if hasattr(image, "convert"):
-        return fit_image(image, image_size)
-    array = image.numpy() if isinstance(image, Tensor) else image
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
-        kind = f"{array.dtype} array" if isinstance(array, np.ndarray) else type(image).__name__
-        raise TypeError(f"{where}: the image is a {kind}; it must be a PIL image, or uint8 [H, W, 3] or [3, H, W]")
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-        array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[2] != 3:
-        raise TypeError(f"{where}: the image has shape {array.shape}; it must be uint8 [H, W, 3] or [3, H, W]")
-    return fit_array(np.ascontiguousarray(array), image_size)
+def _label(label: Any, where: str) -> int:
+    """Return a whole number, also of an integer tensor or array with one element."""
+    value = label.item() if isinstance(label, Tensor | np.ndarray) and np.prod(label.shape) == 1 else label
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{where}: the label {value!r} is {type(value).__name__}, not a whole number")
+    if not 0 <= value < _MAX_CLASSES:
+        raise ValueError(f"{where}: the label is {value}, but labels must be at least 0 and below {_MAX_CLASSES}")
+    return int(value)

@@ -40,7 +40,8 @@ def mse_loss(student_map: Tensor, target_map: Tensor) -> Tensor:
         student, target = _meet(full_precision(student_map), full_precision(target_map))
         if student.is_contiguous(memory_format=torch.channels_last):
             student, target = student.movedim(1, -1), target.movedim(1, -1)  # in memory order, so that no copy is made
-        return _MeanSquare.apply(student, target)
+        loss: Tensor = _MeanSquare.apply(student, target)
+        return loss
 
 
 @register("mse")
@@ -102,6 +103,7 @@ class MSE(FeatureLoss):
             self.projectors[module_key(layer)] = projector
 
     def forward(self, features: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, index: Tensor | None = None) -> Tensor:
+        """Return the sum over layers of `mse_loss`; arguments as in `FeatureLoss.forward`."""
         if self.projectors:
             with profiler_range("projector"):
                 features = {layer: self.projectors[module_key(layer)](feature) for layer, feature in features.items()}

@@ -77,4 +77,5 @@ class KL(LogitLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, labels: Tensor, index: Tensor | None = None
     ) -> Tensor:
+        """Return `kl_loss` of the logits; arguments as in `LogitLoss.forward`."""
         return kl_loss(student_logits, teacher_logits, temperature=temperature, t_squared=self.settings.t_squared)

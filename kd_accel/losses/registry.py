@@ -54,28 +54,29 @@ class LossDescription:
 @cache
 def _found() -> dict[tuple[str, str], tuple[str, str]]:
     """Read (kind, name) -> (module, class) of every `@register("name")` in this package."""
-    classes = {
-        node.name: (node, path.stem)
+    classes = [
+        (node, path.stem)
         for path in sorted(Path(__file__).parent.glob("*.py"))
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
-    }
+    ]
+    by_name = {node.name: node for node, _ in classes}
     found: dict[tuple[str, str], tuple[str, str]] = {}
-    for node, module in classes.values():
+    for node, module in classes:
         if name := _registered_name(node):
-            key = (_kind(node, classes), name)
+            key = (_kind(node, by_name), name)
             assert key not in found, f"two losses are registered as {key}"
             found[key] = (f"{__package__}.{module}", node.name)
     return found
 
 
-def _kind(node: ast.ClassDef, classes: Mapping[str, tuple[ast.ClassDef, str]]) -> Kind:
+def _kind(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> Kind:
     """Return the kind of a class that derives from a base class, directly or through another loss."""
     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
     for base in bases:
         if base in _BASES:
             return _BASES[base]
-    return _kind(next(classes[base][0] for base in bases if base in classes), classes)
+    return _kind(next(classes[base] for base in bases if base in classes), classes)
 
 
 def _registered_name(node: ast.ClassDef) -> str | None:
@@ -114,8 +115,8 @@ def load_loss(kind: Kind, name: str, *, field: str = "loss") -> Any:
             f"{field}: {name!r} is not the name of a loss between {kind}{nearest(name, names(kind))} (known: {known})"
         )
     if _kind_of(found) != kind:
-        wanted = next(base for base, own in _BASES.items() if own == kind)
-        raise UserError(f"{field}: {name} must be a class derived from kd_accel.losses.base.{wanted}")
+        base_name = next(base for base, own in _BASES.items() if own == kind)
+        raise UserError(f"{field}: {name} must be a class derived from kd_accel.losses.{base_name}")
     return found
 
 
@@ -131,7 +132,8 @@ def _kind_of(loss: Any) -> Kind | None:
 def build_loss(kind: Kind, name: str, args: Mapping[str, Any], *, field: str) -> LogitLoss | FeatureLoss:
     """Build a loss from its settings. Raises UserError that names each setting that is unknown or wrong."""
     loss = load_loss(kind, name, field=f"{field}.loss")
-    return loss(**loss.checked_settings(args, field=f"{field}.args"))
+    built: LogitLoss | FeatureLoss = loss(**loss.checked_settings(args, field=f"{field}.args"))
+    return built
 
 
 def find_losses(name: str) -> list[LossDescription]:
@@ -146,7 +148,7 @@ def find_losses(name: str) -> list[LossDescription]:
     if name.startswith(PREFIX):
         found: Any = resolve_import(name, field="losses")
         if _kind_of(found) is None:
-            raise UserError(f"losses: {name} must be a class derived from kd_accel.losses.base.LogitLoss or FeatureLoss")
+            raise UserError(f"losses: {name} must be a class derived from kd_accel.losses.LogitLoss or FeatureLoss")
         return [_describe(found)]
     kinds = [kind for kind in _BASES.values() if name in names(kind)]
     if not kinds:

@@ -49,12 +49,15 @@ class Identity(TargetFunction):
     """The map itself."""
 
     def description(self) -> dict[str, Any]:
+        """Return the name `identity`, which has no settings."""
         return {"name": "identity"}
 
     def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the map unchanged."""
         return shape
 
     def forward(self, feature: Tensor) -> Tensor:
+        """Return the map unchanged, [B, D, H, W]."""
         return feature
 
 
@@ -78,13 +81,16 @@ class PCA(TargetFunction):
         self._sums: _Covariance | None = None
 
     def description(self) -> dict[str, Any]:
+        """Return the name `pca`, the number of directions and the number of images of the fit."""
         return {"name": "pca", "channels": self.channels, "images": self.images}
 
     def output_shape(self, shape: Shape) -> Shape:
+        """Return (channels, H, W) for a map of shape (D, H, W)."""
         return (self.channels, *shape[1:])
 
     @property
     def is_fitted(self) -> bool:
+        """Whether the directions are known, from `fit` or `load`."""
         return self.projector is not None
 
     def fit(self, features: Iterable[Tensor], *, layer: str = "the layer") -> None:
@@ -114,9 +120,11 @@ class PCA(TargetFunction):
         self.projector, self.explained = sums.leading_directions(self.channels)
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return the directions `conv.weight` [channels, D, 1, 1] and the bias `conv.bias` [channels]; empty before the fit."""
         return dict(self.projector.state_dict()) if self.projector is not None else {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore a fit from what `tensors` returned. Raises ValueError for other names or shapes."""
         if tensors.keys() != {"conv.weight", "conv.bias"}:
             raise ValueError(f"a PCA has conv.weight and conv.bias, not {sorted(tensors)}")
         weight, bias = tensors["conv.weight"], tensors["conv.bias"]
@@ -127,8 +135,10 @@ class PCA(TargetFunction):
         self.projector = projector
 
     def forward(self, feature: Tensor) -> Tensor:
+        """Project maps [B, D, H, W] on the directions, [B, channels, H, W]; the function must be fitted."""
         assert self.projector is not None, "a PCA must be fitted or loaded before it is applied"
-        return self.projector(feature)
+        projected: Tensor = self.projector(feature)
+        return projected
 
 
 def build_target(description: Mapping[str, Any]) -> TargetFunction:

@@ -112,6 +112,23 @@ def probe_layers(
     return {name: tuple(outputs[name].value.shape[1:]) for name in names}
 
 
+def feature_maps(model: nn.Module, *, image_size: int) -> dict[str, tuple[int, int, int]]:
+    """Determine the layers that can be recorded, with their feature shapes, in the order in which they run.
+
+    Args:
+        model: Network; it stays unchanged.
+        image_size: Height and width of the images, in pixels.
+
+    Returns:
+        Feature shape (D, H, W) by layer.
+
+    Raises:
+        UserError: The model does not accept images of this size.
+    """
+    outputs = _record_outputs(model, _named_submodules(model), image_size)
+    return {name: tuple(out.value.shape[1:]) for name, out in outputs.items() if out.is_map and not out.is_overwritten}
+
+
 def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None:
     """Check with one forward that a model outputs logits [B, num_classes].
 

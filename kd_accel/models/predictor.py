@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from kd_accel.data.decode import decode, fit_array, fit_image
+from kd_accel.data.decode import decode
+from kd_accel.data.views import square_pixels
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.weights import ModelCard, load_run_model
 
@@ -21,10 +22,10 @@ from kd_accel.models.weights import ModelCard, load_run_model
 class Prediction:
     """Prediction for one image.
 
-    Args:
-        label: name of the class with the highest probability.
-        score: its probability, in 0..1.
-        probabilities: of every class, by name.
+    Attributes:
+        label: Name of the class with the highest probability.
+        score: Its probability, in 0..1.
+        probabilities: Probability of every class, by name.
     """
 
     label: str
@@ -36,8 +37,12 @@ class Model:
     """A trained classifier.
 
     Args:
-        network: plain network, normalized images [B, 3, H, W] -> logits [B, C]; in evaluation mode.
-        card: architecture, classes and preprocessing.
+        network: Plain network, normalized images [B, 3, S, S] -> logits [B, C]; put in evaluation mode.
+        card: Architecture, classes and preprocessing.
+
+    Attributes:
+        network: The network; it may be moved to another device.
+        card: The card.
     """
 
     def __init__(self, network: nn.Module, card: ModelCard) -> None:
@@ -50,17 +55,23 @@ class Model:
         return self.card.label_names
 
     @torch.no_grad()
-    def predict(self, images: Sequence[Any], *, batch_size: int = 256) -> list[Prediction]:
-        """Predict the class of images.
+    def predict(self, images: Sequence[Any] | np.ndarray | Tensor, *, batch_size: int = 256) -> list[Prediction]:
+        """Predict the classes of images, resized as those of the training were.
 
         Args:
-            images: paths of image files, PIL images, or uint8 arrays [H, W, 3].
-            batch_size: images per forward.
+            images: Paths of image files, PIL images, or uint8 arrays or tensors [H, W, 3] or [3, H, W]; several of them, also
+                as one array or tensor with a leading axis.
+            batch_size: Images per forward.
 
         Raises:
-            TypeError: an image of another type.
-            ValueError: a file cannot be decoded.
+            TypeError: `images` is not a sequence, or an image has another type.
+            ValueError: A file cannot be read or decoded, or `batch_size` is not positive.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} must be at least 1")
+        is_single = isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", 4) == 3
+        if is_single or not hasattr(images, "__len__"):
+            raise TypeError(f"images: must be a list of images, not {type(images).__name__}; put a single image in a list")
         device = next(self.network.parameters()).device
         predictions: list[Prediction] = []
         for start in range(0, len(images), batch_size):
@@ -71,14 +82,15 @@ class Model:
         return predictions
 
     def _pixels(self, image: Any) -> np.ndarray:
-        size = self.card.image_size
-        if isinstance(image, str | Path):
-            return decode(Path(image).read_bytes(), size)
-        if isinstance(image, Image.Image):
-            return fit_image(image, size)
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-            return fit_array(image, size)
-        raise TypeError(f"images: must be paths, PIL images or uint8 arrays [H, W, 3], not {type(image).__name__}")
+        """Return uint8 [S, S, 3]."""
+        if not isinstance(image, str | Path):
+            return square_pixels(image, self.card.image_size, where="images")
+        try:
+            return decode(Path(image).read_bytes(), self.card.image_size)
+        except OSError as error:
+            raise ValueError(f"images: cannot read {image} ({error.strerror})") from None
+        except ValueError as error:
+            raise ValueError(f"images: cannot decode {image} ({error})") from None
 
     def _prediction(self, probabilities: list[float]) -> Prediction:
         by_name = dict(zip(self.class_names, probabilities, strict=True))
@@ -87,6 +99,6 @@ class Model:
 
 
 def load_model(run: str | Path) -> Model:
-    """Load the model of a finished run. Raises ValueError (`UserError`) if the directory holds none, or a damaged one."""
+    """Load the model of a finished run. Raises ValueError (`UserError`) if the directory has none, or a damaged one."""
     network, card = load_run_model(Path(run), field="run")
     return Model(network, card)

@@ -28,6 +28,7 @@ class FeatureProjector(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, feature: Tensor) -> Tensor:
+        """Project maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
         weight, bias = self.conv.weight.flatten(1), self.conv.bias
         assert bias is not None
         if feature.is_contiguous(memory_format=torch.channels_last):

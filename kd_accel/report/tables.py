@@ -192,8 +192,8 @@ def _reference(result: RunResult) -> str:
     if not _is_cifar10(result):
         return ""
     role = result.row.role
-    wanted = "torchvision/resnet50" if role == "teacher" else "torchvision/resnet18"
-    if result.row.arch != wanted:
+    expected = "torchvision/resnet50" if role == "teacher" else "torchvision/resnet18"
+    if result.row.arch != expected:
         return ""
     if role != "distilled":
         return _REFERENCE[role]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def fit_targets(
     network: nn.Module,
     normalize: nn.Module,
     *,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Fit the functions that are not fitted yet, in place, on the device of the teacher.
 
@@ -45,10 +46,10 @@ def fit_notices(targets: Mapping[str, TargetFunction], *, num_samples: int) -> l
     """Return a line for the user about each fit: the variance that it keeps, and fewer training samples than asked for."""
     fitted = {layer: target for layer, target in targets.items() if isinstance(target, PCA)}
     notices = [f"PCA at {layer} explains {target.explained:.1%} of the variance" for layer, target in fitted.items()]
-    wanted = max((target.images for target in fitted.values()), default=0)
-    if wanted > num_samples:
+    requested = max((target.images for target in fitted.values()), default=0)
+    if requested > num_samples:
         notices.append(
-            f"distill.features: pca_images {wanted} is more than the {num_samples} training samples; the PCA is fitted on all "
+            f"distill.features: pca_images {requested} is more than the {num_samples} training samples; the PCA is fitted on all "
             "of them"
         )
     return notices
@@ -69,7 +70,7 @@ def _recorded(
     network: nn.Module,
     normalize: nn.Module,
     images: int,
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[dict[str, Tensor]]:
     samples = np.sort(hashed_order((_PURPOSE,), data.splits.train)[:images])
     device = next(network.parameters()).device

@@ -47,6 +47,12 @@ class Teacher:
     arch_args: dict[str, Any] = field(default_factory=dict)
     _fused: dict[tuple[str, ...], nn.Module | None] = field(default_factory=dict, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        """Raise ValueError unless mean and std are three numbers each, and std is positive."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or (name == "std" and min(values) <= 0):
+                raise ValueError(f"{name}: {values} must be three {'positive ' * (name == 'std')}numbers, one for each channel")
+
     @classmethod
     def from_run(cls, run: str | Path) -> Teacher:
         """Load the model of a finished run. Raises ValueError (`UserError`) if the directory holds none, or a damaged one."""
@@ -61,7 +67,14 @@ class Teacher:
         Args:
             images: uint8 [B, 3, H, W], on the device of the network.
             layers: layers whose maps [B, D, H, W] are recorded.
+
+        Raises:
+            TypeError: `images` is not such a tensor; normalized images would be normalized twice.
+            UserError: A layer is not found.
         """
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+            kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images: must be a uint8 tensor [B, 3, H, W], not {kind}")
         self.network.eval()
         normalize = Normalize(self.mean, self.std).to(images.device)
         with FeatureExtractor(self.network, list(layers)) as extractor:
@@ -154,7 +167,7 @@ class LiveTeacher:
         normalize: nn.Module,
         *,
         targets: Mapping[str, TargetFunction] | None = None,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.network, self.normalize, self.autocast = network, normalize, autocast
         self.targets = dict(targets or {})

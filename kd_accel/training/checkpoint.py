@@ -235,6 +235,8 @@ def _damage(path: Path) -> str | None:
         if not isinstance(content["state"], dict):
             return "state.json is damaged"
         return next(_damaged_files(path, content["files"]), None)
+    except UserError:
+        raise
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):

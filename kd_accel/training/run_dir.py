@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from kd_accel.config.parsing import flatten
+from kd_accel.config.fields import flatten
 from kd_accel.errors import UserError
 from kd_accel.io.files import lock, read_json, refuse_links, write_whole
 from kd_accel.io.safe_yaml import load_yaml_file
@@ -151,7 +151,7 @@ class RunDirectory:
             descriptor = lock(self.path / ".lock")
         except BlockingIOError:
             raise UserError(
-                f"run_dir: another training is at work in {self.path}; wait for it, or name another run_dir"
+                f"run_dir: another training is running in {self.path}; wait for its end, or name another run_dir"
             ) from None
         try:
             if find_checkpoint(self.path / "checkpoints") != resumed_from or self.finished_summary() is not None:

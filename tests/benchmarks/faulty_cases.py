@@ -1,4 +1,4 @@
-"""Cases of an acceptance in which everything goes wrong that can, named as `tests.benchmarks.faulty_cases:build`."""
+"""Cases of an acceptance that fail in every way, named as `tests.benchmarks.faulty_cases:build`."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from tests.own_models import student
 
 
 def build(setting, part):
-    """The builder of a part in a child process."""
+    """Build the cases of a part in a child process."""
     return {
         "fine": lambda: {"pid": os.getpid()},
         "wrong_figures": lambda: {"ok": False, "difference": 1.5},
@@ -24,7 +24,7 @@ def build(setting, part):
 
 
 def build_here(setting, starter):
-    """The builder of a part whose cases start commands."""
+    """Build the cases of a part that start commands."""
     return {
         "command": lambda: {"printed": starter.command("version", "--version").finish(60).strip()},
         "refused": lambda: starter.command("refused", "trane").finish(60),

@@ -1,4 +1,4 @@
-"""Stand-in for the program: within a second it prints and writes what benchmarks/gpu_reference reads of each command.
+"""Quick stand-in for the program: prints and writes within a second what benchmarks/gpu_reference reads of each command.
 
 QUICK_PRODUCT holds JSON: {"step_s": {run: seconds of a step that its metrics show}, "fails": [jobs]}.
 """
@@ -16,6 +16,7 @@ SLEEP_S = 0.02
 
 
 def main():
+    """Run a command."""
     command, *rest = sys.argv[1:]
     flags = dict(token.removeprefix("--").split("=", 1) for token in rest if token.startswith("--") and "=" in token)
     settings = json.loads(os.environ["QUICK_PRODUCT"])
@@ -26,7 +27,7 @@ def main():
         train(Path(flags["run_dir"]), flags, settings.get("step_s", {}).get(name, 0.01))
     elif command == "cache":
         print("there: 10 samples in 1 s (10 samples/s)")
-        print(json.dumps({"is_whole": True, "files": 1, "bytes": 1, "largest_difference": 0.0}))
+        print(json.dumps({"is_intact": True, "files": 1, "bytes": 1, "largest_difference": 0.0}))
     elif command == "bench":
         runs = [token for token in rest if not token.startswith("--")]
         models = [{"name": run, "latency": [{"batch_size": 1, "median_ms": 1.0}]} for run in runs]
@@ -34,6 +35,7 @@ def main():
 
 
 def train(run_dir, flags, step_s):
+    """Write the files of a training, from its last checkpoint on. step_s: seconds of a step that its metrics show."""
     total = min(int(flags["train.epochs"]) * STEPS_PER_EPOCH, int(flags.get("train.max_steps", 10**6)))
     checkpoints = run_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)

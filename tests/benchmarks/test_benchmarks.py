@@ -1,4 +1,4 @@
-"""Each suite runs from beginning to end in small, and its last line is the JSON that scripts read. No speed is judged here."""
+"""Suites in small from beginning to end: the last line of each is the JSON that scripts read. No speed is judged."""
 
 import json
 import math
@@ -68,15 +68,10 @@ def test_latencies_of_the_models(tmp_path):
 
 
 @pytest.mark.slow
-def test_forms_of_the_networks(tmp_path):
-    forms = ("torch", "channels_last")
-    cases = [
-        *(f"{network}_{form}" for network in ("student", "teacher") for form in forms),
-        "student",
-        "teacher",
-        "teacher_apart",
-    ]
-    line = last_line(tmp_path, "benchmarks.forms", *SMALL, "--cases", *cases)
+def test_kernels_and_memory_formats_of_the_networks(tmp_path):
+    networks, variants = ("student", "teacher"), ("", "_torch", "_channels_last")
+    cases = ["teacher_apart", *(network + variant for network in networks for variant in variants)]
+    line = last_line(tmp_path, "benchmarks.cpu_kernels", *SMALL, "--cases", *cases)
     assert line["medians"].keys() == set(cases)
     assert line["ratios"].keys() == {
         "student/student_torch",

@@ -1,4 +1,4 @@
-"""The acceptance of a GPU, all of it in small on a CPU, and what becomes of cases that fail, crash, hang or find no time."""
+"""Acceptance of a GPU, all of it in small on a CPU; cases that fail, crash, hang or find no time."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ from tests.launching import ROOT, environment
 
 
 def acceptance(out, *flags, env=None):
-    """(exit code, streams) of the program in a process of its own."""
+    """Run the program in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_acceptance", f"--out={out}", *flags],
         cwd=ROOT,
@@ -35,7 +35,7 @@ def acceptance(out, *flags, env=None):
 
 
 def lines_of(out):
-    """({item/case: line}, closing line)."""
+    """Return ({item/case: line}, closing line)."""
     *lines, closing = map(json.loads, (out / "gpu_acceptance.jsonl").read_text().splitlines())
     return {f"{line['item']}/{line['case']}": line for line in lines}, closing
 
@@ -66,16 +66,16 @@ def test_all_cases_are_in_the_record_and_ok(trial):
 
 
 @pytest.mark.slow
-def test_the_steps_of_each_variant_were_watched(trial):
+def test_the_steps_of_each_variant_were_checked(trial):
     lines = [line for name, line in trial[0].items() if name.startswith("a/")]
     assert len(lines) == 2 * len(steps.VARIANTS)
-    assert {line["watched_steps"] for line in lines} == {2}
+    assert {line["checked_steps"] for line in lines} == {2}
     assert all(line["loss"] > 0 for line in lines)
 
 
 @pytest.mark.slow
 def test_figures_of_the_program_and_its_limits(trial):
-    for case in ("no/128", "no/1024", "bf16/128", "bf16/1024"):
+    for case in ("float32/128", "float32/1024", "bf16/128", "bf16/1024"):
         line = trial[0][f"b/{case}"]
         assert line["cases"].keys() == set(speed.NAMES)
         assert list(line["ratios"]) == ["/".join(ratio) for ratio in speed.RATIOS]
@@ -90,7 +90,7 @@ def test_what_must_agree_agrees(trial):
     lines = trial[0]
     for name in ("c/losses/float32", "c/losses/tf32"):
         assert lines[name]["largest_relative_difference"] == 0 and lines[name]["steps"] == 10
-    assert {lines[f"c/views/{policy}"]["differing_values"] for policy in ("none", "crop", "crop_flip")} == {0}
+    assert {lines[f"c/views/{augment}"]["differing_values"] for augment in ("none", "crop", "crop_flip")} == {0}
     assert lines["c/cached-live/float32"]["largest_difference"] == 0
     assert (
         0 < lines["c/cached-live/float16"]["largest_difference"] < lines["c/cached-live/bfloat16"]["largest_difference"] < 0.01
@@ -108,14 +108,11 @@ def test_signals_resumes_and_numbers_that_go_wrong(trial):
     assert 10 <= lines["d/sigterm"]["steps_before"] <= 12
     for name in ("e/resume/float32", "e/resume/bf16"):
         assert lines[name]["same_bytes"] and lines[name]["same_metrics"] and lines[name]["steps"] == 20
-    (told,) = lines["e/logits/bf16"]["said"]
-    assert (
-        told.startswith("loss_hard is not finite on rank 0 (the student's logits of row ") and "at step 5: the training" in told
-    )
-    (told,) = lines["e/gradient/bf16"]["said"]
-    assert (
-        told.startswith("the gradient of layer1.0.weight is not finite (rank 0 had rows ") and "at step 5: the training" in told
-    )
+    (message,) = lines["e/logits/bf16"]["message"]
+    assert "ce is not finite on rank 0 (the student's logits of sample " in message and "at step 5: the training" in message
+    (message,) = lines["e/gradient/bf16"]["message"]
+    assert message.startswith("the gradient of layer1.0.weight is not finite (rank 0 had samples ")
+    assert "at step 5: the training" in message
 
 
 @pytest.mark.slow
@@ -150,7 +147,7 @@ def test_the_page_has_a_row_for_each_item():
 @pytest.mark.slow
 def test_without_a_gpu(tmp_path):
     done = acceptance(tmp_path)
-    assert (done.returncode, done.stdout) == (0, "there is no GPU here: nothing was measured\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "no GPU was found: nothing was measured\n"), done.stderr
     assert not (tmp_path / "gpu_acceptance.jsonl").exists()
 
 
@@ -159,7 +156,7 @@ def test_a_signal_ends_it_with_the_closing_line(tmp_path):
     argv = [sys.executable, "-m", "benchmarks.gpu_acceptance", f"--out={tmp_path}", "--trial", "--only=b"]
     process = subprocess.Popen(argv, cwd=ROOT, env=environment(CUDA_VISIBLE_DEVICES=""), stdout=subprocess.PIPE, text=True)
     try:
-        while not (tmp_path / "logs/b-no-1.log").exists():
+        while not (tmp_path / "logs/b-float32-1.log").exists():
             assert process.poll() is None
             time.sleep(0.05)
         process.terminate()
@@ -168,7 +165,7 @@ def test_a_signal_ends_it_with_the_closing_line(tmp_path):
         process.kill()
     assert process.returncode == 0
     closing = json.loads(printed.splitlines()[-1])
-    assert closing["notes"]["not_run"] == dict.fromkeys(["b/no/128", "b/no/1024", "b/bf16/128", "b/bf16/1024"], "budget")
+    assert closing["notes"]["not_run"] == dict.fromkeys(["b/float32/128", "b/float32/1024", "b/bf16/128", "b/bf16/1024"], "budget")
     assert lines_of(tmp_path) == ({}, closing)
 
 
@@ -222,16 +219,16 @@ def test_what_the_budget_does_not_allow_is_named(tmp_path):
     assert closing["notes"]["not_run"] == dict.fromkeys(["a/x/hangs", "a/x/after", "b/hangs", "b/never"], "budget")
 
 
-def test_waiting_is_forbidden_in_the_watched_steps_alone(tmp_path, monkeypatch):
+def test_synchronizing_is_forbidden_in_the_checked_steps_alone(tmp_path, monkeypatch):
     modes = []
     monkeypatch.setattr(steps, "_set_mode", modes.append)
-    guard = steps.SyncWatch(tmp_path, first=3, steps=10)
+    guard = steps.SyncGuard(tmp_path, first=3, steps=10)
     seen = []
     for _ in range(14):
         seen.append(modes[-1] if modes else "default")
         guard.step()
     assert seen == 3 * ["default"] + 10 * ["error"] + ["default"]
-    assert guard.guarded == 10 and modes[-1] == "default"
+    assert guard.checked == 10 and modes[-1] == "default"
 
 
 def test_figures_from_the_events_of_a_profile():
@@ -285,5 +282,5 @@ def test_the_networks_of_the_acceptance_break_when_asked(monkeypatch):
         logits = network(images)
         logits.sum().backward()
         outcome[what] = (logits.isfinite().all(1).tolist(), bool(network.fc.weight.grad.isfinite().all()))
-    rows = [place != BROKEN_PLACE for place in range(4)]
-    assert outcome == {"logits:2": (rows, True), "gradient:2": ([True] * 4, False), "": ([True] * 4, True)}
+    unbroken = [place != BROKEN_PLACE for place in range(4)]
+    assert outcome == {"logits:2": (unbroken, True), "gradient:2": ([True] * 4, False), "": ([True] * 4, True)}

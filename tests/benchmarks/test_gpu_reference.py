@@ -1,4 +1,4 @@
-"""benchmarks/gpu_reference: the trial with the program itself; what budgets and failures do, with a quick stand-in of it."""
+"""Reference job on a GPU: the trial with the program itself; budgets and failures with a quick stand-in of it."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ from tests.hidden_packages import hidden_environment, imports_of_hidden
 from tests.launching import ROOT, environment
 
 RATES = FirstRates(startup_s=20.0, trained_s=2.0, steps_per_epoch=87, teacher_step_s=0.010, student_step_s=0.005)
-SAMPLES = {
+ROWS = {
     "pair": ["teacher", "plain-0", "distilled-0"],
     "reference": ["teacher", "student", "hybrid-fixed", "hybrid-scheduled"],
 }
@@ -69,7 +69,7 @@ def test_the_trial(part, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert imports_of_hidden(tmp_path / "hidden") == {("matplotlib", "kd_accel.report.plots")}
-    jobs, rows = by_job(out), SAMPLES[part]
+    jobs, rows = by_job(out), ROWS[part]
     assert jobs.keys() == {*rows, *OTHERS, "epochs", f"{rows[1]}-stop"}
     for name in rows:
         assert jobs[name]["steps"] == 18 and jobs[name]["epochs"] == 2 and 0 <= jobs[name]["accuracy"] <= 1
@@ -77,7 +77,7 @@ def test_the_trial(part, tmp_path):
     stopped, resumed = jobs[f"{rows[1]}-stop"], jobs[rows[1]]
     assert stopped["code"] == resumed["stopped_with_code"] == 143
     assert 6 <= stopped["checkpoint_steps"][-1] == resumed["resumed_from_step"] < resumed["first_step_shown"] <= 18
-    assert jobs["cache-verify"]["is_whole"] and jobs["cache-build"]["rows_per_second"] > 0
+    assert jobs["cache-verify"]["is_intact"] and jobs["cache-build"]["samples_per_second"] > 0
     assert all(len(jobs[f"timed-{outputs}"]["rates"]) == 3 for outputs in ("cached", "live"))
     closing = json.loads(done.stdout.splitlines()[-1])
     assert lines_in(out)[-1] == closing and closing["benchmark"] == "gpu-reference"
@@ -95,12 +95,12 @@ def test_without_a_gpu_and_without_a_budget(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_reference", f"--out={tmp_path}", "--part=pair"]
     variables = environment(CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "there is no GPU here: nothing was measured\n")
+    assert (done.returncode, done.stdout) == (0, "no GPU was found: nothing was measured\n")
     command += ["--trial", "--seeds=2", "--budget_s=1"]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     named, closing = lines_in(tmp_path)
-    assert set(named["not_done"]) == {*SAMPLES["pair"], "plain-1", "distilled-1", *OTHERS} == named["reasons"].keys()
+    assert set(named["not_done"]) == {*ROWS["pair"], "plain-1", "distilled-1", *OTHERS} == named["reasons"].keys()
     assert named["reasons"]["teacher"].startswith("takes 10 s or more, and ")
     assert named["reasons"]["distilled-0"] == "needs teacher and cache-build, not done"
     assert closing["notes"]["not_done"] == named["reasons"] and closing["ratios"] == {}
@@ -118,7 +118,7 @@ def test_fewer_epochs_where_the_first_rates_leave_no_time(quick):
     code, out = quick("--part=reference", step_s={"teacher": 60.0})
     jobs, stops = by_job(out), [line.get("job") for line in lines_in(out)].count("student-stop")
     assert code == 0 and jobs["epochs"]["starts_again"] and jobs["epochs"]["epochs"] == 1 and stops == 2
-    for name in SAMPLES["reference"]:
+    for name in ROWS["reference"]:
         assert (jobs[name]["epochs"], jobs[name]["epochs_planned"], jobs[name]["steps"]) == (1, 2, STEPS_PER_EPOCH)
 
 
@@ -126,7 +126,7 @@ def test_fewer_epochs_where_the_first_rates_leave_no_time(quick):
 def test_another_seed_comes_last_or_is_named(quick, student_step_s, not_done):
     code, out = quick("--part=pair", "--seeds=2", step_s={"plain-0": student_step_s})
     jobs, lines = by_job(out), lines_in(out)
-    assert code == 0 and jobs["epochs"]["rows"] == SAMPLES["pair"] and not jobs["epochs"]["starts_again"]
+    assert code == 0 and jobs["epochs"]["rows"] == ROWS["pair"] and not jobs["epochs"]["starts_again"]
     assert [name for line in lines for name in line.get("not_done", [])] == not_done
     assert not_done or list(jobs).index("distilled-1") > list(jobs).index("timed-live")
 
@@ -147,7 +147,7 @@ def test_a_failing_job_leaves_the_others_alone(quick, fails, not_done):
     jobs, closing = by_job(out), lines_in(out)[-1]["notes"]
     assert code == 1 and closing["failed"] == [fails] and list(closing["not_done"]) == not_done
     assert jobs[fails]["failed"] and jobs[fails]["code"] == 1 and jobs[fails]["stderr"] == [f"{fails} fails on purpose"]
-    others = {*SAMPLES["pair"], *OTHERS} - {fails, *not_done}
+    others = {*ROWS["pair"], *OTHERS} - {fails, *not_done}
     assert all(jobs[name]["code"] == 0 for name in others)
 
 
@@ -176,7 +176,7 @@ def test_the_commands_on_a_gpu_are_understood(part, tmp_path):
     options = Options(Path("DIR"), tmp_path, part, 240.0, "no_pool", 2, None, None, False, None)
     chain = Chain(options, tmp_path, runner(tmp_path, seconds=60))
     trainings = {row.name: parsed(*chain.training(row).arguments[1:]) for row in chain.part.rows}
-    assert {settings["train.precision"] for settings in trainings.values()} == {"bf16" if part == "pair" else "no"}
+    assert {settings["train.precision"] for settings in trainings.values()} == {"bf16" if part == "pair" else "float32"}
     timed = {outputs: parsed(*chain.timed(outputs).arguments[1:]) for outputs in ("cached", "live")}
     changed = {key for key in timed["live"] if timed["live"][key] != timed["cached"][key]} - {"name", "run_dir"}
     assert changed == {"teacher.outputs"}
@@ -189,12 +189,12 @@ def test_the_commands_on_a_gpu_are_understood(part, tmp_path):
 def test_the_reference_job_keeps_its_values(tmp_path):
     options = Options(Path("DIR"), tmp_path, "reference", 240.0, "no_pool", 2, None, None, False, None)
     chain = Chain(options, tmp_path, runner(tmp_path, seconds=60))
-    of_the_machine = {"name", "run_dir", "data.source", "teacher.run", "teacher.cache_dir", "tracking.wandb"}
-    of_the_course = {"train.eval_every_epochs", "checkpoint.every_epochs"}
+    of_the_machine = {"name", "run_dir", "data.source", "teacher.run", "teacher.cache.dir", "tracking.wandb"}
+    of_the_run = {"train.eval_every_epochs", "checkpoint.every_epochs"}
     files = ["teacher_scratch", "student", "hybrid_fixed", "hybrid_scheduled"]
     for row, file in zip(chain.part.rows, files, strict=True):
-        settings, written = parsed(*chain.training(row).arguments[1:]), parsed(f"--config={ROOT}/configs/cifar10/{file}.yaml")
-        assert {key for key in settings if settings[key] != written[key]} <= of_the_machine | of_the_course
+        settings, expected = parsed(*chain.training(row).arguments[1:]), parsed(f"--config={ROOT}/configs/cifar10/{file}.yaml")
+        assert {key for key in settings if settings[key] != expected[key]} <= of_the_machine | of_the_run
         assert settings["train.epochs"] == 30
 
 

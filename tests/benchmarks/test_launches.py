@@ -1,4 +1,4 @@
-"""Operators per step: the table in docs/gpu.md, the distance to the limits, and the counter itself."""
+"""Operators per step: the tables in docs/gpu.md, the distances to the limits, and the counter itself."""
 
 import re
 from collections import Counter
@@ -22,7 +22,6 @@ from kd_accel.data.loader import TrainLoader
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.profiling import observed, profiler_range
 from kd_accel.training.metrics import Meters
-from kd_accel.training.trainer import train_step
 from tests.benchmarks.test_benchmarks import last_line
 from tests.launching import ROOT
 from tests.training.test_fake_cuda import autocast
@@ -40,7 +39,7 @@ DISTANCES = {
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Accelerate keeps the precision of the first bench in a process."""
+    """Reset Accelerate, which keeps the precision of the first bench in a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -48,15 +47,12 @@ def _fresh_state():
 
 @pytest.fixture(scope="module")
 def counts():
-    """{precision: {case: one step}}, of every case."""
-    return {
-        name: launches.count_cases([*LIMITS, *PROGRAMS], precision, batch_size=2)
-        for name, precision in launches.PRECISIONS.items()
-    }
+    """Count a step of every case: {precision: {case: counts}}."""
+    return {name: launches.count_cases([*LIMITS, *PROGRAMS], name, batch_size=2) for name in launches.PRECISIONS}
 
 
 def documented_rows(precision):
-    """Rows of the table for this precision in docs/gpu.md."""
+    """Return the rows of the table for this precision in docs/gpu.md."""
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     section = re.split(rf"^In {precision}:$", text, flags=re.MULTILINE)[1]
     return re.match(r"\n\n((?:\|.*\n)+)", section).group(1).splitlines()
@@ -94,12 +90,12 @@ def test_the_batch_size_makes_no_difference(counts):
 def test_one_operator_more_is_seen(counts, monkeypatch):
     update = Meters.update
 
-    def update_and_more(self, terms, logits_BC, *args, **kwargs):
-        update(self, terms, logits_BC, *args, **kwargs)
-        logits_BC.detach().tanh()
+    def update_and_more(self, output, *args, **kwargs):
+        update(self, output, *args, **kwargs)
+        output.logits.detach().tanh()
 
     monkeypatch.setattr(Meters, "update", update_and_more)
-    (found,) = launches.count_cases(["plain"], "no", batch_size=2).values()
+    (found,) = launches.count_cases(["plain"], "float32", batch_size=2).values()
     assert found.launches - counts["float32"]["plain"].launches == Counter({("logging", "tanh"): 1})
     assert found.by_part["logging"] == counts["float32"]["plain"].by_part["logging"] + 1
 
@@ -115,7 +111,7 @@ def test_the_command(tmp_path):
 
 
 def count(*work):
-    """Counts of a step that does this."""
+    """Count a step that does this."""
     with counted(OperatorCounter()) as counter:
         for one in work:
             one()
@@ -188,14 +184,14 @@ def test_two_steps_that_differ_are_refused():
         launches.count_step(block)
 
 
-def test_marks_are_left_alone_after_a_count():
+def test_profiler_ranges_are_unchanged_after_a_count():
     count(lambda: None)
     with profiler_range("loss") as mark:
         assert mark is None
 
 
 class FakeCudaCounter(TorchDispatchMode):
-    """{(part, operator): launches} of fake tensors, which know their device."""
+    """Counter {(part, operator): launches} of operators on fake tensors, which have a device of their own."""
 
     def __init__(self):
         super().__init__()
@@ -216,6 +212,7 @@ class FakeCudaCounter(TorchDispatchMode):
 
 
 def to_fake_cuda(module, mode):
+    """Replace the parameters and buffers of a module by fake ones on a GPU."""
     for tensors in (tensors for own in module.modules() for tensors in (own._parameters, own._buffers)):
         for name, tensor in tensors.items():
             if tensor is not None:
@@ -227,28 +224,28 @@ def to_fake_cuda(module, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", launches.PRECISIONS)
-def test_a_forward_is_what_fake_cuda_tensors_are_sent(counts, precision, tmp_path):
-    """All but backward and optimizer, which do not run there: an independent count, by the tensors' own devices."""
-    bench = open_bench(Size(2, launches.STEPS), precision=launches.PRECISIONS[precision], forms=torch.device("cuda"))
-    job = Programs(bench, tmp_path).job("live_hybrid", tmp_path / "run", blocks=1)
-    teacher, module, (loss, _) = job.teacher, job.train_state.module, job.schedule.loss_at(0, 0)
-    rows = np.arange(8)
+def test_fake_cuda_tensors_give_the_same_counts(counts, precision, tmp_path):
+    """Count all but backward and optimizer, which do not run on fake tensors, independently: by the tensors' own devices."""
+    bench = open_bench(Size(2, launches.STEPS), precision=precision, as_gpu=True)
+    trainer = Programs(bench, tmp_path).training("live_hybrid", tmp_path / "run", blocks=1)
+    teacher = trainer.teacher
     mode = FakeTensorMode()
-    for network in (module, teacher.model, teacher.normalize, *teacher.projectors.values()):
+    for network in (trainer.train_state.module, teacher.network, teacher.normalize, *teacher.targets.values()):
         to_fake_cuda(network, mode)
     with mode:
         stored = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device="cuda").contiguous(memory_format=torch.channels_last)
         images = SimpleNamespace(labels=np.zeros(8, np.int64))
-        loader = TrainLoader(images, ViewTransform("crop_flip", 32), rows=rows, batch_size=4)
+        loader = TrainLoader(images, ViewTransform("crop_flip", 32), samples=np.arange(8), batch_size=4)
         loader.keep_images(stored)
-        meters, counter = Meters(torch.device("cuda")), FakeCudaCounter()
+        terms = bench.accelerator.unwrap_model(trainer.train_state.module).term_names
+        meters, counter = Meters(torch.device("cuda"), terms=terms, has_teacher=True), FakeCudaCounter()
         with observed(counter.part), counter:
             with counter.part("loader"):
                 (batch,) = next(loader.epoch(0))
             with autocast(precision == "bf16"):
-                terms, output, answer = train_step(module, teacher, loss, batch)
+                output, target = trainer.forward(batch, trainer.schedule.weights_at(0, 0))
             with counter.part("logging"):
-                meters.update(terms, output.logits, batch.labels, teacher_logits_BC=answer.logits)
+                meters.update(output, batch.labels, teacher_logits=target.logits)
     expected = counts[precision]["live_hybrid"]
     if precision == "float32":
         found = {(part, name.replace("cudnn_", "native_")): number for (part, name), number in counter.launches.items()}

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from kd_accel.cache.manifest import read_manifest, read_spec, write_manifest
 from kd_accel.cache.shard import write_shard
-from kd_accel.commands.cache_request import sample_of
+from kd_accel.cache.verify import drawn_samples
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.splits import split_samples
 from kd_accel.teacher.teacher import LiveTeacher
@@ -18,7 +18,7 @@ from tests import launching
 from tests.in_process import cache, train
 from tests.launching import losses, metrics
 
-FEATURE = "--distill.feature={weight: 0.1, layers: [layer1, layer2], %s}"
+FEATURE = "--distill.features={mse: {weight: 0.1, layers: [layer1, layer2], args: {%s}}}"
 DIRECTIONS = {
     "both": "direction: both, pca_images: 64",
     "teacher_to_student": "direction: teacher_to_student, pca_images: 64",
@@ -39,7 +39,7 @@ def flags(teacher_run, direction, *, augment="crop_flip"):
 
 
 def cached(cache_dir, *, outputs="cached", dtype="float32"):
-    return [f"--teacher.outputs={outputs}", f"--teacher.cache_dir={cache_dir}", f"--teacher.dtype={dtype}"]
+    return [f"--teacher.outputs={outputs}", f"--teacher.cache.dir={cache_dir}", f"--teacher.cache.dtype={dtype}"]
 
 
 def build(*arguments):
@@ -82,7 +82,7 @@ def rounding_call(dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_rounding_cache_equals_live_answers_that_are_rounded_alike(tmp_path, teacher_run, dtype, monkeypatch):
+def test_a_rounding_cache_equals_live_outputs_that_are_rounded_alike(tmp_path, teacher_run, dtype, monkeypatch):
     common = flags(teacher_run, "both")
     train(tmp_path / "exact", *common)
     with monkeypatch.context() as patched:
@@ -114,18 +114,18 @@ def test_int8_features_stay_close(tmp_path, teacher_run):
     assert weights(tmp_path / "cached") != weights(tmp_path / "live")
 
 
-def test_answers_for_other_samples_are_noticed(tmp_path, teacher_run):
+def test_outputs_of_other_samples_are_noticed(tmp_path, teacher_run):
     """Files whose headers and checksums are right, but whose samples are reversed."""
     common = flags(teacher_run, "both")
     use = cached(tmp_path / "cache")
     build(*common, *use)
     _reverse_samples(tmp_path / "cache")
     for refused in (train(tmp_path / "run", *common, *use, code=2), cache("verify", *common, *use, code=2)):
-        assert "does not hold what the teacher says here" in refused
+        assert "does not hold what the teacher computes" in refused
 
 
 @pytest.mark.slow
-def test_answers_for_other_samples_make_another_student(teacher_run, tmp_path):
+def test_outputs_of_other_samples_make_another_student(teacher_run, tmp_path):
     """So that the comparisons above can fail."""
     common = flags(teacher_run, "both")
     use = cached(tmp_path / "cache")
@@ -162,7 +162,7 @@ def test_a_resumed_run_reads_the_same_cache(tmp_path, teacher_run):
 
 
 @pytest.mark.slow
-def test_two_processes_read_what_one_wrote(tmp_path, teacher_run):
+def test_two_processes_read_the_cache_of_one(tmp_path, teacher_run):
     common = flags(teacher_run, "both")
     common[0] = "--model.arch=import:tests.own_models:student"
     use = cached(tmp_path / "cache")
@@ -190,6 +190,6 @@ def _reverse_samples(cache_dir, keep=()):
 
 
 def _drawn_samples():
-    """Positions, among the 128 training samples of the small data, of those that a start lets the teacher answer again."""
+    """Positions, among the 128 training samples of the small data, of those that are recomputed at the start."""
     train_samples = split_samples(160, 41, DataConfig(val_fraction=0.2)).train
-    return np.searchsorted(train_samples, sample_of(train_samples, rank=0))
+    return np.searchsorted(train_samples, drawn_samples(train_samples, rank=0))

@@ -1,16 +1,15 @@
-"""Caches of unusual shape: odd cuts, odd layers, odd numbers, links, and a config that asks for more than there is."""
+"""Caches of unusual shape: odd file sizes, odd layers, outliers, links, and a config that requests more than there is."""
 
 import json
 import shutil
 
 import pytest
 
-from kd_accel.cache.compatibility import tolerance
-from tests.cache.test_compatibility import FEATURE, asking, files_of
+from kd_accel.cache.verify import tolerance
+from tests.cache.test_compatibility import FEATURE, RAW, files_of, flags_of
 from tests.in_process import cache, train
 from tests.launching import losses, metrics
 
-RAW = "--distill.feature={weight: 0.1, direction: student_to_teacher, layers: [layer1, layer2]}"
 CACHED = "--teacher.outputs=cached"
 
 
@@ -28,10 +27,10 @@ def plain_teacher_run(tmp_path_factory):
     [
         ("teacher_run", [FEATURE, "--data.val_fraction=0", "--data.limit_test=1"]),
         ("teacher_run", [FEATURE.replace("layer1, layer2", "layer1.0, layer2.0")]),
-        ("teacher_run", [FEATURE, "--teacher.layers=[layer1.0, layer2.1]"]),
-        ("teacher_run", [RAW, "--teacher.layers=[layer2, layer1]"]),
-        ("teacher_run", [RAW, "--teacher.layers=[layer2, layer2]"]),
-        ("teacher_run", [FEATURE.replace("layer1, layer2", "layer1.0, layer1"), "--teacher.layers=[layer2, layer2]"]),
+        ("teacher_run", [FEATURE.replace("[layer1, layer2]", "{layer1: layer1.0, layer2: layer2.1}")]),
+        ("teacher_run", [RAW.replace("[layer1, layer2]", "{layer1: layer2, layer2: layer1}")]),
+        ("teacher_run", [RAW.replace("[layer1, layer2]", "{layer1: layer2, layer2: layer2}")]),
+        ("teacher_run", [FEATURE.replace("[layer1, layer2]", "{layer1.0: layer2, layer1: layer2}")]),
         ("plain_teacher_run", [FEATURE]),
     ],
 )
@@ -42,7 +41,7 @@ def test_cached_equals_live(tmp_path, request, teacher, case):
         "--train.max_steps=12",
         *case,
     ]
-    use = [*common, CACHED, f"--teacher.cache_dir={tmp_path / 'cache'}", "--teacher.dtype=float32"]
+    use = [*common, CACHED, f"--teacher.cache.dir={tmp_path / 'cache'}", "--teacher.cache.dtype=float32"]
     train(tmp_path / "live", *common)
     cache("build", *use)
     cache("verify", *use)
@@ -53,73 +52,80 @@ def test_cached_equals_live(tmp_path, request, teacher, case):
 
 
 @pytest.mark.slow
-def test_cuts_do_not_change_what_is_learned(tmp_path, teacher_run):
+def test_file_and_batch_sizes_do_not_change_what_is_learned(tmp_path, teacher_run):
     """One sample in a file, the usual, and a batch of the teacher that is longer than any split."""
     few = ["--data.limit_train=32", "--data.limit_test=5", FEATURE.replace("64", "32")]
-    learned = []
+    found = []
     for batch_samples, files in ((1, 2 * 32 * 3 + 8 + 5), (16, 8), (1000, 8)):
         directory = tmp_path / f"cache{batch_samples}"
-        flags = [*asking(teacher_run, directory), *few, f"--teacher.cache_batch_size={batch_samples}"]
-        cut = ["--teacher.shard_mib=0.0000001"] if batch_samples == 1 else []
-        cache("build", *flags, *cut)
+        flags = [*flags_of(teacher_run, directory), *few, f"--teacher.cache.batch_size={batch_samples}"]
+        tiny = ["--teacher.cache.shard_mib=0.0000001"] if batch_samples == 1 else []
+        cache("build", *flags, *tiny)
         assert len(files_of(directory)) == files
         train(tmp_path / f"run{batch_samples}", *flags)
-        learned.append(losses(tmp_path / f"run{batch_samples}"))
-    assert learned[0] == pytest.approx(learned[1], rel=1e-4)
-    assert learned[2] == pytest.approx(learned[1], rel=1e-4)
+        found.append(losses(tmp_path / f"run{batch_samples}"))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[2] == pytest.approx(found[1], rel=1e-4)
 
 
-def test_verify_names_what_a_config_asks_for_beyond_the_cache(tmp_path, teacher_run):
-    flags = asking(teacher_run, tmp_path / "cache", FEATURE.replace("layer1, layer2", "layer2"))
+def test_verify_names_what_a_config_requests_beyond_the_cache(tmp_path, teacher_run):
+    flags = flags_of(teacher_run, tmp_path / "cache", FEATURE.replace("layer1, layer2", "layer2"))
     cache("build", *flags)
-    assert "lacks tensor layer1. Run" in cache("verify", *asking(teacher_run, tmp_path / "cache"), code=2)
-    assert "lacks views 2 to 2 (data.views: 2 stored, 3 wanted)" in cache("verify", *flags, "--data.views=3", code=2)
+    assert "lacks tensor layer1. Run" in cache("verify", *flags_of(teacher_run, tmp_path / "cache"), code=2)
+    assert "lacks views 2 to 2 (data.views: 2 stored, 3 requested)" in cache("verify", *flags, "--data.views=3", code=2)
     cache("verify", *flags, "--data.views=3", "--train.epochs=2")
 
 
 def test_held_out_samples_that_a_cache_lacks_are_named(tmp_path, teacher_run):
-    flags = asking(teacher_run, tmp_path / "cache")
+    flags = flags_of(teacher_run, tmp_path / "cache")
     cache("build", *flags, "--data.val_fraction=0")
     text = " ".join(train(tmp_path / "run", *flags, code=2).split())
-    assert "lacks 32 of 32 wanted val samples" in text and "data.val_fraction" in text
+    assert "lacks 32 of 32 requested val samples" in text and "data.val_fraction" in text
 
 
 def test_a_wrong_file_of_a_later_view_is_named_before_the_first_step(tmp_path, teacher_run):
     """Of a view that is neither the first nor the last: those are read at the start in any case."""
-    flags = [*asking(teacher_run, tmp_path / "cache"), "--data.views=3"]
+    flags = [*flags_of(teacher_run, tmp_path / "cache"), "--data.views=3"]
     cache("build", *flags)
     file = next((tmp_path / "cache").glob("train/view-0001/layer2-*"))
     file.write_bytes(file.read_bytes()[:-1])
     text = train(tmp_path / "run", *flags, code=2)
-    assert "has 1 wrong files: train/view-0001/layer2-00000-of-00001.safetensors has " in text
+    assert "has 1 damaged files: train/view-0001/layer2-00000-of-00001.safetensors has " in text
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_an_outlier_coarsens_int8_and_is_no_other_teacher(tmp_path, teacher_run):
-    flags = [*asking(teacher_run, tmp_path / "cache"), "--data.source=import:tests.own_models:images_with_an_outlier"]
-    int8 = [*flags, "--teacher.dtype=int8"]
+def test_an_outlier_coarsens_int8_and_is_not_another_teacher(tmp_path, teacher_run):
+    flags = [*flags_of(teacher_run, tmp_path / "cache"), "--data.source=import:tests.own_models:images_with_an_outlier"]
+    int8 = [*flags, "--teacher.cache.dtype=int8"]
     cache("build", *int8)
     report = json.loads(cache("verify", *int8, "--json"))
-    assert report["is_whole"]
-    assert 0 < report["largest_difference"] < tolerance("int8", "no")
+    assert report["is_intact"]
+    assert 0 < report["largest_difference"] < tolerance("int8", "float32")
     train(tmp_path / "run", *int8, "--train.max_steps=1")
     assert (tmp_path / "run/summary.json").is_file()
 
 
 @pytest.mark.slow
-def test_a_layer_called_as_the_answers_are(tmp_path, teacher_run):
-    named = ["--model.arch=import:tests.own_models:named_logits", FEATURE.replace("layer2", "logits")]
-    flags = [*asking(teacher_run, tmp_path / "cache"), *named, "--teacher.layers=[layer1, layer2]"]
+def test_a_layer_named_logits(tmp_path, teacher_run):
+    arch = "--model.arch=import:tests.own_models:named_logits"
+    train(tmp_path / "teacher", "--role=teacher", arch, "--train.max_steps=4")
+    teacher_layer = FEATURE.replace("[layer1, layer2]", "{layer1: layer1, layer2: logits}")
+    flags = flags_of(tmp_path / "teacher", tmp_path / "cache", teacher_layer.replace("both", "student_to_teacher"))
+    flags = [flag.replace(", pca_images: 64", "") for flag in flags]
     for text in (cache("build", *flags, code=2), train(tmp_path / "run", *flags, code=2)):
-        assert "distill.feature.layers: a module called logits cannot be cached" in text
+        assert "distill.features: the teacher's layer logits cannot be cached" in text
     only_logits = [*flags, "--teacher.outputs=mixed"]
     cache("build", *only_logits)
     train(tmp_path / "run", *only_logits, "--train.max_steps=1")
+    student_layer = FEATURE.replace("[layer1, layer2]", "{layer1: layer1, logits: layer2}")
+    flags = [*flags_of(teacher_run, tmp_path / "other", student_layer), arch]
+    cache("build", *flags)
+    train(tmp_path / "student", *flags, "--train.max_steps=1")
 
 
 @pytest.mark.slow
 def test_a_cache_may_lie_behind_links_and_a_build_writes_through_none_to_a_file(tmp_path, teacher_run):
-    flags = asking(teacher_run, tmp_path / "link")
+    flags = flags_of(teacher_run, tmp_path / "link")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     cache("build", *flags)

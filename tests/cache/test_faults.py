@@ -1,4 +1,4 @@
-"""What happens to a cache that is killed, cut, flipped, exchanged, forbidden or full: told by file, mended by a build."""
+"""Builds that are killed, files that are cut, flipped or exchanged, disks that refuse: named by file, repaired by a build."""
 
 import json
 import shutil
@@ -10,10 +10,10 @@ import psutil
 import pytest
 
 from tests import in_process
-from tests.cache.test_compatibility import asking, files_of
+from tests.cache.test_compatibility import files_of, flags_of
 from tests.launching import SMALL, kill_all, losses, run, start, train
 
-SMALL_FILES = ["--teacher.cache_batch_size=16", "--teacher.shard_mib=0.04"]
+SMALL_FILES = ["--teacher.cache.batch_size=16", "--teacher.cache.shard_mib=0.04"]
 """32 samples in a file: four files for each view and tensor."""
 
 
@@ -28,14 +28,14 @@ def slow_teacher_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, slow_teacher_run):
     directory = tmp_path_factory.mktemp("caches") / "cache"
-    in_process.cache("build", *asking(slow_teacher_run, directory), *SMALL_FILES)
+    in_process.cache("build", *flags_of(slow_teacher_run, directory), *SMALL_FILES)
     return directory
 
 
 @pytest.fixture
 def copied(built, tmp_path, slow_teacher_run):
     shutil.copytree(built, tmp_path / "cache")
-    return asking(slow_teacher_run, tmp_path / "cache"), tmp_path / "cache"
+    return flags_of(slow_teacher_run, tmp_path / "cache"), tmp_path / "cache"
 
 
 def whole(directory):
@@ -64,7 +64,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_file_is_named_and_mended_alone(built, copied, tmp_path, kind):
+def test_a_damaged_file_is_named_and_repaired_alone(built, copied, tmp_path, kind):
     flags, directory = copied
     DAMAGES[kind](directory / FILE)
     before = files_of(directory)
@@ -77,13 +77,13 @@ def test_a_damaged_file_is_named_and_mended_alone(built, copied, tmp_path, kind)
     assert whole(directory) == whole(built)
     after = files_of(directory)
     assert {path for path in before if after[path] != before[path]} <= {directory / FILE}
-    assert json.loads(in_process.cache("verify", *flags, "--json"))["is_whole"]
+    assert json.loads(in_process.cache("verify", *flags, "--json"))["is_intact"]
 
 
 def test_a_file_of_another_cache_is_noticed(built, copied, tmp_path, teacher_run):
     flags, directory = copied
     other = tmp_path / "other"
-    in_process.cache("build", *asking(teacher_run, other), *SMALL_FILES)
+    in_process.cache("build", *flags_of(teacher_run, other), *SMALL_FILES)
     shutil.copy(other / FILE, directory / FILE)
     assert f"{FILE}: has the header of another cache" in in_process.cache("verify", *flags, code=2)
     in_process.cache("build", *flags)
@@ -109,7 +109,7 @@ def test_damage_of_what_describes_a_cache(built, copied, tmp_path, name, kind):
     in_process.cache("build", *flags, *SMALL_FILES)
     assert files_of(directory) == before
     assert whole(directory) == whole(built)
-    assert json.loads(in_process.cache("verify", *flags, "--json"))["is_whole"]
+    assert json.loads(in_process.cache("verify", *flags, "--json"))["is_intact"]
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hosts", "train/../../x.safetensors"])
@@ -135,17 +135,17 @@ def test_a_manifest_that_leads_out_is_refused_with_nothing_touched(copied, tmp_p
 def test_a_later_version_is_refused_with_nothing_touched(copied, tmp_path, name):
     flags, directory = copied
     content = json.loads((directory / name).read_text())
-    (directory / name).write_text(json.dumps({**content, "version": 2}))
+    (directory / name).write_text(json.dumps({**content, "version": 3}))
     (directory / FILE).unlink()
     before = files_of(directory)
     for action in ("build", "verify", "info"):
-        assert "has version 2, this program reads 1" in in_process.cache(action, *flags, code=2)
+        assert "has version 3, this program reads version 2" in in_process.cache(action, *flags, code=2)
     assert files_of(directory) == before
 
 
 @pytest.mark.parametrize("place", ["/proc/kd_accel/cache", "/dev/null/cache"])
 def test_a_place_that_cannot_be_written(slow_teacher_run, place):
-    text = in_process.cache("build", *asking(slow_teacher_run, place), code=2)
+    text = in_process.cache("build", *flags_of(slow_teacher_run, place), code=2)
     assert f"cannot write to {place}" in text
 
 
@@ -155,20 +155,20 @@ def test_a_full_disk_keeps_what_is_whole_and_a_read_only_one_can_be_read(built, 
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True, check=False).returncode:
         pytest.skip("mounting is not permitted here")
-    flags = asking(slow_teacher_run, disk / "cache")
+    flags = flags_of(slow_teacher_run, disk / "cache")
     try:
         (disk / "ballast").write_bytes(b"x" * 500_000)
         text = in_process.cache("build", *flags, *SMALL_FILES, code=2)
-        assert "would need another" in text and "are free there" in text
+        assert "would need another" in text and "are free; use" in text
         (disk / "ballast").write_bytes(b"x" * 200_000)
         process = start("cache", "build", *SMALL, *flags, *SMALL_FILES, KD_TEST_FORWARD_S="0.3")
         while not (disk / "cache/train/view-0000").is_dir():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         (disk / "ballast").write_bytes(b"x" * 450_000)  # somebody else fills the disk while the build is at work
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 2, said
-        assert "cannot write" in said and "No space left" in said and "goes on with the files that are whole" in said
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 2, stderr
+        assert "cannot write" in stderr and "No space left" in stderr and "keeps the complete files" in stderr
         before = files_of(disk / "cache")
         (disk / "ballast").unlink()
         in_process.cache("build", *flags)
@@ -186,7 +186,7 @@ def test_a_full_disk_keeps_what_is_whole_and_a_read_only_one_can_be_read(built, 
 @pytest.mark.slow
 def test_two_builders_at_once(tmp_path, slow_teacher_run):
     """Also when only one process of the first build is left."""
-    flags = [*asking(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
+    flags = [*flags_of(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
     first = start_build(flags, processes=2, forward_s=3.0)
     try:
         wait_for(tmp_path / "cache/spec.json", first)
@@ -194,11 +194,11 @@ def test_two_builders_at_once(tmp_path, slow_teacher_run):
             in_process.cache("build", *flags, code=2),
             run("cache", "build", *SMALL, *flags, processes=2, code=None).stderr,
         ):
-            assert text.count("is being written by another build") == 1
+            assert text.count("another build is writing to") == 1
         ranks = ranks_of(first.pid)
         first.kill()  # the launcher, then rank 0; rank 1 lives on for a while
         ranks[0].kill()
-        assert "is being written by another build" in in_process.cache("build", *flags, code=2)
+        assert "another build is writing to" in in_process.cache("build", *flags, code=2)
         ranks[1].kill()
         psutil.wait_procs(ranks, timeout=30)
     finally:
@@ -208,14 +208,14 @@ def test_two_builders_at_once(tmp_path, slow_teacher_run):
 
 
 @pytest.mark.slow
-def test_an_interrupted_build_says_so_in_a_line(tmp_path, slow_teacher_run):
-    flags = [*asking(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
+def test_an_interrupted_build_ends_with_one_line(tmp_path, slow_teacher_run):
+    flags = [*flags_of(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
     process = start("cache", "build", *SMALL, *flags, KD_TEST_FORWARD_S="0.5")
     wait_for(tmp_path / "cache/train", process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    assert said.splitlines() == ["kd-accel: stopped by SIGINT; what was written last is whole"]
+    assert stderr.splitlines() == ["kd-accel: stopped by SIGINT; files written so far are complete"]
     in_process.cache("build", *flags)
 
 
@@ -263,7 +263,7 @@ FULL = [pytest.param(processes, kills, marks=pytest.mark.faults) for processes, 
 @pytest.mark.parametrize(("processes", "kills"), [*SHORT, *FULL])
 def test_killed_builds_end_in_the_same_bytes(tmp_path, fault_record, built, slow_teacher_run, processes, kills):
     directory = tmp_path / "cache"
-    flags = [*asking(slow_teacher_run, directory), *SMALL_FILES]
+    flags = [*flags_of(slow_teacher_run, directory), *SMALL_FILES]
     generator = fault_record.generator("build", processes, kills)
     for before, after, lost in kill_builds(directory, flags, kills=kills, processes=processes, generator=generator):
         with fault_record.trial(f"SIGKILL of a cache build, {processes} process{'es' if processes > 1 else ''}"):
@@ -280,7 +280,7 @@ def test_killed_builds_end_in_the_same_bytes(tmp_path, fault_record, built, slow
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.faults)])
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path, built, slow_teacher_run, processes):
-    flags = [*asking(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
+    flags = [*flags_of(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
     run("cache", "build", *SMALL, *flags, processes=processes)
     assert whole(tmp_path / "cache") == whole(built)
     assert "complete, 27 files checked" in run("cache", "build", *SMALL, *flags, processes=processes).stdout

@@ -1,10 +1,11 @@
-"""What `plan` computes follows from what it measured, and it says what a person must know before a build."""
+"""Estimates of `plan`: they follow from the measured rates, and cover what matters before a build."""
 
 import json
 
 import pytest
 
-from kd_accel.commands.plan import Job, Measured, costs, recommendation
+from kd_accel.cache.estimate import Job, Measured, costs, recommend
+from tests.cache.test_compatibility import FEATURE
 from tests.launching import SMALL, run
 
 MEASURED = Measured(view_s=1e-5, teacher_s=2e-3, student_s=3e-3, write_bytes_per_s=1e9, read_bytes_per_s=2e9)
@@ -48,12 +49,12 @@ def result(*, measured=MEASURED, free=1e12, **job):
 
 
 def test_what_is_recommended():
-    assert recommendation(result()).startswith("cached: it has paid for itself after epoch 5 of the 30")
-    assert recommendation(result(views=30)).startswith("cached for 2 students or more")
-    assert recommendation(result(views=400)).startswith("live: the cache would pay only after")
-    assert "are free" in recommendation(result(free=1e9))
+    assert recommend(result()).startswith("cached: it pays off after epoch 5 of the 30")
+    assert recommend(result(views=30)).startswith("cached for 2 students or more")
+    assert recommend(result(views=400)).startswith("live: the cache would pay off only after")
+    assert "are free" in recommend(result(free=1e9))
     slow_disk = Measured(**{**vars(MEASURED), "read_bytes_per_s": 1e6})
-    assert recommendation(result(measured=slow_disk)).startswith("live: here reading a sample takes longer")
+    assert recommend(result(measured=slow_disk)).startswith("live: on this machine, reading a sample takes longer")
 
 
 def test_it_measures_here_and_writes_nothing(tmp_path, teacher_run):
@@ -61,8 +62,8 @@ def test_it_measures_here_and_writes_nothing(tmp_path, teacher_run):
     flags = [
         f"--teacher.run={teacher_run}",
         "--teacher.outputs=cached",
-        f"--teacher.cache_dir={cache_dir}",
-        "--distill.feature={weight: 0.1, direction: both, layers: [layer1, layer2], pca_images: 64}",
+        f"--teacher.cache.dir={cache_dir}",
+        FEATURE,
         "--data.views=30",
     ]
     found = json.loads(run("plan", *SMALL, *flags, "--json").stdout.splitlines()[-1])

@@ -21,7 +21,7 @@ from kd_accel.cache.spec import SPLITS
 from kd_accel.errors import UserError
 from kd_accel.io.hashing import tensors_digest
 from kd_accel.losses.targets import PCA
-from tests.cache.test_compatibility import FEATURE, asking, files_of
+from tests.cache.test_compatibility import FEATURE, files_of, flags_of
 from tests.cache.test_store import spec_of
 from tests.in_process import cache, train
 
@@ -32,14 +32,14 @@ ONE_LAYER = FEATURE.replace("layer1, layer2", "layer2")
 def built(tmp_path_factory, teacher_run):
     """A cache that no test here changes."""
     directory = tmp_path_factory.mktemp("caches") / "cache"
-    cache("build", *asking(teacher_run, directory))
+    cache("build", *flags_of(teacher_run, directory))
     return directory
 
 
 @pytest.fixture
 def copied(built, tmp_path, teacher_run):
     shutil.copytree(built, tmp_path / "cache")
-    return asking(teacher_run, tmp_path / "cache"), tmp_path / "cache"
+    return flags_of(teacher_run, tmp_path / "cache"), tmp_path / "cache"
 
 
 def flipped_bits(path):
@@ -137,11 +137,11 @@ def test_lost_targets_are_fitted_again_by_a_config_that_has_all_of_them(built, c
     (directory / "targets.safetensors").unlink()
     if is_file_lost:
         next(directory.glob("train/view-0000/layer1-*")).unlink()
-    text = cache("build", *asking(teacher_run, directory, ONE_LAYER), code=2)
+    text = cache("build", *flags_of(teacher_run, directory, ONE_LAYER), code=2)
     assert "does not compare all of its layers (layer1)" in text
     assert not (directory / "targets.safetensors").exists()
     cache("build", *flags)
-    cache("verify", *asking(teacher_run, directory, ONE_LAYER))
+    cache("verify", *flags_of(teacher_run, directory, ONE_LAYER))
     bytes_of = {path.relative_to(directory): content for path, (_, content) in files_of(directory).items()}
     assert bytes_of == {path.relative_to(built): content for path, (_, content) in files_of(built).items()}
 

@@ -10,6 +10,7 @@ from kd_accel.cache.manifest import read_spec
 from kd_accel.cache.teacher_cache import TeacherCache
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.datamodule import load_data
+from kd_accel.data.views import ImageDataset
 from kd_accel.errors import UserError
 from kd_accel.losses.targets import PCA, Identity
 from kd_accel.teacher.teacher import LiveTeacher, Teacher
@@ -84,13 +85,13 @@ def test_the_teacher_of_an_opened_cache_is_checked(built):
 
 def test_views_are_those_of_the_build(built, data):
     other = data_of(views=None, view_seed=5, augment="none", limit_train=64)
-    views = built.views(other)
-    assert (views.num_views, views.transform) == (2, data.transform)
-    assert np.array_equal(views.splits.train, other.splits.train)
+    views = built.views(ImageDataset.from_module(other))
+    assert (views.num_views, views.module.transform) == (2, data.transform)
+    assert np.array_equal(views.module.splits.train, other.splits.train)
     with pytest.raises(UserError, match=r"holds other data: views.image_size: 32 stored, 24 requested"):
-        built.views(data_of(image_size=24))
+        built.views(ImageDataset.from_module(data_of(image_size=24)))
     with pytest.raises(UserError, match=r"data.contents.train: 1 of 128 requested samples"):
-        built.views(data_of("touched_images"))
+        built.views(ImageDataset.from_module(data_of("touched_images")))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_fitted_targets_must_be_those_of_the_cache(built, data, tmp_path):
 
 @pytest.mark.parametrize("is_old_spec", [True, False])
 def test_a_cache_of_version_1_is_refused_and_kept(built, data, tmp_path, is_old_spec):
-    """plan.json is the spec of version 1; no spec.json of version 1 was ever released, but one is refused alike."""
+    """The spec of version 1 was called plan.json."""
     content = json.loads((built.directory / "spec.json").read_text())
     name = "plan.json" if is_old_spec else "spec.json"
     (tmp_path / name).write_text(json.dumps({**content, "version": 1}))

@@ -1,4 +1,4 @@
-"""The whole chain with one command: real processes to their end."""
+"""`kd-accel reproduce`: a chain of runs in real processes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ BENCH = {"batch_sizes": [1], "threads": 1, "min_iterations": 20, "min_time_s": 0
 
 
 def write_chain(directory, runs, *, bench=BENCH):
-    """A config file for each of `runs`, name -> settings besides those of a small training, and one of the chain."""
+    """Write a config file for each of `runs`, name -> settings besides those of a small training, and one of the chain."""
     flags = [flag[2:].split("=", 1) for flag in SMALL]
     small = {}
     for key, value in flags:
@@ -29,7 +29,7 @@ def write_chain(directory, runs, *, bench=BENCH):
 
 @pytest.mark.slow
 def test_reproduce_runs_the_chain_once_and_skips_what_is_done(tmp_path):
-    cached = {"run": str(tmp_path / "teacher"), "signals": "cached", "cache_dir": str(tmp_path / "cache")}
+    cached = {"run": str(tmp_path / "teacher"), "outputs": "cached", "cache": {"dir": str(tmp_path / "cache")}}
     runs = {"teacher": {"role": "teacher"}, "student": {"teacher": cached}}
     chain = write_chain(tmp_path, runs)
     flags = ["--train.epochs=1", "--data.views=2"]
@@ -38,11 +38,11 @@ def test_reproduce_runs_the_chain_once_and_skips_what_is_done(tmp_path):
     assert "| student (distilled) | import:tests.own_models:student |" in first.stdout
     assert summary(tmp_path / "student")["world_size"] == 2
     assert summary(tmp_path / "student")["steps"] == 8
-    written = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
+    before = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
     second = run("reproduce", "--config", chain, "--", *flags)
     assert second.stdout.count("finished already") == 2
     again = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
-    assert again == written
+    assert again == before
     wrong = run("reproduce", "--config", chain, "--", "--train.epoch=1", code=2)
     assert wrong.stderr.startswith("kd-accel: after --: train.epoch: no such setting; did you mean train.epochs?")
     assert len(wrong.stderr.splitlines()) == 1

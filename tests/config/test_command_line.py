@@ -1,9 +1,9 @@
 """The program's command line: arguments of the commands, and errors at once, without torch and without a traceback."""
 
 import inspect
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -83,15 +83,20 @@ def test_two_calls_lead_from_main_to_the_command(monkeypatch):
     assert names[:2] == ["_train", "main"] and names[2].startswith("test_")
 
 
+LIMIT_CPU_S = 0.5
+"""Processor time, which is the whole time on an idle machine, and hardly more on a busy one."""
+
+
 def run_program(*argv):
-    started_at = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-X", "importtime", "-m", "kd_accel", *argv]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    elapsed_s = time.perf_counter() - started_at
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     lines = done.stderr.splitlines(keepends=True)
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     errors = "".join(line for line in lines if not line.startswith("import time:"))
-    return done, imported, errors, elapsed_s
+    return done, imported, errors, cpu_s
 
 
 @pytest.mark.parametrize(
@@ -112,10 +117,10 @@ def run_program(*argv):
     ],
 )
 def test_the_program_ends_at_once_without_a_traceback(argv, code):
-    tries = [run_program(*argv) for _ in range(2)]
-    done, imported, errors, _ = tries[0]
+    done, imported, errors, cpu_s = run_program(*argv)
+    cpu_s = cpu_s if cpu_s < LIMIT_CPU_S else run_program(*argv)[-1]  # the first import of a checkout also compiles
     assert done.returncode == code
     assert "Traceback" not in errors
     assert not {"torch", "numpy", "accelerate"} & imported and "pydantic" in imported
-    assert min(elapsed_s for *_, elapsed_s in tries) < 0.5
+    assert cpu_s < LIMIT_CPU_S
     assert (errors.startswith("kd-accel: ") and done.stdout == "") if code else done.stdout

@@ -61,14 +61,16 @@ def test_a_layer_that_does_not_exist_or_is_no_map(tmp_path, teacher_run):
 
 def test_too_few_images_for_the_pca(tmp_path, teacher_run):
     flags = [f"--teacher.run={teacher_run}", "--distill.features.mse={layers: [layer2], args: {pca_images: 2}}"]
-    check_message(train(tmp_path / "run", *flags, code=2), "pca_images: 8 samples at layer2, but 16 directions need more")
+    check_message(
+        train(tmp_path / "run", *flags, code=2), "8 pixels at layer2 are too few", "16 principal directions", "raise pca_images"
+    )
 
 
 @pytest.mark.slow
 def test_a_teacher_with_other_classes(tmp_path, teacher_run):
     check_message(
         run("train", f"--run_dir={tmp_path / 'run'}", f"--teacher.run={teacher_run}", code=2),
-        "knows 4 classes, the data has 10",
+        "has 4 classes, the data has 10",
     )
     renamed = tmp_path / "renamed"
     shutil.copytree(teacher_run, renamed)
@@ -101,7 +103,7 @@ def test_weights_of_another_architecture_or_in_a_pickle(tmp_path):
 def test_a_run_directory_that_is_empty_damaged_or_a_file(tmp_path, teacher_run):
     (tmp_path / "empty").mkdir()
     check_message(run("evaluate", tmp_path / "empty", code=2), "no finished run")
-    check_message(run("report", tmp_path / "empty", "--out", tmp_path / "report", code=2), "no finished run there")
+    check_message(run("report", tmp_path / "empty", "--out", tmp_path / "report", code=2), "not a finished run")
     check_message(run("bench", tmp_path / "empty", code=2), "no finished run")
     check_message(run("bench", "runs/nowhere", code=2), "run directory 'runs/nowhere' not found")
     (tmp_path / "file").write_text("")
@@ -110,7 +112,7 @@ def test_a_run_directory_that_is_empty_damaged_or_a_file(tmp_path, teacher_run):
     shutil.copytree(teacher_run, damaged)
     shutil.rmtree(damaged / "checkpoints")
     (damaged / "model.safetensors").unlink()
-    check_message(train(damaged, code=2), "holds a summary.json but neither all results nor a whole checkpoint")
+    check_message(train(damaged, code=2), "neither all results nor an intact checkpoint")
     (damaged / "summary.json").write_text("{")
     check_message(run("report", damaged, "--out", tmp_path / "report", code=2), "damaged")
 

@@ -1,15 +1,23 @@
 """Files and flags become a config: merging, values as people and sweeps write them, saved configs."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from kd_accel.config.fields import flatten
-from kd_accel.config.parsing import load_config_file, save_config
+from kd_accel.config.parsing import build_config, load_config_file, save_config
 from kd_accel.config.schema import DistillConfig, FeatureLossConfig, LogitLossConfig, RunConfig, Schedule
+from kd_accel.errors import UserError
 from kd_accel.io.user_code import VARIABLE
-from tests.config.parsed import mistakes, parse
+from tests.config.parsed import LOSSES, mistakes, parse
 
 MSE = "distill: {features: {mse: {weight: 0.5, layers: [layer4], args: {direction: both}}}}\nteacher: {run: x}"
+
+
+@pytest.fixture
+def nothing_allowed(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "")
 
 
 def test_later_files_and_then_flags_win(config_file):
@@ -156,6 +164,35 @@ def test_print_config_writes_what_config_reads(tmp_path, capsys):
     assert parse("--config", str(path)) == parse(*flags)
 
 
+def build(source, config_class=RunConfig, **overrides):
+    return build_config(config_class, source, overrides, losses=LOSSES)
+
+
+def test_a_config_from_python(config_file, nothing_allowed):
+    layers = {"layer1.0": "layer2.0"}
+    source = {"teacher": {"run": "null"}, "distill": {"features": {"import:a.b:C": {"layers": layers, "args": {"x": "1e-3"}}}}}
+    config = build(source, **{"optim.lr": 0.5, "distill.features.mse.weight": 0.2, "seed": 3})
+    assert config.distill.features == {
+        "import:a.b:C": FeatureLossConfig(layers=layers, args={"x": "1e-3"}),
+        "mse": FeatureLossConfig(weight=0.2),
+    }
+    assert (config.teacher.run, config.optim.lr, config.seed) == ("null", 0.5, 3)
+    assert build({"data": {"mean": (0.1, 0.2, 0.3), "std": (1, 1, 1)}}, run_dir=Path("x/y")).run_dir == "x/y"
+    assert build(config, seed=4) == config.model_copy(update={"seed": 4})
+    assert build(config_file("seed: 7"), name="y").seed == 7
+    assert build(config, **{"distill.features.mse": None}).distill.features.keys() == {"import:a.b:C"}
+
+
+def test_mistakes_of_a_config_from_python(nothing_allowed):
+    with pytest.raises(UserError) as caught:
+        build({"seed": "3", "trian": {"epochs": 1}}, **{"optim.lrr": 1})
+    assert str(caught.value) == (
+        "3 mistakes:\n  seed: must be a whole number, not '3' (in the call)\n"
+        "  optim.lrr: no such setting; did you mean optim.lr? (in the call)\n"
+        "  trian: no such setting; did you mean train? (in the call)"
+    )
+
+
 def test_the_schema_itself_is_strict_and_frozen():
     with pytest.raises(ValidationError):
         DistillConfig(feature=1)
@@ -168,11 +205,6 @@ def test_the_schema_itself_is_strict_and_frozen():
 
 def test_flatten_gives_the_names_that_a_person_types():
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [1]}) == {"a.b.c": 1, "a.d": {}, "e": [1]}
-
-
-@pytest.fixture
-def nothing_allowed(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "")
 
 
 def test_user_code_runs_where_the_name_that_counts_was_typed(config_file, nothing_allowed):

@@ -15,11 +15,12 @@ from kd_accel.config.schema import RunConfig
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/scaling.md").read_text().split("## ImageNet-1k on 8 and on 64 GPUs")[1]
 CONFIG = load_config_file(RunConfig, ROOT / "configs/imagenet/hybrid.yaml")
-ALL_TAPS = ["layer1", "layer2", "layer3", "layer4"]
+LAYERS = CONFIG.distill.features["mse"].layers
+ALL_LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 
 
 def tables() -> list[list[list[str]]]:
-    """The cells of the page's tables, without their two lines of header."""
+    """Return the cells of the page's tables, without their two lines of header."""
     blocks = re.findall(r"(?:^\|.*\|\n)+", PAGE, re.MULTILINE)
     return [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]] for block in blocks]
 
@@ -43,7 +44,7 @@ def network(arch: str, layers: list[str]) -> tuple[int, list[torch.Size]]:
 
 
 def kept_bytes(layers: list[str]) -> dict[str, int]:
-    """Bytes of an image and view in float16 by what a cache keeps; projected features have the student's widths."""
+    """Return the bytes of an image and view in float16 by the contents of a cache; projected features have the student's channels."""
     student, teacher = network(CONFIG.model.arch, layers)[1], network(CONFIG.teacher.arch, layers)[1]
     logits = 2 * int(CLASSES)
     return {
@@ -55,7 +56,7 @@ def kept_bytes(layers: list[str]) -> dict[str, int]:
 
 
 def rates(gpus: int, kept: int, *, is_live: bool) -> dict[str, float]:
-    """Images per second and GPU of each part by the formulas of the page."""
+    """Return the images per second and GPU of each part by the formulas of the page."""
     nodes = -(-gpus // int(ON_A_NODE))
     found = {
         "compute": 1 / (1 / STUDENT + 1 / TEACHER) if is_live else STUDENT,
@@ -70,18 +71,18 @@ def rates(gpus: int, kept: int, *, is_live: bool) -> dict[str, float]:
     return found
 
 
-def sample(gpus: int, teacher_output: str, kept: int) -> list[str]:
-    """The cells of one sample of the results."""
+def row(gpus: int, teacher_output: str, kept: int) -> list[str]:
+    """Return the cells of one row of the results."""
     found = {name: round(rate) for name, rate in rates(gpus, kept, is_live=teacher_output == "live").items()}
     columns = ("compute", "views", "disk", "copy", "network")
     least = min(found.values())
-    narrowest = ", ".join(name for name in columns if found.get(name) == least)
+    limits = ", ".join(name for name in columns if found.get(name) == least)
     cells = [f"{found[name]:,}" if name in found else "" for name in columns]
-    return [str(gpus), teacher_output, f"{least * gpus:,}", f"{IMAGES / least / gpus:.0f}", narrowest, *cells]
+    return [str(gpus), teacher_output, f"{least * gpus:,}", f"{IMAGES / least / gpus:.0f}", limits, *cells]
 
 
-def test_what_a_cache_keeps():
-    kept = kept_bytes(CONFIG.distill.feature.layers)
+def test_the_contents_of_a_cache():
+    kept = kept_bytes(LAYERS)
     assert kept == {"logits": 2000, "logits and raw features": 202_704, "logits and projected features": 52_176}
     expected = [[name, f"{size:,}", f"{size * IMAGES / 2**30:.1f}"] for name, size in kept.items()]
     assert [[name.removesuffix(" (this config)"), *cells] for name, *cells in KEPT] == expected
@@ -89,8 +90,8 @@ def test_what_a_cache_keeps():
 
 def test_every_number_of_the_results():
     ways = {"none (plain training)": 0, "live": 0}
-    ways |= {f"cached {name}": size for name, size in kept_bytes(CONFIG.distill.feature.layers).items()}
-    assert [sample(gpus, teacher_output, kept) for gpus in (8, 64) for teacher_output, kept in ways.items()] == RESULTS
+    ways |= {f"cached {name}": size for name, size in kept_bytes(LAYERS).items()}
+    assert [row(gpus, teacher_output, kept) for gpus in (8, 64) for teacher_output, kept in ways.items()] == RESULTS
 
 
 def test_links_by_hand():
@@ -104,7 +105,7 @@ def test_links_by_hand():
 
 
 def test_numbers_in_the_sentences():
-    all_stages = kept_bytes(ALL_TAPS)["logits and projected features"]
+    all_stages = kept_bytes(ALL_LAYERS)["logits and projected features"]
     found = rates(64, all_stages, is_live=False)
     numbers = [
         f"takes {(kept_bytes(['layer4'])['logits and projected features'] - 2 * CLASSES) / 1e3:.0f} kB an image and view",

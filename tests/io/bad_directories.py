@@ -80,15 +80,15 @@ RUNS = [
 ]
 
 CHECKPOINTS = [
-    ("state that is no JSON", make.state_text("{"), RESUME, "holds no whole checkpoint"),
-    ("state nested deeply", make.state_text(make.nested(100_000)), RESUME, "holds no whole checkpoint"),
-    ("state of a later version", state(lambda s: s.update(version=2)), RESUME, "holds no whole checkpoint"),
-    ("state that is a list", state(lambda s: s.update(state=[])), RESUME, "holds no whole checkpoint"),
+    ("state that is no JSON", make.state_text("{"), RESUME, "holds no intact checkpoint"),
+    ("state nested deeply", make.state_text(make.nested(100_000)), RESUME, "holds no intact checkpoint"),
+    ("state of a later version", state(lambda s: s.update(version=9)), RESUME, "is of version 9 of the checkpoint format"),
+    ("state that is a list", state(lambda s: s.update(state=[])), RESUME, "holds no intact checkpoint"),
     (
         "file outside",
         state(lambda s: s["files"].update({"../../config.yaml": {"bytes": 1, "xxh3_128": ""}})),
         RESUME,
-        "no whole",
+        "no intact",
     ),
     ("no position", state(lambda s: s["state"].pop("position")), RESUME, STATE.format("position")),
     ("position of text", state(lambda s: s["state"]["position"].update(step="5")), RESUME, STATE.format("position")),
@@ -96,11 +96,11 @@ CHECKPOINTS = [
     ("infinite time", state(lambda s: s["state"]["position"].update(elapsed_s=1e999)), RESUME, STATE.format("position")),
     ("config of text", state(lambda s: s["state"].update(config="x")), RESUME, STATE.format("config")),
     ("no ranks", state(lambda s: s["state"].update(ranks=[])), RESUME, STATE.format("ranks")),
-    ("another teacher", state(lambda s: s["state"].update(teacher_digest="0")), RESUME, "was trained with the teacher 0"),
+    ("another teacher", state(lambda s: s["state"].update(teacher_fingerprint="0")), RESUME, "was trained with the teacher 0"),
     ("generators of nothing", state(lambda s: s["state"]["ranks"][0].update(random={})), RESUME, "does not fit the training"),
     ("negative metrics", state(lambda s: s["state"].update(metrics_bytes=-1)), RESUME, STATE.format("metrics_bytes")),
-    ("metrics cut", cut("paused/metrics.jsonl", 5), RESUME, "shorter than the checkpoint remembers"),
-    ("no tensors in a file", checkpoint_file("module.safetensors", b"no tensors"), RESUME, "is no safetensors file"),
+    ("metrics cut", cut("paused/metrics.jsonl", 5), RESUME, "is shorter than the checkpoint has recorded"),
+    ("no tensors in a file", checkpoint_file("module.safetensors", b"no tensors"), RESUME, "is not a valid safetensors file"),
     (
         "tensors of another model",
         checkpoint_file("module.safetensors", lambda t: t.pop(min(t))),

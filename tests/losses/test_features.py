@@ -167,5 +167,7 @@ def test_layers_may_have_the_names_of_a_modules_attributes():
     layers = ["keys", "values", "type", "training", "a.b"]
     loss = built(MSE(), {layer: NARROW for layer in layers}, {layer: WIDE for layer in layers})
     maps = {layer: torch.randn(2, *NARROW) for layer in layers}
-    expected = sum(mse_loss(projector(maps[layer]), maps[layer]) for layer, projector in zip(layers, loss.projectors.values(), strict=True))
+    expected = sum(
+        mse_loss(projector(maps[layer]), maps[layer]) for layer, projector in zip(layers, loss.projectors.values(), strict=True)
+    )
     torch.testing.assert_close(loss(maps, maps), expected)

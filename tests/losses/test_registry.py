@@ -60,9 +60,9 @@ def test_a_class_of_the_user_is_found():
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("logits", "import:tests.own_losses:BankLoss", "must be a class derived from kd_accel.losses.base.LogitLoss"),
-        ("features", "import:tests.own_losses:PowerLoss", "must be a class derived from kd_accel.losses.base.FeatureLoss"),
-        ("features", "import:tests.own_models:student", "must be a class derived from kd_accel.losses.base.FeatureLoss"),
+        ("logits", "import:tests.own_losses:BankLoss", "must be a class derived from kd_accel.losses.LogitLoss"),
+        ("features", "import:tests.own_losses:PowerLoss", "must be a class derived from kd_accel.losses.FeatureLoss"),
+        ("features", "import:tests.own_models:student", "must be a class derived from kd_accel.losses.FeatureLoss"),
         ("features", "import:tests.own_losses:Missing", "has no function 'Missing'"),
         ("features", "import:tests.own_losses", "must have the form import:"),
     ],
@@ -81,7 +81,10 @@ def test_a_wrong_class_is_refused(kind, name, message):
         ({"pca_images": 0}, [f"{FIELD}.args.pca_images: 0 is not valid: input should be greater than or equal to 1"]),
         ({"pca_images": "64"}, [f"{FIELD}.args.pca_images: '64' is not valid: input should be a valid integer"]),
         ({"pca_images": True}, [f"{FIELD}.args.pca_images: True is not valid"]),
-        ({"pca_images": -1, "direction": 3, "xyz": 1}, [f"{FIELD}.args.{name}: " for name in ("pca_images", "direction", "xyz")]),
+        (
+            {"pca_images": -1, "direction": 3, "xyz": 1},
+            [f"{FIELD}.args.{name}: " for name in ("pca_images", "direction", "xyz")],
+        ),
         (
             {"direction": "student_to_teacher", "pca_images": 64},
             [f"{FIELD}.args.pca_images: has no effect (no PCA is fitted with direction student_to_teacher); leave it out"],
@@ -96,7 +99,9 @@ def test_wrong_settings_are_refused_by_name_all_at_once(args, expected):
 
 def test_settings_of_another_loss_are_refused():
     field = "distill.logits"
-    assert refusal("logits", "kl", {"direction": "both"}, field=field).startswith("distill.logits.args.direction: no such setting")
+    assert refusal("logits", "kl", {"direction": "both"}, field=field).startswith(
+        "distill.logits.args.direction: no such setting"
+    )
     assert refusal("logits", "kl", {"t_squared": 1}, field=field).startswith("distill.logits.args.t_squared: 1 is not valid")
     name = "import:tests.own_losses:BankLoss"
     assert refusal("features", name, {}) == f"{FIELD}.args.samples: missing, and without a default; set it"

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or passed over, keeps optimizer state exactly, and never takes the last good one with it."""
+"""Checkpoints are intact or passed over, keep optimizer state exactly, and never take the last intact one with them."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from kd_accel.config.schema import OptimConfig
 from kd_accel.errors import UserError
 from kd_accel.io.files import remove_leftovers
 from kd_accel.training.checkpoint import (
+    VERSION,
     CheckpointWriter,
     find_checkpoint,
     load_checkpoint,
@@ -52,10 +53,8 @@ def test_one_that_was_passed_over_does_not_push_out_the_good_ones(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_nothing_there():
-    from pathlib import Path
-
-    assert find_checkpoint(Path("nowhere")) is None
+def test_a_directory_that_does_not_exist(tmp_path):
+    assert find_checkpoint(tmp_path / "nowhere") is None
 
 
 def truncate(path):
@@ -91,13 +90,13 @@ def write_another_type(path):
     (path / "state.json").write_text("[1]")
 
 
-def come_from_the_future(path):
+def write_another_version(path, version):
     content = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**content, "version": 99}))
+    (path / "state.json").write_text(json.dumps({**content, "version": version}))
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "reason"),
     [
         (truncate, "instead of"),
         (flip_a_bit, "does not match its checksum"),
@@ -106,31 +105,82 @@ def come_from_the_future(path):
         (remove_the_state, "state.json cannot be read"),
         (point_outside, "outside the directory"),
         (write_another_type, "state.json is damaged"),
-        (come_from_the_future, "version 99"),
+        (lambda path: write_another_version(path, "2"), "state.json is damaged"),
     ],
 )
-def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, damage, said):
+def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, damage, reason):
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
-    with pytest.warns(UserWarning, match=f"step-00000002 is passed over: .*{said}"):
+    with pytest.warns(UserWarning, match=f"step-00000002 is passed over: .*{reason}"):
         assert find_checkpoint(tmp_path).name == "step-00000001"
 
 
-def test_a_leftover_of_a_killed_writer_is_no_checkpoint_and_goes_away(tmp_path):
+@pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
+def test_another_version_of_the_format_is_refused_and_left_alone(tmp_path, version):
+    """Not passed over as damaged: an earlier checkpoint would then replace it."""
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    write_another_version(path, version)
+    with pytest.raises(UserError) as refused:
+        find_checkpoint(tmp_path)
+    for part in (str(path), f"version {version}", f"version {VERSION}", "from scratch in another run_dir"):
+        assert part in str(refused.value)
+    assert path.is_dir()
+
+
+def test_a_run_with_checkpoints_of_another_version_is_refused_and_unchanged(tmp_path):
+    flags = ["--checkpoint.stop_after_steps=3"]
+    train(tmp_path / "run", *flags)
+    (path,) = (tmp_path / "run/checkpoints").iterdir()
+    write_another_version(path, 1)
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    shown = train(tmp_path / "run", code=2)
+    assert f"kd-accel: {path}: is of version 1 of the checkpoint format" in shown and "another run_dir" in shown
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+    train(tmp_path / "other", *flags)
+    assert (tmp_path / "other/checkpoints/step-00000003").is_dir()
+
+
+def test_the_names_in_a_checkpoint(tmp_path, distilled):
+    """Keys that docs and other programs rely on."""
+    train(tmp_path / "run", *distilled, "--checkpoint.stop_after_steps=2")
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoints/step-00000002")
+    assert {
+        "position",
+        "config",
+        "data",
+        "teacher_fingerprint",
+        "cache",
+        "explained",
+        "wandb_id",
+        "ranks",
+    } <= checkpoint.state.keys()
+    assert checkpoint.state["explained"].keys() == {"layer1", "layer2"}
+    assert checkpoint.state["meter_names"] == ["samples", "loss", "ce", "kl", "features/mse", "accuracy", "agreement"]
+    assert checkpoint.tensors.keys() == {"module", "optimizer", "targets"}
+    assert checkpoint.tensors["targets"].keys() == {
+        f"{layer}|conv.{kind}" for layer in ("layer1", "layer2") for kind in ("weight", "bias")
+    }
+    module = checkpoint.tensors["module"]
+    assert {"student.fc.weight", "feature_losses.mse.projectors.layer1.conv.weight"} <= module.keys()
+    assert all(name.startswith(("student.", "feature_losses.mse.projectors.")) for name in module)
+
+
+def test_a_leftover_of_a_killed_writer_is_not_a_checkpoint_and_is_removed(tmp_path):
     shutil.copytree(save(tmp_path, 1), tmp_path / ".step-00000002.tmp-123")
     assert find_checkpoint(tmp_path).name == "step-00000001"
     save(tmp_path, 3)
     assert not list(tmp_path.glob(".step*"))
 
 
-def test_a_disk_that_refuses_is_the_users_business(tmp_path):
+def test_a_disk_that_refuses_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*goes on from the last whole checkpoint"):
+    with pytest.raises(UserError, match="cannot write .*resumes from the last intact checkpoint"):
         save(tmp_path / "file" / "checkpoints", 1)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_the_optimizer_goes_on_exactly(name, tmp_path):
+def test_the_optimizer_resumes_exactly(name, tmp_path):
     def trained(model, optimizer, steps):
         for step in range(steps):
             optimizer.zero_grad()
@@ -180,7 +230,7 @@ def test_a_file_of_a_checkpoint_that_is_a_link(tmp_path):
     file = save(tmp_path, 2) / "module.safetensors"
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
-    with pytest.warns(UserWarning, match="step-00000002 is passed over: module.safetensors is no file, or a link"):
+    with pytest.warns(UserWarning, match="step-00000002 is passed over: module.safetensors is not a regular file"):
         assert find_checkpoint(tmp_path).name == "step-00000001"
 
 
@@ -197,7 +247,7 @@ def test_leftovers_behind_a_link_are_not_ours(tmp_path):
     assert (tmp_path / "elsewhere/.x.tmp-1").exists()
 
 
-def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+def test_training_continues_while_a_checkpoint_is_written_and_it_holds_the_moment_of_its_request(tmp_path, monkeypatch):
     reached = {}
 
     def slow(directory, *, step, **content):
@@ -219,7 +269,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_moment_it_wa
             assert one.read_bytes() == other.read_bytes()
 
 
-def test_what_the_disk_refuses_is_told_by_the_next_who_asks(tmp_path):
+def test_a_failed_write_is_raised_by_the_next_call(tmp_path):
     (tmp_path / "file").write_text("")
     writer = CheckpointWriter()
     writer.write(tmp_path / "file" / "checkpoints", step=1, tensors={}, state={}, keep=1)

@@ -1,7 +1,7 @@
-"""Trainings that are killed or signaled at any instant, and resumed: nothing can be told from the result.
+"""Trainings that are killed or signaled at any instant, and resumed: the result equals that of one never stopped.
 
-Trainees are forked from a warm parent; two of them join without a launcher, so that a kill meets both at once, as the death of
-a machine does. What the launcher does to its processes is tested in test_interruption.py.
+Processes are forked from a warm parent; two of them join without a launcher, so that a kill meets both at once, as the death of
+a machine does. The launcher's part is tested in test_preemption.py.
 """
 
 import signal
@@ -23,13 +23,13 @@ FORTY_STEPS = [
     "--train.max_steps=40",
     "--checkpoint.every_steps=3",
 ]
-"""Forty steps in five epochs, with an evaluation after each and a checkpoint after every third step."""
+"""Forty steps in five epochs, with an evaluation after each epoch and a checkpoint after every third step."""
 
 KINDS = [(processes, outputs) for processes in (1, 2) for outputs in ("live", "cached")]
 QUICK, FULL = 2, 10
 
 
-class TrainStates:
+class Processes:
     """The processes of one training."""
 
     def __init__(self, run_dir, flags, *, processes, **changes):
@@ -50,9 +50,9 @@ class TrainStates:
             rank.send_signal(number)
 
     def end(self):
-        """[exit code of each rank], what rank 0 said on stderr."""
-        _, said = self.ranks[0].communicate(timeout=120)
-        return [rank.wait(timeout=60) for rank in self.ranks], said
+        """[exit code of each rank], stderr of rank 0."""
+        _, stderr = self.ranks[0].communicate(timeout=120)
+        return [rank.wait(timeout=60) for rank in self.ranks], stderr
 
 
 def _rank(rank, port, joined):
@@ -66,20 +66,20 @@ def _free_port():
 
 
 def finish(run_dir, flags, processes):
-    codes, said = TrainStates(run_dir, flags, processes=processes).end()
-    assert codes == [0] * processes, said
+    codes, stderr = Processes(run_dir, flags, processes=processes).end()
+    assert codes == [0] * processes, stderr
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, teacher_run):
-    """By (processes, signals): flags of a hybrid distillation, a run of it that was never stopped, its length in seconds."""
+    """By (processes, outputs): flags of a hybrid distillation, a run of it that was never stopped, its length in seconds."""
     directory = tmp_path_factory.mktemp("straight")
     runs = {}
     for processes, outputs in KINDS:
         flags = [*FORTY_STEPS, f"--teacher.run={teacher_run}", "--distill.temperature={start: 4.0, floor: 2.0, decay: 0.9}"]
-        flags.append("--distill.feature={weight: 0.1, direction: both, layers: [layer1, layer2], pca_images: 64}")
+        flags.append("--distill.features.mse={weight: 0.1, layers: [layer1, layer2], args: {direction: both, pca_images: 64}}")
         if outputs == "cached":
-            flags += ["--teacher.outputs=cached", f"--teacher.cache_dir={directory / 'cache'}", "--teacher.cache_batch_size=16"]
+            flags += ["--teacher.outputs=cached", f"--teacher.cache.dir={directory / 'cache'}", "--teacher.cache.batch_size=16"]
             process = start("cache", "build", *SMALL, *flags)
             assert process.communicate(timeout=120) and process.returncode == 0
         run_dir = directory / f"{processes}-{outputs}"
@@ -89,34 +89,34 @@ def straight(tmp_path_factory, teacher_run):
     return runs
 
 
-def stop_at_random(train_states, run_dir, generator, number, *, length_s):
-    """Whether the signal came before the end. Two in three come while it trains, the others from its start on."""
+def stop_at_random(training, run_dir, generator, number, *, length_s):
+    """Return whether the signal came before the end. Two in three come during the steps, the others from the start on."""
     if generator.random() < 2 / 3:
         deadline = time.monotonic() + 60
-        while not (run_dir / "metrics.jsonl").exists() and train_states.ranks[0].poll() is None:
+        while not (run_dir / "metrics.jsonl").exists() and training.ranks[0].poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         length_s /= 2
     time.sleep(generator.uniform(0, length_s))
-    train_states.signal(number)
-    codes, said = train_states.end()
-    assert all(code in (0, -number, 128 + number) for code in codes), said
+    training.signal(number)
+    codes, stderr = training.end()
+    assert all(code in (0, -number, 128 + number) for code in codes), stderr
     return any(code != 0 for code in codes)
 
 
-def stop_and_go_on(record, directory, straight, *, kind, number, times):
-    """How many trainings were stopped, went on, and ended as the one that never was."""
+def stop_and_resume(record, directory, straight, *, kind, number, times):
+    """Return the number of trainings that were stopped, resumed, and ended as the one never stopped."""
     (processes, outputs), trials = kind, 0
     flags, expected, length_s = straight[kind]
     generator = record.generator("kill", kind, number)
     while trials < times:
         run_dir = directory / f"{number}-{trials}-{generator.random()}"
-        train_states = TrainStates(run_dir, flags, processes=processes)
-        if not stop_at_random(train_states, run_dir, generator, number, length_s=length_s):
+        training = Processes(run_dir, flags, processes=processes)
+        if not stop_at_random(training, run_dir, generator, number, length_s=length_s):
             continue
         trials += 1
         name = signal.Signals(number).name
-        with record.trial(f"{name}, {outputs} signals, {processes} process{'es' if processes > 1 else ''}"):
+        with record.trial(f"{name}, {outputs} outputs, {processes} process{'es' if processes > 1 else ''}"):
             finish(run_dir, flags, processes)
             assert_same_run(expected, run_dir)
     return trials
@@ -125,13 +125,13 @@ def stop_and_go_on(record, directory, straight, *, kind, number, times):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
 @pytest.mark.parametrize("times", [QUICK, pytest.param(FULL, marks=pytest.mark.faults)])
 def test_kill_9_at_any_instant(tmp_path, fault_record, straight, kind, times):
-    assert stop_and_go_on(fault_record, tmp_path, straight, kind=kind, number=signal.SIGKILL, times=times) == times
+    assert stop_and_resume(fault_record, tmp_path, straight, kind=kind, number=signal.SIGKILL, times=times) == times
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
 @pytest.mark.parametrize("times", [1, pytest.param(FULL, marks=pytest.mark.faults)])
 def test_sigterm_at_any_instant(tmp_path, fault_record, straight, kind, times):
-    assert stop_and_go_on(fault_record, tmp_path, straight, kind=kind, number=signal.SIGTERM, times=times) == times
+    assert stop_and_resume(fault_record, tmp_path, straight, kind=kind, number=signal.SIGTERM, times=times) == times
 
 
 PLACES = {
@@ -141,21 +141,21 @@ PLACES = {
     "the last evaluation": ("eval:40", 0),
     "the evaluation of the results": ("test:40", -signal.SIGTERM),
 }
-"""Where the model signals its process, and how this ends after SIGTERM; after the last step no checkpoint is due."""
+"""The places where the model signals its process, and the exit code after SIGTERM; after the last step no checkpoint is due."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_stopped_in(tmp_path, fault_record, straight, place, number, processes):
-    """By the model itself, so that it is exactly there."""
+    """The model sends the signal, so that the place is exact."""
     flags, expected, _ = straight[processes, "live"]
     with fault_record.trial(f"{number.name} in {place}"):
         at, code = PLACES[place]
         code = code if number == signal.SIGTERM else -number
         changes = {"KD_TEST_AT": at, "KD_TEST_HAPPENS": str(int(number))}
-        codes, said = TrainStates(tmp_path / "run", flags, processes=processes, **changes).end()
-        assert codes == [code] * processes, said
+        codes, stderr = Processes(tmp_path / "run", flags, processes=processes, **changes).end()
+        assert codes == [code] * processes, stderr
         finish(tmp_path / "run", flags, processes)
         assert_same_run(expected, tmp_path / "run")
 
@@ -167,7 +167,7 @@ def test_two_processes_then_one_then_two(tmp_path, fault_record, teacher_run, ar
     """A model without BatchNorm: sixty losses, and each step once."""
     flags = [f"--model.arch=import:tests.own_models:{arch}", "--train.epochs=8", "--train.max_steps=60"]
     if arch == "student":
-        flags += [f"--teacher.run={teacher_run}", "--distill.feature={layers: [layer1], pca_images: 64}"]
+        flags += [f"--teacher.run={teacher_run}", "--distill.features.mse={layers: [layer1], args: {pca_images: 64}}"]
     finish(tmp_path / "straight", flags, 2)
     with fault_record.trial("moved from 2 processes to 1 and back"):
         finish(tmp_path / "moved", [*flags, "--checkpoint.stop_after_steps=20"], 2)
@@ -178,8 +178,8 @@ def test_two_processes_then_one_then_two(tmp_path, fault_record, teacher_run, ar
         assert losses(tmp_path / "moved") == pytest.approx(expected, rel=relative)
 
 
-def test_a_loss_is_seen(tmp_path, straight):
-    """So that the comparison can fail: another seed, the same steps."""
+def test_the_comparison_can_fail(tmp_path, straight):
+    """Another seed, the same steps."""
     flags, expected, _ = straight[1, "live"]
     finish(tmp_path / "run", [*flags, "--seed=1"], 1)
     with pytest.raises(AssertionError):
@@ -199,15 +199,15 @@ def test_two_thousand_steps_hold_their_memory(tmp_path, fault_record, straight, 
         "--train.log_every_steps=10",
         "--checkpoint.every_steps=100",
     ]
-    with fault_record.trial(f"2,000 steps, {outputs} signals"):
-        train_states = TrainStates(tmp_path / "run", flags, processes=1)
-        process = psutil.Process(train_states.ranks[0].pid)
+    with fault_record.trial(f"2,000 steps, {outputs} outputs"):
+        training = Processes(tmp_path / "run", flags, processes=1)
+        process = psutil.Process(training.ranks[0].pid)
         seen = {}
-        for line in train_states.ranks[0].stdout:
+        for line in training.ranks[0].stdout:
             for step in (200, 2000):
                 if f"step {step}/" in line:
                     seen[step] = process.memory_info().rss, process.num_fds()
-        assert train_states.end()[0] == [0]
+        assert training.end()[0] == [0]
         (early, open_early), (late, open_late) = seen[200], seen[2000]
         print(f"{outputs}: RSS {early / 2**20:.1f} MiB after step 200, {late / 2**20:.1f} MiB after step 2,000")
         assert late == pytest.approx(early, rel=0.02)

@@ -1,4 +1,4 @@
-"""Two nodes with a launcher each, and what becomes of a training when one of them, or the way between them, is gone."""
+"""Two nodes with a launcher each, and the end of a training when one of them, or the network between them, fails."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ STEADY = [
     "--checkpoint.every_epochs=null",
     f"--train.timeout_s={TIMEOUT_S}",
 ]
-"""Four hundred steps: some seconds, in which something can happen."""
+"""Four hundred steps: some seconds, in which a failure can be placed."""
 
 
 def node(rank, run_dir, *flags, port, address="127.0.0.1", namespace=None, **changes):
@@ -62,7 +62,7 @@ def finish(nodes):
 
 
 def wait_for_step(process, step):
-    """Until the one that shows progress has come to a step."""
+    """Wait until the process that prints progress has done a step."""
     said = []
     while f"step {step}/" not in (said[-1] if said else ""):
         said.append(process.stdout.readline())
@@ -71,7 +71,7 @@ def wait_for_step(process, step):
 
 @contextlib.contextmanager
 def ended(nodes):
-    """However it ends, nobody stays behind; gives the processes of all nodes as they were."""
+    """Kill all processes of the nodes at the end of the `with` block; yields the processes."""
     everybody = [
         child for each in nodes for child in [psutil.Process(each.pid), *psutil.Process(each.pid).children(recursive=True)]
     ]
@@ -99,7 +99,7 @@ def straight(tmp_path_factory):
     return run_dir
 
 
-def test_a_node_that_dies_ends_the_other_and_the_next_start_goes_on(tmp_path, fault_record, straight):
+def test_a_node_that_dies_ends_its_peer_and_the_next_start_resumes(tmp_path, fault_record, straight):
     nodes = both(tmp_path / "run", *STEADY)
     with fault_record.trial("a node dies"):
         wait_for_step(nodes[0], 25)
@@ -116,7 +116,7 @@ def test_a_node_that_dies_ends_the_other_and_the_next_start_goes_on(tmp_path, fa
 
 
 def test_a_process_that_never_comes(tmp_path):
-    """The launchers wait for each other first; this is what a process says whose peers were started and never joined."""
+    """The launchers join first; this is a process whose peers were started and never joined."""
     alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = train(tmp_path / "run", "--train.timeout_s=3", code=2, **alone)
     assert "the processes could not connect" in done.stderr and "start a launcher on every node" in done.stderr
@@ -140,7 +140,7 @@ def test_a_process_that_hangs_ends_the_others(tmp_path, fault_record, straight):
 
 @pytest.fixture
 def network(tmp_path):
-    """Two network namespaces with an address each, and a cable between them: (names, addresses, function that cuts it)."""
+    """Two network namespaces with an address each, and a link between them: (names, addresses, function to set its state)."""
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and iproute2")
     names = [f"kd{os.getpid()}a", f"kd{os.getpid()}b"]
@@ -169,7 +169,7 @@ def network(tmp_path):
 
 @pytest.mark.faults
 def test_a_network_that_is_cut(tmp_path, fault_record, straight, network):
-    """No message tells either side; both end within the time-out, and go on when it is mended."""
+    """No packet reaches either side; both end within the timeout, and resume when the network is back."""
     names, addresses, cable = network
 
     def nodes():

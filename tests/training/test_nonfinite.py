@@ -11,10 +11,11 @@ from kd_accel.data.loader import epoch_order
 from kd_accel.data.splits import split_samples
 from kd_accel.distributed import start_processes
 from kd_accel.errors import UserError
+from kd_accel.losses.distiller import DistillerOutput
 from kd_accel.training.average import MovingAverage
 from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import build_optimizer
-from kd_accel.types import LossTerms, StudentOutput, TeacherOutput
+from kd_accel.types import TeacherOutput
 from tests import in_process
 from tests.config.test_mistakes import check_message
 from tests.launching import train
@@ -30,7 +31,7 @@ def sample_at(place, *, step):
 
 
 class Bench:
-    """The parts of a training around one watch, and what they hold."""
+    """The parts of a training around one guard, and their state."""
 
     def __init__(self, *, optimizer="sgd", scaler=None):
         torch.manual_seed(0)
@@ -50,8 +51,8 @@ class Bench:
         generator = torch.Generator().manual_seed(number)
         images = torch.rand(4, 3, 32, 32, generator=generator)
         logits = self.model(images)
-        hard = nn.functional.cross_entropy(logits, torch.arange(4)) * factor
-        loss = self.guard.guarded(LossTerms(hard, hard), StudentOutput(logits), TeacherOutput(), torch.tensor(samples))
+        ce = nn.functional.cross_entropy(logits, torch.arange(4)) * factor
+        loss = self.guard.guarded(DistillerOutput(ce, {"ce": ce}, logits), TeacherOutput(), torch.tensor(samples))
         self.accelerator.backward(loss)
         norm = self.guard.gradient_norm(number)
         self.optimizer.step()
@@ -92,15 +93,15 @@ def test_a_bad_step_changes_no_weight_and_stops_the_run(optimizer, bad_step):
         clean.step(number)
         broken.step(number)
     assert_same(clean.trained, broken.trained)
-    assert clean.guard.look() == 0
+    assert clean.guard.check() == 0
     broken.step(100, factor=torch.nan)
     with pytest.raises(UserError) as refused:
-        broken.guard.look()
-    told = "loss_hard is not finite on rank 0 (samples 7, 8, 9, 10) at step 99: the training has diverged; lower optim.lr"
-    assert str(refused.value).startswith(told)
+        broken.guard.check()
+    cause = "the loss term ce is not finite on rank 0 (samples 7, 8, 9, 10) at step 99: the training has diverged; "
+    assert str(refused.value).startswith(f"{cause}lower optim.lr")
 
 
-def test_a_watch_changes_nothing_where_all_is_well():
+def test_a_guard_changes_nothing_where_all_is_finite():
     guarded, bare = Bench(), Bench()
     for number in (1, 2, 3):
         norm = guarded.step(number)
@@ -122,18 +123,18 @@ def test_an_overflow_under_fp16_is_the_scalers():
     bench.step(1, factor=16.0)
     assert scaler.get_scale() == 2.0**126
     assert all(torch.equal(before[name], tensor) for name, tensor in bench.model.named_parameters())
-    assert bench.guard.look() == 1 and bench.guard.look() == 0
+    assert bench.guard.check() == 1 and bench.guard.check() == 0
     bench.step(2, factor=16.0)
     bench.step(3, factor=torch.nan)
-    with pytest.raises(UserError, match=r"loss_hard is not finite on rank 0 .* at step 3: the training has diverged"):
-        bench.guard.look()
+    with pytest.raises(UserError, match=r"the loss term ce is not finite on rank 0 .* at step 3: the training has diverged"):
+        bench.guard.check()
 
 
 def test_term_step_and_samples_are_named_and_the_checkpoint_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "5")
     monkeypatch.setenv("KD_TEST_BREAKS", "logits")
     said = in_process.train(tmp_path / "run", *BREAKING, "--train.log_every_steps=20", code=2)
-    where = f"loss_hard is not finite on rank 0 (the student's logits of sample {sample_at(2, step=5)}) at step 5: "
+    where = f"the loss term ce is not finite on rank 0 (the student's logits of sample {sample_at(2, step=5)}) at step 5: "
     assert f"kd-accel: {where}the training has diverged; lower optim.lr" in said and "Traceback" not in said
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
     monkeypatch.setenv("KD_TEST_BREAKS", "gradient")
@@ -143,7 +144,7 @@ def test_term_step_and_samples_are_named_and_the_checkpoint_kept(tmp_path, monke
 
 def test_a_learning_rate_far_too_high(tmp_path):
     done = train(tmp_path / "run", "--optim.lr=1e30", "--optim.schedule=constant", "--train.log_every_steps=7", code=2)
-    check_message(done, "loss_hard is not finite on rank 0", "at step 2: the training has diverged", "lower optim.lr")
+    check_message(done, "the loss term ce is not finite on rank 0", "at step 2: the training has diverged", "lower optim.lr")
     done = train(tmp_path / "weights", "--optim.lr=1e40", "--optim.schedule=constant", "--checkpoint.every_steps=1", code=2)
     check_message(done, "is not finite after step 1: the training has diverged")
 
@@ -154,8 +155,9 @@ def test_one_rank_goes_wrong(tmp_path):
     environment = {"KD_TEST_BREAKING_STEPS": "5,6", "KD_TEST_BREAKING_RANK": "1", "KD_TEST_BREAKS": "logits"}
     done = train(tmp_path / "stopped", *BREAKING, processes=2, code=None, **environment)
     sample = sample_at(10, step=5)
-    assert done.stderr.count(f"loss_hard is not finite on rank 1 (the student's logits of sample {sample}) at step 5: ") == 1
-    assert "kd_accel/engine" not in done.stderr
+    told = f"the loss term ce is not finite on rank 1 (the student's logits of sample {sample}) at step 5: "
+    assert done.stderr.count(told) == 1
+    assert "kd_accel/training" not in done.stderr
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-00000003"]
 
 

@@ -1,4 +1,4 @@
-"""A signal ends a training after a step and a checkpoint, on all ranks at the same step; going on, nothing can be told."""
+"""A signal ends a training after a step and a checkpoint, on all ranks at the same step; a resume ends as one never stopped."""
 
 import signal
 import time
@@ -20,7 +20,7 @@ def start(run_dir, *flags, processes=1, **environment_changes):
 
 
 def signalled(run_dir, number, *flags, processes=1, at_step=10, **environment_changes):
-    """(exit code, stderr) of a training that was signaled once it had passed a step."""
+    """Return (exit code, stderr) of a training that was signaled once it had passed a step."""
     process = start(run_dir, *flags, processes=processes, **environment_changes)
     try:
         while f"step {at_step}/" not in process.stdout.readline():
@@ -64,7 +64,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path, straight, number):
     code, said = signalled(tmp_path / "run", number, processes=2, **handled)
     assert code != 0
     assert said.count(f"stopped by {number.name} after step") == 1
-    assert "kd_accel/engine" not in said
+    assert "kd_accel/training" not in said
     train(tmp_path / "run", *FLAGS, processes=2)
     assert_same_run(straight[2], tmp_path / "run")
 
@@ -88,7 +88,7 @@ def test_a_signal_in_the_first_step(tmp_path, straight):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before it listens
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before the handler is installed
     train(tmp_path / "run", *FLAGS)
     assert_same_run(straight[1], tmp_path / "run")
 
@@ -112,7 +112,7 @@ def test_only_one_rank_is_signaled(tmp_path, straight):
     assert_same_run(straight[2], tmp_path / "run")
 
 
-def test_a_dead_rank_leaves_nobody_behind_and_writes_nothing(tmp_path):
+def test_a_dead_rank_leaves_no_process_behind_and_writes_nothing(tmp_path):
     import psutil
 
     process = start(tmp_path / "run", "--checkpoint.every_steps=5", processes=2)
@@ -138,7 +138,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
         while not (tmp_path / "run/metrics.jsonl").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
-        time.sleep(1)  # the file is there a moment before the training listens
+        time.sleep(1)  # the file is created a moment before the handler is installed
         process.send_signal(signal.SIGTERM)
         time.sleep(2.5)
         assert process.poll() is None, "the first one waits for the step to end"

@@ -1,6 +1,7 @@
-"""A training that was stopped, in the middle of an epoch or by a kill, ends as one that never was: bit for bit."""
+"""A training that was stopped and resumed ends as one never stopped, bit for bit; whatever cannot be resumed is refused."""
 
 import json
+import shutil
 
 import pytest
 
@@ -25,7 +26,7 @@ def assert_same_run(one, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "image_size"), [(1, 32), (2, 32), (1, 16)])  # maps of 2x2 pixels, and of one
-def test_stop_after_7_of_20_steps_and_go_on(tmp_path, distilled, processes, image_size):
+def test_stop_after_7_of_20_steps_and_resume(tmp_path, distilled, processes, image_size):
     flags = [*EVERYTHING, *distilled, f"--data.image_size={image_size}"]
     train(tmp_path / "straight", *flags, processes=processes)
     train(tmp_path / "stopped", *flags, "--checkpoint.stop_after_steps=7", processes=processes)
@@ -35,8 +36,7 @@ def test_stop_after_7_of_20_steps_and_go_on(tmp_path, distilled, processes, imag
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
-def test_one_step_more_is_not_the_same(tmp_path):
-    """So that the comparison can fail."""
+def test_the_comparison_can_fail(tmp_path):
     for steps in (7, 8):
         train(tmp_path / str(steps), f"--train.max_steps={steps}")
     with pytest.raises(AssertionError):
@@ -44,7 +44,7 @@ def test_one_step_more_is_not_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_more_processes_go_on_with_the_same_samples(tmp_path):
+def test_more_processes_resume_with_the_same_samples(tmp_path):
     train(tmp_path / "straight")
     train(tmp_path / "moved", "--checkpoint.stop_after_steps=5")
     done = train(tmp_path / "moved", processes=2)
@@ -55,15 +55,15 @@ def test_more_processes_go_on_with_the_same_samples(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_start_says_about_a_run_directory_in_use(tmp_path, teacher_run):
+def test_starts_in_a_run_directory_in_use(tmp_path):
     run_dir = tmp_path / "run"
     train(run_dir, "--train.epochs=1", "--checkpoint.keep=3", "--checkpoint.every_steps=4")
     assert "finished already" in train(run_dir, "--train.epochs=1").stdout
     assert "resume: never" in train(run_dir, "--train.epochs=1", "--checkpoint.resume=never", code=2).stderr
     other = train(run_dir, "--optim.lr=0.06", "--train.epochs=1", code=2).stderr
-    assert "optim.lr: 0.05 there, 0.06 here" in other
+    assert "optim.lr: 0.05 in the run, 0.06 now" in other
     nothing = train(tmp_path / "empty", "--checkpoint.resume=must", code=2).stderr
-    assert "holds no whole checkpoint" in nothing
+    assert "checkpoint.resume: must" in nothing and "no intact checkpoint" in nothing
     assert not (tmp_path / "empty").exists()
 
 
@@ -79,8 +79,6 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
 
 
 def test_another_teacher_under_the_same_path_is_refused(tmp_path, teacher_run):
-    import shutil
-
     teacher = tmp_path / "teacher"
     shutil.copytree(teacher_run, teacher)
     flags = [f"--teacher.run={teacher}"]
@@ -88,7 +86,8 @@ def test_another_teacher_under_the_same_path_is_refused(tmp_path, teacher_run):
     data = bytearray((teacher / "model.safetensors").read_bytes())
     data[-2] ^= 1
     (teacher / "model.safetensors").write_bytes(data)
-    assert "was trained with the teacher" in train(tmp_path / "run", *flags, code=2).stderr
+    refused = train(tmp_path / "run", *flags, code=2).stderr
+    assert "was trained with the teacher" in refused and "another run_dir" in refused
 
 
 def test_other_data_under_the_same_name_is_refused(tmp_path):

@@ -1,19 +1,18 @@
-"""A run directory: who may go on in it, what a finished run is worth, and what is said where the disk refuses."""
+"""The run directory: which trainings may resume in it, what a finished run needs, and a disk that refuses."""
 
 import json
 import os
 import resource
 import shutil
 import subprocess
-from dataclasses import replace
 
 import pytest
 
+from kd_accel.builders.trainer import run_directory
 from kd_accel.config.parsing import load_config_file
 from kd_accel.config.schema import RunConfig
 from kd_accel.errors import UserError
 from kd_accel.training.checkpoint import find_checkpoint
-from kd_accel.training.run_dir import claim, keep_config
 from tests import in_process
 from tests.launching import SMALL, kill_all, metrics, start, summary, train
 
@@ -50,7 +49,7 @@ def test_a_finished_run_needs_no_checkpoints(copied):
 def test_a_finished_run_of_another_training_is_refused(copied, monkeypatch):
     shutil.rmtree(copied / "checkpoints")
     before = contents(copied)
-    assert "optim.lr: 0.05 there, 0.06 here" in again(copied, "--optim.lr=0.06", code=2)
+    assert "optim.lr: 0.05 in the run, 0.06 now" in again(copied, "--optim.lr=0.06", code=2)
     monkeypatch.setenv("KD_TEST_NOISE_SEED", "9")
     assert "was trained on other data (digest:" in again(copied, code=2)
     monkeypatch.delenv("KD_TEST_NOISE_SEED")
@@ -69,8 +68,8 @@ def test_a_finished_student_of_another_teacher_is_refused(tmp_path, teacher_run)
     assert "was trained with the teacher" in in_process.train(tmp_path / "run", *flags, code=2)
 
 
-def test_a_finished_student_needs_its_cache_no_more(tmp_path, teacher_run):
-    flags = [f"--teacher.run={teacher_run}", "--teacher.outputs=cached", f"--teacher.cache_dir={tmp_path / 'cache'}"]
+def test_a_finished_student_does_not_need_its_cache(tmp_path, teacher_run):
+    flags = [f"--teacher.run={teacher_run}", "--teacher.outputs=cached", f"--teacher.cache.dir={tmp_path / 'cache'}"]
     flags += ["--data.views=1", "--train.max_steps=2"]
     in_process.cache("build", *flags)
     in_process.train(tmp_path / "run", *flags)
@@ -78,7 +77,7 @@ def test_a_finished_student_needs_its_cache_no_more(tmp_path, teacher_run):
     assert "finished already" in in_process.train(tmp_path / "run", *flags)
 
 
-def test_damaged_checkpoints_do_not_start_anew(copied):
+def test_damaged_checkpoints_do_not_start_from_scratch(copied):
     for name in ("summary.json", "model.safetensors"):
         (copied / name).unlink()
     for path in (copied / "checkpoints").iterdir():
@@ -86,7 +85,7 @@ def test_damaged_checkpoints_do_not_start_anew(copied):
     before = contents(copied)
     with pytest.warns(UserWarning, match=r"step-00000008 is passed over: state.json is damaged"):
         text = again(copied, code=2)
-    assert "holds no whole checkpoint" in text
+    assert "holds no intact checkpoint" in text and "remove the directory" in text
     assert contents(copied) == before
 
 
@@ -106,9 +105,7 @@ def test_a_place_that_cannot_be_a_run_directory(tmp_path, place):
     (tmp_path / "file").write_text("")
     text = in_process.train(tmp_path / place, code=2)
     assert text.count("kd-accel: ") == 1
-    assert (
-        "is a file; name a directory" in text or "cannot write or read /proc/kd_accel" in text or "may not be written" in text
-    )
+    assert "is a file; name a directory" in text or "cannot write or read /proc/kd_accel" in text or "is not writable" in text
 
 
 def test_nothing_is_written_next_to_the_run_directory(tmp_path, teacher_run):
@@ -153,7 +150,7 @@ def assert_same_training(one, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["run/checkpoints", "run/metrics.jsonl"])
-def test_what_cannot_be_written_any_more(tmp_path, where):
+def test_a_place_that_becomes_read_only(tmp_path, where):
     """Immutable from the tenth step on, for root too."""
     process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, "--train.epochs=20", "--checkpoint.every_steps=5")
     try:
@@ -185,19 +182,24 @@ def test_a_disk_that_is_full_when_the_results_are_due(tmp_path, small_disk, proc
     assert_same_training(run_dir, tmp_path / "straight")
 
 
+def opened(run_dir):
+    """The directory of a run that has been moved."""
+    config = load_config_file(RunConfig, run_dir / "config.yaml")
+    return run_directory(config.model_copy(update={"run_dir": str(run_dir)}))
+
+
 def test_a_training_that_ended_while_another_started(done, copied):
-    """The second one has looked at the directory before the lock was free."""
+    """The second one has checked the directory before the lock was free."""
     for name in ("summary.json", "model.safetensors"):
         (copied / name).unlink()
-    config, newest = load_config_file(RunConfig, copied / "config.yaml"), find_checkpoint(copied / "checkpoints")
-    config = replace(config, run_dir=str(copied))
-    os.close(claim(config, resumed_from=newest))
+    directory, newest = opened(copied), find_checkpoint(copied / "checkpoints")
+    os.close(directory.claim(resumed_from=newest))
     for name in ("summary.json", "model.safetensors"):
         shutil.copy(done / name, copied / name)
     before = contents(copied)
     for seen in (newest, None):
-        with pytest.raises(UserError, match="another training has worked in .* while this one started; start it again"):
-            claim(config, resumed_from=seen)
+        with pytest.raises(UserError, match="run_dir: another training has run in .* while this one started; start again"):
+            directory.claim(resumed_from=seen)
     assert contents(copied) == before
 
 
@@ -206,11 +208,11 @@ def test_a_full_disk_leaves_the_config_of_the_run(copied):
         (copied / name).unlink()
     before = contents(copied)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    config = replace(load_config_file(RunConfig, copied / "config.yaml"), run_dir=str(copied))
+    directory = opened(copied)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            keep_config(config)
+            directory.write_config()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert contents(copied) == before
@@ -223,7 +225,7 @@ def test_two_trainings_in_one_place(tmp_path):
         while "step 2/" not in first.stdout.readline():
             assert first.poll() is None
         text = train(run_dir, "--train.epochs=200", code=2).stderr
-        assert "another training is at work in" in text
+        assert "another training is " in text and "name another run_dir" in text
     finally:
         first.kill()
         first.wait()

@@ -1,4 +1,4 @@
-"""W&B, by real offline runs read back from disk; and what happens when it does not answer."""
+"""W&B: real offline runs, read back from disk, and failures of the service or the network."""
 
 import socket
 import sys
@@ -11,7 +11,7 @@ import pytest
 from kd_accel.config.schema import TrackingConfig
 from kd_accel.errors import UserError
 from kd_accel.training.wandb_tracker import (
-    WandbTracking,
+    WandbTracker,
     choose_mode,
     missing_package_notices,
     refuse_missing_package,
@@ -23,21 +23,24 @@ from tests.training.wandb_reader import read_run
 
 @pytest.mark.slow
 def test_an_offline_run_holds_config_curves_temperature_and_alpha(tmp_path, distilled):
-    done = train(tmp_path / "run", *distilled, "--tracking.wandb=auto", processes=2, WANDB_API_KEY="")
-    assert "metrics.jsonl has everything" not in done.stderr
+    flags = ["--tracking.wandb=auto", "--tracking.tags=[small, hybrid]", "--tracking.group=pairs"]
+    done = train(tmp_path / "run", *distilled, *flags, processes=2, WANDB_API_KEY="")
+    assert "metrics.jsonl is complete" not in done.stderr
     run = read_run(tmp_path / "run")
+    assert (run["job_type"], run["group"], sorted(run["tags"])) == ("distilled", "pairs", ["hybrid", "small"])
     assert run["config"]["optim"]["lr"] == 0.05
     assert run["config"]["distill"]["temperature"]["decay"] == 0.9
     assert {"step", "epoch"} <= set(run["metrics"])
     assert any(name.startswith("train/") for name in run["metrics"])
     tracked = [line for line in run["history"] if "train/loss" in line]
-    written = metrics(tmp_path / "run", "train")
-    assert len(tracked) == len(written) == 24
-    for there, here in zip(tracked, written, strict=True):
-        assert there["step"] == here["step"]
-        assert there["train/loss"] == pytest.approx(here["loss"])
-        assert there["train/temperature"] == here["temperature"]
-        assert there["train/alpha"] == here["alpha"]
+    logged = metrics(tmp_path / "run", "train")
+    assert len(tracked) == len(logged) == 24
+    for point, line in zip(tracked, logged, strict=True):
+        assert point["step"] == line["step"]
+        for name in ("loss", "ce", "kl", "features/mse"):
+            assert point[f"train/{name}"] == pytest.approx(line[name])
+        for name in ("temperature", "alpha", "features/mse/weight"):
+            assert point[f"train/{name}"] == line[name]
     assert [line["train/temperature"] for line in tracked][::8] == pytest.approx([4.0, 3.6, 3.24])
     assert [line["train/alpha"] for line in tracked][::8] == pytest.approx([0.8, 0.76, 0.722])
     assert len([line for line in run["history"] if "val/accuracy" in line]) == 3
@@ -45,20 +48,21 @@ def test_an_offline_run_holds_config_curves_temperature_and_alpha(tmp_path, dist
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_under_the_same_id(tmp_path):
-    flags = ["--tracking.wandb=offline"]
+def test_a_resumed_run_keeps_its_id_and_a_run_without_a_teacher_has_its_role(tmp_path):
+    flags = ["--tracking.wandb=offline", "--role=teacher"]
     train(tmp_path / "run", *flags, "--checkpoint.stop_after_steps=3")
-    first = read_run(tmp_path / "run")["id"]
+    first = read_run(tmp_path / "run")
+    assert (first["job_type"], first["tags"]) == ("teacher", [])
     (tmp_path / "run/wandb").rename(tmp_path / "first")
     train(tmp_path / "run", *flags)
     second = read_run(tmp_path / "run")
-    assert second["id"] == first
+    assert second["id"] == first["id"] and second["job_type"] == "teacher"
     assert min(line["step"] for line in second["history"] if "train/loss" in line) == 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("listens", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["refuses", "never answers"])
-def test_a_key_without_a_network_goes_offline_and_the_training_goes_on(tmp_path, listens):
+@pytest.mark.parametrize("listens", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["refuses", "is silent"])
+def test_a_key_without_a_network_is_tracked_offline(tmp_path, listens):
     with socket.socket() as host:
         host.bind(("127.0.0.1", 0))
         if listens:
@@ -97,7 +101,7 @@ def test_a_service_that_dies_stops_nothing(tmp_path):
     assert len(metrics(tmp_path / "run", "train")) == 320
 
 
-def test_the_mode(monkeypatch, tmp_path):
+def test_the_chosen_mode(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -113,7 +117,7 @@ def test_the_mode(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_wandb(monkeypatch):
-    """Neither the package nor its metadata; one that is imported all the same raises."""
+    """Hide the package and its metadata; an import of it raises."""
 
     def version(name):
         raise PackageNotFoundError(name)
@@ -123,8 +127,12 @@ def no_wandb(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
 
+def tracker(mode, run_dir):
+    return WandbTracker(TrackingConfig(wandb=mode), run_dir=run_dir, name="x", role="student")
+
+
 def test_a_disabled_run_never_imports_wandb(tmp_path, no_wandb, recwarn):
-    tracking = WandbTracking(TrackingConfig(wandb="disabled"), run_dir=tmp_path, name="x", settings={})
+    tracking = tracker("disabled", tmp_path)
     tracking.start(lambda kwargs: pytest.fail("a disabled run was started"))
     tracking.log({"loss": 1.0}, step=1)
     tracking.log_table("results", ["name"], [["x"]])
@@ -142,7 +150,7 @@ def test_auto_without_the_package_is_a_notice(monkeypatch, no_wandb, environment
     refuse_missing_package(config)
 
 
-def test_what_is_disabled_has_no_notice(monkeypatch, no_wandb):
+def test_a_disabled_run_has_no_notice(monkeypatch, no_wandb):
     assert missing_package_notices(TrackingConfig(wandb="disabled")) == []
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert missing_package_notices(TrackingConfig(wandb="auto")) == []
@@ -165,13 +173,13 @@ def test_with_the_package_nothing_is_refused_or_noticed():
 
 def test_a_package_that_cannot_be_imported_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    tracking = WandbTracking(TrackingConfig(wandb="offline"), run_dir=tmp_path, name="x", settings={})
+    tracking = tracker("offline", tmp_path)
     with pytest.warns(UserWarning, match="offline tracking failed .ModuleNotFoundError"):
         tracking.start(lambda kwargs: pytest.fail("a run was started without wandb"))
     assert not tracking.is_enabled
 
 
-def test_whatever_wandb_does_wrong_is_one_warning(tmp_path):
+def test_an_error_of_wandb_is_one_warning(tmp_path):
     class Broken:
         def define_metric(self, *args, **kwargs):
             pass
@@ -179,7 +187,7 @@ def test_whatever_wandb_does_wrong_is_one_warning(tmp_path):
         def log(self, *args, **kwargs):
             raise RuntimeError("no disk")
 
-    tracking = WandbTracking(TrackingConfig(wandb="offline"), run_dir=tmp_path, name="x", settings={})
+    tracking = tracker("offline", tmp_path)
     tracking.start(lambda kwargs: Broken())
     assert tracking.is_enabled
     with pytest.warns(UserWarning, match="tracking stopped .RuntimeError: no disk"):

@@ -1,4 +1,4 @@
-"""Reads the records of an offline W&B run: a LevelDB log of protobuf messages in blocks of 32 KiB."""
+"""Reader of an offline W&B run: a LevelDB log of protobuf messages in blocks of 32 KiB."""
 
 import json
 import struct
@@ -12,13 +12,17 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def read_run(directory: Path) -> dict:
-    """{"id", "config", "history": [{key: value}], "metrics": [names]} of the only offline run below a directory."""
+    """Return the only offline run below a directory.
+
+    {"id", "group", "job_type", "tags", "config", "history": [{key: value}], "metrics": [names]}
+    """
     (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
-    run = {"id": None, "config": {}, "history": [], "metrics": []}
+    run = {"id": None, "group": None, "job_type": None, "tags": [], "config": {}, "history": [], "metrics": []}
     for record in map(_parsed, _messages(path.read_bytes())):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run["id"] = record.run.run_id
+            run |= {"id": record.run.run_id, "group": record.run.run_group, "job_type": record.run.job_type}
+            run["tags"] = list(record.run.tags)
             run["config"] |= _items(record.run.config.update)
         elif kind == "config":
             run["config"] |= _items(record.config.update)

@@ -1,0 +1,45 @@
+"""`kd-accel layers`: names and shapes that a config can use, of architectures and of runs."""
+
+import pytest
+
+from tests.in_process import say, train
+
+RESNET18 = """torchvision/resnet18, images of 64x64 pixels:
+  conv1    64x32x32
+  relu     64x32x32
+  maxpool  64x16x16
+  layer1   64x16x16
+  layer2   128x8x8
+  layer3   256x4x4
+  layer4   512x2x2
+  avgpool  512x1x1
+"""
+
+
+def test_the_layers_of_an_architecture():
+    said = say("layers", "torchvision/resnet18", "--image_size=64")
+    assert said == RESNET18
+    assert "layer1.0.conv1" not in said and "  layer1.0.conv1" in say("layers", "torchvision/resnet18", "--all")
+    assert "  layer4   512x4x4\n" in say("layers", "torchvision/resnet18", "--stem=cifar")
+
+
+def test_the_layers_of_a_run_can_be_compared(tmp_path):
+    train(tmp_path / "run", "--train.max_steps=1")
+    lines = say("layers", tmp_path / "run").splitlines()
+    assert lines[0].endswith("images of 32x32 pixels:")
+    names = [line.split()[0] for line in lines[1:]]
+    feature = f"--distill.features.mse={{layers: [{', '.join(names)}], args: {{direction: student_to_teacher}}}}"
+    train(tmp_path / "student", f"--teacher.run={tmp_path}/run", feature, "--train.max_steps=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["torchvision/resnet81"], "did you mean torchvision/resnet18"),
+        (["torchvision/resnet18", "--image_size=0"], "--image_size: 0 must be at least 1"),
+        (["nowhere"], "nowhere"),
+        (["torchvision/resnet18", "--stem=small"], "--stem"),
+    ],
+)
+def test_mistakes(arguments, message):
+    assert message in say("layers", *arguments, code=2)

@@ -1,0 +1,329 @@
+"""Datasets for a plain DataLoader: items equal those of a run's own loaders, from any kind of dataset; wrong use is named."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+
+import kd_accel as kd
+from kd_accel.config.schema import DataConfig
+from kd_accel.data.datamodule import load_data
+from kd_accel.errors import UserError
+from tests.data.image_files import encoded, write_parquet
+
+SIZE = 12
+IMAGES = np.random.default_rng(0).integers(0, 256, (20, SIZE, SIZE, 3), dtype=np.uint8)
+LABELS = [position % 3 for position in range(20)]
+TRANSFORMS = {
+    "none": kd.transforms.Identity(32),
+    "crop": kd.transforms.Crop(32, padding=2),
+    "crop_flip": kd.transforms.CropFlip(32),
+    "resized_crop": kd.transforms.ResizedCrop(32),
+    "trivial_augment": kd.transforms.TrivialAugment(32),
+}
+
+
+class Columns:
+    """A dataset of dicts with the user's own names of columns."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, position):
+        return {"picture": Image.fromarray(IMAGES[position]), "kind": np.int64(LABELS[position]), "more": None}
+
+
+def pairs(convert):
+    return [(convert(image), label) for image, label in zip(IMAGES, LABELS, strict=True)]
+
+
+def hub_dataset():
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b", "c"])})
+    cells = {"picture": [{"bytes": encoded(Image.fromarray(image)), "path": None} for image in IMAGES], "kind": LABELS}
+    return datasets.Dataset.from_dict(cells, features=features)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return kd.ImageDataset("digits", limit_train=40, limit_test=30)
+
+
+def wrapped(source, **arguments):
+    return kd.ImageDataset(source, **{"image_size": SIZE, "val_fraction": 0.2, **arguments})
+
+
+def assert_item(item, images, labels):
+    assert list(item) == ["image", "label", "index"]
+    assert [type(item[key]) for key in item] == [torch.Tensor, int, int]
+    assert item["image"].dtype == torch.uint8 and item["image"].is_contiguous()
+    assert torch.equal(item["image"], torch.from_numpy(images[item["index"]]).permute(2, 0, 1))
+    assert item["label"] == labels[item["index"]]
+
+
+@pytest.mark.parametrize("is_parquet", [False, True])
+def test_sources_equal_the_data_of_a_run(tmp_path, is_parquet):
+    source, columns = "digits", {}
+    if is_parquet:
+        source, columns = f"parquet:{tmp_path}", {"image_column": "picture", "label_column": "kind"}
+        for split in ("train", "test"):
+            cells = [encoded(Image.fromarray(image)) for image in IMAGES]
+            write_parquet(tmp_path, split, cells, LABELS, *columns.values())
+    settings = {"image_size": SIZE, "val_fraction": 0.2, "limit_train": 15, "limit_test": 7, **columns}
+    dataset, expected = kd.ImageDataset(source, **settings), load_data(DataConfig(source=source, **settings))
+    assert (dataset.class_names, dataset.mean, dataset.std) == (expected.label_names, expected.mean, expected.std)
+    assert len(dataset) == len(dataset.split("train")) == 15 and len(dataset.split("test")) == 7
+    for split, indices in expected.splits.by_name().items():
+        images = expected.test if split == "test" else expected.train
+        items = list(dataset.split(split))
+        assert [item["index"] for item in items] == indices.tolist()
+        by_index = dict(zip(indices.tolist(), images.pixels(indices), strict=True))
+        for item in items:
+            assert_item(item, by_index, images.labels)
+    assert torch.equal(dataset[-1]["image"], list(dataset.split("train"))[-1]["image"])
+
+
+@pytest.mark.parametrize(
+    ("source", "columns"),
+    [
+        (pairs(Image.fromarray), {}),
+        (pairs(lambda image: image), {}),
+        (pairs(lambda image: torch.from_numpy(image).permute(2, 0, 1)), {}),
+        (TensorDataset(torch.from_numpy(IMAGES).permute(0, 3, 1, 2), torch.tensor(LABELS)), {}),
+        (Subset(pairs(Image.fromarray), range(20)), {}),
+        (Columns(), {"image_column": "picture", "label_column": "kind"}),
+        (hub_dataset(), {"image_column": "picture", "label_column": "kind"}),
+    ],
+    ids=["pil", "arrays", "tensors", "tensor_dataset", "subset", "dicts", "hugging_face"],
+)
+def test_datasets_of_others_are_wrapped_as_they_are(source, columns):
+    dataset = wrapped(source, test=source, **columns)
+    assert (len(dataset), len(dataset.split("val")), len(dataset.split("test"))) == (16, 4, 20)
+    assert dataset.class_names == (("a", "b", "c") if isinstance(source, datasets.Dataset) else ("0", "1", "2"))
+    for split in ("train", "val", "test"):
+        for item in dataset.split(split):
+            assert_item(item, IMAGES, LABELS)
+    trained_on = IMAGES[[item["index"] for item in dataset]] / 255
+    assert np.allclose(dataset.mean, trained_on.mean((0, 1, 2))) and np.allclose(dataset.std, trained_on.std((0, 1, 2)))
+
+
+def test_a_torchvision_dataset_is_resized_as_a_source_is(tmp_path):
+    fake = torchvision.datasets.FakeData(size=10, image_size=(3, 20, 16), num_classes=2)
+    for split in ("train", "test"):
+        write_parquet(tmp_path, split, [encoded(image) for image, _ in fake], [int(label) for _, label in fake])
+    expected = kd.ImageDataset(f"parquet:{tmp_path}", image_size=SIZE, image_column="img")
+    dataset = wrapped(fake, val_fraction=0.1)
+    assert (dataset.mean, len(dataset.split("test"))) == (expected.mean, 0)
+    for item, other in zip(dataset, expected, strict=True):
+        assert torch.equal(item["image"], other["image"]) and item["label"] == other["label"]
+
+
+def test_settings_and_class_names_of_a_wrapped_dataset(tmp_path):
+    names = ["red", "green", "blue"]
+    statistics = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    dataset = wrapped(pairs(Image.fromarray), class_names=names, limit_train=5, **statistics)
+    assert (dataset.class_names, len(dataset)) == (tuple(names), 5)
+    assert (dataset.mean, dataset.std) == (statistics["mean"], statistics["std"])
+    for folder in ("cat", "dog"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(IMAGES[0]).save(tmp_path / folder / "0.png")
+    folder = torchvision.datasets.ImageFolder(tmp_path)
+    assert wrapped(folder, val_fraction=0.0).class_names == ("cat", "dog")
+    with pytest.raises(ValueError, match="test: has other classes than source"):
+        wrapped(pairs(Image.fromarray), test=folder, val_fraction=0.0)
+
+
+class Unbounded(IterableDataset):
+    def __iter__(self):
+        return iter(pairs(Image.fromarray))
+
+
+IMAGE = Image.fromarray(IMAGES[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (7, TypeError, "source: must be the name of a source or a dataset with __len__ and __getitem__, not int"),
+        (Unbounded(), TypeError, "source: must be .*, not Unbounded"),
+        (datasets.DatasetDict(train=hub_dataset()), TypeError, "not DatasetDict; give its splits as source and test"),
+        ([], ValueError, "source: has no items"),
+        ([IMAGE], TypeError, r"source: item 0: must be a pair \(image, label\) or a dict, not Image"),
+        ([(IMAGE, 0), (IMAGE, 0, 0)], TypeError, "source: item 1: must be a pair"),
+        (Columns(), ValueError, "image_column: source: item 0 has no 'image' .it has picture, kind, more."),
+        ([{"image": IMAGE}], ValueError, "label_column: source: item 0 has no 'label'"),
+        (
+            [(torch.rand(3, 8, 8), 0)],
+            TypeError,
+            "source: item 0: the image is a float32 array; it must be a PIL image",
+        ),
+        ([(IMAGES[0][..., 0], 0)], TypeError, r"source: item 0: the image has shape \[12, 12\]"),
+        ([(IMAGES[0][..., :1], 0)], TypeError, r"the image has shape \[12, 12, 1\]"),
+        ([(IMAGES[0][:0], 0)], TypeError, r"the image has shape \[0, 12, 3\]"),
+        ([("image.png", 0)], TypeError, "the image is a str"),
+        ([(IMAGE, True)], TypeError, "source: item 0: the label True is bool, not a whole number"),
+        ([(IMAGE, torch.tensor(True))], TypeError, "the label True is bool"),
+        ([(IMAGE, torch.tensor(1.7))], TypeError, "is float, not a whole number"),
+        ([(IMAGE, torch.tensor([0, 1]))], TypeError, "is Tensor, not a whole number"),
+        ([(IMAGE, "cat")], TypeError, "the label 'cat' is str"),
+        ([(IMAGE, -1)], ValueError, "the label is -1, but labels must be at least 0"),
+        ([(IMAGE, 10**9)], ValueError, "the label is 1000000000, but labels must be at least 0 and below 1000000"),
+    ],
+)
+def test_datasets_that_do_not_fit_are_refused(source, error, message):
+    with pytest.raises(error, match=message):
+        wrapped(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        ("digits", {"test": []}, "test: has no effect with the source digits"),
+        ("digits", {"class_names": ["a"]}, "class_names: has no effect"),
+        ("digits", {"augment": "crop"}, "augment: is a setting of the views; give it to ViewDataset"),
+        ("digits", {"image_column": "x"}, "image_column: has no effect"),
+        ("digits", {"limit_trian": 5}, "limit_trian: no such setting; did you mean data.limit_train"),
+        ("digits", {"image_size": 0}, "image_size: 0 must be at least 1"),
+        ("digit", {}, "source: 'digit' must be digits or start with one of hub:"),
+        (pairs(Image.fromarray), {"test_split": "val"}, "test_split: has no effect with a dataset"),
+        (pairs(Image.fromarray), {"test": []}, "test: has no items"),
+        (pairs(Image.fromarray), {"val_fraction": 1.0}, "val_fraction: 1.0 must be at least 0 and below 1"),
+        (pairs(Image.fromarray), {"class_names": ["a", "b"]}, "source: has the label 2, but labels must be in 0..1"),
+        (pairs(Image.fromarray), {"class_names": ["a", "b", "a"]}, "class_names: two classes have the same name"),
+        (pairs(Image.fromarray), {"image_size": 4096, "memory_limit_mib": 1}, "image_size: 20 images .* take 960 MiB"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(source, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wrapped(source, **arguments)
+
+
+def test_an_unknown_split_is_refused(digits):
+    with pytest.raises(ValueError, match="name: 'validation' is not a split; use one of train, val, test"):
+        digits.split("validation")
+
+
+@pytest.mark.parametrize("augment", TRANSFORMS)
+def test_views_equal_those_of_a_run(digits, augment):
+    settings = {} if augment == "none" else {"views": 3, "view_seed": 5, "crop_padding": 2 if augment == "crop" else 4}
+    expected = load_data(DataConfig(source="digits", augment=augment, limit_train=40, limit_test=30, **settings))
+    seeds = {} if augment == "none" else {"num_views": 3, "view_seed": 5}
+    views = kd.ViewDataset(digits, TRANSFORMS[augment], **seeds)
+    assert (len(views), views.num_views) == (40, expected.num_views)
+    for view in range(views.num_views):
+        views.set_view(view)
+        batch = expected.view_batch(expected.splits.train, view)
+        for position, item in enumerate(views):
+            assert list(item) == ["image", "label", "index", "view"]
+            assert torch.equal(item["image"], batch.images[position])
+            assert (item["label"], item["index"]) == (batch.labels[position], batch.index[position])
+            assert type(item["view"]) is int and item["view"] == view == views.view
+
+
+def test_views_of_epochs(digits):
+    endless = kd.ViewDataset(digits, kd.transforms.Crop(32))
+    repeating = kd.ViewDataset(digits, kd.transforms.Crop(32), num_views=3)
+    for epoch in (0, 2, 7):
+        endless.set_epoch(epoch)
+        repeating.set_epoch(epoch)
+        assert (endless.view, repeating.view) == (epoch, epoch % 3)
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}],
+    ids=["in_process", "workers", "persistent_workers"],
+)
+def test_a_plain_dataloader_collates_the_view_that_is_set(digits, workers):
+    views = kd.ViewDataset(digits, kd.transforms.CropFlip(32), num_views=4, view_seed=1)
+    loader = DataLoader(views, batch_size=16, **workers)
+    for view in (0, 3, 1):
+        views.set_view(view)
+        batches = list(loader)
+        expected = views.module.view_batch(views.module.splits.train, view)
+        images = torch.cat([batch["image"] for batch in batches])
+        assert images.dtype == torch.uint8 and images.shape == (40, 3, 32, 32)
+        assert torch.equal(images, expected.images)
+        for key, values in (("label", expected.labels), ("index", expected.index), ("view", torch.full((40,), view))):
+            collated = torch.cat([batch[key] for batch in batches])
+            assert collated.dtype == torch.int64 and torch.equal(collated, values)
+
+
+def test_a_plain_dataloader_takes_the_images_themselves(digits):
+    batches = list(DataLoader(digits, batch_size=16))
+    assert torch.equal(torch.cat([batch["image"] for batch in batches]), torch.stack([item["image"] for item in digits]))
+    (batch,) = DataLoader(digits.split("test"), batch_size=30)
+    assert batch["index"].tolist() == [item["index"] for item in digits.split("test")]
+    assert batch["image"].shape == (30, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"data": [1]}, TypeError, "data: must be an ImageDataset, not list"),
+        ({"transform": torchvision.transforms.ToTensor()}, TypeError, "transform: must be one of .*, not ToTensor"),
+        ({"transform": kd.transforms.Crop(24)}, ValueError, "transform: made for images of 24 pixels, but data has 32"),
+        ({"num_views": 0}, ValueError, "num_views: 0 must be at least 1, or None"),
+        ({"view_seed": -1}, ValueError, "view_seed: -1 must be at least 0"),
+        ({"transform": kd.transforms.Identity(32), "num_views": 2}, ValueError, "num_views: 2 views without augmentation"),
+    ],
+)
+def test_wrong_views_are_refused(digits, arguments, error, message):
+    with pytest.raises(error, match=message):
+        kd.ViewDataset(**{"data": digits, "transform": kd.transforms.Crop(32), **arguments})
+
+
+def test_wrong_numbers_of_views_are_refused(digits):
+    views = kd.ViewDataset(digits, kd.transforms.Crop(32), num_views=2)
+    for view in (-1, 2):
+        with pytest.raises(ValueError, match=rf"view: {view} must be at least 0 and below num_views \(2\)"):
+            views.set_view(view)
+    with pytest.raises(ValueError, match="epoch: -1 must be at least 0"):
+        views.set_epoch(-1)
+    assert views.view == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_are_those_of_the_training_loader(digits, world_size):
+    views = kd.ViewDataset(digits, kd.transforms.Crop(32), num_views=2, view_seed=3)
+    visited = []
+    for rank in range(world_size):
+        split = {"batch_size": 12, "seed": 4, "rank": rank, "world_size": world_size}
+        sampler, expected = kd.EpochBatchSampler(views, **split), views.module.train_loader(**split)
+        loader = DataLoader(views, batch_sampler=sampler)
+        assert len(loader) == len(sampler) == expected.steps_per_epoch == 3
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            views.set_epoch(epoch)
+            for batch, (own,) in zip(loader, expected.epoch(epoch), strict=True):
+                assert torch.equal(batch["index"], own.index) and torch.equal(batch["label"], own.labels)
+                assert torch.equal(batch["image"], own.images) and batch["view"].unique().tolist() == [own.view]
+                visited.append((epoch, *batch["index"].tolist()))
+    orders = [{index for at, *indices in visited if at == epoch for index in indices} for epoch in range(3)]
+    assert [len(order) for order in orders] == [36, 36, 36] and orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size: 0 must be a positive multiple of world_size"),
+        ({"batch_size": 41}, ValueError, "batch_size: 41 is more than the 40 training samples"),
+        ({"world_size": 3}, ValueError, r"batch_size: 8 must be a positive multiple of world_size \(3\)"),
+        ({"rank": 1}, ValueError, r"rank: 1 must be at least 0 and below world_size \(1\)"),
+        ({"views": [1]}, TypeError, "views: must be a ViewDataset, not list"),
+    ],
+)
+def test_wrong_samplers_are_refused(digits, arguments, error, message):
+    views = kd.ViewDataset(digits, kd.transforms.Crop(32))
+    with pytest.raises(error, match=message):
+        kd.EpochBatchSampler(**{"views": views, "batch_size": 8, **arguments})
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    cells = [encoded(Image.fromarray(image)) for image in IMAGES]
+    for split in ("train", "test"):
+        write_parquet(tmp_path, split, [b"damaged", *cells[1:]] if split == "train" else cells, LABELS, "image")
+    with pytest.raises(UserError, match="data: sample 0 of the train split cannot be decoded"):
+        kd.ImageDataset(f"parquet:{tmp_path}", image_size=SIZE)

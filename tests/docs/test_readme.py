@@ -1,0 +1,95 @@
+"""The README: its length, its links, its commands and its Python run as they stand, on a few small images."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kd_accel as kd
+from tests.in_process import say
+from tests.own_models import SmallNet
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CLASSES = ("cat", "dog")
+
+
+def block(language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return found
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A directory `photos` of 160 training and 32 test images, dark cats and light dogs, and the working directory around it."""
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 80), ("test", 16)):
+        for label, name in enumerate(CLASSES):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for image in range(number):
+                pixels = generator.integers(100 * label, 100 * label + 100, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{image:02}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_it_is_short():
+    assert len(README.split()) < 900
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    targets = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
+    assert [target for target in targets if target and not (page.parent / target).exists()] == []
+
+
+def test_every_page_is_linked():
+    assert [page.name for page in PAGES[1:] if str(page.relative_to(ROOT)) not in README] == []
+
+
+def test_it_names_every_command():
+    section = README.split("## Commands")[1].split("##")[0]
+    commands = re.findall(r"^  (\w+) ", say("--help"), re.MULTILINE)
+    assert commands and [name for name in commands if f"`{name}" not in section] == []
+
+
+def test_install_targets_exist():
+    targets = re.findall(r"^    make (\w+)", README, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets and [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+
+
+@pytest.mark.slow
+def test_the_commands(photos):
+    """One epoch, small steps and batches and a short measurement; all else as the README says."""
+    (photos / "student.yaml").write_text(block("yaml"))
+    commands = [shlex.split(line)[1:] for line in block("sh").splitlines()]
+    small = {
+        "train": ["--optim.lr=0.001", "--train.epochs=1", "--train.batch_size=32", "--tracking.wandb=disabled"],
+        "bench": ["--batch_sizes=[1]", "--min_iterations=2", "--min_time_s=0.01", "--threads=1"],
+    }
+    small["cache"] = small["train"]
+    printed = [say(*command, *small.get(command[0], [])) for command in commands]
+    (teacher, student) = (json.loads((photos / "runs" / name / "summary.json").read_text()) for name in ("teacher", "student"))
+    assert (teacher["role"], student["role"]) == ("teacher", "distilled")
+    assert (photos / "caches/teacher/manifest.json").is_file() and (photos / "report/results.md").is_file()
+    assert "teacher" in printed[-1] and "student" in printed[-1]
+
+    prediction = kd.load_model("runs/student").predict(["photos/test/cat/00.png"])[0]
+    assert prediction.label in CLASSES
+
+
+def test_the_python(photos):
+    torch.manual_seed(0)
+    names = {"large": SmallNet(2, width=16), "small": SmallNet(2, width=8)}
+    exec(compile(block("python").replace("range(10)", "range(2)"), "README.md", "exec"), names)
+    assert names["cache"].num_views == 4 and names["views"].view == 1
+    assert torch.isfinite(names["loss"]) and names["loss"].grad_fn is not None
+    names["cache"].verify()

@@ -1,0 +1,292 @@
+"""The public API: names, trainings from Python, predictions, the teacher; wrong use is named."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import kd_accel as kd
+from tests import launching
+from tests.launching import LAUNCH, ROOT, environment, metrics, summary
+from tests.own_models import images as own_images
+from tests.own_models import teacher as teacher_network
+
+SMALL = {
+    "data": {"source": "import:tests.own_models:images", "augment": "crop_flip", "val_fraction": 0.2},
+    "model": {"arch": "import:tests.own_models:student"},
+    "optim": {"lr": 0.05},
+    "train": {"batch_size": 16, "epochs": 3, "log_every_steps": 1},
+    "tracking": {"wandb": "disabled"},
+}
+"""The settings of tests/launching.py, nested."""
+
+
+def comparable(run_dir):
+    """Model, metrics and summary of a run, without its own name."""
+    content = {key: value for key, value in summary(run_dir).items() if key != "name"}
+    return (Path(run_dir) / "model.safetensors").read_bytes(), metrics(run_dir), content
+
+
+@pytest.fixture(scope="module")
+def command_run(tmp_path_factory):
+    """A run of the command, in a process of its own."""
+    run_dir = tmp_path_factory.mktemp("runs") / "command"
+    launching.train(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return kd.train(SMALL, run_dir=tmp_path_factory.mktemp("runs") / "python")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """uint8 [41, 32, 32, 3], the test samples."""
+    return own_images("test", 32)["images"]
+
+
+def test_every_public_name_is_found_and_described():
+    assert len(set(kd.__all__)) == len(kd.__all__) and dir(kd) == sorted(kd.__all__)
+    for name in kd.__all__:
+        assert getattr(kd, name).__doc__, name
+    with pytest.raises(AttributeError, match="module 'kd_accel' has no attribute 'Techer'"):
+        kd.Techer  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names():
+    (block,) = [node for node in ast.parse(Path(kd.__file__).read_text()).body if isinstance(node, ast.If)]
+    imported = {f"{node.module}.{alias.name}": alias.asname for node in block.body for alias in node.names}
+    places = {f"{place}.{name}": name for name, place in kd._PLACES.items()}
+    assert imported == {**places, **{place: name for name, place in kd._MODULES.items()}}
+
+
+def test_the_import_needs_no_torch():
+    code = "import sys, kd_accel; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def as_file(directory):
+    return str(ROOT / "tests/small.yaml"), {}
+
+
+def as_path(directory):
+    return ROOT / "tests/small.yaml", {"seed": 0}
+
+
+def as_mapping(directory):
+    return {**SMALL, "optim": {"lr": 0.7}}, {"optim.lr": 0.05}
+
+
+def as_config(directory):
+    return kd.RunConfig(**SMALL), {}
+
+
+@pytest.mark.parametrize("form", [as_file, as_path, as_mapping, as_config])
+def test_a_training_from_python_equals_the_command(command_run, tmp_path, form):
+    config, settings = form(tmp_path)
+    result = kd.train(config, run_dir=tmp_path / "run", **settings)
+    assert result.directory == tmp_path / "run" and result.summary["steps"] == 24
+    assert comparable(result.directory) == comparable(command_run)
+
+
+def test_trainings_of_one_process_do_not_touch_each_other(command_run, tmp_path):
+    """Neither the precision of an earlier one, nor one that has failed, nor the switches that it sets."""
+    first = kd.train(SMALL, run_dir=tmp_path / "first", **{"train.precision": "bf16"})
+    with pytest.raises(kd.UserError, match="train.batch_size: 999 is more than the 128 training samples"):
+        kd.train(SMALL, run_dir=tmp_path / "failed", **{"train.precision": "bf16", "train.batch_size": 999})
+    second = kd.train(SMALL, run_dir=tmp_path / "second", **{"train.deterministic": True})
+    launching.train(tmp_path / "command", "--train.precision=bf16")
+    assert comparable(first.directory) == comparable(tmp_path / "command")
+    assert comparable(second.directory)[:2] == comparable(command_run)[:2]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_cache_after_a_training_in_another_precision(tmp_path):
+    kd.train(SMALL, run_dir=tmp_path / "run", **{"train.precision": "bf16", "train.epochs": 1})
+    data = kd.ImageDataset("import:tests.own_models:images", limit_train=16, limit_test=8)
+    views = kd.ViewDataset(data, kd.transforms.Crop(32), num_views=1)
+    teacher = kd.Teacher.from_run(tmp_path / "run")
+    cache = kd.TeacherCache.build(tmp_path / "cache", teacher, views, dtype="float32", batch_size=16)
+    indices = torch.tensor([item["index"] for item in views])
+    live = teacher(torch.stack([item["image"] for item in views]))
+    assert torch.allclose(cache.read(indices, 0).logits, live.logits, atol=1e-5)  # bf16 would differ by 1e-3
+
+
+def test_a_finished_run_is_returned_and_a_paused_one_resumes(tmp_path, command_run):
+    with pytest.raises(kd.UserError, match="checkpoint.stop_after_steps: the training is paused"):
+        kd.train(SMALL, run_dir=tmp_path / "run", **{"checkpoint.stop_after_steps": 10})
+    resumed = kd.train(SMALL, run_dir=tmp_path / "run")
+    assert comparable(resumed.directory)[0] == comparable(command_run)[0]
+    written = (resumed.directory / "summary.json").stat().st_mtime_ns
+    again = kd.train(SMALL, run_dir=tmp_path / "run")
+    assert again == resumed and (again.directory / "summary.json").stat().st_mtime_ns == written
+
+
+def test_evaluations_equal_the_summary(tmp_path, result):
+    evaluated = kd.evaluate(str(result.directory))
+    assert (evaluated["samples"], evaluated["accuracy"]) == (41, result.summary["accuracy"])
+    assert evaluated["loss"] == metrics(result.directory, "test")[0]["loss"]
+    validated, last = kd.evaluate(result.directory, split="val"), metrics(result.directory, "val")[-1]
+    assert (validated["samples"], validated["loss"], validated["accuracy"]) == (32, last["loss"], last["accuracy"])
+    teacher = {"run": str(result.directory)}
+    distilled = kd.train({**SMALL, "teacher": teacher}, run_dir=tmp_path / "distilled", seed=1)
+    evaluated = kd.evaluate(distilled.directory)
+    assert evaluated["agreement"] == distilled.summary["agreement"] > 0
+    assert evaluated["accuracy"] == distilled.summary["accuracy"]
+
+
+@pytest.mark.slow
+def test_two_trainings_in_one_launch(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nimport kd_accel as kd\n"
+        "for precision in ('float32', 'bf16'):\n"
+        "    run = kd.train('tests/small.yaml', run_dir=f'{sys.argv[1]}/{precision}', **{'train.precision': precision})\n"
+        "    assert run.summary['world_size'] == 2\n"
+        "    assert kd.evaluate(run.directory)['accuracy'] == run.summary['accuracy']\n"
+    )
+    launch = [*LAUNCH, "--config_file", "launch/cpu2.yaml", program, tmp_path]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        launch, cwd=ROOT, env=environment(PYTHONPATH=paths), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    launching.train(tmp_path / "command", "--train.precision=bf16", processes=2)
+    assert comparable(tmp_path / "bf16") == comparable(tmp_path / "command")
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "error", "message"),
+    [
+        (3, {}, TypeError, "config: must be a RunConfig, a path or a mapping, not int"),
+        ("absent.yaml", {}, ValueError, "config: cannot read absent.yaml"),
+        ({"modle": {}}, {}, ValueError, "modle: no such setting; did you mean model"),
+        (SMALL, {"optim.lr": "fast"}, ValueError, "optim.lr: must be a number"),
+        (SMALL, {"optim.lr": -1.0}, ValueError, "optim.lr: -1.0"),
+        (SMALL, {"distill.logits.loss": "kll", "teacher.run": "runs/x"}, ValueError, "distill.logits.loss: .*kl"),
+        ({**SMALL, "teacher": {"run": "absent"}}, {}, ValueError, "absent"),
+    ],
+)
+def test_wrong_trainings_are_refused(tmp_path, config, settings, error, message):
+    with pytest.raises(error, match=message):
+        kd.train(config, run_dir=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_evaluations_are_refused(tmp_path, result):
+    with pytest.raises(ValueError, match="split: 'train' is not a held-out split; use one of val, test"):
+        kd.evaluate(result.directory, split="train")
+    for function in (kd.evaluate, kd.load_model, kd.Teacher.from_run):
+        with pytest.raises(kd.UserError, match="no finished run in this directory"):
+            function(tmp_path)
+
+
+def test_the_model_is_that_of_the_files(result):
+    model = result.load_model()
+    stored = load_file(result.directory / "model.safetensors")
+    assert stored.keys() == model.network.state_dict().keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.network.state_dict().items())
+    assert model.class_names == ["red", "green", "blue", "olive"] and not model.network.training
+
+
+def test_predictions_agree_with_the_network(tmp_path, result, pictures):
+    model = result.load_model()
+    files = [tmp_path / f"{number}.png" for number in range(len(pictures))]
+    for file, picture in zip(files, pictures, strict=True):
+        Image.fromarray(picture).save(file)
+    tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    predictions = model.predict(files)
+    for images in ([str(file) for file in files], list(map(Image.fromarray, pictures)), pictures, list(pictures), tensors):
+        assert model.predict(images) == predictions
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (model.card.mean, model.card.std))
+    expected = model.network((tensors / 255 - mean) / std).softmax(1).detach()
+    for prediction, probabilities in zip(predictions, expected, strict=True):
+        assert prediction.label == model.class_names[int(probabilities.argmax())]
+        assert prediction.score == prediction.probabilities[prediction.label] == max(prediction.probabilities.values())
+        assert list(prediction.probabilities) == model.class_names
+        assert list(prediction.probabilities.values()) == pytest.approx(probabilities.tolist(), abs=1e-6)
+    labels = [model.class_names.index(prediction.label) for prediction in predictions]
+    accuracy = np.mean(np.array(labels) == own_images("test", 32)["labels"])
+    assert accuracy == pytest.approx(result.summary["accuracy"])
+    for one, all_at_once in zip(model.predict(pictures, batch_size=7), predictions, strict=True):
+        assert one.label == all_at_once.label and one.score == pytest.approx(all_at_once.score, abs=1e-5)
+    large = Image.fromarray(pictures[0]).resize((96, 64))
+    assert [prediction.label for prediction in model.predict([large])] == [predictions[0].label] and model.predict([]) == []
+
+
+PICTURE = np.zeros((32, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "arguments", "error", "message"),
+    [
+        ("a.png", {}, TypeError, "images: must be a list of images, not str; put a single image in a list"),
+        (PICTURE, {}, TypeError, "images: must be a list of images, not ndarray"),
+        (Image.fromarray(PICTURE), {}, TypeError, "images: must be a list of images, not Image"),
+        (iter([PICTURE]), {}, TypeError, "images: must be a list of images, not list_iterator"),
+        ([3], {}, TypeError, "images: the image is a int"),
+        ([PICTURE.astype(float)], {}, TypeError, "images: the image is a float64 array"),
+        ([PICTURE], {"batch_size": 0}, ValueError, "batch_size: 0 must be at least 1"),
+        (["absent.png"], {}, ValueError, "images: cannot read absent.png .No such file or directory"),
+        (["pyproject.toml"], {}, ValueError, "images: cannot decode pyproject.toml .not an image file"),
+    ],
+)
+def test_wrong_images_are_refused(result, images, arguments, error, message):
+    with pytest.raises(error, match=message):
+        result.load_model().predict(images, **arguments)
+
+
+def test_a_teacher_of_any_module(pictures):
+    torch.manual_seed(0)
+    network = teacher_network(4)
+    teacher = kd.Teacher(network, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    output = teacher(images, layers=["layer1", "layer2"])
+    normalized = (images / 255 - torch.tensor(teacher.mean).view(1, 3, 1, 1)) / torch.tensor(teacher.std).view(1, 3, 1, 1)
+    layer1 = network.eval().layer1(normalized)
+    assert list(output.features) == ["layer1", "layer2"] and output.logits.requires_grad is False
+    assert torch.allclose(output.features["layer1"], layer1, atol=1e-5)
+    assert torch.allclose(output.features["layer2"], network.layer2(layer1), atol=1e-5)
+    assert torch.allclose(output.logits, network(normalized), atol=1e-5)
+    assert teacher(images).features == {} and teacher.class_names is None
+
+
+def test_a_teacher_of_a_run(result, pictures):
+    teacher, model = kd.Teacher.from_run(result.directory), result.load_model()
+    assert (teacher.mean, teacher.std) == (model.card.mean, model.card.std)
+    assert teacher.class_names == tuple(model.class_names) and teacher.arch == "import:tests.own_models:student"
+    probabilities = teacher(torch.from_numpy(pictures).permute(0, 3, 1, 2)).logits.softmax(1)
+    for prediction, row in zip(model.predict(pictures), probabilities, strict=True):
+        assert list(prediction.probabilities.values()) == row.tolist()
+
+
+@pytest.mark.parametrize(
+    ("images", "layers", "error", "message"),
+    [
+        (torch.rand(2, 3, 32, 32), [], TypeError, r"images: must be a uint8 tensor .*, not torch.float32 \[2, 3, 32, 32\]"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), [], TypeError, r"images: .* not torch.uint8 \[3, 32, 32\]"),
+        (PICTURE[None], [], TypeError, "images: must be a uint8 tensor .*, not ndarray"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), ["layer9"], ValueError, "layers: .*layer9"),
+    ],
+)
+def test_wrong_calls_of_a_teacher_are_refused(images, layers, error, message):
+    teacher = kd.Teacher(teacher_network(4), mean=[0.5] * 3, std=[0.2] * 3)
+    with pytest.raises(error, match=message):
+        teacher(images, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [([0.5], [0.2] * 3, "mean: .* must be three numbers"), ([0.5] * 3, [0.2, 0.0, 0.2], "std: .* must be three positive")],
+)
+def test_wrong_statistics_of_a_teacher_are_refused(mean, std, message):
+    with pytest.raises(ValueError, match=message):
+        kd.Teacher(teacher_network(4), mean=mean, std=std)
