@@ -14,16 +14,16 @@ test: $(INSTALLED)  ## the tests that take less than about a second each: four m
 test-all: $(INSTALLED)  ## all tests but `make faults`; what CI runs
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-faults: $(INSTALLED)  ## the long tests: kills and damages at length above all; what was tried and lost is printed and written to runs/faults.json
+faults: $(INSTALLED)  ## the long tests: kills, damages, fuzzing; what was tried and lost is printed and written to runs/faults.json
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s -m faults
 
-check: $(INSTALLED)  ## lint, format, types, layers; edits nothing
+check: $(INSTALLED)  ## lint, docstrings, format, mypy --strict, layers; edits nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
-fix: $(INSTALLED)  ## what the formatter and the linter can mend themselves
+fix: $(INSTALLED)  ## what the linter and the formatter can fix themselves
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -19,8 +19,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ResNet, resnet18
 
-from benchmarks.jobs import CLASSES, IMAGE_SIZE, LAYERS, OPTIM, STUDENT, Bench, frozen_projectors, fused_teacher, student_network
-from kd_accel.models.inference import image_memory_format, weight_memory_format
+from benchmarks.jobs import CLASSES, IMAGE_SIZE, LAYERS, OPTIM, PLAIN, STUDENT, TEACHER, Bench, random_teacher
+from kd_accel.builders.teacher import teacher_on_device
+from kd_accel.models.inference import image_memory_format, use_cpu_kernels, weight_memory_format
 from kd_accel.models.projectors import FeatureProjector
 from kd_accel.profiling import profiler_range
 
@@ -69,7 +70,7 @@ class _Student(nn.Module):
 
 
 def limit_case(limit: Limit, bench: Bench) -> Callable[[], float]:
-    """Return a block of steps as a case: the teacher's output where one is used, forward, loss, backward, update, nothing else."""
+    """Return a block of steps as a case: output of the teacher where used, forward, loss, backward, update, nothing else."""
     layers = LAYERS if limit.with_features else []
     student, batches = _student(bench, layers, is_own=limit.teacher != "none"), random_batches(bench)
     optimizer = torch.optim.SGD(
@@ -98,7 +99,7 @@ def limit_case(limit: Limit, bench: Bench) -> Callable[[], float]:
 
 def forward_case(bench: Bench, images: Sequence[Tensor]) -> Callable[[], float]:
     """Return the teacher's forward and the projection of its features as a case. images: normalized float."""
-    teacher, frozen = fused_teacher(bench), frozen_projectors(bench.device)
+    teacher, frozen = _fused_teacher(bench), _frozen_projectors(bench, LAYERS)
 
     @torch.no_grad()
     def block() -> float:
@@ -119,15 +120,12 @@ def random_batches(bench: Bench) -> Batches:
     return [(batch.contiguous(memory_format=memory_format), own) for batch, own in zip(images, labels, strict=True)]
 
 
-def _teacher(
-    limit: Limit, bench: Bench, layers: Sequence[str], batches: Batches
-) -> Callable[[int, Tensor], Output | None]:
+def _teacher(limit: Limit, bench: Bench, layers: Sequence[str], batches: Batches) -> Callable[[int, Tensor], Output | None]:
     """Return (number of the batch, images) -> output of the teacher."""
     if limit.teacher == "none":
         return lambda number, images: None
     dtype = torch.bfloat16 if bench.precision == "bf16" else torch.float32
-    model = fused_teacher(bench).to(dtype)
-    frozen = {layer: projector.to(dtype) for layer, projector in frozen_projectors(bench.device).items() if layer in layers}
+    model, frozen = _fused_teacher(bench).to(dtype), _frozen_projectors(bench, layers).to(dtype)
 
     @torch.no_grad()
     def live(number: int, images: Tensor) -> Output:
@@ -138,6 +136,18 @@ def _teacher(
     with _autocast(bench):
         outputs = [_float(*live(number, images)) for number, (images, _) in enumerate(batches)]
     return lambda number, images: outputs[number]
+
+
+def _fused_teacher(bench: Bench) -> nn.Module:
+    """Build the teacher's network as a training runs it."""
+    network, _ = teacher_on_device(bench.adapted(PLAIN), random_teacher(), bench.accelerator, LAYERS)
+    return network.eval().requires_grad_(False)
+
+
+def _frozen_projectors(bench: Bench, layers: Sequence[str]) -> nn.ModuleDict:
+    """Build random projectors from the teacher's channels to the student's."""
+    projectors = {layer: FeatureProjector(TEACHER[layer][0], STUDENT[layer][0]) for layer in layers}
+    return nn.ModuleDict(projectors).to(bench.device).requires_grad_(False)
 
 
 def _autocast(bench: Bench) -> AbstractContextManager[object]:
@@ -164,7 +174,7 @@ def _loss(logits: Tensor, maps: dict[str, Tensor], labels: Tensor, target: Outpu
     return loss + FEATURE_WEIGHT * torch.stack([functional.mse_loss(maps[layer], targets[layer]) for layer in maps]).sum()
 
 
-def _projected(teacher: nn.Module, frozen: Mapping[str, nn.Module] | nn.ModuleDict, images: Tensor) -> Output:
+def _projected(teacher: nn.Module, frozen: nn.ModuleDict, images: Tensor) -> Output:
     if not frozen:
         return teacher(images), {}
     logits, maps = _with_maps(teacher, images)
@@ -173,7 +183,9 @@ def _projected(teacher: nn.Module, frozen: Mapping[str, nn.Module] | nn.ModuleDi
 
 def _student(bench: Bench, layers: Sequence[str], *, is_own: bool) -> nn.Module:
     torch.manual_seed(0)
-    student: nn.Module = _Student(student_network(bench) if is_own else resnet18(num_classes=CLASSES), layers)
+    network = resnet18(num_classes=CLASSES)
+    use_cpu_kernels(network, bench.kernel_device, "auto" if is_own else "never")
+    student: nn.Module = _Student(network, layers)
     student = student.to(bench.device).to(memory_format=weight_memory_format(None, bench.kernel_device)).train()
     return student if bench.accelerator.num_processes == 1 else DistributedDataParallel(student, gradient_as_bucket_view=True)
 

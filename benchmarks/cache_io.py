@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.bare import forward_case
 from benchmarks.caches import fill_cache, write_cache_spec
 from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
-from benchmarks.jobs import Bench, Size, build_live_teacher, hybrid, normalization, open_bench
+from benchmarks.jobs import Bench, Size, build_live_teacher, hybrid, open_bench
 from kd_accel.cache.reader import Reader
 from kd_accel.cache.shard import write_shard
 from kd_accel.cache.spec import CacheSpec, TensorSpec, samples_in_a_shard
@@ -132,11 +132,11 @@ def files_case(directory: Path, order: list[np.ndarray]) -> Callable[[], float]:
 
 def building_cases(bench: Bench, directory: Path) -> Cases:
     """Each call is a block of samples in view 0."""
-    teacher, normalize, count = build_live_teacher(bench, hybrid()).live, normalization(bench), itertools.count()
+    teacher, count = build_live_teacher(bench, hybrid()).live, itertools.count()
     assert teacher is not None
     cache_spec = write_cache_spec(bench, directory / "spec", teacher, views=1)
     shares = [(share, 0) for share in np.split(bench.samples, bench.size.steps)]
-    images = [normalize(batch.images) for batch in bench.batches("train", shares)]
+    images = [teacher.normalize(batch.images) for batch in bench.batches("train", shares)]
 
     def build() -> float:
         fill_cache(bench, directory / f"built-{next(count)}", cache_spec, teacher)  # a new directory: no file is replaced

@@ -20,15 +20,14 @@ from benchmarks.bare import ALPHA, FEATURE_WEIGHT, TEMPERATURE
 from benchmarks.jobs import CLASSES, LAYERS, OPTIM, STUDENT, TEACHER, Bench
 from benchmarks.pictures import Pictures
 
+
 def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
     """Return a case: each call runs an epoch of hybrid distillation from a live teacher, and returns the number of images."""
     torch.manual_seed(0)
     device = bench.device
     student = resnet18(num_classes=CLASSES).to(device)
     teacher = resnet50(num_classes=CLASSES, zero_init_residual=True).to(device).eval()
-    projectors = nn.ModuleDict(
-        {layer: nn.Conv2d(STUDENT[layer][0], TEACHER[layer][0], 1) for layer in LAYERS}
-    ).to(device)
+    projectors = nn.ModuleDict({layer: nn.Conv2d(STUDENT[layer][0], TEACHER[layer][0], 1) for layer in LAYERS}).to(device)
     parameters = [*student.parameters(), *projectors.parameters()]
     optimizer = torch.optim.SGD(
         parameters, lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay
@@ -58,9 +57,7 @@ def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
             )
             loss = ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * functional.cross_entropy(logits, labels)
             for layer in LAYERS:
-                loss = loss + FEATURE_WEIGHT * functional.mse_loss(
-                    projectors[layer](kept[layer]), targets[layer]
-                )
+                loss = loss + FEATURE_WEIGHT * functional.mse_loss(projectors[layer](kept[layer]), targets[layer])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -16,8 +16,8 @@ line of JSON lists the cases that are ok, failed and not run, the last with the 
 Without a GPU nothing is measured and the exit code is 0; `--trial` runs all of it in small on a CPU.
 
 Correctness (a, c, d, e) comes before speed. Those four measure no time, so they run side by side and cost about as much as the
-longest of them. f follows, which takes seconds, then b, the figures on which later work on speed is based; g compiles for half a
-minute or more, and nothing depends on it, so it is last. Timed parts run alone.
+longest of them. f follows, which takes seconds, then b, the figures on which later work on speed is based; g compiles for half
+a minute or more, and nothing depends on it, so it is last. Timed parts run alone.
 """
 
 from __future__ import annotations

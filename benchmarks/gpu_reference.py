@@ -13,9 +13,9 @@ job (gpu_reference_plan.py has the settings). Each step is a command of the prod
     5. `bench` and `report` of what was finished.
 
 OUT/gpu_reference.jsonl gets a line after each command, a line of the commands that were not run with the reasons, and last the
-closing line of all suites, which is also printed. OUT/report holds the table; each part needs an OUT of its own. Runs, cache and
-logs are in a temporary directory, or in --work to be kept. The exit code is 1 after a failure and 0 otherwise, also if the budget
-has ended, and without a GPU, where nothing runs. --trial runs all of it in small on a CPU.
+closing line of all suites, which is also printed. OUT/report holds the table; each part needs an OUT of its own. Runs, cache
+and logs are in a temporary directory, or in --work to be kept. The exit code is 1 after a failure and 0 otherwise, also if the
+budget has ended, and without a GPU, where nothing runs. --trial runs all of it in small on a CPU.
 """
 
 from __future__ import annotations

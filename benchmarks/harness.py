@@ -1,8 +1,8 @@
 """Shared parts of the suites: interleaved repeats, medians with their spread, the closing line of JSON, the dated file.
 
 Timings of one case drift with everything else that a machine does. So the cases take turns within one run, and the ratio of
-their medians is reported; absolute times stand next to it for reference only. A drift that is slower than a turn does not change
-the ratio within each turn: the median of those is reported with its standard error, the resolution of the run.
+their medians is reported; absolute times stand next to it for reference only. A drift that is slower than a turn does not
+change the ratio within each turn: the median of those is reported with its standard error, the resolution of the run.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def suite_parser(
     if repeats is not None:
         parser.add_argument("--repeats", type=int, default=repeats, help="blocks (or launches) of each case")
     if threads is not None:
-        parser.add_argument("--threads", type=int, default=threads, help="CPU threads; several of them synchronize with each other")
+        parser.add_argument(
+            "--threads", type=int, default=threads, help="CPU threads; several of them synchronize with each other"
+        )
     parser.add_argument(
         "--batch_size", type=int, default=batch_size, help="samples in a forward; fewer for a trial of the suite"
     )

@@ -1,7 +1,7 @@
 """Cost of bringing images to the model: `python -m benchmarks.input`.
 
 All cases give batches of 128 normalized float images of 32x32 pixels, cropped and flipped at random, with their labels, from
-the same 1,024 images; the first four in one process without workers, as many threads as `--threads` says.
+the same 1,024 images; the first four in one process without workers, `--threads` threads.
     loader          the program's own: views of whole batches, from uint8 pixels in memory
     v2              PIL images, torchvision.transforms.v2 for each of them, and a DataLoader, as most people write it
     with_transform  Hugging Face `datasets`: encoded images, decoded and transformed one by one in `with_transform`

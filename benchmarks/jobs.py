@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from kd_accel.builders.student import build_distiller, build_losses, build_student
 from kd_accel.builders.teacher import TeacherSetup, build_targets, layer_shapes, live_teacher, teacher_on_device
@@ -30,17 +29,16 @@ from kd_accel.config.schema import (
     RunConfig,
     TeacherConfig,
 )
-from kd_accel.data.dataset import MemoryImages
 from kd_accel.data.datamodule import DataModule, images_on
+from kd_accel.data.dataset import MemoryImages
 from kd_accel.data.splits import Split, SplitSamples
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.distributed import Accelerator, start_processes
 from kd_accel.losses.features import Direction
 from kd_accel.losses.targets import PCA
 from kd_accel.models.factory import build_model
-from kd_accel.models.inference import choose_kernels, image_memory_format, use_cpu_kernels, weight_memory_format
-from kd_accel.models.preprocess import Normalize
-from kd_accel.models.projectors import FeatureProjector
+from kd_accel.models.inference import choose_kernels
+from kd_accel.models.projectors import seeded_projector
 from kd_accel.teacher.teacher import Teacher
 from kd_accel.training.progress import Progress
 from kd_accel.training.trainer import Trainer
@@ -117,7 +115,7 @@ class Bench:
         return (batch.to(self.device, non_blocking=True) for batch in batches)
 
     def adapted(self, config: RunConfig) -> RunConfig:
-        """Return the config with batch size and precision of the bench, and with a GPU's choices where `as_gpu` asks for them."""
+        """Return the config with batch size and precision of the bench, and with a GPU's choices if `as_gpu` is set."""
         of_gpu = {"channels_last": True, "cpu_kernels": "never"} if self.as_gpu else {}
         return with_settings(config, train={"batch_size": self.size.batch_size, "precision": self.precision, **of_gpu})
 
@@ -208,7 +206,8 @@ def build_live_teacher(bench: Bench, config: RunConfig) -> TeacherSetup:
     targets = build_targets(config, losses, student, teacher)
     for layer, target in targets.items():
         if isinstance(target, PCA):
-            target.load(FeatureProjector(TEACHER[layer][0], target.channels).state_dict())
+            projector = seeded_projector(TEACHER[layer][0], target.channels, layer=layer, seed=0)  # the same on all ranks
+            target.load(projector.state_dict())
         target.to(bench.device)
     raw_shapes = layer_shapes(config, losses, teacher)
     network, normalize = teacher_on_device(config, teacher, bench.accelerator, list(targets))
@@ -221,34 +220,3 @@ def random_teacher() -> Teacher:
     """Build ResNet-50, whose blocks begin as the identity, so that random weights give numbers of an ordinary size."""
     arch, arguments = "torchvision/resnet50", {"zero_init_residual": True}
     return Teacher(build_model(arch, num_classes=CLASSES, arch_args=arguments), MEAN, STD, arch=arch, arch_args=arguments)
-
-
-def fused_teacher(bench: Bench) -> nn.Module:
-    """Build the teacher's network as a training runs it: BatchNorm fused into the convolutions, kernels of the device."""
-    settings = bench.adapted(PLAIN).train
-    network, _ = random_teacher().on_device(
-        bench.device,
-        layers=LAYERS,
-        image_size=IMAGE_SIZE,
-        channels_last=settings.channels_last,
-        cpu_kernels=settings.cpu_kernels,
-    )
-    return network.eval().requires_grad_(False)
-
-
-def student_network(bench: Bench) -> nn.Module:
-    """Build the student's network with the layers that a training gives it on the device."""
-    model = build_model("torchvision/resnet18", num_classes=CLASSES)
-    use_cpu_kernels(model, bench.kernel_device)
-    return model.to(bench.device).to(memory_format=weight_memory_format(None, bench.kernel_device))
-
-
-def frozen_projectors(device: torch.device) -> nn.ModuleDict:
-    """Build random projectors from the teacher's channels to the student's, by layer."""
-    projectors = {layer: FeatureProjector(TEACHER[layer][0], STUDENT[layer][0]) for layer in LAYERS}
-    return nn.ModuleDict(projectors).to(device).requires_grad_(False)
-
-
-def normalization(bench: Bench) -> Normalize:
-    """Build the normalization in front of a network, in the memory format that a training gives its images."""
-    return Normalize(MEAN, STD, memory_format=image_memory_format(None, bench.kernel_device)).to(bench.device)

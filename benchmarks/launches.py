@@ -79,7 +79,10 @@ def count_step(block: Callable[[], float]) -> StepCounts:
         RuntimeError: its last two steps differ.
     """
     # on a CPU `Normalize` first spreads its three values along the pixel rows of channels_last images
-    with mock.patch.object(preprocess, "_repeat_along_row", lambda values, pixels: values), counted(OperatorCounter()) as counter:
+    with (
+        mock.patch.object(preprocess, "_repeat_along_row", lambda values, pixels: values),
+        counted(OperatorCounter()) as counter,
+    ):
         block()
     before, last = counter.steps[-2:]
     if before != last:

@@ -128,9 +128,7 @@ def train_config(settings: dict[str, Any]) -> dict[str, Any]:
         "student": {
             "forward_proc": "forward_batch_only",
             "auxiliary_model_wrapper": {"key": "Connector4DAB", "kwargs": {"connectors": connectors}},
-            "forward_hook": {
-                "output": [*(f"student_model.{layer}" for layer in layers), *connected, "student_model.fc"]
-            },
+            "forward_hook": {"output": [*(f"student_model.{layer}" for layer in layers), *connected, "student_model.fc"]},
         },
         "optimizer": {"key": "SGD", "kwargs": settings["sgd"]},
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": _terms(settings)}},

@@ -54,7 +54,12 @@ class Peer:
 
     def __init__(self, python: Path, bench: Bench, *, threads: int, workers: int) -> None:
         sgd = {"lr": OPTIM.lr, "momentum": OPTIM.momentum, "nesterov": True, "weight_decay": OPTIM.weight_decay}
-        data = {"samples": bench.size.samples, "batch_size": bench.size.batch_size, "image_size": IMAGE_SIZE, "classes": CLASSES}
+        data = {
+            "samples": bench.size.samples,
+            "batch_size": bench.size.batch_size,
+            "image_size": IMAGE_SIZE,
+            "classes": CLASSES,
+        }
         loss = {"temperature": TEMPERATURE, "alpha": ALPHA, "feature_weight": FEATURE_WEIGHT}
         settings = {**data, **loss, "sgd": sgd, "mean": MEAN, "std": STD, "threads": threads, "workers": workers}
         script = Path(__file__).with_name("peer_torchdistill.py")
@@ -91,7 +96,12 @@ def main() -> None:
     parser = suite_parser(__doc__, repeats=3)
     parser.add_argument("--rounds", type=int, default=3, help="how often the students are built from scratch")
     spare = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-    parser.add_argument("--workers", type=int, default=spare, help="of the DataLoaders of torchdistill and common_loop; they need cores of their own")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=spare,
+        help="of the DataLoaders of torchdistill and common_loop; they need cores of their own",
+    )
     environment = Path("runs/benchmarks/torchdistill-env")
     parser.add_argument("--environment", type=Path, default=environment, help="directory of torchdistill's environment")
     arguments = parser.parse_args()

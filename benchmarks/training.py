@@ -5,12 +5,12 @@
     python -m benchmarks.training --suite cached     in one: cached_logits / plain, cached_hybrid / plain, live_hybrid / limit,
                                                      and the cost of the feature term by itself
 
-All cases train the same student (see jobs.py) with fused SGD and Nesterov momentum. Those of this program run its complete path:
-order of the samples, views (crop_flip), loading, normalization, teacher, loss, metrics, learning rate, the line of metrics at
-the end of a block. `cached_...` read a real cache, with another view in each block, so a block includes the opening of that
-view, which a training does once in an epoch of hundreds of steps. Hybrids have direction `both` unless another is named. `bare`
-and `limit...` (bare.py) do nothing but forward, backward and step on normalized tensors in memory; `limit` has a live teacher
-and the feature term, `limit_cached_hybrid` has the teacher's outputs in memory.
+All cases train the same student (see jobs.py) with fused SGD and Nesterov momentum. Those of this program run its complete
+path: order of the samples, views (crop_flip), loading, normalization, teacher, loss, metrics, learning rate, the line of
+metrics at the end of a block. `cached_...` read a real cache, with another view in each block, so a block includes the opening
+of that view, which a training does once in an epoch of hundreds of steps. Hybrids have direction `both` unless another is
+named. `bare` and `limit...` (bare.py) do nothing but forward, backward and step on normalized tensors in memory; `limit` has a
+live teacher and the feature term, `limit_cached_hybrid` has the teacher's outputs in memory.
 
 One unit is an image; a block is an epoch of a few steps; the cases take turns. In each round all students are built from
 scratch: the addresses of their weights in memory make up to 3 % of a step. Two processes share the batch, each with `--threads`

@@ -98,11 +98,10 @@ class Programs:
         assert config.teacher is not None and config.distill is not None
         key = f"{config.teacher.model_dump_json()} {config.distill.model_dump_json()}"
         if key not in self._setups:
-            self._setups[key] = self._cached(config) if config.teacher.outputs == "cached" else self._live(config)
+            self._setups[key] = (
+                self._cached(config) if config.teacher.outputs == "cached" else build_live_teacher(self._bench, config)
+            )
         return self._setups[key]
-
-    def _live(self, config: RunConfig) -> TeacherSetup:
-        return build_live_teacher(self._bench, config)
 
     def _cached(self, config: RunConfig) -> TeacherSetup:
         """Write a cache by the live teacher of the same config, and read from it."""

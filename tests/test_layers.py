@@ -129,7 +129,7 @@ from typing import Any
 import torch
 import kd_accel as kd
 
-def distil(network: torch.nn.Module, student: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def distill(network: torch.nn.Module, student: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     data: kd.ImageDataset = kd.ImageDataset("digits", image_size=32)
     views: kd.ViewDataset = kd.ViewDataset(data, transform=kd.transforms.Crop(32), num_views=2, view_seed=0)
     sampler: kd.EpochBatchSampler = kd.EpochBatchSampler(views, batch_size=64)

@@ -111,7 +111,7 @@ def _parent():
 
 def _end(parent, path):
     parent.stdin.close()
-    parent.wait(timeout=10)
+    parent.wait(timeout=60)
     path.unlink(missing_ok=True)
     path.parent.rmdir()
 

@@ -1,7 +1,7 @@
 """Item c, losses: 30 steps of ResNet-18 on the device against the same on the CPU, with TF32 and without.
 
-`float32` runs with NVIDIA_TF32_OVERRIDE=0 and `train.tf32: false`, `tf32` with `train.tf32: true`. Without TF32 only the order of
-sums differs, which 30 steps with BatchNorm amplify.
+`float32` runs with NVIDIA_TF32_OVERRIDE=0 and `train.tf32: false`, `tf32` with `train.tf32: true`. Without TF32 only the order
+of sums differs, which 30 steps with BatchNorm amplify.
 """
 
 from __future__ import annotations

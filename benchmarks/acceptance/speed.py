@@ -1,4 +1,6 @@
-"""Item b: speed of the program next to its limits (benchmarks/bare.py), in turns; a block is an epoch of a few steps, a unit an image.
+"""Item b: speed of the program next to its limits (benchmarks/bare.py), in turns.
+
+A block is an epoch of a few steps, a unit an image.
 
     ms_per_step, images_per_s   medians over the blocks, by the host's clock
     operators_per_step          kernels that the device ran in a step; copies_per_step: copies and fills, by torch.profiler
@@ -84,9 +86,7 @@ def device_figures(events: Iterable[Any], *, steps: int, block_s: float) -> Figu
     }
 
 
-def _built(
-    setting: Setting, bench: Bench, *, epochs: int
-) -> tuple[dict[str, Block], dict[str, float | None], Figures]:
+def _built(setting: Setting, bench: Bench, *, epochs: int) -> tuple[dict[str, Block], dict[str, float | None], Figures]:
     """Return (cases that are warm, their peaks, the errors of the other cases)."""
     directory = setting.scratch / f"speed-{bench.precision}-{bench.size.batch_size}"
     programs = Programs(bench, directory, views=2)
@@ -95,10 +95,8 @@ def _built(
     failed: Figures = {}
     for name in NAMES:
         try:
-            if name in LIMITS:
-                block = limit_case(LIMITS[name], bench)
-            else:
-                block = programs.case(name, directory / name, blocks=epochs)
+            is_limit = name in LIMITS
+            block = limit_case(LIMITS[name], bench) if is_limit else programs.case(name, directory / name, blocks=epochs)
             peaks[name] = _warm(block)
             built[name] = block
         except Exception as error:

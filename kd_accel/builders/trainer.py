@@ -310,15 +310,14 @@ def _build_trainer(
 
 
 def _restored(train_state: TrainState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[str]:
-    """Restore a checkpoint whose settings and data fit, so that what does not fit is damage, of whatever kind."""
+    """Restore a checkpoint. Its settings and data fit the run, so any error is damage: raises UserError."""
     try:
         return restore(train_state, checkpoint, accelerator)
     except (KeyError, IndexError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
             f"{checkpoint.path}: does not fit the training that its own config describes ({reason}); remove it to resume from "
-            "an "
-            "earlier one, or start from scratch in another run_dir"
+            "an earlier one, or start from scratch in another run_dir"
         ) from error
 
 

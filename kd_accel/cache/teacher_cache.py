@@ -93,12 +93,7 @@ class TeacherCache:
             UserError: The directory holds another cache, another build is running, or the disk refuses.
         """
         data = views.module if isinstance(views, ViewDataset) else views
-        if data.num_views is None:
-            raise ValueError("views: num_views must be a number; new views in each epoch cannot be stored")
-        if batch_size < 1 or shard_mib <= 0:
-            raise ValueError(f"batch_size and shard_mib must be positive, not {batch_size} and {shard_mib}")
-        if teacher.class_names is not None and teacher.class_names != tuple(data.label_names):
-            raise ValueError("teacher: its class_names must be those of views, in the same order")
+        _check_build(teacher, data, batch_size, shard_mib)
         accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
         targets = dict(layers) if isinstance(layers, Mapping) else raw_targets(layers)
         image_size = data.transform.image_size
@@ -213,6 +208,16 @@ class TeacherCache:
         if wrong:
             listed = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
             raise UserError(f"{self.directory}: {len(wrong)} files are damaged ({listed}); build the cache again to repair it")
+
+
+def _check_build(teacher: Teacher, data: DataModule, batch_size: int, shard_mib: float) -> None:
+    """Raise ValueError for arguments of a build that are not valid or do not fit together."""
+    if data.num_views is None:
+        raise ValueError("views: num_views must be a number; new views in each epoch cannot be stored")
+    if batch_size < 1 or shard_mib <= 0:
+        raise ValueError(f"batch_size and shard_mib must be positive, not {batch_size} and {shard_mib}")
+    if teacher.class_names is not None and teacher.class_names != tuple(data.label_names):
+        raise ValueError("teacher: its class_names must be those of views, in the same order")
 
 
 def _single_view(view: int | Tensor) -> int:

@@ -1,4 +1,4 @@
-"""`kd-accel train`: one training, from the config to the results.
+"""The command `train`: one training, from the config to the results.
 
 Out: the run directory with config.yaml, metrics.jsonl, checkpoints/, model.safetensors, model.json and summary.json, which is
 written last: its presence means that the run is finished.
@@ -19,11 +19,11 @@ from kd_accel.training.wandb_tracker import tracker_name
 
 
 def run_training(config: RunConfig) -> None:
-    """Train as the config says, or resume where it stopped.
+    """Train as configured, or resume from the latest checkpoint.
 
     Raises:
         UserError: a mistake that the user can fix.
-        Preempted: a signal has stopped the training after a checkpoint.
+        Preempted: a signal has stopped the training, after a checkpoint.
     """
     choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     tracker, timeout_s = tracker_name(config.tracking), config.train.timeout_s

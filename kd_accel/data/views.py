@@ -280,11 +280,11 @@ def square_pixels(image: Any, image_size: int, *, where: str) -> np.ndarray:
     array = image.numpy(force=True) if isinstance(image, Tensor) else image
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
         kind = f"{array.dtype} array" if isinstance(array, np.ndarray) else type(image).__name__
-        raise TypeError(f"{where}: the image is a {kind}; it must be a PIL image, or uint8 [H, W, 3] or [3, H, W]")
+        raise TypeError(f"{where}: the image must be a PIL image, or uint8 [H, W, 3] or [3, H, W], not {kind}")
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise TypeError(f"{where}: the image has shape {list(array.shape)}; it must be uint8 [H, W, 3] or [3, H, W]")
+        raise TypeError(f"{where}: the image must have the shape [H, W, 3] or [3, H, W], not {list(array.shape)}")
     return fit_array(np.ascontiguousarray(array), image_size)
 
 
@@ -381,7 +381,7 @@ def _label(label: Any, where: str) -> int:
     """Return a whole number, also of an integer tensor or array with one element."""
     value = label.item() if isinstance(label, Tensor | np.ndarray) and np.prod(label.shape) == 1 else label
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TypeError(f"{where}: the label {value!r} is {type(value).__name__}, not a whole number")
+        raise TypeError(f"{where}: the label must be a whole number, not {value!r} ({type(value).__name__})")
     if not 0 <= value < _MAX_CLASSES:
-        raise ValueError(f"{where}: the label is {value}, but labels must be at least 0 and below {_MAX_CLASSES}")
+        raise ValueError(f"{where}: the label {value} must be at least 0 and below {_MAX_CLASSES}")
     return int(value)

@@ -49,8 +49,8 @@ def fit_notices(targets: Mapping[str, TargetFunction], *, num_samples: int) -> l
     requested = max((target.images for target in fitted.values()), default=0)
     if requested > num_samples:
         notices.append(
-            f"distill.features: pca_images {requested} is more than the {num_samples} training samples; the PCA is fitted on all "
-            "of them"
+            f"distill.features: pca_images {requested} is more than the {num_samples} training samples; the PCA is fitted on "
+            "all of them"
         )
     return notices
 

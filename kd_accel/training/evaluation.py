@@ -1,7 +1,7 @@
 """Accuracy, loss and agreement with the teacher on a held-out split, each sample counted once at any number of processes.
 
 Every rank sums over its share of the samples and the sums are added, so no padding, gathering or trimming of batches is needed,
-and shares may differ in length. Nothing here draws a random number.
+and shares may differ in length. An evaluation draws no random numbers.
 """
 
 from __future__ import annotations

@@ -103,9 +103,8 @@ class MetricsLog:
         with self._path.open("ab") as file:
             if file.tell() < length_bytes:
                 raise UserError(
-                    f"{self._path}: shorter than the checkpoint has recorded ({file.tell()} of {length_bytes} bytes); restore "
-                    "it, "
-                    "or start again in another run directory"
+                    f"{self._path}: is shorter than the checkpoint has recorded ({file.tell()} of {length_bytes} bytes); "
+                    "restore the file, or start from scratch in another run_dir"
                 )
             file.truncate(length_bytes)
 

@@ -175,8 +175,7 @@ class RunDirectory:
         if (self.path / "summary.json").exists():
             raise UserError(
                 f"{self.path}: holds a summary.json but neither all results nor an intact checkpoint, so the training cannot "
-                "be "
-                "resumed; remove the directory, or name another run_dir"
+                "be resumed; remove the directory, or name another run_dir"
             )
 
     def _refuse_a_pause_that_is_past(self, checkpoint: Checkpoint) -> None:
@@ -184,8 +183,7 @@ class RunDirectory:
         if stop is not None and stop <= step:
             raise UserError(
                 f"checkpoint.stop_after_steps: {stop}, but {checkpoint.path} is at step {step} already; raise it, or leave it "
-                "out "
-                "to train to the end"
+                "out to train to the end"
             )
 
     def _refuse_other_settings(self, stored: Mapping[str, Any], *, where: str) -> None:
@@ -197,8 +195,7 @@ class RunDirectory:
         if changed:
             raise UserError(
                 f"{where} was written with other settings: {'; '.join(changed)}. Set them back, or start from scratch in "
-                "another "
-                "run_dir"
+                "another run_dir"
             )
 
 

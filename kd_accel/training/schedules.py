@@ -1,7 +1,7 @@
 """Schedules: numbers that change during training, as pure functions of the epochs and steps done.
 
 The exponential schedule is that of the reference job: max(floor, start * decay ** epochs). linear and cosine go from start to
-end over `length` units and stay there. A resumed training needs no state of them.
+end in `length` units and keep the end. A resumed training needs no state of them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,7 +18,7 @@ from kd_accel.config.schema import TrainConfig
 from kd_accel.data.loader import TrainLoader
 from kd_accel.distributed import Accelerator
 from kd_accel.errors import UserError
-from kd_accel.losses.distiller import DistillerOutput, LossWeights
+from kd_accel.losses.distiller import Distiller, DistillerOutput, LossWeights
 from kd_accel.profiling import StepProfiler, profiled, profiler_range
 from kd_accel.training.evaluation import HeldOut, evaluate, synchronize_buffers
 from kd_accel.training.metrics import MetricsLog
@@ -65,6 +65,11 @@ class Trainer:
     preemption: PreemptionHandler
     guard: NonFiniteGuard
     validation: HeldOut | None = None
+    _distiller: Distiller = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Once: each call of Accelerate's unwrap_model looks for installed packages, which takes about a millisecond.
+        self._distiller = self.accelerator.unwrap_model(self.train_state.module)
 
     @property
     def is_done(self) -> bool:
@@ -143,7 +148,7 @@ class Trainer:
         with profiler_range("teacher"):
             target = self.teacher(batch)
         # A Batch keeps `index` on the host for the cache; it is copied only for a loss that needs it.
-        index = batch.index.to(batch.images.device, non_blocking=True) if self._uses_index else None
+        index = batch.index.to(batch.images.device, non_blocking=True) if self._distiller.uses_index else None
         return self.train_state.module(batch.images, target, batch.labels, weights, index=index), target
 
     def finish_epoch(self) -> None:
@@ -172,19 +177,15 @@ class Trainer:
 
     def student_logits(self) -> Callable[[Tensor], Tensor]:
         """Return the forward that is evaluated: the moving average where it is kept, outside of the DDP wrapper."""
-        module = self.accelerator.unwrap_model(self.train_state.module)
-        network = module.student if self.train_state.average is None else self.train_state.average
-        return lambda images: network(module.normalize(images))
+        distiller, average = self._distiller, self.train_state.average
+        network = distiller.student if average is None else average
+        return lambda images: network(distiller.normalize(images))
 
     def save(self) -> None:
         """Start to write a checkpoint. Every rank must call it. Raises UserError for numbers that are not finite."""
         with profiler_range("checkpoint"):
             self._read_guard()
             self.checkpoints.save(self.train_state, metrics_bytes=self.metrics_log.length_bytes())
-
-    @property
-    def _uses_index(self) -> bool:
-        return self.accelerator.unwrap_model(self.train_state.module).uses_index
 
     def _update(self, lr: float) -> None:
         """Apply the gradients, unless one of them is not finite."""
@@ -198,7 +199,7 @@ class Trainer:
         set_learning_rate(train_state.optimizer, lr)
         train_state.optimizer.step()
         if train_state.average is not None:
-            train_state.average.update(accelerator.unwrap_model(train_state.module).student)
+            train_state.average.update(self._distiller.student)
         train_state.optimizer.zero_grad(set_to_none=True)
 
     def _log(self, values: dict[str, float], clock: _Clock) -> None:
@@ -234,8 +235,7 @@ class Trainer:
         if batch_size == parts and any(isinstance(module, _BatchNorm) for module in self.train_state.module.modules()):
             raise UserError(
                 f"train.batch_size: {parts} over {processes} processes x {self.settings.grad_accum_steps} accumulation steps "
-                "is one "
-                f"sample in each forward, too few for the model's BatchNorm layers; use {2 * parts} or more"
+                f"is one sample in each forward, too few for the model's BatchNorm layers; use {2 * parts} or more"
             )
 
 

@@ -14,7 +14,6 @@ from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.model_stats import count_macs, count_parameters, model_bytes
 from kd_accel.bench.provenance import is_measured
 from kd_accel.bench.runner import bench_models
-from kd_accel.commands.bench import run_bench
 from kd_accel.config.schema import BenchConfig
 from kd_accel.errors import UserError
 from kd_accel.io.files import write_json
@@ -292,10 +291,9 @@ def test_an_evaluation_has_the_kernels_of_its_training(tmp_path):
         ({"graph_median_ms": None, "graph_error": "it waits"}, "apart), CUDA graph not captured (it waits)"),
     ],
 )
-def test_the_line_shows_the_graph_next_to_eager(monkeypatch, capsys, graph, told):
+def test_the_line_shows_the_graph_next_to_eager(monkeypatch, graph, told):
     monkeypatch.setattr(runner, "measure_latency", lambda *_, **__: {"0": {**dict.fromkeys(MEDIANS, 2.0), **graph}})
-    run_bench([STUDENT], BenchConfig(batch_sizes=[1], device="cpu"), out=None)
-    line = capsys.readouterr().out.splitlines()[0]
+    line = say("bench", STUDENT, "--batch_sizes=[1]", "--device=cpu").splitlines()[0]
     assert "batch    1: median 2.00 ms, p90 2.00 ms" in line and line.endswith(told)
 
 

@@ -165,7 +165,9 @@ def test_a_signal_ends_it_with_the_closing_line(tmp_path):
         process.kill()
     assert process.returncode == 0
     closing = json.loads(printed.splitlines()[-1])
-    assert closing["notes"]["not_run"] == dict.fromkeys(["b/float32/128", "b/float32/1024", "b/bf16/128", "b/bf16/1024"], "budget")
+    assert closing["notes"]["not_run"] == dict.fromkeys(
+        ["b/float32/128", "b/float32/1024", "b/bf16/128", "b/bf16/1024"], "budget"
+    )
     assert lines_of(tmp_path) == ({}, closing)
 
 

@@ -28,7 +28,7 @@ def flags_of(teacher, cache_dir, feature=FEATURE):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, teacher_run):
-    """(flags, directory) of a cache that no test here changes."""
+    """(flags, directory) of a cache that no test changes."""
     directory = tmp_path_factory.mktemp("caches") / "cache"
     flags = flags_of(teacher_run, directory)
     cache("build", *flags)
@@ -37,7 +37,7 @@ def built(tmp_path_factory, teacher_run):
 
 @pytest.fixture
 def copied(built, tmp_path, teacher_run):
-    """The same in a place of its own."""
+    """Return (flags, directory) of a copy."""
     shutil.copytree(built[1], tmp_path / "cache")
     return flags_of(teacher_run, tmp_path / "cache"), tmp_path / "cache"
 
@@ -213,7 +213,7 @@ def test_more_samples_are_named(tmp_path, teacher_run):
 
 
 def test_a_subset_of_the_samples_can_be_extended_by_views(copied):
-    """The new view covers all samples of the cache, not only those of the config that asked for it."""
+    """The new view covers all samples of the cache, not only those of the config that requests it."""
     flags, directory = copied
     cache("build", *flags, "--data.views=3", "--data.limit_train=64")
     cache("verify", *flags, "--data.views=3")

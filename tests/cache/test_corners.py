@@ -1,4 +1,4 @@
-"""Caches of unusual shape: odd file sizes, odd layers, outliers, links, and a config that requests more than there is."""
+"""Caches of unusual shape: odd file sizes, odd layers, outliers, links, and a config that requests more than exists."""
 
 import json
 import shutil

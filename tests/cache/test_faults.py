@@ -19,7 +19,7 @@ SMALL_FILES = ["--teacher.cache.batch_size=16", "--teacher.cache.shard_mib=0.04"
 
 @pytest.fixture(scope="module")
 def slow_teacher_run(tmp_path_factory):
-    """A teacher whose forward takes as long as KD_TEST_FORWARD_S says."""
+    """A teacher whose forward takes KD_TEST_FORWARD_S seconds."""
     run_dir = tmp_path_factory.mktemp("teachers") / "slow"
     in_process.train(run_dir, "--role=teacher", "--model.arch=import:tests.own_models:slow_teacher", "--train.max_steps=4")
     return run_dir
@@ -38,8 +38,8 @@ def copied(built, tmp_path, slow_teacher_run):
     return flags_of(slow_teacher_run, tmp_path / "cache"), tmp_path / "cache"
 
 
-def whole(directory):
-    """Bytes by name of all shards and of the manifest."""
+def contents(directory):
+    """Return the bytes by name of all shards and of the manifest."""
     found = {str(path.relative_to(directory)): content for path, (_, content) in files_of(directory).items()}
     return {**found, "manifest.json": (directory / "manifest.json").read_bytes()}
 
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_named_and_repaired_alone(built, copied, tmp_path, kin
     refused = in_process.train(tmp_path / "run", *flags, code=2)
     assert FILE in refused and "kd-accel cache build" in refused
     assert "1 of 27 files to write" in in_process.cache("build", *flags)
-    assert whole(directory) == whole(built)
+    assert contents(directory) == contents(built)
     after = files_of(directory)
     assert {path for path in before if after[path] != before[path]} <= {directory / FILE}
     assert json.loads(in_process.cache("verify", *flags, "--json"))["is_intact"]
@@ -87,7 +87,7 @@ def test_a_file_of_another_cache_is_noticed(built, copied, tmp_path, teacher_run
     shutil.copy(other / FILE, directory / FILE)
     assert f"{FILE}: has the header of another cache" in in_process.cache("verify", *flags, code=2)
     in_process.cache("build", *flags)
-    assert whole(directory) == whole(built)
+    assert contents(directory) == contents(built)
 
 
 @pytest.mark.parametrize("name", ["spec.json", "manifest.json", "samples.safetensors", "targets.safetensors"])
@@ -108,7 +108,7 @@ def test_damage_of_what_describes_a_cache(built, copied, tmp_path, name, kind):
     assert "kd-accel cache build" in refused
     in_process.cache("build", *flags, *SMALL_FILES)
     assert files_of(directory) == before
-    assert whole(directory) == whole(built)
+    assert contents(directory) == contents(built)
     assert json.loads(in_process.cache("verify", *flags, "--json"))["is_intact"]
 
 
@@ -150,7 +150,7 @@ def test_a_place_that_cannot_be_written(slow_teacher_run, place):
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_what_is_whole_and_a_read_only_one_can_be_read(built, tmp_path, slow_teacher_run):
+def test_a_full_disk_keeps_complete_files_and_a_read_only_one_can_be_read(built, tmp_path, slow_teacher_run):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True, check=False).returncode:
@@ -174,7 +174,7 @@ def test_a_full_disk_keeps_what_is_whole_and_a_read_only_one_can_be_read(built, 
         in_process.cache("build", *flags)
         after = files_of(disk / "cache")
         assert before.items() <= after.items()
-        assert whole(disk / "cache") == whole(built)
+        assert contents(disk / "cache") == contents(built)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         assert "cannot write to" in in_process.cache("build", *flags, code=2)
         in_process.cache("verify", *flags)
@@ -238,14 +238,14 @@ def ranks_of(pid):
 
 
 def kill_builds(directory, flags, *, kills, processes, generator):
-    """Kill builds at random instants. For each kill: (files whole before it, and after it, temporary files that it left)."""
+    """Kill builds at random instants. For each kill: (complete files before it, and after it, temporary files that it left)."""
     while kills:
         if (directory / "manifest.json").exists():
             shutil.rmtree(directory)
         before = files_of(directory)
         process = start_build(flags, processes=processes, forward_s=0.1)
         instant = generator.uniform(0, 1.5)
-        if generator.random() < 0.8:  # most of them while answers are being written
+        if generator.random() < 0.8:  # most of them during the pass of the teacher
             wait_for(directory / "train", process)
         time.sleep(instant)
         if process.poll() is not None:  # it was faster
@@ -267,13 +267,13 @@ def test_killed_builds_end_in_the_same_bytes(tmp_path, fault_record, built, slow
     generator = fault_record.generator("build", processes, kills)
     for before, after, lost in kill_builds(directory, flags, kills=kills, processes=processes, generator=generator):
         with fault_record.trial(f"SIGKILL of a cache build, {processes} process{'es' if processes > 1 else ''}"):
-            assert before.items() <= after.items(), "what was whole was written again"
+            assert before.items() <= after.items(), "a complete file was replaced"
             assert len(lost) <= processes
-    with fault_record.trial("cache builds that go on after all kills"):
+    with fault_record.trial("cache builds that resume after all kills"):
         before = files_of(directory)
         in_process.cache("build", *flags)
         assert before.items() <= files_of(directory).items()
-        assert whole(directory) == whole(built)
+        assert contents(directory) == contents(built)
         assert not list(directory.rglob(".*.tmp-*"))
 
 
@@ -282,7 +282,7 @@ def test_killed_builds_end_in_the_same_bytes(tmp_path, fault_record, built, slow
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path, built, slow_teacher_run, processes):
     flags = [*flags_of(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
     run("cache", "build", *SMALL, *flags, processes=processes)
-    assert whole(tmp_path / "cache") == whole(built)
+    assert contents(tmp_path / "cache") == contents(built)
     assert "complete, 27 files checked" in run("cache", "build", *SMALL, *flags, processes=processes).stdout
     if processes == 2:
         train(tmp_path / "two", *flags, processes=2)

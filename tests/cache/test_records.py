@@ -30,7 +30,7 @@ ONE_LAYER = FEATURE.replace("layer1, layer2", "layer2")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, teacher_run):
-    """A cache that no test here changes."""
+    """A cache that no test changes."""
     directory = tmp_path_factory.mktemp("caches") / "cache"
     cache("build", *flags_of(teacher_run, directory))
     return directory
@@ -44,13 +44,13 @@ def copied(built, tmp_path, teacher_run):
 
 def flipped_bits(path):
     """The file once for each of its bytes, with one bit of it flipped."""
-    whole = path.read_bytes()
-    for place in range(len(whole)):
-        data = bytearray(whole)
+    intact = path.read_bytes()
+    for place in range(len(intact)):
+        data = bytearray(intact)
         data[place] ^= 1 << (place % 8)
         path.write_bytes(data)
         yield place
-    path.write_bytes(whole)
+    path.write_bytes(intact)
 
 
 def records(directory):

@@ -114,18 +114,18 @@ def test_every_flipped_bit_of_a_header_and_of_the_data_is_noticed(tmp_path):
     shard = cache_spec.shards("train", 0, "layer1")[0]
     write_shard(tmp_path, cache_spec, shard, *encode(teacher_values(cache_spec, shard), "int8", name="layer1"))
     path = tmp_path / shard.name
-    whole = path.read_bytes()
-    for byte in range(len(whole)):
-        flipped = bytearray(whole)
+    intact = path.read_bytes()
+    for byte in range(len(intact)):
+        flipped = bytearray(intact)
         flipped[byte] ^= 1 << (byte % 8)
         path.write_bytes(flipped)
         assert find_damage(tmp_path, cache_spec, shard) is not None, byte
-    for length in (0, 7, 8, 100, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    for length in (0, 7, 8, 100, len(intact) - 1):
+        path.write_bytes(intact[:length])
         assert find_damage(tmp_path, cache_spec, shard) is not None, length
-    path.write_bytes(whole + b"\0")
+    path.write_bytes(intact + b"\0")
     assert "bytes instead of" in find_damage(tmp_path, cache_spec, shard)
-    path.write_bytes(whole)
+    path.write_bytes(intact)
     assert find_damage(tmp_path, cache_spec, shard) is None
     assert "another checksum than in manifest.json" in find_damage(tmp_path, cache_spec, shard, checksum="0" * 32)
     path.unlink()
@@ -155,7 +155,7 @@ def test_a_file_of_another_place_or_cache_is_noticed(tmp_path):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_samples_are_read_by_index(tmp_path, dtype):
     cache_spec = spec_of(dtype)
-    whole = store(tmp_path, cache_spec)
+    stored = store(tmp_path, cache_spec)
     covered = np.arange(100) * 3 + 1
     reader = Reader(tmp_path, cache_spec, "train", covered, ["logits", "layer1"])
     generator = np.random.default_rng(0)
@@ -163,7 +163,7 @@ def test_samples_are_read_by_index(tmp_path, dtype):
         positions = generator.integers(0, 100, 40)
         found = reader.read(view, covered[positions])
         for name in ("logits", "layer1"):
-            expected = whole["train", view, name][torch.from_numpy(positions)]
+            expected = stored["train", view, name][torch.from_numpy(positions)]
             assert torch.equal(decode(found[name].values, found[name].scale), expected)
     out = torch.empty(40, *cache_spec.tensors["logits"].shape, dtype=found["logits"].values.dtype)
     reader.read_into(0, covered[positions], "logits", out)
@@ -204,12 +204,12 @@ def test_a_reader_travels_to_another_process(tmp_path, method):
     cache_spec = spec_of()
     store(tmp_path, cache_spec)
     reader = Reader(tmp_path, cache_spec, "train", np.arange(100), ["layer1"])
-    here = reader.read(1, np.array([7, 99, 7]))["layer1"].values.numpy()
+    expected = reader.read(1, np.array([7, 99, 7]))["layer1"].values.numpy()
     context = multiprocessing.get_context(method)
     queue = context.Queue()
     process = context.Process(target=_read_elsewhere, args=(reader, queue))
     process.start()
-    assert np.array_equal(queue.get(timeout=120), here)
+    assert np.array_equal(queue.get(timeout=120), expected)
     process.join()
     assert len(pickle.dumps(reader)) < 20_000
 
@@ -241,7 +241,7 @@ def _anonymous_bytes():
 
 def test_a_cache_of_many_files_opens_with_few_open_files(tmp_path):
     cache_spec = spec_of(samples_per_shard=1)
-    whole = store(tmp_path, cache_spec)
+    stored = store(tmp_path, cache_spec)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(160, before[0]), before[1]))
     try:
@@ -250,7 +250,7 @@ def test_a_cache_of_many_files_opens_with_few_open_files(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     for view, samples in enumerate(found):
-        assert torch.equal(decode(samples.values, samples.scale), whole["train", view, "layer1"])
+        assert torch.equal(decode(samples.values, samples.scale), stored["train", view, "layer1"])
 
 
 def test_names_and_samples_of_files_follow_from_the_spec():

@@ -51,7 +51,7 @@ def test_reproduce_runs_the_chain_once_and_skips_what_is_done(tmp_path):
 def test_a_launch_file_that_cannot_be_read(tmp_path):
     (tmp_path / "launch.yaml").write_text("a: [")
     done = run("reproduce", "--config", write_chain(tmp_path, {"first": {}}), f"--launch={tmp_path / 'launch.yaml'}", code=2)
-    assert done.stderr.startswith(f"kd-accel: launch: {tmp_path / 'launch.yaml'} is not YAML that can be read (line 1")
+    assert done.stderr.startswith(f"kd-accel: launch: {tmp_path / 'launch.yaml'} is not valid YAML (line 1")
     assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
 
 

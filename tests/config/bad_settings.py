@@ -72,7 +72,7 @@ FILES_OF_WEIGHTS = [
     ("truncated", lambda place: (weights(dict)(place), cut("w.safetensors")(place)), WEIGHTS, "damaged or not a safetensors"),
     ("header beyond the end", header({}, length=1000), WEIGHTS, "its header claims 1000 bytes"),
     ("header of exabytes", header({}, length=2**60), WEIGHTS, f"its header claims {2**60} bytes"),
-    ("header of megabytes", header(b" " * (17 * 2**20)), WEIGHTS, "16777216 and the file itself"),
+    ("header of megabytes", header(b" " * (17 * 2**20)), WEIGHTS, "17825792 bytes"),
     ("header that is no JSON", header(b"{{{"), WEIGHTS, "damaged or not a safetensors"),
     ("header nested deeply", header(b'{"x":' + b"[" * 9000 + b"]" * 9000 + b"}"), WEIGHTS, "damaged or not a safetensors"),
     ("tensor of terabytes", header(tensor("F32", [2**40], 0, 2**42)), WEIGHTS, "damaged or not a safetensors"),

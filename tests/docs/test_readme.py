@@ -27,7 +27,7 @@ def block(language: str) -> str:
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """A directory `photos` of 160 training and 32 test images, dark cats and light dogs, and the working directory around it."""
+    """A working directory with `photos`: 160 training and 32 test images, dark cats and light dogs."""
     generator = np.random.default_rng(0)
     for split, number in (("train", 80), ("test", 16)):
         for label, name in enumerate(CLASSES):
@@ -52,6 +52,17 @@ def test_links_lead_to_files(page):
 
 def test_every_page_is_linked():
     assert [page.name for page in PAGES[1:] if str(page.relative_to(ROOT)) not in README] == []
+
+
+def test_its_figures_are_those_of_the_pages():
+    """Means and standard deviations of experiments.md, ratios of speed.md."""
+    accuracies, ratios = README.split("## What you gain")[1].split("## Commands")[0].split("Throughput")
+    experiments, speed = ((ROOT / "docs" / name).read_text() for name in ("experiments.md", "speed.md"))
+    for mean, deviation in re.findall(r"([\d.]+) ± ([\d.]+)", accuracies):
+        assert f"| {mean} | {deviation} |" in experiments
+    for figure in re.findall(r"([\d.]+ ± [\d.]+)", ratios):
+        assert f"| {figure} |" in speed
+    assert len(re.findall("±", accuracies + ratios)) == 8
 
 
 def test_it_names_every_command():

@@ -44,7 +44,7 @@ def network(arch: str, layers: list[str]) -> tuple[int, list[torch.Size]]:
 
 
 def kept_bytes(layers: list[str]) -> dict[str, int]:
-    """Return the bytes of an image and view in float16 by the contents of a cache; projected features have the student's channels."""
+    """Return the bytes of an image and view in float16 by the contents of a cache; projected is to the student's channels."""
     student, teacher = network(CONFIG.model.arch, layers)[1], network(CONFIG.teacher.arch, layers)[1]
     logits = 2 * int(CLASSES)
     return {

@@ -4,15 +4,15 @@ A sample: what it is; how it is made; the command; what its message says, `...` 
 directory of the case.
 """
 
-from tests.cache.test_compatibility import asking
+from tests.cache.test_compatibility import flags_of
 from tests.io import bad_files as make
 from tests.io.bad_files import change, checkpoint_file, cut, link, put, state, table, write
 from tests.launching import SMALL
 
 TEACHER = ["train", *SMALL, "--run_dir={p}/new", "--teacher.run={p}/run"]
 RESUME = ["train", *SMALL, "--run_dir={p}/paused"]
-CACHED = ["train", *SMALL, "--run_dir={p}/new", *asking("{p}/run", "{p}/cache")]
-BUILD, VERIFY, INFO = (["cache", action, *SMALL, *asking("{p}/run", "{p}/cache")] for action in ("build", "verify", "info"))
+CACHED = ["train", *SMALL, "--run_dir={p}/new", *flags_of("{p}/run", "{p}/cache")]
+BUILD, VERIFY, INFO = (["cache", action, *SMALL, *flags_of("{p}/run", "{p}/cache")] for action in ("build", "verify", "info"))
 DATA = ["train", "--data.source=parquet:{p}/data", "--data.image_column=img", "--run_dir={p}/new", "--tracking.wandb=disabled"]
 FOLDER = ["train", "--data.source=imagefolder:{p}/folder", "--run_dir={p}/new", "--tracking.wandb=disabled"]
 SHARD = "cache/train/view-0001/layer1-00000-of-00001.safetensors"
@@ -29,7 +29,7 @@ RUNS = [
         "too deeply",
     ),
     ("card of gigabytes", make.sparse("run/model.json", 2**32), TEACHER, "is damaged (longer than 64.0 MiB)"),
-    ("card that is a pipe", make.pipe("run/model.json"), TEACHER, "is damaged (no file)"),
+    ("card that is a pipe", make.pipe("run/model.json"), TEACHER, "is damaged (not a regular file)"),
     ("card with a size that is none", put("run/model.json", image_size=True), TEACHER, "image_size wrong or missing"),
     ("card of huge images", put("run/model.json", image_size=10**9), TEACHER, "image_size wrong or missing"),
     ("card with infinities", put("run/model.json", mean=[1e999] * 3), TEACHER, "mean wrong or missing"),
@@ -118,32 +118,32 @@ CHECKPOINTS = [
 ]
 
 CACHES = [
-    ("plan that is no JSON", write("cache/spec.json", "{"), CACHED, "is damaged (not valid JSON)"),
-    ("plan of many samples", make.cache_spec(lambda c: c["samples"].update(train=10**12)), INFO, "spec.json: is damaged"),
-    ("plan of many files", make.cache_spec(lambda c: c.update(views=10**6)), INFO, "spec.json: is damaged"),
-    ("plan of no samples in a file", make.cache_spec(lambda c: c.update(samples_per_shard=0)), INFO, "spec.json: is damaged"),
-    ("plan of infinite samples", make.cache_spec(lambda c: c.update(batch_samples=1e999)), INFO, "spec.json: is damaged"),
+    ("spec that is not JSON", write("cache/spec.json", "{"), CACHED, "is damaged (not valid JSON)"),
+    ("spec of many samples", make.cache_spec(lambda c: c["samples"].update(train=10**12)), INFO, "spec.json: is damaged"),
+    ("spec of many files", make.cache_spec(lambda c: c.update(views=10**6)), INFO, "spec.json: is damaged"),
+    ("spec of no samples in a file", make.cache_spec(lambda c: c.update(samples_per_shard=0)), INFO, "spec.json: is damaged"),
+    ("spec of infinite samples", make.cache_spec(lambda c: c.update(batch_samples=1e999)), INFO, "spec.json: is damaged"),
     (
-        "plan of terabytes",
+        "spec of terabytes",
         make.cache_spec(lambda c: c["tensors"]["layer1"].update(shape=[2**30, 2**30])),
         INFO,
         "spec.json: is damaged",
     ),
     (
-        "plan of an unknown type",
+        "spec of an unknown type",
         make.cache_spec(lambda c: c["tensors"]["layer1"].update(dtype="q4")),
         INFO,
         "spec.json: is damaged",
     ),
-    ("plan without logits", make.cache_spec(lambda c: c["tensors"].pop("logits")), INFO, "spec.json: is damaged"),
+    ("spec without logits", make.cache_spec(lambda c: c["tensors"].pop("logits")), INFO, "spec.json: is damaged"),
     (
-        "plan with half a character",
+        "spec with half a character",
         make.cache_spec(lambda c: c["fingerprint_fields"].update(teacher="\ud800")),
         INFO,
         "spec.json: is damaged",
     ),
     (
-        "plan without a teacher",
+        "spec without a teacher",
         lambda place: (
             make.cache_spec(lambda c: c["fingerprint_fields"].pop("teacher"))(place),
             make.remove("cache/manifest.json")(place),
@@ -151,26 +151,51 @@ CACHES = [
         INFO,
         "is damaged (no teacher)",
     ),
-    ("plan of other shapes", make.cache_spec(lambda c: c["tensors"]["layer1"].update(shape=[8, 4, 4])), CACHED, "wrong files"),
-    ("plan of a later version", put("cache/spec.json", version=9), BUILD, "has version 9, this program reads 1"),
+    (
+        "spec of other shapes",
+        make.cache_spec(lambda c: c["tensors"]["layer1"].update(shape=[8, 4, 4])),
+        CACHED,
+        "damaged files",
+    ),
+    ("spec of a later version", put("cache/spec.json", version=9), BUILD, "has version 9, this program reads version 2"),
+    ("spec of version 1", put("cache/spec.json", version=1), BUILD, "is of a cache of version 1"),
+    ("spec of no version", put("cache/spec.json", version=None), INFO, "is damaged (version None)"),
+    (
+        "spec of version 1 under its old name",
+        lambda place: (place / "cache/spec.json").rename(place / "cache/plan.json"),
+        BUILD,
+        "plan.json: is of a cache of version 1",
+    ),
+    (
+        "spec of an unknown target",
+        make.cache_spec(lambda c: c["tensors"]["layer1"].update(target={"name": "wavelets"})),
+        VERIFY,
+        "targets.layer1: wavelets stored, pca(channels=8, images=64) requested",
+    ),
+    (
+        "spec of raw logits with a target",
+        make.cache_spec(lambda c: c["tensors"]["logits"].update(target={"name": "identity"})),
+        INFO,
+        "spec.json: is damaged",
+    ),
     (
         "manifest that leads out",
         change("cache/manifest.json", lambda c: c["files"].update({"../x": "0"})),
         BUILD,
         "leads out of the cache",
     ),
-    ("manifest of another cache", put("cache/manifest.json", cache="0" * 32), CACHED, "belongs to another cache"),
+    ("manifest of another cache", put("cache/manifest.json", fingerprint="0" * 32), CACHED, "belongs to another cache"),
     ("manifest of numbers", put("cache/manifest.json", files={"a": 1}), VERIFY, "is damaged"),
     ("shard missing", make.remove(SHARD), CACHED, "is missing"),
-    ("shard that is a pipe", make.pipe(SHARD), CACHED, "is no file"),
+    ("shard that is a pipe", make.pipe(SHARD), CACHED, "is not a regular file"),
     ("shard cut", cut(SHARD), CACHED, "bytes instead of"),
     ("samples that are far apart", make.far_samples, CACHED, "samples.safetensors: does not match spec.json"),
-    ("samples that are no tensors", write("cache/samples.safetensors", b"x" * 99), CACHED, "samples.safetensors: is damaged"),
+    ("samples that are not tensors", write("cache/samples.safetensors", b"x" * 99), CACHED, "samples.safetensors: is damaged"),
     (
-        "projectors of nothing",
+        "targets of nothing",
         write("cache/targets.safetensors", (2).to_bytes(8, "little") + b"{}"),
         CACHED,
-        "another projector for layer1",
+        "the tensors of layer1 do not match spec.json",
     ),
     (
         "lock that is a link",

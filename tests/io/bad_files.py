@@ -173,7 +173,7 @@ def checkpoint_file(name, content):
 
 
 def cache_spec(edit):
-    """With digest and checksum to match."""
+    """spec.json, edited, with matching fingerprint and checksum."""
 
     def make(place):
         path = place / "cache/spec.json"
@@ -185,20 +185,20 @@ def cache_spec(edit):
 
 
 def sealed(content):
-    inner = {key: value for key, value in content.items() if key not in ("version", "digest", "checksum")}
-    return {**content, "digest": settings_digest(inner["fingerprint_fields"]), "checksum": settings_digest(inner)}
+    inner = {key: value for key, value in content.items() if key not in ("version", "fingerprint", "checksum")}
+    return {**content, "fingerprint": settings_digest(inner["fingerprint_fields"]), "checksum": settings_digest(inner)}
 
 
 def far_samples(place):
-    """Samples with numbers that would need a table of a terabyte, and a plan that vouches for them."""
+    """Indices that would need a table of a terabyte, with a spec that has their digest."""
     tensors = load_file(place / "cache/samples.safetensors")
-    tensors["train.samples"][-1] = 2**40
+    tensors["train.indices"][-1] = 2**40
     save_file(tensors, place / "cache/samples.safetensors")
-    arrays = [tensors["train.samples"].numpy(), tensors["train.contents"].numpy().view(np.uint64)]
+    arrays = [tensors["train.indices"].numpy(), tensors["train.digests"].numpy().view(np.uint64)]
     digest = arrays_digest(*arrays)
     cache_spec(lambda content: content["fingerprint_fields"]["data"]["contents"].update(train=digest))(place)
-    sealed_digest = json.loads((place / "cache/spec.json").read_text())["digest"]
-    put("cache/manifest.json", cache=sealed_digest)(place)
+    fingerprint = json.loads((place / "cache/spec.json").read_text())["fingerprint"]
+    put("cache/manifest.json", fingerprint=fingerprint)(place)
 
 
 # data sets

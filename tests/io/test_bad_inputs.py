@@ -10,7 +10,7 @@ import pytest
 
 from kd_accel.io.user_code import VARIABLE
 from tests import launching
-from tests.cache.test_compatibility import asking
+from tests.cache.test_compatibility import flags_of
 from tests.config import bad_settings
 from tests.in_process import cache, say, train
 from tests.io import bad_directories
@@ -37,7 +37,7 @@ def bases(tmp_path_factory, teacher_run):
     for split in ("train", "test"):
         bad_directories.table(split)(directory)
     train(directory / "paused", "--checkpoint.every_steps=2", "--checkpoint.stop_after_steps=5")
-    cache("build", *asking(teacher_run, directory / "cache"))
+    cache("build", *flags_of(teacher_run, directory / "cache"))
     shutil.copytree(teacher_run, directory / "run")
     return directory
 

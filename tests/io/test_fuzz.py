@@ -15,28 +15,28 @@ import xxhash
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from kd_accel.builders.trainer import run_directory
+from kd_accel.cache.info import info_text
 from kd_accel.cache.manifest import (
     CachedSamples,
     read_manifest,
-    read_projectors,
     read_samples,
     read_spec,
+    read_targets,
     read_teacher_accuracy,
     write_manifest,
     write_samples,
 )
 from kd_accel.cache.reader import Reader
-from kd_accel.cache.shard import damage, stored_checksum
+from kd_accel.cache.shard import find_damage, stored_checksum
 from kd_accel.cache.spec import SPLITS, spec_to_json
-from kd_accel.commands.cache_report import _described
 from kd_accel.config.parsing import load_config_file
 from kd_accel.config.schema import CheckpointConfig, RunConfig
 from kd_accel.errors import UserError
 from kd_accel.io.tensors import read_tensors
 from kd_accel.models.weights import load_card
 from kd_accel.report.tables import load_result
-from kd_accel.training.run_dir import checkpoint_to_resume, finished_summary
-from tests.cache.test_store import spec_of, written
+from tests.cache.test_store import spec_of, store
 from tests.in_process import train
 from tests.io.bad_files import sealed
 from tests.io.fuzzing import mutated, mutated_bytes, run, timed
@@ -44,16 +44,16 @@ from tests.io.fuzzing import mutated, mutated_bytes, run, timed
 
 @pytest.fixture
 def cache(tmp_path):
-    """A whole cache and what stands in its files."""
+    """A complete cache."""
     directory = tmp_path / "cache"
     directory.mkdir()
     samples = {split: np.arange(count) for split, count in (("train", 100), ("val", 5), ("test", 7))}
     cached = {split: CachedSamples(samples[split], samples[split].astype(np.uint64)) for split in SPLITS}
     cache_spec = spec_of("int8", views=1)
     contents = {split: cached[split].digest for split in SPLITS}
-    cache_spec.fingerprint_fields.update(teacher={"arch": "a", "weights": "w"}, views={"policy": "crop"})
+    cache_spec.fingerprint_fields.update(teacher={"arch": "a", "weights": "w"}, views={"transform": "crop"})
     cache_spec.fingerprint_fields["data"] = {"contents": contents, "train_size": 200, "test_size": 7}
-    written(directory, cache_spec)
+    store(directory, cache_spec)
     write_samples(directory, cached)
     (directory / "spec.json").write_text(json.dumps(spec_to_json(cache_spec)))
     write_manifest(
@@ -70,19 +70,19 @@ def read_whole(directory):
     about = {"directory": "x", "is_complete": True, "files": cache_spec.num_files(), "bytes": cache_spec.total_bytes()}
     about["teacher_accuracy"] = read_teacher_accuracy(directory)
     rates = {name: spec.sample_bytes for name, spec in cache_spec.tensors.items()}
-    _described(
+    info_text(
         {**about, "bytes_per_sample_and_view": {**rates, "all": cache_spec.sample_bytes(), "all with raw features": 0}},
         cache_spec,
     )
     samples = read_samples(directory, cache_spec)
     for shard in cache_spec.all_shards():
-        if damage(directory, cache_spec, shard, checksum=files.get(shard.name)) is not None:
+        if find_damage(directory, cache_spec, shard, checksum=files.get(shard.name)) is not None:
             raise UserError("a file is damaged")
     with suppress(UserError):
-        read_projectors(directory, cache_spec)
+        read_targets(directory, cache_spec)
     for split in SPLITS:
         tensors = tuple(cache_spec.tensors) if split == "train" else ("logits",)
-        Reader(directory, cache_spec, split, samples[split].samples, tensors).read(0, samples[split].samples[:3])
+        Reader(directory, cache_spec, split, samples[split].indices, tensors).read(0, samples[split].indices[:3])
 
 
 def mutations_of(path, *, reseal=None):
@@ -134,8 +134,8 @@ def test_shards_and_tensor_files(cache, seconds):
     def check(data):
         path.write_bytes(data)
         reader = Reader(cache, cache_spec, "train", samples["train"], ("layer1",))
-        is_whole = damage(cache, cache_spec, shard) is None
-        assert is_whole == (data == whole)
+        is_intact = find_damage(cache, cache_spec, shard) is None
+        assert is_intact == (data == whole)
         with suppress(UserError):
             reader.read(0, np.arange(40))
         with suppress(ValueError):
@@ -188,12 +188,12 @@ def test_checkpoints(paused, seconds):
             (directory / "state.json").write_text(json.dumps(content))
         try:
             with suppress(UserError), warnings.catch_warnings(action="ignore"):
-                checkpoint_to_resume(config)
+                run_directory(config).checkpoint_to_resume()
         finally:
             for file in ("state.json", name):
                 (directory / file).write_bytes(whole[file])
 
-    assert checkpoint_to_resume(config) == directory
+    assert run_directory(config).checkpoint_to_resume() == directory
     run(changes, check, seconds)
 
 
@@ -205,7 +205,7 @@ def test_what_a_finished_run_leaves(teacher_run, tmp_path, seconds):
     directory = tmp_path / "run"
     config = load_config_file(RunConfig, directory / "config.yaml").model_copy(update={"run_dir": str(directory)})
     whole = {name: (directory / name).read_bytes() for name in ("model.json", "summary.json", "config.yaml", "metrics.jsonl")}
-    assert finished_summary(config) and load_result(directory, None) and load_card(directory)
+    assert run_directory(config).finished_summary() and load_result(directory, None) and load_card(directory)
     changes = st.one_of(
         *(st.tuples(st.just(name), mutations_of(directory / name)) for name in ("model.json", "summary.json")),
         *(st.tuples(st.just(name), mutated_bytes(whole[name])) for name in ("config.yaml", "metrics.jsonl")),
@@ -213,7 +213,11 @@ def test_what_a_finished_run_leaves(teacher_run, tmp_path, seconds):
 
     def check(change):
         (directory / change[0]).write_bytes(change[1])
-        for read in (lambda: load_card(directory), lambda: load_result(directory, None), lambda: finished_summary(config)):
+        for read in (
+            lambda: load_card(directory),
+            lambda: load_result(directory, None),
+            lambda: run_directory(config).finished_summary(),
+        ):
             with suppress(UserError):
                 read()
         (directory / change[0]).write_bytes(whole[change[0]])

@@ -1,0 +1,45 @@
+"""Settings and files that the pages name exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.in_process import say
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SETTING = re.compile(r"(?<![\w./])(?:--)?((?:data|model|teacher|distill|optim|train|checkpoint|tracking)\.[a-z_]+(?:\.\w+)*)")
+FILE = re.compile(
+    r"(?<![\w./])((?:kd_accel/)?(?:io|config|data|models|losses|teacher|cache|training|bench|report|builders|commands|tests|benchmarks)"
+    r"/[a-z0-9_/]+\.py)\b"
+)
+OF_A_RUN = {"model.safetensors", "model.json"}
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return set(re.findall(r"^  --(\S+) ", say("train", "--help"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_exist(page, settings):
+    named = {name for name in SETTING.findall(page.read_text()) if name not in OF_A_RUN}
+    general = {name: re.sub(r"^(distill\.features)\.\w+(?=\.|$)", r"\1.NAME", name).partition(".args.")[0] for name in named}
+    is_known = {name: any(f"{known}.".startswith(f"{key}.") for known in settings) for name, key in general.items()}
+    assert [name for name in sorted(named) if not is_known[name]] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_source_files_exist(page):
+    named = FILE.findall(page.read_text())
+    assert [name for name in named if not any((ROOT / folder / name).is_file() for folder in ("", "kd_accel"))] == []
+
+
+def test_a_setting_that_is_gone_is_found(settings):
+    assert "distill.features.NAME.weight" in settings and "teacher.cache.dir" in settings
+    assert SETTING.findall("`distill.feature.weight` and --teacher.cache_dir x, configs/data.yaml, RUN/model.json") == [
+        "distill.feature.weight",
+        "teacher.cache_dir",
+    ]
+    assert not any(f"{known}.".startswith("distill.feature.") for known in settings)

@@ -1,0 +1,56 @@
+"""The example with a loop of its own trains to the bytes of `kd-accel train` with the same settings: the test of the API."""
+
+import subprocess
+import sys
+
+import pytest
+
+import kd_accel as kd
+from tests.launching import LAUNCH, ROOT, environment, run
+
+pytestmark = pytest.mark.slow
+
+DATA = ["--data.source=digits", "--data.augment=crop", "--data.views=2", "--data.limit_train=192"]
+DISTILLATION = [
+    "--teacher.outputs=cached",
+    "--teacher.cache.dtype=float32",
+    "--distill.features.mse={layers: [layer3, layer4], args: {direction: student_to_teacher}}",
+    "--distill.alpha={start: 0.9, floor: 0.5, decay: 0.95}",
+]
+TRAINING = ["--train.epochs=3", "--train.batch_size=64", "--optim.lr=0.05", "--optim.schedule=cosine"]
+UNTRACKED = "--tracking.wandb=disabled"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A teacher of few steps, in evaluation mode as strange as any."""
+    settings = {"data": {"source": "digits", "limit_train": 64, "limit_test": 16}, "tracking": {"wandb": "disabled"}}
+    run_dir = tmp_path_factory.mktemp("runs") / "teacher"
+    return kd.train(settings, run_dir=run_dir, **{"train.max_steps": 2, "train.batch_size": 32}).directory
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_own_loop_equals_the_command(tmp_path, teacher, processes):
+    start = [sys.executable] if processes == 1 else [*LAUNCH, "--config_file", "launch/cpu2.yaml"]
+    flags = ["--teacher", teacher, "--cache", tmp_path / "cache", "--epochs", "3", "--limit_train", "192"]
+    done = subprocess.run(
+        [*start, "examples/own_loop.py", *flags, "--out", tmp_path / "own.safetensors"],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = [f"--teacher.run={teacher}", *DATA, *DISTILLATION, *TRAINING, UNTRACKED]
+    run_dir, other = tmp_path / "run", tmp_path / "cache_of_the_command"
+    run("train", *shared, f"--teacher.cache.dir={tmp_path / 'cache'}", f"--run_dir={run_dir}", processes=processes)
+    assert (tmp_path / "own.safetensors").read_bytes() == (run_dir / "model.safetensors").read_bytes()
+    run("cache", "build", *shared, f"--teacher.cache.dir={other}", f"--run_dir={run_dir}", processes=processes)
+    contents = files_of(tmp_path / "cache")
+    assert contents == files_of(other) and len(contents) > 8
+
+
+def files_of(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

@@ -1,0 +1,28 @@
+"""Nothing in a training depends on the test split: neither weights nor any line of metrics before the last."""
+
+import torch
+
+from tests import own_models
+from tests.in_process import train
+from tests.launching import metrics
+
+
+def other_test_images(split, image_size):
+    """The same training images, and test images of noise with labels in another order."""
+    content = own_models.images(split, image_size)
+    if split == "train":
+        return content
+    noise = torch.randint(256, content["images"].shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    return {**content, "images": noise.numpy(), "labels": content["labels"][::-1]}
+
+
+def test_other_test_images_give_the_same_training(tmp_path, distilled):
+    other = "--data.source=import:tests.training.test_selection:other_test_images"
+    train(tmp_path / "one", *distilled)
+    train(tmp_path / "other", *distilled, other)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
+    for split in ("train", "val"):
+        assert metrics(tmp_path / "one", split) == metrics(tmp_path / "other", split) != []
+    (one,), (another,) = (metrics(tmp_path / name, "test") for name in ("one", "other"))
+    assert one["loss"] != another["loss"]
+    assert metrics(tmp_path / "one")[-1] == one

@@ -1,0 +1,87 @@
+"""The trainer by itself: built in Python, its lines of metrics, its micro-batches, and refusals before the first step."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kd_accel.builders.trainer import build_run
+from kd_accel.config.parsing import parse_config
+from kd_accel.config.schema import RunConfig
+from kd_accel.distributed import start_processes
+from tests import in_process
+from tests.launching import SMALL, metrics
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Function that builds a run from flags; everything is closed at the end of the test."""
+    with ExitStack() as stack:
+
+        def build(*flags):
+            config, _ = parse_config(RunConfig, [f"--run_dir={tmp_path / 'built'}", *SMALL, *flags])
+            accelerator = start_processes(config.train.precision, seed=config.seed)
+            return build_run(config, accelerator, stack)
+
+        yield build
+
+
+def test_a_trainer_built_in_python_equals_the_command(tmp_path, build, distilled):
+    flags = [*distilled, "--train.max_steps=10", "--train.ema_decay=0.9"]
+    run = build(*flags)
+    run.trainer.fit()
+    in_process.train(tmp_path / "command", *flags)
+    found, expected = run.trainer.train_state.average.module.state_dict(), load_file(tmp_path / "command/model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert metrics(tmp_path / "built") == metrics(tmp_path / "command")[:-1]  # the last line is of the test split
+
+
+def test_a_line_holds_the_means_since_the_line_before(tmp_path):
+    for every in (1, 3):
+        in_process.train(tmp_path / str(every), f"--train.log_every_steps={every}", "--train.max_steps=17")
+    single = {line["step"]: line for line in metrics(tmp_path / "1", "train")}
+    lines, start = metrics(tmp_path / "3", "train"), 0
+    assert [line["step"] for line in lines] == [3, 6, 8, 9, 12, 15, 16, 17]  # each third step and the ends of the epochs
+    for line in lines:
+        steps = range(start + 1, line["step"] + 1)
+        for name in ("loss", "ce", "accuracy"):
+            assert line[name] == pytest.approx(sum(single[step][name] for step in steps) / len(steps))
+        assert line["lr"] == single[line["step"]]["lr"]
+        start = line["step"]
+
+
+def test_ranks_exchange_gradients_in_the_last_backward_of_a_step_only(build, monkeypatch):
+    run = build("--train.grad_accum_steps=4", "--train.max_steps=2")
+    accelerator, backward, no_sync = run.trainer.accelerator, run.trainer.accelerator.backward, run.trainer.accelerator.no_sync
+    calls = []
+    monkeypatch.setattr(accelerator, "no_sync", lambda module: calls.append("no_sync") or no_sync(module))
+    monkeypatch.setattr(accelerator, "backward", lambda loss: calls.append("backward") or backward(loss))
+    run.trainer.fit()
+    assert calls == [*["no_sync", "backward"] * 3, "backward"] * 2
+
+
+def test_metrics_of_weights_are_those_with_an_effect(tmp_path, teacher_run):
+    in_process.train(tmp_path / "plain", "--train.max_steps=1")
+    teacher = [f"--teacher.run={teacher_run}", "--train.max_steps=1"]
+    in_process.train(tmp_path / "logits", *teacher)
+    near = "features: {near: {loss: mse, layers: [layer1], args: {pca_images: 64}}}"
+    in_process.train(tmp_path / "features", *teacher, f"--distill={{logits: null, label_weight: 1, {near}}}")
+    measured = {"step", "epoch", "split", "loss", "ce", "accuracy", "lr"}
+    plain, logits, features = (metrics(tmp_path / name, "train")[0].keys() for name in ("plain", "logits", "features"))
+    assert plain == measured
+    assert logits == measured | {"kl", "agreement", "temperature", "alpha"}
+    assert features == measured | {"features/near", "agreement", "features/near/weight", "label_weight"}
+
+
+def test_one_sample_in_a_forward_is_too_few_for_batchnorm(tmp_path):
+    flags = ["--model.arch=import:tests.own_models:teacher", "--train.batch_size=4", "--train.grad_accum_steps=4"]
+    shown = in_process.train(tmp_path / "run", *flags, code=2)
+    assert "train.batch_size: 4 over 1 processes x 4 accumulation steps is one sample in each forward" in shown
+    assert "use 8 or more" in shown
+
+
+def test_an_idle_parameter_is_refused(tmp_path):
+    shown = in_process.train(tmp_path / "run", "--model.arch=import:tests.own_models:with_an_idle_layer", code=2)
+    assert "model.arch: no gradient reaches idle.weight, idle.bias" in shown and "remove the idle layer" in shown
