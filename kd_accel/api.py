@@ -16,6 +16,7 @@ from kd_accel.commands.train import run_training
 from kd_accel.config.parsing import build_config
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.splits import HeldOutSplit
+from kd_accel.distributed import accelerate_state_restored
 from kd_accel.errors import UserError
 from kd_accel.io.files import read_json
 from kd_accel.losses.registry import names
@@ -61,7 +62,7 @@ def train(config: RunConfig | str | Path | Mapping[str, Any], **settings: Any) -
     losses = {"logits": names("logits"), "features": names("features")}
     source = _with_text_paths(config) if isinstance(config, Mapping) else config
     built = build_config(RunConfig, source, _with_text_paths(settings), losses=losses)
-    with _kernel_choices_restored():
+    with _kernel_choices_restored(), accelerate_state_restored():
         run_training(built)
     if not (built.directory / "summary.json").is_file():
         raise UserError("checkpoint.stop_after_steps: the training is paused, so it has no result; train without it to finish")
@@ -84,7 +85,7 @@ def evaluate(run: str | Path, *, split: HeldOutSplit = "test") -> dict[str, Any]
     """
     if split not in get_args(HeldOutSplit):
         raise ValueError(f"split: {split!r} is not a held-out split; use one of {', '.join(get_args(HeldOutSplit))}")
-    with _kernel_choices_restored():
+    with _kernel_choices_restored(), accelerate_state_restored():
         return evaluate_run(Path(run), split=split)
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -32,6 +32,7 @@ from kd_accel.io.files import refused_by_disk
 
 __all__ = [
     "Accelerator",
+    "accelerate_state_restored",
     "gathered",
     "leave_processes",
     "on_main_process",
@@ -55,6 +56,8 @@ def start_processes(
 ) -> Accelerator:
     """Join the launched processes, and seed the global random generators, differently on each rank (for dropout).
 
+    A process group that is joined already is used again.
+
     Args:
         precision: Autocast of the forward; float32 = none.
         seed: Seed of the run.
@@ -65,7 +68,7 @@ def start_processes(
         UserError: The launch is incomplete, or contradicts the config.
     """
     _refuse_contradictions(precision)
-    _forget_start()
+    AcceleratorState._reset_state(reset_partial_state=True)  # the state of an earlier run would impose its precision
     try:
         accelerator = _joined(precision, track_with, timeout_s)
     except ValueError as error:  # Accelerate's, if WORLD_SIZE is set and the rest of the launch is missing
@@ -80,12 +83,17 @@ def start_processes(
     return accelerator
 
 
-def _forget_start() -> None:
-    """Clear Accelerate's global state, which would hand the precision of an ended or failed run on to the next accelerator.
-
-    A process group that is still joined is used again.
-    """
-    AcceleratorState._reset_state(reset_partial_state=True)
+@contextlib.contextmanager
+def accelerate_state_restored() -> Iterator[None]:
+    """Restore Accelerate's global state after the `with` block: an accelerator of the caller keeps its own precision."""
+    states = (PartialState, AcceleratorState, GradientState)
+    before = [dict(state._shared_state) for state in states]
+    try:
+        yield
+    finally:
+        for state, values in zip(states, before, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(values)
 
 
 def _joined(precision: Precision, track_with: str | None, timeout_s: float | None) -> Accelerator:
@@ -212,7 +220,6 @@ def leave_processes(accelerator: Accelerator) -> None:
     the addresses of the first one in the launcher's store.
     """
     accelerator.trackers.clear()
-    _forget_start()
     atexit.unregister(_leave_group)
     atexit.register(_leave_group)
 

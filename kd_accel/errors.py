@@ -21,3 +21,9 @@ class Preempted(Exception):  # noqa: N818  (not an error)
 
 class PeerLost(Exception):  # noqa: N818  (a fault of the machine, not of the program)
     """Loss of another process of the launch. The program exits with 1, without a traceback."""
+
+
+def describe_error(error: BaseException, *, limit: int = 300) -> str:
+    """Return type and message of another library's exception in one line, for a message of ours."""
+    message = " ".join(str(error).split())[:limit]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

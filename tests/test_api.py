@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -107,6 +109,15 @@ def test_trainings_of_one_process_do_not_touch_each_other(command_run, tmp_path)
     assert comparable(first.directory) == comparable(tmp_path / "command")
     assert comparable(second.directory)[:2] == comparable(command_run)[:2]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_accelerator_of_the_caller_stays_as_it_is(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    own = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    run = kd.train(SMALL, run_dir=tmp_path / "run", **{"train.precision": "bf16", "train.epochs": 1})
+    kd.evaluate(run.directory)
+    assert (own.mixed_precision, own.gradient_accumulation_steps, own.num_processes) == ("no", 4, 1)
+    assert Accelerator().device == own.device == torch.device("cpu")
 
 
 def test_a_cache_after_a_training_in_another_precision(tmp_path):

@@ -23,7 +23,7 @@ from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.model_stats import count_macs, count_parameters, model_bytes
 from kd_accel.bench.provenance import model_digest
 from kd_accel.config.schema import BenchConfig
-from kd_accel.errors import UserError
+from kd_accel.errors import UserError, describe_error
 from kd_accel.models.factory import build_model
 from kd_accel.models.inference import choose_kernels, image_memory_format
 from kd_accel.models.weights import load_run_model
@@ -101,7 +101,7 @@ def _counts(entry: _Named) -> dict[str, int]:
     except (AssertionError, RuntimeError, ValueError) as error:
         size = entry.image_size
         raise UserError(
-            f"image_size: {entry.name} does not accept images of {size}x{size} ({' '.join(str(error).split())}); "
+            f"image_size: {entry.name} does not accept images of {size}x{size} ({describe_error(error)}); "
             "set a size that it accepts: --image_size"
         ) from None
     return {**count_parameters(entry.model), "bytes": model_bytes(entry.model), "macs": macs}

@@ -60,6 +60,7 @@ def cache_request(
         channels_last=train.channels_last,
         compiled=train.compile,
         tf32=train.tf32,
+        cpu_kernels=train.cpu_kernels,
     )
 
 

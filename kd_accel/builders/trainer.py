@@ -17,7 +17,7 @@ from kd_accel.data.datamodule import DataModule, keep_images_on_gpu, load_data, 
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data.splits import HeldOutSplit
 from kd_accel.distributed import Accelerator, on_main_process
-from kd_accel.errors import UserError
+from kd_accel.errors import UserError, describe_error
 from kd_accel.losses.distiller import Distiller
 from kd_accel.models.feature_extractor import compile_with_hooks
 from kd_accel.models.inference import weight_memory_format
@@ -314,7 +314,7 @@ def _restored(train_state: TrainState, checkpoint: Checkpoint, accelerator: Acce
     try:
         return restore(train_state, checkpoint, accelerator)
     except (KeyError, IndexError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = describe_error(error)
         raise UserError(
             f"{checkpoint.path}: does not fit the training that its own config describes ({reason}); remove it to resume from "
             "an earlier one, or start from scratch in another run_dir"

@@ -24,6 +24,7 @@ from kd_accel.data.splits import Split
 from kd_accel.errors import UserError
 from kd_accel.io.hashing import tensors_digest
 from kd_accel.losses.targets import TargetFunction
+from kd_accel.models.inference import CpuKernels
 from kd_accel.teacher.teacher import Teacher
 
 BUILD_COMMAND = "`kd-accel cache build` with this config"
@@ -71,6 +72,7 @@ def create_request(  # noqa: PLR0913  (everything that decides the stored values
     channels_last: bool | None = None,
     compiled: bool = False,
     tf32: bool = True,
+    cpu_kernels: CpuKernels = "auto",
 ) -> CacheRequest:
     """Create the request for the outputs of a teacher.
 
@@ -85,6 +87,7 @@ def create_request(  # noqa: PLR0913  (everything that decides the stored values
         channels_last: Memory format of the teacher's maps; None = decided by the device, and any is accepted.
         compiled: Whether the teacher is compiled.
         tf32: Whether TF32 is allowed on GPUs.
+        cpu_kernels: Kernels of the teacher: auto, always or never.
 
     Raises:
         UserError: A layer cannot be stored under its name.
@@ -102,6 +105,7 @@ def create_request(  # noqa: PLR0913  (everything that decides the stored values
         channels_last=channels_last,
         compiled=compiled,
         tf32=tf32,
+        cpu_kernels=cpu_kernels,
     )
     fields = {"teacher": teacher.fingerprint_fields(), "numerics": numerics, **data_fields(data)}
     return CacheRequest(fields, covered_samples(data), views, targets, dtype, any_memory_format=channels_last is None)

@@ -93,7 +93,7 @@ class TeacherCache:
             UserError: The directory holds another cache, another build is running, or the disk refuses.
         """
         data = views.module if isinstance(views, ViewDataset) else views
-        _check_build(teacher, data, batch_size, shard_mib)
+        num_views = _checked_views(teacher, data, batch_size, shard_mib)
         accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
         targets = dict(layers) if isinstance(layers, Mapping) else raw_targets(layers)
         image_size = data.transform.image_size
@@ -102,7 +102,7 @@ class TeacherCache:
             data,
             targets,
             device=accelerator.device,
-            views=data.num_views,
+            views=num_views,
             dtype=dtype,
             precision=_precision(accelerator),
             channels_last=channels_last,
@@ -210,14 +210,15 @@ class TeacherCache:
             raise UserError(f"{self.directory}: {len(wrong)} files are damaged ({listed}); build the cache again to repair it")
 
 
-def _check_build(teacher: Teacher, data: DataModule, batch_size: int, shard_mib: float) -> None:
-    """Raise ValueError for arguments of a build that are not valid or do not fit together."""
+def _checked_views(teacher: Teacher, data: DataModule, batch_size: int, shard_mib: float) -> int:
+    """Return the number of views. Raises ValueError for arguments of a build that do not fit together."""
     if data.num_views is None:
         raise ValueError("views: num_views must be a number; new views in each epoch cannot be stored")
     if batch_size < 1 or shard_mib <= 0:
         raise ValueError(f"batch_size and shard_mib must be positive, not {batch_size} and {shard_mib}")
     if teacher.class_names is not None and teacher.class_names != tuple(data.label_names):
         raise ValueError("teacher: its class_names must be those of views, in the same order")
+    return data.num_views
 
 
 def _single_view(view: int | Tensor) -> int:

@@ -54,7 +54,7 @@ def _announce(run: Run, accelerator: Accelerator) -> dict[str, float]:
     name, known = run.config.name, {}
     if run.teacher:
         known["teacher_accuracy"] = accuracy = teacher_accuracy(run.test, accelerator=accelerator)
-        accelerator.print(f"{name}: the teacher's accuracy on the test samples is {100 * accuracy:.2f} %")
+        run.trainer.progress.say(f"{name}: the teacher's accuracy on the test samples is {100 * accuracy:.2f} %")
     on_main_process(accelerator, run.directory.write_config)
     for notice in run.notices:
         run.trainer.progress.say(f"{name}: {notice}")

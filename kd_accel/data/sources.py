@@ -20,7 +20,7 @@ from kd_accel.data.dataset import ImageSet as ImageSet
 from kd_accel.data.dataset import MemoryImages as MemoryImages
 from kd_accel.data.dataset import empty_images
 from kd_accel.data.decode import fit_array
-from kd_accel.errors import UserError
+from kd_accel.errors import UserError, describe_error
 from kd_accel.io.user_code import PREFIX, call_import
 
 _CHUNK_SAMPLES = 1024
@@ -140,7 +140,7 @@ def _load_columns(kind: str, place: str, config: DataConfig, split: str) -> Any:
     try:
         dataset = datasets.load_dataset(builder, split=split, **arguments)
     except Exception as error:  # each reader raises its own exceptions on damaged or unreachable files
-        raise UserError(f"data.source: cannot read {config.source} ({_brief(error.__cause__ or error)})") from None
+        raise UserError(f"data.source: cannot read {config.source} ({describe_error(error.__cause__ or error)})") from None
     if not len(dataset):
         raise _no_samples(config, split)
     return _two_columns(dataset, config, split, is_folder=kind == "imagefolder")
@@ -185,7 +185,7 @@ def _files_with_samples(paths: list[str], config: DataConfig, split: str) -> lis
     try:
         kept = [glob.escape(path) for path in paths if pq.read_metadata(path).num_rows]
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"data.source: cannot read {config.source} ({_brief(error)})") from None
+        raise UserError(f"data.source: cannot read {config.source} ({describe_error(error)})") from None
     if not kept:
         raise _no_samples(config, split)
     return kept
@@ -209,7 +209,8 @@ def _hub_splits(name: str, revision: str | None) -> list[str]:
         builder = datasets.load_dataset_builder(name, revision=revision) if revision else None
     except Exception as error:  # each client raises its own exceptions without a network or for a wrong name
         raise UserError(
-            f"data.source: cannot reach hub:{name} ({_brief(error)}); check name and network, or use a copy: parquet:DIR"
+            f"data.source: cannot reach hub:{name} ({describe_error(error)}); check name and network, or use a copy: "
+            "parquet:DIR"
         ) from None
     is_stored_copy = type(builder).__module__.startswith("datasets.packaged_modules.cache.")
     if builder is not None and is_stored_copy and builder.hash != revision:
@@ -241,7 +242,7 @@ def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: boo
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:
         raise UserError(
-            f"data.image_column: {columns['image']!r} of the {split} split holds no images ({_brief(error)})"
+            f"data.image_column: {columns['image']!r} of the {split} split holds no images ({describe_error(error)})"
         ) from None
 
 
@@ -302,8 +303,3 @@ def _checked_labels(labels: Any, num_classes: int | None, where: str) -> np.ndar
             allowed = f"0 or above, below {_MAX_CLASSES}" if num_classes is None else f"0..{num_classes - 1}"
             raise UserError(f"{where}: the label of sample {sample} is {label}, but classes are {allowed}; fix or remove it")
     return np.asarray(labels, dtype=np.int64)
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"

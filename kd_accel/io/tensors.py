@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kd_accel.errors import describe_error
+
 MAX_HEADER_BYTES = 16 * 2**20
 """Limit of the header, over a hundred thousand tensors: a longer one is no model's, and parsing takes many times its length."""
 
@@ -32,4 +34,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # the library raises its own exception, and others for a type that torch does not have
-        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(describe_error(error)) from None

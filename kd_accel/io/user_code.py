@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kd_accel.errors import UserError
+from kd_accel.errors import UserError, describe_error
 
 PREFIX = "import:"
 ALLOW_FLAG = "--allow_import"
@@ -112,7 +112,6 @@ def call_import(
 
 def _fault(error: BaseException) -> str:
     """Return type, message and innermost line of code of an exception."""
-    message = " ".join(str(error).split())[:300]
     frames = traceback.extract_tb(error.__traceback__)
     where = f" in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{f': {message}' if message else ''}{where}"
+    return f"{describe_error(error)}{where}"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kd_accel.config.schema import Stem
-from kd_accel.errors import UserError
+from kd_accel.errors import UserError, describe_error
 from kd_accel.io.user_code import PREFIX, call_import
 
 
@@ -83,7 +83,7 @@ def _library_model(arch: str, arguments: dict[str, Any], field: str) -> nn.Modul
     except Exception as error:  # each library raises its own exceptions
         own = {key: value for key, value in arguments.items() if key != "num_classes"}
         problem = f"{field}.arch_args: {arch} does not accept {own}" if own else f"{field}.arch: {arch} cannot be built"
-        raise UserError(f"{problem} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"{problem} ({describe_error(error)})") from None
 
 
 def _suggestion(arch: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_accel.errors import UserError
+from kd_accel.errors import UserError, describe_error
 
 _MAX_LISTED = 12
 _PROBED_IMAGES = 2
@@ -197,7 +197,7 @@ def _record_outputs(model: nn.Module, modules: dict[str, nn.Module], image_size:
             device = next((parameter.device for parameter in model.parameters()), None)
             model(torch.zeros(_PROBED_IMAGES, 3, image_size, image_size, device=device))
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+        reason = describe_error(error)
         raise UserError(
             f"data.image_size: {type(model).__name__} does not accept images of {image_size}x{image_size} pixels ({reason}); "
             "choose another size or arch"

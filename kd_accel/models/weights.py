@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd_accel.config.schema import MAX_IMAGE_SIZE, Stem
-from kd_accel.errors import UserError
+from kd_accel.errors import UserError, describe_error
 from kd_accel.io.files import read_json, write_whole
 from kd_accel.io.tensors import read_tensors
 from kd_accel.io.user_code import import_problem
@@ -235,7 +235,7 @@ def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:
         known = ", ".join(models.get_model_weights(model_name).__members__)
         raise UserError(f"{field}: {arch} has no weights {name!r}; choose one of: {known}") from None
     except Exception as error:  # without a network, or for an unknown name, each HTTP client raises its own exceptions
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = describe_error(error)
         raise UserError(
             f"{field}: cannot download {name!r} of {arch} ({reason}); without network access use a .safetensors file, or null "
             "for random initial weights"

@@ -136,6 +136,7 @@ class Teacher:
         channels_last: bool | None,
         compiled: bool,
         tf32: bool,
+        cpu_kernels: CpuKernels = "auto",
     ) -> dict[str, Any]:
         """Return how the teacher computes on a device, part of a cache's fingerprint.
 
@@ -146,6 +147,8 @@ class Teacher:
         switches = {"precision": precision, "channels_last": is_last, "compile": compiled}
         if device.type == "cuda" and tf32:
             switches["tf32"] = True
+        if cpu_kernels != "auto":
+            switches["cpu_kernels"] = cpu_kernels
         return {**switches, "conv_bn": "fused" if is_fused else "separate"}
 
 

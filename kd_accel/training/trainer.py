@@ -262,9 +262,10 @@ def _refuse_idle_parameters(idle: Sequence[str]) -> None:
     """Raise UserError for parameters without a gradient: DDP's exchange would hang, or they would differ between ranks."""
     if idle:
         more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+        field = "distill" if all(name.startswith(("logit_loss.", "feature_losses.")) for name in idle) else "model.arch"
         raise UserError(
-            f"model.arch: no gradient reaches {', '.join(idle[:5])}{more}; every trained parameter must take part in the "
-            "output: remove the idle layer, use it, or set requires_grad to False"
+            f"{field}: no gradient reaches {', '.join(idle[:5])}{more}; every trained parameter must take part in the loss: "
+            "remove the idle layer, use it, or set requires_grad to False"
         )
 
 

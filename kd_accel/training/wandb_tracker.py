@@ -18,7 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from kd_accel.config.schema import TrackingConfig
-from kd_accel.errors import UserError
+from kd_accel.errors import UserError, describe_error
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -119,7 +119,7 @@ class WandbTracker:
 
     def _stop(self, error: Exception, what: str) -> None:
         self._run = None
-        warnings.warn(f"W&B: {what} ({type(error).__name__}: {error}); metrics.jsonl is complete", stacklevel=3)
+        warnings.warn(f"W&B: {what} ({describe_error(error)}); metrics.jsonl is complete", stacklevel=3)
 
 
 def _tear_down() -> None:

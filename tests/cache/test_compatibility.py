@@ -66,6 +66,7 @@ def test_a_memory_format_left_to_the_device_is_accepted(built, tmp_path):
         ("--train.precision=bf16", r"numerics.precision: float32 stored, bf16 requested"),
         ("--distill.features.mse.layers=[layer1.0, layer2]", r"numerics.conv_bn: fused stored, separate requested"),
         ("--train.channels_last=false", r"numerics.channels_last: True stored, False requested"),
+        ("--train.cpu_kernels=never", r"numerics.cpu_kernels: None stored, never requested"),
         ("--teacher.cache.dtype=float32", r"teacher.cache.dtype: logits is float16 stored, float32 requested"),
         (
             "--model.arch=import:tests.own_models:wide_student",

@@ -142,12 +142,13 @@ def test_the_fusion_is_made_once_and_is_part_of_the_numerics():
     teacher = Teacher(trained(), [0.5] * 3, [0.25] * 3)
     assert teacher.fused(["layer2", "layer1"], image_size=32) is teacher.fused(["layer1", "layer2"], image_size=32)
 
-    def numerics(device=CPU, layers=("layer1",), tf32=True):
-        settings = {"precision": "bf16", "channels_last": None, "compiled": False, "tf32": tf32}
+    def numerics(device=CPU, layers=("layer1",), tf32=True, cpu_kernels="auto"):
+        settings = {"precision": "bf16", "channels_last": None, "compiled": False, "tf32": tf32, "cpu_kernels": cpu_kernels}
         return teacher.numerics(device, layers=layers, image_size=32, **settings)
 
     expected = {"precision": "bf16", "channels_last": False, "compile": False, "conv_bn": "fused"}
     assert numerics() == numerics(tf32=False) == expected
+    assert numerics(cpu_kernels="never") == {**expected, "cpu_kernels": "never"}
     assert numerics(layers=["layer1.0"]) == {**expected, "conv_bn": "separate"}
     assert numerics(torch.device("cuda")) == {**expected, "channels_last": True, "tf32": True}
     assert numerics(torch.device("cuda"), tf32=False) == {**expected, "channels_last": True}
