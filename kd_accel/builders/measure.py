@@ -16,7 +16,7 @@ import torch
 from kd_accel.builders.student import build_distiller, build_losses, build_student
 from kd_accel.builders.teacher import build_targets, layer_shapes, live_teacher, load_teacher, teacher_on_device
 from kd_accel.builders.trainer import build_schedule, build_train_loader
-from kd_accel.cache.estimate import Job, Measured, disk_rates, estimate, sample_bytes, stored_kind
+from kd_accel.cache.estimate import PlannedTraining, Measured, disk_rates, estimate, sample_bytes, stored_kind
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.datamodule import DataModule, keep_images_on_gpu, load_data
 from kd_accel.distributed import Accelerator
@@ -55,9 +55,9 @@ def estimate_costs(config: RunConfig, accelerator: Accelerator) -> dict[str, Any
     steps = max(1, len(data.splits.train) // config.train.batch_size)
     epochs = math.ceil(build_schedule(config, steps_per_epoch=steps).total_steps / steps)
     views = data.num_views or config.train.epochs
-    job = Job(len(data.splits.train), views, epochs, accelerator.num_processes, kinds[kind])
+    training = PlannedTraining(len(data.splits.train), views, epochs, accelerator.num_processes, kinds[kind])
     free_bytes = shutil.disk_usage(directory).free
-    return estimate(measured, job, kinds=kinds, kind=kind, dtype=dtype, free_bytes=free_bytes)
+    return estimate(measured, training, kinds=kinds, kind=kind, dtype=dtype, free_bytes=free_bytes)
 
 
 def _measure(

@@ -46,7 +46,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedTraining:
     """A distillation whose cost is estimated.
 
     Attributes:
@@ -65,32 +65,32 @@ class Job:
 
 
 def estimate(
-    measured: Measured, job: Job, *, kinds: Mapping[str, int], kind: str, dtype: StorageType, free_bytes: int
+    measured: Measured, training: PlannedTraining, *, kinds: Mapping[str, int], kind: str, dtype: StorageType, free_bytes: int
 ) -> dict[str, Any]:
-    """Estimate the costs of a job, and recommend live or cached.
+    """Estimate the costs of a training, and recommend live or cached.
 
     Args:
         measured: The measured rates.
-        job: The job.
+        training: The training.
         kinds: Size of one sample and view by what is stored, as `sample_bytes` returns them.
-        kind: The kind that the job stores.
+        kind: The kind that the training stores.
         dtype: Storage type.
         free_bytes: Free space on the disk of the cache.
     """
     result = {
         "measured": asdict(measured),
-        "job": asdict(job),
+        "training": asdict(training),
         "kind": kind,
         "dtype": dtype,
         "free_bytes": free_bytes,
         "bytes_per_sample_and_view": dict(kinds),
-        "bytes": {name: size * job.samples * job.views for name, size in kinds.items()},
-        **costs(measured, job),
+        "bytes": {name: size * training.samples * training.views for name, size in kinds.items()},
+        **costs(measured, training),
     }
     return {**result, "recommendation": recommend(result)}
 
 
-def costs(measured: Measured, job: Job) -> dict[str, Any]:
+def costs(measured: Measured, training: PlannedTraining) -> dict[str, Any]:
     """Compute the seconds of a live and of a cached teacher for several numbers of students.
 
     Returns:
@@ -98,17 +98,18 @@ def costs(measured: Measured, job: Job) -> dict[str, Any]:
         and break_even_epoch: the first epoch, counted over all students, after which building and reading was cheaper than
         live outputs, or None where reading a sample takes longer than computing it.
     """
-    per_epoch = job.samples / job.processes
-    read_s = job.sample_bytes / measured.read_bytes_per_s
-    build_s = job.views * per_epoch * (measured.view_s + measured.teacher_s + job.sample_bytes / measured.write_bytes_per_s)
+    per_epoch = training.samples / training.processes
+    read_s = training.sample_bytes / measured.read_bytes_per_s
+    write_s = training.sample_bytes / measured.write_bytes_per_s
+    build_s = training.views * per_epoch * (measured.view_s + measured.teacher_s + write_s)
     shared_s = measured.view_s + measured.student_s
     live_epoch_s, cached_epoch_s = per_epoch * (shared_s + measured.teacher_s), per_epoch * (shared_s + read_s)
     saved_s = live_epoch_s - cached_epoch_s
     students = [
         {
             "students": count,
-            "live_s": count * job.epochs * live_epoch_s,
-            "cached_s": build_s + count * job.epochs * cached_epoch_s,
+            "live_s": count * training.epochs * live_epoch_s,
+            "cached_s": build_s + count * training.epochs * cached_epoch_s,
         }
         for count in _STUDENTS
     ]
@@ -131,7 +132,7 @@ def recommend(result: Mapping[str, Any]) -> str:
         )
     if result["break_even_epoch"] is None:
         return "live: on this machine, reading a sample takes longer than running the teacher"
-    epochs, even = result["job"]["epochs"], result["break_even_epoch"]
+    epochs, even = result["training"]["epochs"], result["break_even_epoch"]
     if even <= epochs:
         return f"cached: it pays off after epoch {even} of the {epochs} of the first student"
     if even <= _STUDENTS[-1] * epochs:
@@ -201,12 +202,13 @@ def disk_rates(directory: Path) -> tuple[float, float]:
 
 def estimate_text(result: Mapping[str, Any]) -> str:
     """Format the result of `estimate` for people."""
-    measured, job = result["measured"], result["job"]
+    measured, training = result["measured"], result["training"]
     lines = [
         f"measured, per sample: teacher {1e6 * measured['teacher_s']:.0f} us, student's step "
         f"{1e6 * measured['student_s']:.0f} us, view {1e6 * measured['view_s']:.0f} us; disk: "
         f"{measured['write_bytes_per_s'] / 1e6:.0f} MB/s write, {measured['read_bytes_per_s'] / 1e6:.0f} MB/s read",
-        f"{job['views']} views of {job['samples']} samples, {job['epochs']} epochs, {job['processes']} processes; "
+        f"{training['views']} views of {training['samples']} samples, {training['epochs']} epochs, {training['processes']} "
+        "processes; "
         f"{readable_size(result['free_bytes'])} free. Size of a cache in {result['dtype']}:",
         *(_kind_line(result, name) for name in result["bytes_per_sample_and_view"]),
         f"an epoch: live {_time(result['live_epoch_s'])}, cached {_time(result['cached_epoch_s'])}; "

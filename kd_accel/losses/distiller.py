@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kd_accel.losses.base import FeatureLoss, LogitLoss
 from kd_accel.losses.features import module_key
-from kd_accel.losses.logits import cross_entropy
+from kd_accel.losses.logits import cross_entropy, full_precision
 from kd_accel.models.feature_extractor import FeatureExtractor, probe_layers
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import Shape
@@ -153,7 +153,7 @@ class Distiller(nn.Module):
         """
         weights = weights or LossWeights()
         with profiler_range("student"):
-            logits = self.student(self.normalize(images))
+            logits = full_precision(self.student(self.normalize(images)))  # cast once, for all losses and their gradients
         recorded = self._extractor.take()
         with profiler_range("loss"):
             return self._combine(logits, recorded, target, labels, weights, index)

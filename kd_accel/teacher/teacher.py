@@ -121,7 +121,7 @@ class Teacher:
             The copy, and the normalization in front of it.
         """
         memory_format = image_memory_format(channels_last, device)
-        network = self.fused(layers, image_size=image_size) or copy.deepcopy(self.network)
+        network = copy.deepcopy(self.fused(layers, image_size=image_size) or self.network)
         use_cpu_kernels(network, device, cpu_kernels)
         network = network.to(device).to(memory_format=memory_format)
         return network, Normalize(self.mean, self.std, memory_format=memory_format).to(device)

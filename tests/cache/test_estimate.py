@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from kd_accel.cache.estimate import Job, Measured, costs, recommend
+from kd_accel.cache.estimate import PlannedTraining, Measured, costs, recommend
 from tests.cache.test_compatibility import FEATURE
 from tests.launching import SMALL, run
 
 MEASURED = Measured(view_s=1e-5, teacher_s=2e-3, student_s=3e-3, write_bytes_per_s=1e9, read_bytes_per_s=2e9)
-JOB = Job(samples=45_000, views=4, epochs=30, processes=2, sample_bytes=15_380)
+TRAINING = PlannedTraining(samples=45_000, views=4, epochs=30, processes=2, sample_bytes=15_380)
 
 
 def test_break_even_is_the_first_epoch_in_which_cached_is_cheaper():
-    found = costs(MEASURED, JOB)
+    found = costs(MEASURED, TRAINING)
 
     def live(epochs):
         return epochs * found["live_epoch_s"]
@@ -28,7 +28,7 @@ def test_break_even_is_the_first_epoch_in_which_cached_is_cheaper():
 
 
 def test_the_cost_of_students_adds_up():
-    found = costs(MEASURED, JOB)
+    found = costs(MEASURED, TRAINING)
     assert found["live_epoch_s"] == pytest.approx(22_500 * 5.01e-3)
     one, two = found["students"][:2]
     assert two["live_s"] == pytest.approx(2 * one["live_s"])
@@ -36,14 +36,14 @@ def test_the_cost_of_students_adds_up():
     assert one["cached_s"] < one["live_s"]
 
 
-def result(*, measured=MEASURED, free=1e12, **job):
-    changed = Job(**{**vars(JOB), **job})
+def result(*, measured=MEASURED, free=1e12, **training):
+    changed = PlannedTraining(**{**vars(TRAINING), **training})
     size = changed.samples * changed.views * changed.sample_bytes
     return {
         "kind": "logits",
         "bytes": {"logits": size},
         "free_bytes": free,
-        "job": vars(changed),
+        "training": vars(changed),
         **costs(measured, changed),
     }
 
