@@ -16,7 +16,7 @@ import torch
 from kd_accel.builders.student import build_distiller, build_losses, build_student
 from kd_accel.builders.teacher import build_targets, layer_shapes, live_teacher, load_teacher, teacher_on_device
 from kd_accel.builders.trainer import build_schedule, build_train_loader
-from kd_accel.cache.estimate import PlannedTraining, Measured, disk_rates, estimate, sample_bytes, stored_kind
+from kd_accel.cache.estimate import Measured, PlannedTraining, disk_rates, estimate, sample_bytes, stored_kind
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.datamodule import DataModule, keep_images_on_gpu, load_data
 from kd_accel.distributed import Accelerator

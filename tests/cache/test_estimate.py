@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kd_accel.cache.estimate import PlannedTraining, Measured, costs, recommend
+from kd_accel.cache.estimate import Measured, PlannedTraining, costs, recommend
 from tests.cache.test_compatibility import FEATURE
 from tests.launching import SMALL, run
 
