@@ -125,7 +125,7 @@ class TrainLoader:
         """Return the sample indices of each of this rank's micro-batches."""
         order = epoch_order(self._samples, seed=self._seed, epoch=epoch)[: self.steps_per_epoch * self._batch_size]
         # [steps, ranks, micro-batches, samples]: the rank axis before the micro-batch axis makes a rank's share contiguous,
-        # so any factorization of ranks x micro-batches cuts a step into the same pieces in the same order.
+        # so any factorization of ranks x micro-batches divides a step into the same pieces in the same order.
         micro_batches = order.reshape(self.steps_per_epoch, self._world_size, self._parts, -1)
         return list(micro_batches[start_step:, self._rank].reshape(-1, micro_batches.shape[3]))
 

@@ -61,7 +61,7 @@ def test_a_view_is_new_memory():
 @pytest.mark.parametrize("policy", ["none", "crop", "crop_flip"])
 @pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("size", [1, 8, 32])
-def test_cuts_keep_the_layout_and_are_what_the_words_say(policy, padding, size):
+def test_crops_keep_the_memory_format_and_are_what_the_words_say(policy, padding, size):
     images = np.random.default_rng(size).integers(0, 256, (64, size, size, 3), dtype=np.uint8)
     function = ViewTransform(policy, size, crop_padding=padding)
     border = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -112,8 +112,8 @@ def test_a_crop_is_a_cut_and_all_offsets_come_up():
     samples = np.arange(4000)
     views = ViewTransform("crop", 32, crop_padding=2)(np.repeat(image[None], len(samples), axis=0), samples, 0)
     border = np.pad(image, ((2, 2), (2, 2), (0, 0)))
-    cuts = {border[top : top + 32, left : left + 32].tobytes(): (top, left) for top in range(5) for left in range(5)}
-    counts = np.bincount([5 * cuts[view.tobytes()][0] + cuts[view.tobytes()][1] for view in views], minlength=25)
+    crops = {border[top : top + 32, left : left + 32].tobytes(): (top, left) for top in range(5) for left in range(5)}
+    counts = np.bincount([5 * crops[view.tobytes()][0] + crops[view.tobytes()][1] for view in views], minlength=25)
     assert counts.min() > 100
     assert counts.max() < 230
 

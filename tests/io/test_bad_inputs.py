@@ -95,8 +95,8 @@ def test_it_is_told_in_one_paragraph_and_nothing_is_touched(place, monkeypatch, 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is no number of processes"),
-        ({"WORLD_SIZE": "1", "RANK": "-x"}, "RANK: '-x' is no number of a process"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is not a number of processes"),
+        ({"WORLD_SIZE": "1", "RANK": "-x"}, "RANK: '-x' is not a number of a process"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "the launch is incomplete"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, "gradient_accumulation_steps in the launch file"),
     ],

@@ -70,8 +70,8 @@ def test_a_step_leaves_nothing_on_the_wrong_device(direction, use_bf16):
         for tensor in (output.loss, *output.terms.values(), output.logits, target.logits, meters.sums, batch.images):
             assert tensor.device.type == "cuda"
         assert list(output.terms) == distiller.term_names == ["ce", "kl", "features/mse"]
-        assert output.loss.dtype == target.logits.dtype == torch.float32
-        assert output.logits.dtype == (torch.bfloat16 if use_bf16 else torch.float32)
+        assert output.loss.dtype == output.logits.dtype == target.logits.dtype == torch.float32
+        assert all(feature.dtype == (torch.bfloat16 if use_bf16 else torch.float32) for feature in target.features.values())
         distiller.stop_recording()
         teacher.close()
 
