@@ -98,20 +98,8 @@ def annotations(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.ex
 def test_files_and_functions_are_short_and_flat(path):
     assert len(path.read_text().splitlines()) <= 400
     for function in functions(tree(path)):
-        assert length(function) <= 60, function.name
+        assert function.end_lineno - function.lineno + 1 <= 60, function.name
         assert nesting(function) <= 3, function.name
-
-
-def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Return the number of lines without the docstring."""
-    lines = function.end_lineno - function.lineno + 1
-    first = function.body[0]
-    has_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
-    return lines - (first.end_lineno - first.lineno + 1 if has_docstring else 0)
-
-
-def test_a_docstring_is_not_length():
-    assert length(ast.parse('def f(\n a,\n):\n """One.\n\n Two."""\n return a').body[0]) == 4
 
 
 def nesting(node: ast.AST) -> int:
