@@ -361,7 +361,7 @@ def test_from_the_command_line(saved, tmp_path):
     done = run("bench", saved, f"--out={out}", *flags)
     assert f"{saved}: 0.01 M parameters" in done.stdout
     assert json.loads(out.read_text())["models"][0]["name"] == str(saved)
-    assert "no run directory" in run("bench", tmp_path / "nowhere", code=2).stderr
+    assert f"run directory '{tmp_path}/nowhere' not found" in run("bench", tmp_path / "nowhere", code=2).stderr
     assert "is a directory; name a JSON file" in run("bench", saved, f"--out={tmp_path}", code=2).stderr
 
 

@@ -242,8 +242,8 @@ def test_under_autocast_losses_are_float32():
     distiller = hybrid()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = distiller(*batch(), WEIGHTS)
-    assert output.logits.dtype == torch.bfloat16
-    assert {output.loss.dtype, *(term.dtype for term in output.terms.values())} == {torch.float32}
+    assert {output.loss.dtype, output.logits.dtype, *(term.dtype for term in output.terms.values())} == {torch.float32}
+    assert torch.equal(output.logits, output.logits.bfloat16().float()), "they were computed in bfloat16"
     images, target, labels = batch()
     assert torch.equal(output.terms["kl"], kl_loss(output.logits, target.logits, temperature=0.5))
 
