@@ -102,11 +102,10 @@ def build_targets(config: RunConfig, losses: Losses, network: nn.Module, teacher
     Raises:
         UserError: a layer is not found or not a feature map, or one layer would need two different functions.
     """
-    size = config.data.image_size
     theirs = layer_shapes(config, losses, teacher)
-    ours = probe_layers(network, list(dict.fromkeys(n for pairs in losses.layers.values() for n in pairs)), image_size=size)
     targets: dict[str, TargetFunction] = {}
     for name, pairs in losses.layers.items():
+        ours = probe_layers(network, list(pairs), image_size=config.data.image_size, field=f"distill.features.{name}.layers")
         for student_layer, layer in pairs.items():
             try:
                 target = losses.features[name].target_function(ours[student_layer], theirs[layer])
@@ -124,8 +123,11 @@ def build_targets(config: RunConfig, losses: Losses, network: nn.Module, teacher
 
 def layer_shapes(config: RunConfig, losses: Losses, teacher: Teacher) -> dict[str, Shape]:
     """Measure (D, H, W) of the teacher's compared layers. Raises UserError for a layer that is not a feature map."""
-    layers = losses.teacher_layers()
-    return probe_layers(teacher.network, layers, image_size=config.data.image_size, field="distill.features.layers (teacher)")
+    shapes: dict[str, Shape] = {}
+    for name, pairs in losses.layers.items():
+        field = f"distill.features.{name}.layers (teacher)"
+        shapes |= probe_layers(teacher.network, list(pairs.values()), image_size=config.data.image_size, field=field)
+    return shapes
 
 
 def teacher_on_device(
