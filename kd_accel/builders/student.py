@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from kd_accel.data.datamodule import DataModule
 from kd_accel.errors import UserError
 from kd_accel.losses.base import FeatureLoss, LogitLoss
 from kd_accel.losses.distiller import Distiller
-from kd_accel.losses.registry import build_loss
+from kd_accel.losses.registry import Kind, build_loss
 from kd_accel.models.factory import build_model
 from kd_accel.models.feature_extractor import probe_logits
 from kd_accel.models.inference import image_memory_format, use_cpu_kernels
@@ -42,17 +43,31 @@ class Losses:
 
 
 def build_losses(config: RunConfig) -> Losses:
-    """Build the losses of a config; none without a teacher. Raises UserError for unknown losses and wrong settings."""
+    """Build the losses of a config; none without a teacher.
+
+    Raises:
+        UserError: unknown losses or wrong settings; the message lists those of all losses.
+    """
     if config.teacher is None:
         return Losses()
     distill = config.distill or DistillConfig()
-    logits = distill.logits and build_loss("logits", distill.logits.loss, distill.logits.args, field="distill.logits")
-    features = {
-        name: build_loss("features", feature.loss or name, feature.args, field=f"distill.features.{name}")
-        for name, feature in distill.features.items()
-    }
+    sections: dict[str, tuple[Kind, str, Mapping[str, Any]]] = {}
+    if distill.logits is not None:
+        sections["logits"] = ("logits", distill.logits.loss, distill.logits.args)
+    for name, feature in distill.features.items():
+        sections[f"features.{name}"] = ("features", feature.loss or name, feature.args)
+    built: dict[str, Any] = {}
+    mistakes = []
+    for section, (kind, loss, args) in sections.items():
+        try:
+            built[section] = build_loss(kind, loss, args, field=f"distill.{section}")
+        except UserError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise UserError("; ".join(mistakes))
+    features = {name: built[f"features.{name}"] for name in distill.features}
     layers = {name: _layer_pairs(feature) for name, feature in distill.features.items()}
-    return Losses(logits, features, layers)  # type: ignore[arg-type]
+    return Losses(built.get("logits"), features, layers)
 
 
 def _layer_pairs(feature: FeatureLossConfig) -> dict[str, str]:

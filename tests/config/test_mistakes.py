@@ -51,6 +51,14 @@ def test_a_label_out_of_range(tmp_path, parquet):
     check_message(from_parquet(tmp_path / "run", parquet), "the label of sample 2 is 9, but classes are 0..3")
 
 
+def test_wrong_settings_of_several_losses_are_told_together(tmp_path):
+    """Before the teacher is read, which does not exist."""
+    flags = ["--teacher.run=nowhere", "--distill.logits.args.t_square=true", "--distill.features.mse.args.direction=up"]
+    message = train(tmp_path / "run", *flags, code=2)
+    check_message(message, "distill.logits.args.t_square: no such setting; did you mean distill.logits.args.t_squared?")
+    check_message(message, "distill.features.mse.args.direction: 'up'")
+
+
 def test_a_layer_that_does_not_exist_or_is_no_map(tmp_path, teacher_run):
     flags = [f"--teacher.run={teacher_run}", "--distill.features.mse.args.pca_images=64"]
     done = train(tmp_path / "run", *flags, "--distill.features.mse.layers=[layer9]", code=2)
