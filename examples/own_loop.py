@@ -25,14 +25,8 @@ LAYERS = ["layer3", "layer4"]
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--teacher", required=True, help="run directory of the teacher")
-    options.add_argument("--cache", default="caches/own-loop", help="directory of the teacher's outputs")
-    options.add_argument("--epochs", type=int, default=3)
-    options.add_argument("--limit_train", type=int, default=None, help="use so many training samples")
-    options.add_argument("--out", type=Path, default=Path("own_loop.safetensors"))
-    arguments = options.parse_args()
-
+    """Train a student from the stored outputs of a teacher."""
+    arguments = parse_arguments()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     device = accelerator.device
 
@@ -48,7 +42,6 @@ def main() -> None:
     teacher = kd.Teacher.from_run(arguments.teacher)
     student = build_student(num_classes=len(data.class_names))
     kd.use_cpu_kernels(student, device)  # as kd-accel trains: faster kernels on a CPU, no effect on a GPU
-    losses = {"mse": kd.losses.MSE(direction="student_to_teacher")}
     cache = kd.TeacherCache.build(
         arguments.cache,
         teacher,
@@ -59,16 +52,7 @@ def main() -> None:
     )
 
     # Student and losses are one module: one optimizer, one DDP wrapper, one state dict.
-    distiller = kd.Distiller(
-        student,
-        mean=data.mean,
-        std=data.std,
-        logits=kd.losses.KL(),
-        features=losses,
-        layers={layer: layer for layer in LAYERS},
-        target_shapes=cache.shapes,
-        image_size=IMAGE_SIZE,
-    )
+    distiller = build_distiller(student, data, cache)
     distiller.to(device).train()
     distiller.start_recording()
     optimizer = torch.optim.SGD(distiller.parameters(), lr=PEAK_LR, momentum=0.9, weight_decay=5e-4, fused=True)
@@ -95,14 +79,39 @@ def main() -> None:
     accelerator.end_training()
 
 
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--teacher", required=True, help="run directory of the teacher")
+    options.add_argument("--cache", default="caches/own-loop", help="directory of the teacher's outputs")
+    options.add_argument("--epochs", type=int, default=3)
+    options.add_argument("--limit_train", type=int, default=None, help="use so many training samples")
+    options.add_argument("--out", type=Path, default=Path("own_loop.safetensors"))
+    return options.parse_args()
+
+
+def build_distiller(student: torch.nn.Module, data: kd.ImageDataset, cache: kd.TeacherCache) -> kd.Distiller:
+    """Put the student, the logit loss and a feature loss with its learned projectors into one module."""
+    return kd.Distiller(
+        student,
+        mean=data.mean,
+        std=data.std,
+        logits=kd.losses.KL(),
+        features={"mse": kd.losses.MSE(direction="student_to_teacher")},
+        layers={layer: layer for layer in LAYERS},
+        target_shapes=cache.shapes,
+        image_size=IMAGE_SIZE,
+    )
+
+
 def build_student(num_classes: int) -> torch.nn.Module:
-    """A ResNet-18, its initial weights drawn with seed 0."""
+    """Build a ResNet-18, its initial weights drawn with seed 0."""
     torch.manual_seed(0)
     return torchvision.models.resnet18(num_classes=num_classes)
 
 
 def cosine(peak: float, step: int, total_steps: int) -> float:
-    """The learning rate of a step: half a cosine from the peak to 0."""
+    """Return the learning rate of a step: half a cosine from the peak to 0."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 

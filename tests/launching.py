@@ -73,6 +73,15 @@ def train(run_dir, *flags, processes=1, code=0, **environment_changes):
     return run("train", f"--run_dir={run_dir}", *SMALL, *flags, processes=processes, code=code, **environment_changes)
 
 
+def python(*argv, launcher=(), cwd=ROOT):
+    """Run a Python program other than ours to its end; it must succeed. launcher: what starts it in several processes."""
+    command_line = [*(launcher or [sys.executable]), *map(str, argv)]
+    settings = {"cwd": cwd, "env": environment(PYTHONPATH=str(ROOT)), "capture_output": True, "text": True}
+    done = subprocess.run(command_line, timeout=300, check=False, **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def kill_all(process):
     """Kill a process, which may have ended, and all its descendants: a launcher's workers have sessions of their own."""
     everybody = []

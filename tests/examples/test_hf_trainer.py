@@ -1,8 +1,6 @@
 """The example with the Trainer of transformers: the loss it minimizes, the views it visits, and the program itself."""
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from safetensors.torch import load_file
 from torchvision.models import resnet18
 
 import kd_accel as kd
-from tests.launching import ROOT, environment
+from tests.launching import ROOT, python
 from tests.own_models import student as student_network
 from tests.own_models import teacher as teacher_network
 
@@ -88,15 +86,6 @@ def test_the_program_trains_a_student(tmp_path):
     settings = {"data": {"source": "digits", "limit_train": 64, "limit_test": 16}, "tracking": {"wandb": "disabled"}}
     kd.train(settings, run_dir=tmp_path / "teacher", **{"train.max_steps": 1, "train.batch_size": 32})
     flags = ["--teacher", tmp_path / "teacher", "--out", tmp_path / "out", "--epochs", "1"]
-    done = subprocess.run(
-        [sys.executable, PROGRAM, *flags, "--limit_train", "64", "--limit_test", "16"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = python(PROGRAM, *flags, "--limit_train", "64", "--limit_test", "16")
     assert "'eval_accuracy': " in done.stdout
     resnet18(num_classes=10).load_state_dict(load_file(tmp_path / "out/model.safetensors"))

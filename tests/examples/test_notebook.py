@@ -1,12 +1,10 @@
 """The notebook: its cells run in their order, with small settings in place of the first one's."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.launching import ROOT, environment, summary
+from tests.launching import ROOT, python, summary
 
 NOTEBOOK = json.loads((ROOT / "examples/distill.ipynb").read_text())
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
@@ -37,16 +35,7 @@ def names_set_by(source):
 def test_the_cells_run_in_their_order(tmp_path):
     assert names_set_by(SMALL) == names_set_by(CODE[0])
     program = "\n".join([SMALL, *CODE[1:]])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = python("-c", program, cwd=tmp_path)
     assert "64 training images of 10 classes, 32 test images" in done.stdout
     assert done.stdout.count(" M parameters") == 3 and done.stdout.count("predicted") == 5
     runs = tmp_path / "runs/notebook"

@@ -1,12 +1,9 @@
 """The example with a loop of its own trains to the bytes of `kd-accel train` with the same settings: the test of the API."""
 
-import subprocess
-import sys
-
 import pytest
 
 import kd_accel as kd
-from tests.launching import LAUNCH, ROOT, environment, run
+from tests.launching import LAUNCH, python, run
 
 pytestmark = pytest.mark.slow
 
@@ -31,18 +28,9 @@ def teacher(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_own_loop_equals_the_command(tmp_path, teacher, processes):
-    start = [sys.executable] if processes == 1 else [*LAUNCH, "--config_file", "launch/cpu2.yaml"]
+    launcher = () if processes == 1 else [*LAUNCH, "--config_file", "launch/cpu2.yaml"]
     flags = ["--teacher", teacher, "--cache", tmp_path / "cache", "--epochs", "3", "--limit_train", "192"]
-    done = subprocess.run(
-        [*start, "examples/own_loop.py", *flags, "--out", tmp_path / "own.safetensors"],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    python("examples/own_loop.py", *flags, "--out", tmp_path / "own.safetensors", launcher=launcher)
     shared = [f"--teacher.run={teacher}", *DATA, *DISTILLATION, *TRAINING, UNTRACKED]
     run_dir, other = tmp_path / "run", tmp_path / "cache_of_the_command"
     run("train", *shared, f"--teacher.cache.dir={tmp_path / 'cache'}", f"--run_dir={run_dir}", processes=processes)
