@@ -5,11 +5,11 @@ import os
 import pytest
 
 from kd_accel.io.user_code import VARIABLE
-from tests.launching import train
-from tests.training.fault_record import FaultRecord
+from tests.support.fault_record import FaultRecord
+from tests.support.launching import train
 
 os.environ[VARIABLE] = "1"
-"""Runs that tests leave name `import:tests.own_models:...`; what happens without the allowance is in test_imports.py."""
+"""Runs that tests leave name `import:tests.support.models:...`; what happens without the allowance is in test_imports.py."""
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def fault_record():
 def teacher_run(tmp_path_factory):
     """A finished run of a small teacher with BatchNorm."""
     run_dir = tmp_path_factory.mktemp("runs") / "teacher"
-    train(run_dir, "--role=teacher", "--model.arch=import:tests.own_models:teacher", "--train.log_every_steps=4")
+    train(run_dir, "--role=teacher", "--model.arch=import:tests.support.models:teacher", "--train.log_every_steps=4")
     return run_dir
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hidden_packages import HIDDEN, hidden_environment, imports_of_hidden
-from tests.launching import ROOT, SMALL, command, metrics, summary
+from tests.support.hidden_packages import HIDDEN, hidden_environment, imports_of_hidden
+from tests.support.launching import ROOT, SMALL, command, metrics, summary
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,9 @@ def chain(tmp_path_factory):
     def program(*argv, processes=1, **changes):
         return run_hidden(where, command(*argv, processes=processes), **changes)
 
-    trained = program("train", f"--run_dir={teacher}", *SMALL, "--role=teacher", "--model.arch=import:tests.own_models:teacher")
+    trained = program(
+        "train", f"--run_dir={teacher}", *SMALL, "--role=teacher", "--model.arch=import:tests.support.models:teacher"
+    )
     program("cache", "build", *SMALL, *flags)
     paused = program(*training, "--checkpoint.stop_after_steps=11", processes=2)
     resumed = program(*training, WANDB_MODE="online", WANDB_API_KEY="0" * 40)

@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import kd_accel as kd
-from tests import launching
-from tests.launching import LAUNCH, ROOT, environment, metrics, summary
-from tests.own_models import images as own_images
-from tests.own_models import teacher as teacher_network
+from tests.support import launching
+from tests.support.launching import LAUNCH, ROOT, environment, metrics, summary
+from tests.support.models import images as own_images
+from tests.support.models import teacher as teacher_network
 
 SMALL = {
-    "data": {"source": "import:tests.own_models:images", "augment": "crop_flip", "val_fraction": 0.2},
-    "model": {"arch": "import:tests.own_models:student"},
+    "data": {"source": "import:tests.support.models:images", "augment": "crop_flip", "val_fraction": 0.2},
+    "model": {"arch": "import:tests.support.models:student"},
     "optim": {"lr": 0.05},
     "train": {"batch_size": 16, "epochs": 3, "log_every_steps": 1},
     "tracking": {"wandb": "disabled"},
 }
-"""The settings of tests/launching.py, nested."""
+"""The settings of tests/support/launching.py, nested."""
 
 
 def comparable(run_dir):
@@ -76,11 +76,11 @@ def test_the_import_needs_no_torch():
 
 
 def as_file(directory):
-    return str(ROOT / "tests/small.yaml"), {}
+    return str(ROOT / "tests/support/small.yaml"), {}
 
 
 def as_path(directory):
-    return ROOT / "tests/small.yaml", {"seed": 0}
+    return ROOT / "tests/support/small.yaml", {"seed": 0}
 
 
 def as_mapping(directory):
@@ -122,7 +122,7 @@ def test_an_accelerator_of_the_caller_stays_as_it_is(tmp_path):
 
 def test_a_cache_after_a_training_in_another_precision(tmp_path):
     kd.train(SMALL, run_dir=tmp_path / "run", **{"train.precision": "bf16", "train.epochs": 1})
-    data = kd.ImageDataset("import:tests.own_models:images", limit_train=16, limit_test=8)
+    data = kd.ImageDataset("import:tests.support.models:images", limit_train=16, limit_test=8)
     views = kd.ViewDataset(data, kd.transforms.Crop(32), num_views=1)
     teacher = kd.Teacher.from_run(tmp_path / "run")
     cache = kd.TeacherCache.build(tmp_path / "cache", teacher, views, dtype="float32", batch_size=16)
@@ -176,7 +176,8 @@ def test_two_trainings_in_one_launch(tmp_path):
     program.write_text(
         "import sys\nimport kd_accel as kd\n"
         "for precision in ('float32', 'bf16'):\n"
-        "    run = kd.train('tests/small.yaml', run_dir=f'{sys.argv[1]}/{precision}', **{'train.precision': precision})\n"
+        "    directory = f'{sys.argv[1]}/{precision}'\n"
+        "    run = kd.train('tests/support/small.yaml', run_dir=directory, **{'train.precision': precision})\n"
         "    assert run.summary['world_size'] == 2\n"
         "    assert kd.evaluate(run.directory)['accuracy'] == run.summary['accuracy']\n"
     )
@@ -252,7 +253,7 @@ def test_a_teacher_of_any_module(pictures):
 def test_a_teacher_of_a_run(result, pictures):
     teacher, model = kd.Teacher.from_run(result.directory), result.load_model()
     assert (teacher.mean, teacher.std) == (model.card.mean, model.card.std)
-    assert teacher.class_names == tuple(model.class_names) and teacher.arch == "import:tests.own_models:student"
+    assert teacher.class_names == tuple(model.class_names) and teacher.arch == "import:tests.support.models:student"
     probabilities = teacher(torch.from_numpy(pictures).permute(0, 3, 1, 2)).logits.softmax(1)
     for prediction, row in zip(model.predict(pictures), probabilities, strict=True):
         assert list(prediction.probabilities.values()) == row.tolist()

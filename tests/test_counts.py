@@ -12,7 +12,7 @@ import yaml
 
 from kd_accel.cli import _COMMANDS
 from kd_accel.training.trainer import Trainer
-from tests import in_process
+from tests.support import in_process
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kd_accel"

@@ -8,9 +8,9 @@ import pytest
 from torch.autograd import DeviceType
 
 from kd_accel.profiling import PREFIX, profiler_range, range_shares
-from tests.in_process import train
-from tests.launching import metrics
-from tests.launching import train as launched_train
+from tests.support.in_process import train
+from tests.support.launching import metrics
+from tests.support.launching import train as launched_train
 
 STEP = {"loader", "teacher", "student", "projector", "loss", "backward", "optimizer", "logging"}
 

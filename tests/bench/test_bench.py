@@ -19,11 +19,11 @@ from kd_accel.errors import UserError
 from kd_accel.io.files import write_json
 from kd_accel.models.factory import build_model
 from kd_accel.models.weights import ModelCard, save_model
-from tests.in_process import say, train
-from tests.launching import run
+from tests.support.in_process import say, train
+from tests.support.launching import run
 
-STUDENT = "import:tests.own_models:student"
-TEACHER = "import:tests.own_models:teacher"
+STUDENT = "import:tests.support.models:student"
+TEACHER = "import:tests.support.models:teacher"
 MEDIANS = ("median_ms", "p90_ms", "spread_ms")
 QUICK = BenchConfig(batch_sizes=[1, 3], device="cpu", min_iterations=20, min_time_s=0.0)
 

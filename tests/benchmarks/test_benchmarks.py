@@ -2,13 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
 from benchmarks.harness import Result, turn_ratio
-from tests.launching import ROOT, environment
+from tests.support.launching import last_line
 
 SMALL = ["--repeats=1", "--batch_size=4", "--steps=1"]
 SUITES = {
@@ -32,20 +30,6 @@ SUITES = {
         ["reader/index_select", "reader/files", "build/forward"],
     ),
 }
-
-
-def last_line(tmp_path, module, *flags):
-    done = subprocess.run(
-        [sys.executable, "-m", module, *flags],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_drift_of_the_machine_leaves_the_ratio_within_a_turn():

@@ -17,8 +17,8 @@ from benchmarks.acceptance.runs import relative_difference
 from benchmarks.acceptance.starting import Started, Starter
 from benchmarks.gpu_acceptance import run
 from benchmarks.harness import has_compiler
-from tests.hidden_packages import hidden_environment, imports_of_hidden
-from tests.launching import ROOT, environment
+from tests.support.hidden_packages import hidden_environment, imports_of_hidden
+from tests.support.launching import ROOT, environment
 
 
 def acceptance(out, *flags, env=None):
@@ -174,16 +174,16 @@ def test_a_signal_ends_it_with_the_closing_line(tmp_path):
 @pytest.mark.slow
 def test_a_case_that_fails_leaves_the_others_alone(tmp_path):
     """The limit of a case is longer than what it takes to start a process."""
-    faulty = "tests.benchmarks.faulty_cases:build"
+    faulty = "tests.support.faulty_cases:build"
     cases = [
         *("fine", "wrong_figures", "raises", "raises_in_the_program", "leaves"),
         *("poisons", "dies", "hangs", "after"),
     ]
     parts = [
         Part("a", "x", cases, faulty, in_child=True, limit_s=15),
-        Part("b", "", ["one", "other"], "tests.benchmarks.faulty_cases:broken_build", in_child=True, is_timed=True),
-        Part("c", "", ["command", "refused"], "tests.benchmarks.faulty_cases:build_here", is_timed=True),
-        Part("d", "", ["absent"], "tests.benchmarks.faulty_cases:build_here", is_timed=True),
+        Part("b", "", ["one", "other"], "tests.support.faulty_cases:broken_build", in_child=True, is_timed=True),
+        Part("c", "", ["command", "refused"], "tests.support.faulty_cases:build_here", is_timed=True),
+        Part("d", "", ["absent"], "tests.support.faulty_cases:build_here", is_timed=True),
     ]
     with Starter(tmp_path / "logs", budget_s=200) as starter:
         assert run(parts, tmp_path, starter) is False
@@ -209,8 +209,8 @@ def test_a_case_that_fails_leaves_the_others_alone(tmp_path):
 @pytest.mark.slow
 def test_what_the_budget_does_not_allow_is_named(tmp_path):
     parts = [
-        Part("a", "x", ["fine", "hangs", "after"], "tests.benchmarks.faulty_cases:build", in_child=True),
-        Part("b", "", ["hangs", "never"], "tests.benchmarks.faulty_cases:build_here", is_timed=True),
+        Part("a", "x", ["fine", "hangs", "after"], "tests.support.faulty_cases:build", in_child=True),
+        Part("b", "", ["hangs", "never"], "tests.support.faulty_cases:build_here", is_timed=True),
     ]
     with Starter(tmp_path / "logs", budget_s=1e9) as starter:
         starter.choose_method()

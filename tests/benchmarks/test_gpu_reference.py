@@ -16,9 +16,9 @@ from benchmarks.gpu_reference_chain import Chain, Options
 from benchmarks.gpu_reference_plan import FirstRates, choose, fitting_epochs, pair
 from kd_accel.config.parsing import flatten, parse_config
 from kd_accel.config.schema import RunConfig
-from tests.benchmarks.quick_product import STEPS_PER_EPOCH
-from tests.hidden_packages import hidden_environment, imports_of_hidden
-from tests.launching import ROOT, environment
+from tests.support.hidden_packages import hidden_environment, imports_of_hidden
+from tests.support.launching import ROOT, environment
+from tests.support.quick_product import STEPS_PER_EPOCH
 
 RATES = FirstRates(startup_s=20.0, trained_s=2.0, steps_per_epoch=87, teacher_step_s=0.010, student_step_s=0.005)
 ROWS = {
@@ -47,7 +47,7 @@ def quick(tmp_path, monkeypatch):
 
     def run(*flags, **settings):
         monkeypatch.setenv("QUICK_PRODUCT", json.dumps(settings))
-        monkeypatch.setattr(gpu_reference, "_PROGRAM", (sys.executable, "-m", "tests.benchmarks.quick_product"))
+        monkeypatch.setattr(gpu_reference, "_PROGRAM", (sys.executable, "-m", "tests.support.quick_product"))
         monkeypatch.setattr(sys, "argv", ["gpu_reference", f"--out={tmp_path / 'out'}", "--trial", *flags])
         try:
             gpu_reference.main()

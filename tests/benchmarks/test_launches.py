@@ -22,9 +22,8 @@ from kd_accel.data.loader import TrainLoader
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.profiling import observed, profiler_range
 from kd_accel.training.metrics import Meters
-from tests.benchmarks.test_benchmarks import last_line
-from tests.launching import ROOT
-from tests.training.test_fake_cuda import autocast
+from tests.support.fake_cuda import autocast
+from tests.support.launching import ROOT, last_line
 
 DISTANCES = {
     "plain": {"float32": 57, "bf16": 57},

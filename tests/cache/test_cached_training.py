@@ -14,9 +14,9 @@ from kd_accel.config.schema import DataConfig
 from kd_accel.data.splits import split_samples
 from kd_accel.teacher.teacher import LiveTeacher
 from kd_accel.types import TeacherOutput
-from tests import launching
-from tests.in_process import cache, train
-from tests.launching import losses, metrics
+from tests.support import launching
+from tests.support.in_process import cache, train
+from tests.support.launching import losses, metrics
 
 FEATURE = "--distill.features={mse: {weight: 0.1, layers: [layer1, layer2], args: {%s}}}"
 DIRECTIONS = {
@@ -24,7 +24,7 @@ DIRECTIONS = {
     "teacher_to_student": "direction: teacher_to_student, pca_images: 64",
     "student_to_teacher": "direction: student_to_teacher",
 }
-STUDENT = "--model.arch=import:tests.own_models:student_with_everything"
+STUDENT = "--model.arch=import:tests.support.models:student_with_everything"
 
 
 def flags(teacher_run, direction, *, augment="crop_flip"):
@@ -164,7 +164,7 @@ def test_a_resumed_run_reads_the_same_cache(tmp_path, teacher_run):
 @pytest.mark.slow
 def test_two_processes_read_the_cache_of_one(tmp_path, teacher_run):
     common = flags(teacher_run, "both")
-    common[0] = "--model.arch=import:tests.own_models:student"
+    common[0] = "--model.arch=import:tests.support.models:student"
     use = cached(tmp_path / "cache")
     build(*common, *use)
     train(tmp_path / "one", *common, *use)

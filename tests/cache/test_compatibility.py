@@ -8,22 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kd_accel.cache.manifest import read_spec
-from tests.in_process import cache, train
-from tests.launching import losses, summary
-
-FEATURE = "--distill.features={mse: {weight: 0.1, layers: [layer1, layer2], args: {direction: both, pca_images: 64}}}"
-RAW = "--distill.features={mse: {weight: 0.1, layers: [layer1, layer2], args: {direction: student_to_teacher}}}"
-
-
-def flags_of(teacher, cache_dir, feature=FEATURE):
-    return [
-        f"--teacher.run={teacher}",
-        feature,
-        "--data.views=2",
-        "--train.channels_last=true",
-        "--teacher.outputs=cached",
-        f"--teacher.cache.dir={cache_dir}",
-    ]
+from tests.support.caches import FEATURE, files_of, flags_of
+from tests.support.in_process import cache, train
+from tests.support.launching import losses, summary
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +27,6 @@ def copied(built, tmp_path, teacher_run):
     """Return (flags, directory) of a copy."""
     shutil.copytree(built[1], tmp_path / "cache")
     return flags_of(teacher_run, tmp_path / "cache"), tmp_path / "cache"
-
-
-def files_of(directory):
-    """{name: (modification time, bytes)} of the shards."""
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(directory.glob("*/view-*/*.safetensors"))}
 
 
 def test_a_memory_format_left_to_the_device_is_accepted(built, tmp_path):
@@ -69,7 +51,7 @@ def test_a_memory_format_left_to_the_device_is_accepted(built, tmp_path):
         ("--train.cpu_kernels=never", r"numerics.cpu_kernels: None stored, never requested"),
         ("--teacher.cache.dtype=float32", r"teacher.cache.dtype: logits is float16 stored, float32 requested"),
         (
-            "--model.arch=import:tests.own_models:wide_student",
+            "--model.arch=import:tests.support.models:wide_student",
             r"images=64\) stored, pca\(channels=12, images=64\)",
         ),
         (
@@ -78,15 +60,15 @@ def test_a_memory_format_left_to_the_device_is_accepted(built, tmp_path):
         ),
         (FEATURE.replace("64", "65"), r"images=64\) stored, pca\(channels=8, images=65\) requested"),
         (
-            "--data.source=import:tests.own_models:swapped_images",
+            "--data.source=import:tests.support.models:swapped_images",
             r"samples 3, 5\).*Restore the data, or set another teacher.cache.dir",
         ),
         (
-            "--data.source=import:tests.own_models:touched_images",
+            "--data.source=import:tests.support.models:touched_images",
             r"data.contents.train: 1 of 128 requested samples .*\(samples 5\)",
         ),
         (
-            "--data.source=import:tests.own_models:relabelled_images",
+            "--data.source=import:tests.support.models:relabelled_images",
             r"another image or label than the stored samples \(samples 5\)",
         ),
     ],

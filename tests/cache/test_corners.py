@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from kd_accel.cache.verify import tolerance
-from tests.cache.test_compatibility import FEATURE, RAW, files_of, flags_of
-from tests.in_process import cache, train
-from tests.launching import losses, metrics
+from tests.support.caches import FEATURE, RAW, files_of, flags_of
+from tests.support.in_process import cache, train
+from tests.support.launching import losses, metrics
 
 CACHED = "--teacher.outputs=cached"
 
@@ -17,7 +17,7 @@ CACHED = "--teacher.outputs=cached"
 def plain_teacher_run(tmp_path_factory):
     """A teacher without BatchNorm."""
     run_dir = tmp_path_factory.mktemp("teachers") / "plain"
-    train(run_dir, "--role=teacher", "--model.arch=import:tests.own_models:wide_student", "--train.max_steps=8")
+    train(run_dir, "--role=teacher", "--model.arch=import:tests.support.models:wide_student", "--train.max_steps=8")
     return run_dir
 
 
@@ -95,7 +95,10 @@ def test_a_wrong_file_of_a_later_view_is_named_before_the_first_step(tmp_path, t
 
 
 def test_an_outlier_coarsens_int8_and_is_not_another_teacher(tmp_path, teacher_run):
-    flags = [*flags_of(teacher_run, tmp_path / "cache"), "--data.source=import:tests.own_models:images_with_an_outlier"]
+    flags = [
+        *flags_of(teacher_run, tmp_path / "cache"),
+        "--data.source=import:tests.support.models:images_with_an_outlier",
+    ]
     int8 = [*flags, "--teacher.cache.dtype=int8"]
     cache("build", *int8)
     report = json.loads(cache("verify", *int8, "--json"))
@@ -107,7 +110,7 @@ def test_an_outlier_coarsens_int8_and_is_not_another_teacher(tmp_path, teacher_r
 
 @pytest.mark.slow
 def test_a_layer_named_logits(tmp_path, teacher_run):
-    arch = "--model.arch=import:tests.own_models:named_logits"
+    arch = "--model.arch=import:tests.support.models:named_logits"
     train(tmp_path / "teacher", "--role=teacher", arch, "--train.max_steps=4")
     teacher_layer = FEATURE.replace("[layer1, layer2]", "{layer1: layer1, layer2: logits}")
     flags = flags_of(tmp_path / "teacher", tmp_path / "cache", teacher_layer.replace("both", "student_to_teacher"))

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from kd_accel.cache.estimate import Measured, PlannedTraining, costs, recommend
-from tests.cache.test_compatibility import FEATURE
-from tests.launching import SMALL, run
+from tests.support.caches import FEATURE
+from tests.support.launching import SMALL, run
 
 MEASURED = Measured(view_s=1e-5, teacher_s=2e-3, student_s=3e-3, write_bytes_per_s=1e9, read_bytes_per_s=2e9)
 TRAINING = PlannedTraining(samples=45_000, views=4, epochs=30, processes=2, sample_bytes=15_380)

@@ -9,9 +9,9 @@ import time
 import psutil
 import pytest
 
-from tests import in_process
-from tests.cache.test_compatibility import files_of, flags_of
-from tests.launching import SMALL, kill_all, losses, run, start, train
+from tests.support import in_process
+from tests.support.caches import files_of, flags_of
+from tests.support.launching import SMALL, kill_all, losses, run, start, train
 
 SMALL_FILES = ["--teacher.cache.batch_size=16", "--teacher.cache.shard_mib=0.04"]
 """32 samples in a file: four files for each view and tensor."""
@@ -21,7 +21,7 @@ SMALL_FILES = ["--teacher.cache.batch_size=16", "--teacher.cache.shard_mib=0.04"
 def slow_teacher_run(tmp_path_factory):
     """A teacher whose forward takes KD_TEST_FORWARD_S seconds."""
     run_dir = tmp_path_factory.mktemp("teachers") / "slow"
-    in_process.train(run_dir, "--role=teacher", "--model.arch=import:tests.own_models:slow_teacher", "--train.max_steps=4")
+    in_process.train(run_dir, "--role=teacher", "--model.arch=import:tests.support.models:slow_teacher", "--train.max_steps=4")
     return run_dir
 
 

@@ -21,9 +21,8 @@ from kd_accel.cache.spec import SPLITS
 from kd_accel.errors import UserError
 from kd_accel.io.hashing import tensors_digest
 from kd_accel.losses.targets import PCA
-from tests.cache.test_compatibility import FEATURE, files_of, flags_of
-from tests.cache.test_store import spec_of
-from tests.in_process import cache, train
+from tests.support.caches import FEATURE, files_of, flags_of, spec_of
+from tests.support.in_process import cache, train
 
 ONE_LAYER = FEATURE.replace("layer1, layer2", "layer2")
 

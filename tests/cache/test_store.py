@@ -14,43 +14,13 @@ from safetensors import safe_open
 
 from kd_accel.cache.reader import Reader
 from kd_accel.cache.shard import RELATIVE_ERROR, data_offset, decode, encode, find_damage, stored_checksum, write_shard
-from kd_accel.cache.spec import CacheSpec, TensorSpec, samples_in_a_shard, spec_from_json, spec_to_json
+from kd_accel.cache.spec import TensorSpec, samples_in_a_shard, spec_from_json, spec_to_json
 from kd_accel.cache.verify import balanced_share
 from kd_accel.cache.writer import blocks_of
 from kd_accel.errors import UserError
+from tests.support.caches import PCA, spec_of, store, teacher_values
 
-PCA = {"name": "pca", "channels": 6, "images": 64}
 TYPES = ["float32", "float16", "bfloat16", "int8"]
-
-
-def spec_of(dtype="float16", *, samples=100, views=2, samples_per_shard=32, channels=6):
-    return CacheSpec(
-        fingerprint_fields={"teacher": "a", "data": {"contents": {}}},
-        samples={"train": samples, "val": 5, "test": 7},
-        views=views,
-        tensors={
-            "logits": TensorSpec((10,), "float32" if dtype == "float32" else "float16"),
-            "layer1": TensorSpec((channels, 2, 2), dtype, PCA, target_digest="p" * 32, raw_channels=24),
-        },
-        samples_per_shard=samples_per_shard,
-        batch_samples=16,
-    )
-
-
-def teacher_values(cache_spec, shard):
-    """Stand-in for the teacher's outputs, different for every sample and view."""
-    generator = torch.Generator().manual_seed(1000 * shard.view + shard.first)
-    return torch.randn(shard.samples, *cache_spec.tensors[shard.tensor].shape, generator=generator)
-
-
-def store(directory, cache_spec):
-    """Write all files of a cache; return {(split, view, tensor): decoded values}."""
-    stored_values = {}
-    for shard in cache_spec.all_shards():
-        stored, scale = encode(teacher_values(cache_spec, shard), cache_spec.tensors[shard.tensor].dtype, name=shard.tensor)
-        write_shard(directory, cache_spec, shard, stored, scale)
-        stored_values.setdefault((shard.split, shard.view, shard.tensor), []).append(decode(stored, scale))
-    return {place: torch.cat(parts) for place, parts in stored_values.items()}
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -14,13 +14,13 @@ from kd_accel.data.views import ImageDataset
 from kd_accel.errors import UserError
 from kd_accel.losses.targets import PCA, Identity
 from kd_accel.teacher.teacher import LiveTeacher, Teacher
-from tests.own_models import teacher as teacher_network
+from tests.support.models import teacher as teacher_network
 
 MEAN, STD = [0.5, 0.4, 0.5], [0.2, 0.3, 0.2]
 
 
 def data_of(source="images", **changes):
-    source = f"import:tests.own_models:{source}"
+    source = f"import:tests.support.models:{source}"
     return load_data(DataConfig(**{"source": source, "augment": "crop_flip", "views": 2, "val_fraction": 0.2, **changes}))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.in_process import say, train
+from tests.support.in_process import say, train
 
 RESNET18 = """torchvision/resnet18, images of 64x64 pixels:
   conv1    64x32x32

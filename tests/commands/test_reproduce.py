@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launching import SMALL, run, summary
+from tests.support.launching import SMALL, run, summary
 
 BENCH = {"batch_sizes": [1], "threads": 1, "min_iterations": 20, "min_time_s": 0.01}
 
@@ -35,7 +35,7 @@ def test_reproduce_runs_the_chain_once_and_skips_what_is_done(tmp_path):
     flags = ["--train.epochs=1", "--data.views=2"]
     first = run("reproduce", "--config", chain, "--allow_import", "--", *flags, KD_ACCEL_ALLOW_IMPORT="")
     assert "4 of 4 files to write" in first.stdout
-    assert "| student (distilled) | import:tests.own_models:student |" in first.stdout
+    assert "| student (distilled) | import:tests.support.models:student |" in first.stdout
     assert summary(tmp_path / "student")["world_size"] == 2
     assert summary(tmp_path / "student")["steps"] == 8
     before = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns

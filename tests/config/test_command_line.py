@@ -9,7 +9,7 @@ import pytest
 
 import kd_accel.commands
 from kd_accel.cli import main
-from tests.launching import environment
+from tests.support.launching import environment
 
 
 @pytest.mark.parametrize(

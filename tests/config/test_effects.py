@@ -12,8 +12,8 @@ from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.datamodule import load_data
 from kd_accel.models.factory import build_model
-from tests.in_process import train
-from tests.launching import SMALL, losses, metrics
+from tests.support.in_process import train
+from tests.support.launching import SMALL, losses, metrics
 
 FIRST_STEP = ["--train.max_steps=1", "--optim.schedule=constant", "--optim.momentum=0", "--optim.weight_decay=0"]
 STATISTICS = ["--data.mean=[0.1, 0.2, 0.3]", "--data.std=[0.9, 0.8, 0.7]"]

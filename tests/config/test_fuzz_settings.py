@@ -15,8 +15,8 @@ from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
 from kd_accel.config.validation import problems
 from kd_accel.errors import UserError
-from tests.io.fuzzing import junk, mutated_bytes, run, settings_of, timed
-from tests.launching import ROOT
+from tests.support.fuzzing import junk, mutated_bytes, run, settings_of, timed
+from tests.support.launching import ROOT
 
 
 @pytest.fixture

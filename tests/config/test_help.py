@@ -4,19 +4,12 @@ import typing
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
 from kd_accel.cli import main
-from kd_accel.config import schema
 from kd_accel.config.fields import leaves, options
 from kd_accel.config.help import descriptions, settings_help
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
-
-SECTIONS = [
-    each
-    for each in vars(schema).values()
-    if isinstance(each, type) and issubclass(each, BaseModel) and each not in (BaseModel, schema.Section)
-]
+from tests.support.parsing import SECTIONS
 
 
 def help_of(capsys, *argv):

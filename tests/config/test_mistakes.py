@@ -6,16 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.data.test_sources import colour, encoded, write_parquet
-from tests.launching import run, summary, train
-
-
-def check_message(done, *parts):
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("kd-accel: ")]
-    assert len(lines) == 1, done.stderr
-    for part in parts:
-        assert part in done.stderr
+from tests.support.image_files import colour, encoded, write_parquet
+from tests.support.launching import check_message, run, summary, train
 
 
 @pytest.fixture
@@ -102,7 +94,7 @@ def test_a_teacher_that_is_missing_empty_or_damaged(tmp_path, teacher_run):
 def test_weights_of_another_architecture_or_in_a_pickle(tmp_path):
     save_file({"conv1.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     done = train(tmp_path / "run", f"--model.weights={tmp_path / 'other.safetensors'}", code=2)
-    check_message(done, "does not fit import:tests.own_models:student")
+    check_message(done, "does not fit import:tests.support.models:student")
     torch.save({}, tmp_path / "weights.pth")
     check_message(train(tmp_path / "run", f"--model.weights={tmp_path / 'weights.pth'}", code=2), "is a pickle")
 
@@ -136,7 +128,7 @@ def test_a_precision_that_this_machine_has_not(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "code"), [(1, 2), (2, None)])
 def test_a_model_with_an_idle_layer(tmp_path, processes, code):
-    flags = ["--model.arch=import:tests.own_models:with_an_idle_layer"]
+    flags = ["--model.arch=import:tests.support.models:with_an_idle_layer"]
     done = train(tmp_path / "run", *flags, processes=processes, code=code)
     told = "kd-accel: model.arch: no gradient reaches idle.weight, idle.bias; every trained parameter must take part"
     assert done.stderr.count(told) == 1
@@ -165,7 +157,7 @@ def test_images_that_are_too_small_for_the_model(tmp_path):
 
 
 def test_a_model_that_gives_no_logits(tmp_path):
-    done = train(tmp_path / "run", "--model.arch=import:tests.own_models:without_a_classifier", code=2)
+    done = train(tmp_path / "run", "--model.arch=import:tests.support.models:without_a_classifier", code=2)
     check_message(done, "model.arch: Conv2d returns a tensor of shape (2, 4, 32, 32)", "logits of shape (2, 4)", "another arch")
 
 
@@ -185,7 +177,7 @@ def test_one_sample_without_batchnorm_is_enough(tmp_path):
 
 
 def test_an_operator_without_a_deterministic_kernel(tmp_path):
-    arch = "--model.arch=import:tests.own_models:undeterministic"
+    arch = "--model.arch=import:tests.support.models:undeterministic"
     done = train(tmp_path / "run", arch, "--train.deterministic=true", code=2)
     check_message(
         done, "train.deterministic: put_ of the model has no deterministic GPU kernel", "set train.deterministic to false"

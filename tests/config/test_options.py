@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from kd_accel.config.schema import Section
-from tests import launching
-from tests.config.test_help import SECTIONS
-from tests.data.image_files import encoded, write_parquet
-from tests.in_process import cache, say, train
-from tests.launching import metrics, summary
+from tests.support import launching
+from tests.support.image_files import encoded, write_parquet
+from tests.support.in_process import cache, say, train
+from tests.support.launching import metrics, summary
+from tests.support.parsing import SECTIONS
 
 ALIKE = ("validation.py", "parsing.py", "help.py", "fields.py", "settings.py")
 NOT_READERS = (*(f"config/{name}" for name in ALIKE), "pydantic")
@@ -60,7 +60,7 @@ def test_each_setting_is_read(tmp_path, teacher_run, read):
     ]
     cache("build", *kept, feature)
     train(tmp_path / "cached", *kept, feature, *temperatures, "--train.epochs=2")
-    own = ["--teacher.arch=import:tests.own_models:teacher", f"--teacher.weights={teacher_run}"]
+    own = ["--teacher.arch=import:tests.support.models:teacher", f"--teacher.weights={teacher_run}"]
     train(tmp_path / "own", *own, "--teacher.mean=[0.5, 0.5, 0.5]", "--teacher.std=[0.2, 0.2, 0.2]", "--train.epochs=1")
     say(
         "bench",
@@ -102,7 +102,7 @@ def test_each_direction_trains_in_two_processes(tmp_path, teacher_run, direction
 
 
 def test_fine_tuning_onto_other_classes_starts_from_the_weights(tmp_path, teacher_run):
-    flags = ["--model.arch=import:tests.own_models:teacher", f"--model.weights={teacher_run}", "--train.max_steps=2"]
+    flags = ["--model.arch=import:tests.support.models:teacher", f"--model.weights={teacher_run}", "--train.max_steps=2"]
     same = train(tmp_path / "same", *flags, "--optim.lr=1e-9")
     assert "starts from random weights" not in same
     assert summary(tmp_path / "same")["accuracy"] == summary(teacher_run)["accuracy"]

@@ -10,7 +10,7 @@ from kd_accel.config.parsing import build_config, load_config_file, save_config
 from kd_accel.config.schema import DistillConfig, FeatureLossConfig, LogitLossConfig, RunConfig, Schedule
 from kd_accel.errors import UserError
 from kd_accel.io.user_code import VARIABLE
-from tests.config.parsed import LOSSES, mistakes, parse
+from tests.support.parsing import LOSSES, mistakes, parse
 
 MSE = "distill: {features: {mse: {weight: 0.5, layers: [layer4], args: {direction: both}}}}\nteacher: {run: x}"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kd_accel.config.schema import BenchConfig, ReproduceConfig
-from tests.config.parsed import mistakes, parse
+from tests.support.parsing import mistakes, parse
 
 
 @pytest.mark.parametrize(

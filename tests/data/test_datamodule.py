@@ -9,7 +9,7 @@ from kd_accel.data.datamodule import DataModule, keep_images_on_gpu, load_data
 from kd_accel.data.loader import TrainLoader
 from kd_accel.errors import UserError
 
-SETTINGS = {"source": "import:tests.own_models:images", "image_size": 8, "augment": "crop_flip", "crop_padding": 1}
+SETTINGS = {"source": "import:tests.support.models:images", "image_size": 8, "augment": "crop_flip", "crop_padding": 1}
 
 
 @pytest.fixture(scope="module")

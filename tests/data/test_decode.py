@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from kd_accel.data.decode import MAX_PIXELS, decode
-from tests.data.image_files import colour, encoded
+from tests.support.image_files import colour, encoded
 
 
 def rgb(mode, value, **info):

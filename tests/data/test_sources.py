@@ -12,7 +12,7 @@ import pytest
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.sources import EncodedImages, MemoryImages, load_splits
 from kd_accel.errors import UserError
-from tests.data.image_files import colour, encoded, write_folder, write_named, write_parquet
+from tests.support.image_files import colour, encoded, write_folder, write_named, write_parquet
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_digits():
 
 
 def test_own_code():
-    train, test = load_splits(DataConfig(source="import:tests.own_models:images", image_size=24))
+    train, test = load_splits(DataConfig(source="import:tests.support.models:images", image_size=24))
     assert (train.num_samples, test.num_samples, train.label_names[0]) == (160, 41, "red")
     assert train.pixels(np.arange(3)).shape == (3, 24, 24, 3)
 
@@ -189,27 +189,27 @@ ONE = np.zeros((1, 8, 8, 3), dtype=np.uint8)
 )
 def test_own_code_that_does_not_fit(monkeypatch, images, labels, names, said):
     content = {"images": images, "labels": labels, "label_names": names}
-    monkeypatch.setattr("tests.own_models.images", lambda split, image_size: content)
+    monkeypatch.setattr("tests.support.models.images", lambda split, image_size: content)
     with pytest.raises(UserError, match=said):
-        load_splits(DataConfig(source="import:tests.own_models:images"))
+        load_splits(DataConfig(source="import:tests.support.models:images"))
 
 
 def test_own_code_with_other_names_per_split(monkeypatch):
     def images(split, image_size):
         return {"images": ONE, "labels": [0], "label_names": [split]}
 
-    monkeypatch.setattr("tests.own_models.images", images)
+    monkeypatch.setattr("tests.support.models.images", images)
     with pytest.raises(UserError, match="other label_names for the test split"):
-        load_splits(DataConfig(source="import:tests.own_models:images"))
+        load_splits(DataConfig(source="import:tests.support.models:images"))
 
 
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("import:tests.own_models", "must have the form"),
-        ("import:.own_models:images", "must have the form"),
+        ("import:tests.support.models", "must have the form"),
+        ("import:.models:images", "must have the form"),
         ("import:tests.nowhere:images", "data.source: cannot import 'tests.nowhere'"),
-        ("import:tests.own_models:nothing", "has no function 'nothing'"),
+        ("import:tests.support.models:nothing", "has no function 'nothing'"),
         ("import:half_a_function:f", "not valid Python .*half_a_function.py, line 1"),
     ],
 )
@@ -256,8 +256,8 @@ def no_bytes(parquet):
         (lambda d: damaged(d), {"label_column": "img"}, "holds no images"),
         (lambda d: (d / "train-00000-of-00001.parquet").write_bytes(b"PAR1"), {}, "cannot read parquet:"),
         (lambda d: None, {"source": "hub:nobody/nothing"}, "cannot reach hub:nobody/nothing"),
-        (lambda d: None, {"source": "import:tests.own_models:no_images"}, "must return a mapping"),
-        (lambda d: None, {"source": "import:tests.own_models:odd_images"}, "images must be uint8"),
+        (lambda d: None, {"source": "import:tests.support.models:no_images"}, "must return a mapping"),
+        (lambda d: None, {"source": "import:tests.support.models:odd_images"}, "images must be uint8"),
     ],
 )
 def test_what_does_not_fit_is_named(parquet, no_network, prepare, settings, said):

@@ -12,7 +12,7 @@ import kd_accel as kd
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.datamodule import load_data
 from kd_accel.errors import UserError
-from tests.data.image_files import encoded, write_parquet
+from tests.support.image_files import encoded, write_parquet
 
 SIZE = 12
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, SIZE, SIZE, 3), dtype=np.uint8)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.in_process import say
+from tests.support.in_process import say
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]

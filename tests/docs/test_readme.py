@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import kd_accel as kd
-from tests.in_process import say
-from tests.own_models import SmallNet
+from tests.support.in_process import say
+from tests.support.models import SmallNet
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

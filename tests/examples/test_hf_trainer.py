@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torchvision.models import resnet18
 
 import kd_accel as kd
-from tests.launching import ROOT, python
-from tests.own_models import student as student_network
-from tests.own_models import teacher as teacher_network
+from tests.support.launching import ROOT, python
+from tests.support.models import student as student_network
+from tests.support.models import teacher as teacher_network
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'kd-accel[examples]'")
 pytestmark = pytest.mark.slow

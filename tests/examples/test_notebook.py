@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.launching import ROOT, python, summary
+from tests.support.launching import ROOT, python, summary
 
 NOTEBOOK = json.loads((ROOT / "examples/distill.ipynb").read_text())
 CODE = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]

@@ -3,7 +3,7 @@
 import pytest
 
 import kd_accel as kd
-from tests.launching import LAUNCH, python, run
+from tests.support.launching import LAUNCH, python, run
 
 pytestmark = pytest.mark.slow
 

@@ -9,12 +9,10 @@ import sys
 import pytest
 
 from kd_accel.io.user_code import VARIABLE
-from tests import launching
-from tests.cache.test_compatibility import flags_of
-from tests.config import bad_settings
-from tests.in_process import cache, say, train
-from tests.io import bad_directories
-from tests.launching import SMALL
+from tests.support import bad_directories, bad_settings, launching
+from tests.support.caches import flags_of
+from tests.support.in_process import cache, say, train
+from tests.support.launching import SMALL
 
 KINDS = {
     "config": bad_settings.CONFIGS,

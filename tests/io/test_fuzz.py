@@ -36,10 +36,10 @@ from kd_accel.errors import UserError
 from kd_accel.io.tensors import read_tensors
 from kd_accel.models.weights import load_card
 from kd_accel.report.tables import load_result
-from tests.cache.test_store import spec_of, store
-from tests.in_process import train
-from tests.io.bad_files import sealed
-from tests.io.fuzzing import mutated, mutated_bytes, run, timed
+from tests.support.bad_files import sealed
+from tests.support.caches import spec_of, store
+from tests.support.fuzzing import mutated, mutated_bytes, run, timed
+from tests.support.in_process import train
 
 
 @pytest.fixture

@@ -12,10 +12,13 @@ import pytest
 import yaml
 
 from kd_accel.io.user_code import VARIABLE, allow, import_problem, take_allowance
-from tests.in_process import say, train
-from tests.launching import SMALL, environment, summary
+from tests.support.in_process import say, train
+from tests.support.launching import SMALL, environment, summary
 
-FILE = {"data": {"source": "import:tests.own_models:images"}, "model": {"arch": "import:tests.own_models:student"}}
+FILE = {
+    "data": {"source": "import:tests.support.models:images"},
+    "model": {"arch": "import:tests.support.models:student"},
+}
 OTHERS = [flag for flag in SMALL if "import:" not in flag]
 
 
@@ -43,15 +46,15 @@ def test_a_section_on_the_command_line_is_typed_too(tmp_path):
 
 @pytest.mark.parametrize("where", [0, 1, 5])
 def test_the_flag_allows_what_a_file_names_wherever_it_stands(tmp_path, from_file, where):
-    assert "names 'import:tests.own_models:images'" in say(*from_file, code=2)
+    assert "names 'import:tests.support.models:images'" in say(*from_file, code=2)
     say(*from_file[:where], "--allow_import", *from_file[where:])
     assert summary(tmp_path / "run")["steps"] == 1
 
 
 def test_the_variable_allows_it_too(tmp_path, from_file, monkeypatch):
-    for refused in ("0", "yes", "import:tests.own_models:images"):
+    for refused in ("0", "yes", "import:tests.support.models:images"):
         monkeypatch.setenv(VARIABLE, refused)
-        assert "names 'import:tests.own_models:student'" in say(*from_file, code=2)
+        assert "names 'import:tests.support.models:student'" in say(*from_file, code=2)
     monkeypatch.setenv(VARIABLE, "1")
     say(*from_file)
     assert summary(tmp_path / "run")["steps"] == 1
@@ -60,12 +63,12 @@ def test_the_variable_allows_it_too(tmp_path, from_file, monkeypatch):
 def test_a_teacher_of_the_code_that_was_typed(tmp_path, teacher_run):
     flags = [f"--teacher.run={teacher_run}", "--train.max_steps=1"]
     assert "teacher: " in train(tmp_path / "run", *flags, code=2)
-    train(tmp_path / "run", *flags, "--model.arch=import:tests.own_models:teacher")
+    train(tmp_path / "run", *flags, "--model.arch=import:tests.support.models:teacher")
 
 
 def test_figures_of_an_arch_that_was_typed():
-    text = say("bench", "import:tests.own_models:student", "--min_iterations=1", "--min_time_s=0", "--batch_sizes=[1]")
-    assert text.startswith("import:tests.own_models:student: ")
+    text = say("bench", "import:tests.support.models:student", "--min_iterations=1", "--min_time_s=0", "--batch_sizes=[1]")
+    assert text.startswith("import:tests.support.models:student: ")
 
 
 def test_values_that_are_no_own_code_allow_nothing(monkeypatch):

@@ -14,7 +14,7 @@ from kd_accel.losses.logits import KL, cross_entropy, kl_loss
 from kd_accel.models.factory import build_model
 from kd_accel.models.feature_extractor import FeatureExtractor
 from kd_accel.types import TeacherOutput
-from tests.losses.references import LABELS, STUDENT, TEACHER, cross_entropy_by_hand, kl_by_hand
+from tests.support.float64_references import LABELS, STUDENT, TEACHER, cross_entropy_by_hand, kl_by_hand
 
 STATISTICS = {"mean": [0.5] * 3, "std": [0.2] * 3}
 LAYERS = {"layer1": "layer1", "layer2": "layer2"}
@@ -42,7 +42,7 @@ def batch(samples=4):
 
 
 def build(arch="student", **settings):
-    network = build_model(f"import:tests.own_models:{arch}", num_classes=4)
+    network = build_model(f"import:tests.support.models:{arch}", num_classes=4)
     return Distiller(network, **{**STATISTICS, **settings})
 
 
@@ -196,7 +196,8 @@ def test_what_a_loss_receives():
 def test_the_state_is_that_of_student_and_losses():
     names = set(hybrid(arch="student_with_everything").state_dict())
     student = {
-        f"student.{name}" for name in build_model("import:tests.own_models:student_with_everything", num_classes=4).state_dict()
+        f"student.{name}"
+        for name in build_model("import:tests.support.models:student_with_everything", num_classes=4).state_dict()
     }
     own = {f"feature_losses.mse.projectors.{layer}.conv.{name}" for layer in LAYERS for name in ("weight", "bias")}
     assert names == student | own

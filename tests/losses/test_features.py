@@ -10,7 +10,7 @@ from kd_accel.bench.model_stats import count_macs
 from kd_accel.errors import UserError
 from kd_accel.losses.features import MSE, mse_loss, pooled_by_products
 from kd_accel.models.projectors import FeatureProjector
-from tests.losses.references import GENERATOR, STUDENT, TEACHER, value_and_gradient
+from tests.support.float64_references import GENERATOR, STUDENT, TEACHER, value_and_gradient
 
 LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 NARROW, WIDE = (4, 8, 8), (16, 8, 8)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kd_accel.losses.logits import KL, cross_entropy, kl_loss
-from tests.losses.references import (
+from tests.support.float64_references import (
     LABELS,
     STUDENT,
     TEACHER,

@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from kd_accel.models.factory import build_model
-from tests.in_process import train as train_in_process
-from tests.launching import ROOT, metrics, train
+from tests.support.in_process import train as train_in_process
+from tests.support.launching import ROOT, metrics, train
 
 SAMPLES = 160
 BANK, SCALE = "feature_losses.own.bank", "feature_losses.own.scale"
@@ -21,9 +21,9 @@ STOP_AT = 11
 def flags(teacher_run):
     return [
         f"--teacher.run={teacher_run}",
-        "--distill.logits.loss=import:tests.own_losses:PowerLoss",
+        "--distill.logits.loss=import:tests.support.losses:PowerLoss",
         "--distill.logits.args.power=1.5",
-        "--distill.features.own.loss=import:tests.own_losses:BankLoss",
+        "--distill.features.own.loss=import:tests.support.losses:BankLoss",
         "--distill.features.own.args={samples: 160, momentum: 0.3}",
         "--distill.features.own.layers={layer2: layer2}",
         "--distill.features.own.weight=0.5",
@@ -64,7 +64,7 @@ def test_a_loss_with_a_bank_is_the_same_twice_and_after_a_pause(tmp_path, teache
     assert (used > 0).sum() == 128, "the bank holds the training samples of all processes, not those of validation"
     assert used[used > 0].sub(1).abs().max() < 1e-5
 
-    student = build_model("import:tests.own_models:student", num_classes=4).state_dict()
+    student = build_model("import:tests.support.models:student", num_classes=4).state_dict()
     assert load_file(one / "model.safetensors").keys() == student.keys()
 
 

@@ -12,8 +12,8 @@ from kd_accel.losses.base import FeatureLoss, LogitLoss
 from kd_accel.losses.features import MSE
 from kd_accel.losses.logits import KL
 from kd_accel.losses.registry import build_loss, find_losses, load_loss, losses_table, names
-from tests.in_process import say
-from tests.own_losses import BankLoss, PowerLoss
+from tests.support.in_process import say
+from tests.support.losses import BankLoss, PowerLoss
 
 ROOT = Path(__file__).parents[2]
 REGISTERED = [(kind, name) for kind in ("logits", "features") for name in names(kind)]
@@ -52,19 +52,19 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_a_class_of_the_user_is_found():
-    loss = build_loss("features", "import:tests.own_losses:BankLoss", {"samples": 9}, field="distill.features.own")
+    loss = build_loss("features", "import:tests.support.losses:BankLoss", {"samples": 9}, field="distill.features.own")
     assert type(loss) is BankLoss and loss.settings.samples == 9
-    assert type(build_loss("logits", "import:tests.own_losses:PowerLoss", {}, field="distill.logits")) is PowerLoss
+    assert type(build_loss("logits", "import:tests.support.losses:PowerLoss", {}, field="distill.logits")) is PowerLoss
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("logits", "import:tests.own_losses:BankLoss", "must be a class derived from kd_accel.losses.LogitLoss"),
-        ("features", "import:tests.own_losses:PowerLoss", "must be a class derived from kd_accel.losses.FeatureLoss"),
-        ("features", "import:tests.own_models:student", "must be a class derived from kd_accel.losses.FeatureLoss"),
-        ("features", "import:tests.own_losses:Missing", "has no function 'Missing'"),
-        ("features", "import:tests.own_losses", "must have the form import:"),
+        ("logits", "import:tests.support.losses:BankLoss", "must be a class derived from kd_accel.losses.LogitLoss"),
+        ("features", "import:tests.support.losses:PowerLoss", "must be a class derived from kd_accel.losses.FeatureLoss"),
+        ("features", "import:tests.support.models:student", "must be a class derived from kd_accel.losses.FeatureLoss"),
+        ("features", "import:tests.support.losses:Missing", "has no function 'Missing'"),
+        ("features", "import:tests.support.losses", "must have the form import:"),
     ],
 )
 def test_a_wrong_class_is_refused(kind, name, message):
@@ -103,7 +103,7 @@ def test_settings_of_another_loss_are_refused():
         "distill.logits.args.direction: no such setting"
     )
     assert refusal("logits", "kl", {"t_squared": 1}, field=field).startswith("distill.logits.args.t_squared: 1 is not valid")
-    name = "import:tests.own_losses:BankLoss"
+    name = "import:tests.support.losses:BankLoss"
     assert refusal("features", name, {}) == f"{FIELD}.args.samples: missing, and without a default; set it"
     assert refusal("features", name, {"samples": 3, "momentum": 1.5}) == (
         f"{FIELD}.args.momentum: 1.5 is not valid: must be at least 0 and below 1"
@@ -147,7 +147,7 @@ def test_the_command_prints_the_table_or_one_loss():
     printed = say("losses", "mse")
     assert printed.startswith("mse (between features): Mean squared error")
     assert "pca_images  (default 2048) training images on which the PCA is fitted" in printed
-    own = say("losses", "import:tests.own_losses:BankLoss")
+    own = say("losses", "import:tests.support.losses:BankLoss")
     assert "samples  (required)" in own and "computed over the micro-batch of one process" in own
     assert "losses: 'mes' is not the name of a loss; did you mean mse?" in say("losses", "mes", code=2)
-    assert "must be a class derived from" in say("losses", "import:tests.own_models:student", code=2)
+    assert "must be a class derived from" in say("losses", "import:tests.support.models:student", code=2)

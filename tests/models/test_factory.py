@@ -43,7 +43,7 @@ def test_gpu_generators_are_not_changed(monkeypatch):
         raise AssertionError("seeded")
 
     monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
-    build_model("import:tests.own_models:student", num_classes=4, seed=3)
+    build_model("import:tests.support.models:student", num_classes=4, seed=3)
 
 
 def test_arch_args_reach_the_builder():
@@ -69,12 +69,12 @@ def test_arch_args_reach_the_builder():
         ),
         ("timm/resnet18", {"arch_args": {"wings": 2}}, "bench.arch_args: .* does not accept .'wings': 2"),
         (
-            "import:tests.own_models:student",
+            "import:tests.support.models:student",
             {"arch_args": {"wings": 2}},
-            "bench.arch_args: import:tests.own_models:student .*wings, num_classes",
+            "bench.arch_args: import:tests.support.models:student .*wings, num_classes",
         ),
         ("import:builtins:dict", {"stem": "cifar"}, "bench.arch: .* returns dict, not a torch.nn.Module"),
-        ("import:tests.own_models:nothing", {}, "bench.arch: .*'nothing'"),
+        ("import:tests.support.models:nothing", {}, "bench.arch: .*'nothing'"),
         ("import:nowhere.at_all:model", {}, "bench.arch: .*'nowhere.at_all'"),
         ("import:tests", {}, "bench.arch: .*import:package.module:function"),
         ("torchvision/vgg11", {"stem": "cifar"}, "bench.stem: 'cifar' requires a ResNet .*torchvision/vgg11; use imagenet"),

@@ -14,7 +14,7 @@ def hooks(model):
 
 
 def small():
-    return build_model("import:tests.own_models:student_with_everything", num_classes=4)
+    return build_model("import:tests.support.models:student_with_everything", num_classes=4)
 
 
 def test_features_equal_the_outputs_of_the_modules_and_hooks_are_removed():

@@ -9,7 +9,7 @@ from kd_accel.models.factory import build_model
 from kd_accel.models.predictor import load_model
 from kd_accel.models.weights import ModelCard, save_model
 
-ARCH = "import:tests.own_models:teacher"
+ARCH = "import:tests.support.models:teacher"
 CARD = ModelCard(ARCH, "imagenet", {}, ["red", "green", "blue", "olive"], [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], 32)
 PICTURES = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
 

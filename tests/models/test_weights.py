@@ -17,7 +17,7 @@ from kd_accel.io import files
 from kd_accel.models.factory import build_model
 from kd_accel.models.weights import ModelCard, load_card, load_run_model, load_weights, save_model
 
-CARD = ModelCard("import:tests.own_models:student_with_everything", "imagenet", {}, list("abcd"), [0.5] * 3, [0.2] * 3, 32)
+CARD = ModelCard("import:tests.support.models:student_with_everything", "imagenet", {}, list("abcd"), [0.5] * 3, [0.2] * 3, 32)
 
 
 def small(num_classes=4, seed=0):
@@ -107,7 +107,7 @@ def test_the_architecture_of_another_run_is_reported(tmp_path):
         model = build_model("torchvision/resnet18", num_classes=4)
         with pytest.raises(
             UserError,
-            match="does not fit torchvision/resnet18.*import:tests.own_models:student_with_everything, stem imagenet$",
+            match="does not fit torchvision/resnet18.*import:tests.support.models:student_with_everything, stem imagenet$",
         ):
             load_weights(model, str(weights), arch="torchvision/resnet18", is_exact=False)
 

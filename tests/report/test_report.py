@@ -10,7 +10,7 @@ from kd_accel.bench.provenance import model_digest
 from kd_accel.errors import UserError
 from kd_accel.report.plots import plot_accuracy_against_latency, plot_learning_curves
 from kd_accel.report.tables import CIFAR10_CLASSES, write_report
-from tests.launching import run
+from tests.support.launching import run
 
 RESNET50, RESNET18 = "torchvision/resnet50", "torchvision/resnet18"
 HEADER = ["Model", "Architecture", "Accuracy (%)", "Parameters (M)", "MACs (M)", "Latency (ms)"]

@@ -16,12 +16,12 @@ NORMALIZE = Normalize([0.5] * 3, [0.25] * 3)
 
 @pytest.fixture(scope="module")
 def data():
-    return load_data(DataConfig(source="import:tests.own_models:images", augment="crop_flip", val_fraction=0.2))
+    return load_data(DataConfig(source="import:tests.support.models:images", augment="crop_flip", val_fraction=0.2))
 
 
 @pytest.fixture(scope="module")
 def network():
-    return build_model("import:tests.own_models:teacher", num_classes=4).eval()
+    return build_model("import:tests.support.models:teacher", num_classes=4).eval()
 
 
 def recorded(network, data, layer):

@@ -9,7 +9,7 @@ from kd_accel.models.factory import build_model
 from kd_accel.teacher.loading import load_own_teacher, load_run_teacher, refuse_other_classes
 from kd_accel.teacher.teacher import Teacher
 
-ARCH = "import:tests.own_models:teacher"
+ARCH = "import:tests.support.models:teacher"
 STATISTICS = {"mean": [0.4, 0.5, 0.6], "std": [0.2] * 3}
 
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def network():
-    return build_model("import:tests.own_models:teacher", num_classes=4)
+    return build_model("import:tests.support.models:teacher", num_classes=4)
 
 
 def trained():

@@ -23,8 +23,8 @@ from kd_accel.training.checkpoint import (
     save_checkpoint,
 )
 from kd_accel.training.optim import build_optimizer
-from tests.in_process import train
-from tests.launching import metrics
+from tests.support.in_process import train
+from tests.support.launching import metrics
 
 
 def save(directory, step, keep=3, value=1.0):

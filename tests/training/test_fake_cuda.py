@@ -4,7 +4,6 @@ Fake tensors keep track of device, dtype and shape and refuse to mix devices, so
 no values, so a read of one, which on a GPU synchronizes with all queued work, is found too.
 """
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +28,7 @@ from kd_accel.training.metrics import Meters
 from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import set_learning_rate
 from kd_accel.types import Batch, TeacherOutput
+from tests.support.fake_cuda import autocast
 
 LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 MEAN, STD = [0.5] * 3, [0.25] * 3
@@ -39,20 +39,6 @@ def batch_on(device, augment="crop_flip"):
     stored = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=device)
     images = ViewTransform(augment, 32).on_device(stored, index, 1)
     return Batch(images, torch.zeros(4, dtype=torch.int64, device=device), torch.from_numpy(index).to(device), 1)
-
-
-@contextmanager
-def autocast(use_bf16):
-    """torch.autocast("cuda") switches itself off without a GPU, so its switches are set by hand."""
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", use_bf16)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
-        torch.clear_autocast_cache()
 
 
 @pytest.mark.parametrize("use_bf16", [False, True])

@@ -5,20 +5,19 @@ a machine does. The launcher's part is tested in test_preemption.py.
 """
 
 import signal
-import socket
 import time
 
 import pytest
 
-from tests.launching import SMALL, environment, losses, start
-from tests.training.test_resume import EVERYTHING, assert_same_run
-from tests.warm import WarmProcess
+from tests.support.launching import SMALL, environment, free_port, losses, start
+from tests.support.resuming import EVERYTHING, assert_same_run
+from tests.support.warm import WarmProcess
 
 pytestmark = pytest.mark.slow
 
 FORTY_STEPS = [
     *EVERYTHING,
-    "--model.arch=import:tests.own_models:mortal",
+    "--model.arch=import:tests.support.models:mortal",
     "--train.epochs=5",
     "--train.max_steps=40",
     "--checkpoint.every_steps=3",
@@ -35,7 +34,7 @@ class Processes:
     def __init__(self, run_dir, flags, *, processes, **changes):
         argv = ["train", f"--run_dir={run_dir}", *SMALL, *flags]
         joined = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-        port = str(_free_port())
+        port = str(free_port())
         self.ranks = [
             WarmProcess(
                 argv,
@@ -57,12 +56,6 @@ class Processes:
 
 def _rank(rank, port, joined):
     return {**joined, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def finish(run_dir, flags, processes):
@@ -165,7 +158,7 @@ def test_stopped_in(tmp_path, fault_record, straight, place, number, processes):
 )
 def test_two_processes_then_one_then_two(tmp_path, fault_record, teacher_run, arch, relative):
     """A model without BatchNorm: sixty losses, and each step once."""
-    flags = [f"--model.arch=import:tests.own_models:{arch}", "--train.epochs=8", "--train.max_steps=60"]
+    flags = [f"--model.arch=import:tests.support.models:{arch}", "--train.epochs=8", "--train.max_steps=60"]
     if arch == "student":
         flags += [f"--teacher.run={teacher_run}", "--distill.features.mse={layers: [layer1], args: {pca_images: 64}}"]
     finish(tmp_path / "straight", flags, 2)

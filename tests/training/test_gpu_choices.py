@@ -10,7 +10,7 @@ from kd_accel.distributed import peer_timeout_s
 from kd_accel.models.factory import build_model
 from kd_accel.models.inference import choose_kernels
 from kd_accel.teacher.teacher import Teacher
-from tests.own_models import SmallNet
+from tests.support.models import SmallNet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,14 +11,14 @@ import time
 import psutil
 import pytest
 
-from tests.launching import LAUNCH, ROOT, SMALL, environment, losses, metrics, start, summary, train
-from tests.training.test_resume import assert_same_run
+from tests.support.launching import LAUNCH, ROOT, SMALL, environment, free_port, losses, metrics, start, summary, train
+from tests.support.resuming import assert_same_run
 
 pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 10
 STEADY = [
-    "--model.arch=import:tests.own_models:student_with_everything",
+    "--model.arch=import:tests.support.models:student_with_everything",
     "--train.epochs=50",
     "--checkpoint.every_steps=10",
     "--checkpoint.every_epochs=null",
@@ -43,12 +42,6 @@ def node(rank, run_dir, *flags, port, address="127.0.0.1", namespace=None, **cha
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def both(run_dir, *flags):

@@ -16,12 +16,11 @@ from kd_accel.training.average import MovingAverage
 from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import build_optimizer
 from kd_accel.types import TeacherOutput
-from tests import in_process
-from tests.config.test_mistakes import check_message
-from tests.launching import train
-from tests.own_models import SmallNet
+from tests.support import in_process
+from tests.support.launching import check_message, train
+from tests.support.models import SmallNet
 
-BREAKING = ["--model.arch=import:tests.own_models:breaking", "--checkpoint.every_steps=3", "--checkpoint.keep=1"]
+BREAKING = ["--model.arch=import:tests.support.models:breaking", "--checkpoint.every_steps=3", "--checkpoint.keep=1"]
 
 
 def sample_at(place, *, step):

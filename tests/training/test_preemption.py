@@ -5,13 +5,17 @@ import time
 
 import pytest
 
-from tests import launching
-from tests.launching import SMALL, kill_all, train
-from tests.training.test_resume import assert_same_run
+from tests.support import launching
+from tests.support.launching import SMALL, kill_all, train
+from tests.support.resuming import assert_same_run
 
 pytestmark = pytest.mark.slow
 
-FLAGS = ["--train.epochs=40", "--model.arch=import:tests.own_models:student_with_everything", "--checkpoint.every_epochs=null"]
+FLAGS = [
+    "--train.epochs=40",
+    "--model.arch=import:tests.support.models:student_with_everything",
+    "--checkpoint.every_epochs=null",
+]
 
 
 def start(run_dir, *flags, processes=1, **environment_changes):
@@ -133,7 +137,7 @@ def test_a_dead_rank_leaves_no_process_behind_and_writes_nothing(tmp_path):
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
-    process = start(tmp_path / "run", "--model.arch=import:tests.own_models:slow_teacher", KD_TEST_FORWARD_S="7")
+    process = start(tmp_path / "run", "--model.arch=import:tests.support.models:slow_teacher", KD_TEST_FORWARD_S="7")
     try:
         while not (tmp_path / "run/metrics.jsonl").exists():
             assert process.poll() is None, process.stderr.read()

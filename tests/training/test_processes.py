@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 
 from kd_accel.losses.distiller import Distiller
 from kd_accel.training.state import needs_buffers_exchanged
-from tests import own_models
-from tests.launching import LAUNCH, ROOT, SMALL, environment, losses, metrics, run, summary, train
-from tests.training.test_nodes import free_port
+from tests.support import models
+from tests.support.launching import LAUNCH, ROOT, SMALL, environment, free_port, losses, metrics, run, summary, train
 
 
 @pytest.mark.slow
@@ -33,7 +32,7 @@ def test_two_processes_train_what_one_does(tmp_path, distilled):
 
 @pytest.mark.slow
 def test_in_float64_they_agree_to_rounding(tmp_path):
-    flags = ["--model.arch=import:tests.own_models:student_float64", "--train.max_steps=20"]
+    flags = ["--model.arch=import:tests.support.models:student_float64", "--train.max_steps=20"]
     train(tmp_path / "one", *flags)
     train(tmp_path / "two", *flags, processes=2)
     assert len(losses(tmp_path / "one")) == 20
@@ -42,7 +41,7 @@ def test_in_float64_they_agree_to_rounding(tmp_path):
 
 @pytest.mark.slow
 def test_accumulation_is_the_big_batch(tmp_path):
-    flags = ["--model.arch=import:tests.own_models:student_float64", "--train.max_steps=8"]
+    flags = ["--model.arch=import:tests.support.models:student_float64", "--train.max_steps=8"]
     for processes, accumulation in ((1, 1), (1, 4), (2, 2)):
         train(
             tmp_path / f"{processes}x{accumulation}",
@@ -67,7 +66,7 @@ def test_four_processes_are_four_accumulation_steps(tmp_path):
 @pytest.mark.slow
 def test_gradients_differ_before_the_exchange_and_agree_after_it(tmp_path):
     done = subprocess.run(
-        [*LAUNCH, "--config_file", "launch/cpu2.yaml", "-m", "tests.training.gradient_exchange", str(tmp_path)],
+        [*LAUNCH, "--config_file", "launch/cpu2.yaml", "-m", "tests.support.gradient_exchange", str(tmp_path)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -89,8 +88,8 @@ def test_gradients_differ_before_the_exchange_and_agree_after_it(tmp_path):
 def test_buffers_that_no_training_forward_reads_are_not_exchanged(tmp_path):
     """The saved model is the same, byte for byte, and so are the losses of training and validation."""
     for name in ("student_with_everything", "student_with_a_constant"):
-        arch = f"import:tests.own_models:{name}"
-        distiller = Distiller(getattr(own_models, name)(4), mean=[0.5] * 3, std=[0.25] * 3)
+        arch = f"import:tests.support.models:{name}"
+        distiller = Distiller(getattr(models, name)(4), mean=[0.5] * 3, std=[0.25] * 3)
         assert needs_buffers_exchanged(distiller) == (name == "student_with_a_constant")
         train(tmp_path / name, f"--model.arch={arch}", processes=2)
     without, exchanged = tmp_path / "student_with_everything", tmp_path / "student_with_a_constant"
@@ -145,7 +144,7 @@ def test_an_unforeseen_failure_of_rank_0_reaches_its_peers_at_once(tmp_path):
     port = free_port()
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.patched_program", "fails", "train", f"--run_dir={tmp_path / 'run'}", *SMALL],
+            [sys.executable, "-m", "tests.support.patched_program", "fails", "train", f"--run_dir={tmp_path / 'run'}", *SMALL],
             cwd=ROOT,
             env=environment(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)),
             stderr=subprocess.PIPE,
@@ -164,7 +163,7 @@ def test_an_unforeseen_failure_of_rank_0_reaches_its_peers_at_once(tmp_path):
 def test_ranks_may_end_a_build_far_apart_and_each_flushes_its_own_files(tmp_path):
     """Rank 1 takes three times the timeout of other exchanges."""
     teacher, cache = tmp_path / "teacher", tmp_path / "cache"
-    train(teacher, "--role=teacher", "--model.arch=import:tests.own_models:late_teacher", "--train.max_steps=2")
+    train(teacher, "--role=teacher", "--model.arch=import:tests.support.models:late_teacher", "--train.max_steps=2")
     features = "--distill.features.mse={layers: [layer1, layer2], args: {direction: student_to_teacher}}"
     outputs = [
         f"--teacher.run={teacher}",
@@ -175,7 +174,7 @@ def test_ranks_may_end_a_build_far_apart_and_each_flushes_its_own_files(tmp_path
     flags = [*outputs, features, "--data.views=2", f"--teacher.cache.dir={cache}", "--train.timeout_s=8"]
     done = subprocess.run(
         [
-            *(*LAUNCH, "--config_file", "launch/cpu2.yaml", "-m", "tests.patched_program", "flushes"),
+            *(*LAUNCH, "--config_file", "launch/cpu2.yaml", "-m", "tests.support.patched_program", "flushes"),
             *("cache", "build", *SMALL, *flags),
         ],
         cwd=ROOT,

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.launching import ROOT, SMALL, command, environment, train
+from tests.support.launching import ROOT, SMALL, command, environment, train
 
 
 @pytest.mark.slow

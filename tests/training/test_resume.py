@@ -5,23 +5,8 @@ import shutil
 
 import pytest
 
-from tests.launching import metrics, run, summary, train
-
-EVERYTHING = [
-    "--model.arch=import:tests.own_models:student_with_everything",
-    "--optim.nesterov=true",
-    "--train.ema_decay=0.9",
-    "--train.max_steps=20",
-    "--train.log_every_steps=3",
-    "--data.views=2",
-]
-"""BatchNorm, dropout, momentum, a moving average, lines of metrics that span the stop, 8 steps to an epoch."""
-
-
-def assert_same_run(one, other):
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    assert metrics(one) == metrics(other)
-    assert summary(one) == {**summary(other), "name": summary(one)["name"], "commit": summary(one)["commit"]}
+from tests.support.launching import metrics, run, summary, train
+from tests.support.resuming import EVERYTHING, assert_same_run
 
 
 @pytest.mark.slow

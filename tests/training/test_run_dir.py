@@ -13,8 +13,8 @@ from kd_accel.config.parsing import load_config_file
 from kd_accel.config.schema import RunConfig
 from kd_accel.errors import UserError
 from kd_accel.training.checkpoint import find_checkpoint
-from tests import in_process
-from tests.launching import SMALL, kill_all, metrics, start, summary, train
+from tests.support import in_process
+from tests.support.launching import SMALL, kill_all, metrics, start, summary, train
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_place_that_becomes_read_only(tmp_path, where):
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_disk_that_is_full_when_the_results_are_due(tmp_path, small_disk, processes):
-    run_dir, flags = small_disk / "run", ["--model.arch=import:tests.own_models:mortal"]
+    run_dir, flags = small_disk / "run", ["--model.arch=import:tests.support.models:mortal"]
     happens = {"KD_TEST_AT": "test:24", "KD_TEST_HAPPENS": str(small_disk / "ballast")}
     ended = train(run_dir, *flags, processes=processes, code=2 if processes == 1 else None, **happens)
     assert ended.stderr.count("kd-accel: ") == 1 and "No space left" in ended.stderr

@@ -2,14 +2,14 @@
 
 import torch
 
-from tests import own_models
-from tests.in_process import train
-from tests.launching import metrics
+from tests.support import models
+from tests.support.in_process import train
+from tests.support.launching import metrics
 
 
 def other_test_images(split, image_size):
     """The same training images, and test images of noise with labels in another order."""
-    content = own_models.images(split, image_size)
+    content = models.images(split, image_size)
     if split == "train":
         return content
     noise = torch.randint(256, content["images"].shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)

@@ -10,8 +10,8 @@ from kd_accel.builders.trainer import build_run
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import RunConfig
 from kd_accel.distributed import start_processes
-from tests import in_process
-from tests.launching import SMALL, metrics
+from tests.support import in_process
+from tests.support.launching import SMALL, metrics
 
 
 @pytest.fixture
@@ -76,12 +76,12 @@ def test_metrics_of_weights_are_those_with_an_effect(tmp_path, teacher_run):
 
 
 def test_one_sample_in_a_forward_is_too_few_for_batchnorm(tmp_path):
-    flags = ["--model.arch=import:tests.own_models:teacher", "--train.batch_size=4", "--train.grad_accum_steps=4"]
+    flags = ["--model.arch=import:tests.support.models:teacher", "--train.batch_size=4", "--train.grad_accum_steps=4"]
     shown = in_process.train(tmp_path / "run", *flags, code=2)
     assert "train.batch_size: 4 over 1 processes x 4 accumulation steps is one sample in each forward" in shown
     assert "use 8 or more" in shown
 
 
 def test_an_idle_parameter_is_refused(tmp_path):
-    shown = in_process.train(tmp_path / "run", "--model.arch=import:tests.own_models:with_an_idle_layer", code=2)
+    shown = in_process.train(tmp_path / "run", "--model.arch=import:tests.support.models:with_an_idle_layer", code=2)
     assert "model.arch: no gradient reaches idle.weight, idle.bias" in shown and "remove the idle layer" in shown

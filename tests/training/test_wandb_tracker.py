@@ -17,8 +17,8 @@ from kd_accel.training.wandb_tracker import (
     refuse_missing_package,
     tracker_name,
 )
-from tests.launching import SMALL, kill_all, metrics, start, train
-from tests.training.wandb_reader import read_run
+from tests.support.launching import SMALL, kill_all, metrics, start, train
+from tests.support.wandb_reader import read_run
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Small models and data sources for `import:tests.own_models:...`, as a user's own code."""
+"""Small models and data sources for `import:tests.support.models:...`, as a user's own code."""
 
 import contextlib
 import os

@@ -1,11 +1,11 @@
-"""Cases of an acceptance that fail in every way, named as `tests.benchmarks.faulty_cases:build`."""
+"""Cases of an acceptance that fail in every way, named as `tests.support.faulty_cases:build`."""
 
 import os
 import signal
 import time
 
 from kd_accel.errors import UserError
-from tests.own_models import student
+from tests.support.models import student
 
 
 def build(setting, part):

@@ -6,7 +6,7 @@ import os
 import random
 from pathlib import Path
 
-from tests.launching import ROOT
+from tests.support.launching import ROOT
 
 
 class FaultRecord:

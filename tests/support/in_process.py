@@ -5,7 +5,7 @@ import io
 import os
 
 from kd_accel.cli import main
-from tests.launching import SMALL, environment
+from tests.support.launching import SMALL, environment
 
 
 def say(*argv, code=0):

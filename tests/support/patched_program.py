@@ -1,6 +1,6 @@
 """The program with a function replaced, for behavior that is not visible from outside.
 
-    python -m tests.patched_program PATCH ARGUMENTS
+    python -m tests.support.patched_program PATCH ARGUMENTS
 
 PATCH: `flushes` appends each file of a cache that a process flushes to the disk to KD_TEST_FLUSHES-RANK; `fails` raises an
 unforeseen error on rank 0, while its peers wait for rank 0.

@@ -3,7 +3,7 @@
 A forked process is like any other: its own environment, files, signals, exit code; it runs `kd_accel.cli.main`, as
 `python -m kd_accel` does. The parent never computes, so that it has no threads, which a fork would lose.
 
-    python -m tests.warm SOCKET    serves until its standard input ends; each connection requests one process
+    python -m tests.support.warm SOCKET    serves until its standard input ends; each connection requests one process
 """
 
 import array
@@ -23,7 +23,7 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class WarmProcess:
@@ -97,7 +97,7 @@ def _parent():
     path = Path(tempfile.mkdtemp(prefix="kd-warm-")) / "socket"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_", "KD_"))}
     parent = subprocess.Popen(
-        [sys.executable, "-m", "tests.warm", str(path)],
+        [sys.executable, "-m", "tests.support.warm", str(path)],
         cwd=ROOT,
         env={**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"},
         stdin=subprocess.PIPE,

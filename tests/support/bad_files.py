@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torchvision import models
 
 from kd_accel.io.hashing import arrays_digest, settings_digest
-from tests.data.image_files import colour, encoded, write_folder, write_named, write_parquet
-from tests.own_models import student
+from tests.support.image_files import colour, encoded, write_folder, write_named, write_parquet
+from tests.support.models import student
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{one}: &{one} [{','.join([f'*{other}'] * 9)}]\n" for other, one in zip("abcdefgh", "bcdefghi", strict=True)

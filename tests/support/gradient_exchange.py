@@ -29,8 +29,8 @@ def gradients(module, moment):
 
 def main(directory):
     accelerator = start_processes("float32")
-    student = build_model("import:tests.own_models:student", num_classes=4)
-    network = build_model("import:tests.own_models:teacher", num_classes=4, seed=1)
+    student = build_model("import:tests.support.models:student", num_classes=4)
+    network = build_model("import:tests.support.models:teacher", num_classes=4, seed=1)
     distiller = Distiller(
         student,
         mean=[0.5] * 3,

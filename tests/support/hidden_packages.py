@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from tests.launching import ROOT, environment
+from tests.support.launching import ROOT, environment
 
 HIDDEN = ("wandb", "datasets", "matplotlib", "sklearn", "timm")
 
@@ -20,7 +20,7 @@ def hidden_environment(directory, **changes):
         _link_all_but_git(programs)
     return environment(
         PATH=str(programs),
-        PYTHONPATH=os.pathsep.join(map(str, (ROOT / "tests/hidden", ROOT))),
+        PYTHONPATH=os.pathsep.join(map(str, (ROOT / "tests/support/hidden", ROOT))),
         KD_TEST_HIDDEN=",".join(HIDDEN),
         KD_TEST_HIDDEN_RECORD=str(directory / "imports"),
         **changes,

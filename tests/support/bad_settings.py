@@ -4,9 +4,9 @@ A sample: what it is; how it is made; the command; what its message says, `...` 
 directory of the case.
 """
 
-from tests.io import bad_files as make
-from tests.io.bad_files import config, cut, header, put, tensor, weights, write
-from tests.launching import ROOT, SMALL
+from tests.support import bad_files as make
+from tests.support.bad_files import config, cut, header, put, tensor, weights, write
+from tests.support.launching import ROOT, SMALL
 
 PARSE = ["train", "--config={p}/bad.yaml"]
 WEIGHTS = ["train", *SMALL, "--run_dir={p}/new", "--model.weights={p}/w.safetensors"]
@@ -81,7 +81,7 @@ FILES_OF_WEIGHTS = [
     ("unknown type", header(tensor("Q7", [1], 0, 4), b"1234"), WEIGHTS, "damaged or not a safetensors"),
     ("a directory", lambda place: (place / "w.safetensors").mkdir(), WEIGHTS, "no finished run"),
     ("a pipe", make.pipe("w.safetensors"), WEIGHTS, "is not a regular file"),
-    ("other keys", header(tensor("F32", [1], 0, 4), b"1234"), WEIGHTS, "does not fit import:tests.own_models:student"),
+    ("other keys", header(tensor("F32", [1], 0, 4), b"1234"), WEIGHTS, "does not fit import:tests.support.models:student"),
     (
         "other shape",
         weights(lambda t: t.update({"layer2.0.bias": t["layer2.0.bias"][:2].clone()})),
@@ -128,7 +128,12 @@ OWN_CODE = [
         "fails with SystemExit",
     ),
     ("own code that is no model", None, [*OWN, "--model.arch=import:builtins:dict"], "returns dict, not a torch.nn.Module"),
-    ("own code that gives no images", None, [*OWN, "--data.source=import:tests.own_models:no_images"], "must return a mapping"),
+    (
+        "own code that gives no images",
+        None,
+        [*OWN, "--data.source=import:tests.support.models:no_images"],
+        "must return a mapping",
+    ),
     ("no form of own code", None, [*OWN, "--data.source=import:x"], "must have the form"),
 ]
 """Typed by the user, so that they run."""
@@ -195,10 +200,10 @@ FOREIGN = [
         "a run to evaluate",
         None,
         ["evaluate", "{p}/run"],
-        "run/model.json names 'import:tests.own_models:teacher'...add --allow_import",
+        "run/model.json names 'import:tests.support.models:teacher'...add --allow_import",
     ),
     ("data of a run to evaluate", make.library_run, ["evaluate", "{p}/run"], "run/config.yaml names 'import:spy:f'"),
-    ("a run to measure", None, ["bench", "{p}/run"], "run/model.json names 'import:tests.own_models:teacher'"),
+    ("a run to measure", None, ["bench", "{p}/run"], "run/model.json names 'import:tests.support.models:teacher'"),
     (
         "a chain",
         lambda place: (

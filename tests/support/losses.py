@@ -1,4 +1,4 @@
-"""Losses of a user, named as `import:tests.own_losses:...`: a feature loss with a memory bank, and a logit loss."""
+"""Losses of a user, named as `import:tests.support.losses:...`: a feature loss with a memory bank, and a logit loss."""
 
 from __future__ import annotations
 

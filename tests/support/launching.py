@@ -3,22 +3,23 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 
-from tests.warm import WarmProcess
+from tests.support.warm import WarmProcess
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 SMALL = [
-    "--data.source=import:tests.own_models:images",
+    "--data.source=import:tests.support.models:images",
     "--data.augment=crop_flip",
     "--data.val_fraction=0.2",
-    "--model.arch=import:tests.own_models:student",
+    "--model.arch=import:tests.support.models:student",
     "--optim.lr=0.05",
     "--train.batch_size=16",
     "--train.epochs=3",
@@ -109,3 +110,31 @@ def summary(run_dir):
 
 def losses(run_dir):
     return [line["loss"] for line in metrics(run_dir, "train")]
+
+
+def check_message(done, *parts):
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("kd-accel: ")]
+    assert len(lines) == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+def last_line(tmp_path, module, *flags):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

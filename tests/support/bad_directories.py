@@ -4,10 +4,10 @@ A sample: what it is; how it is made; the command; what its message says, `...` 
 directory of the case.
 """
 
-from tests.cache.test_compatibility import flags_of
-from tests.io import bad_files as make
-from tests.io.bad_files import change, checkpoint_file, cut, link, put, state, table, write
-from tests.launching import SMALL
+from tests.support import bad_files as make
+from tests.support.bad_files import change, checkpoint_file, cut, link, put, state, table, write
+from tests.support.caches import flags_of
+from tests.support.launching import SMALL
 
 TEACHER = ["train", *SMALL, "--run_dir={p}/new", "--teacher.run={p}/run"]
 RESUME = ["train", *SMALL, "--run_dir={p}/paused"]
@@ -72,7 +72,7 @@ RUNS = [
             *SMALL,
             "--run_dir={p}/run",
             "--role=teacher",
-            "--model.arch=import:tests.own_models:teacher",
+            "--model.arch=import:tests.support.models:teacher",
             "--train.log_every_steps=4",
         ],
         "is damaged (no data)",
