@@ -1,19 +1,9 @@
-"""Command line: parse and check, then run the command. torch is imported only after the input is checked.
-
-Exit codes: 0 done; 2 the user's mistake, one paragraph on stderr from one process; 1 a fault of the program (traceback);
-128 + N stopped by signal N, after a checkpoint.
-"""
+"""Command line: parse and check, then run the command. torch is imported only after the input is checked."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import signal
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kd_accel import __version__
@@ -21,94 +11,19 @@ from kd_accel.config.command_line import HELP_OF_ALLOW, CommandParser
 from kd_accel.config.fields import nearest
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
-from kd_accel.errors import PeerLost, Preempted, UserError
+from kd_accel.errors import UserError
+from kd_accel.exit_codes import exit_codes
 from kd_accel.io.user_code import allow, take_allowance
 from kd_accel.losses.registry import names
 
-_OTHER_RANKS_WAIT_S = 5.0
 _LOSSES = {"logits": names("logits"), "features": names("features")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit the process with its code."""
-    with _exit_codes():
+    with exit_codes():
         command, *arguments = take_allowance(sys.argv[1:] if argv is None else argv) or ["--help"]
         _handler(command)(arguments)
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turn exceptions into messages and exit codes."""
-    try:
-        processes, _ = _of_launch("WORLD_SIZE", 1, "number of processes"), _of_launch("RANK", 0, "number of a process")
-    except UserError as error:
-        print(f"kd-accel: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    code = 0
-    try:
-        yield
-    except UserError as error:
-        code = 2
-        _report_once(str(error))
-    except Preempted as stop:
-        code = 128 + stop.number
-        _print_from_rank_0(str(stop))
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-        _print_from_rank_0("stopped by SIGINT; files written so far are complete")
-    except PeerLost as lost:  # most likely rank 0 has left with a mistake, and the launcher will end this process
-        code = 1
-        _wait_for_rank_0()
-        print(f"kd-accel: {lost}", file=sys.stderr, flush=True)
-    except Exception:
-        code = 1
-        _wait_for_rank_0()
-        if processes == 1:
-            raise
-        traceback.print_exc()  # not raised: the interpreter's exit may block on NCCL, and the other ranks on this one
-    if processes > 1:
-        _exit_at_once(code)
-    if code:
-        raise SystemExit(code)
-
-
-def _of_launch(variable: str, default: int, meaning: str) -> int:
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal():
-        raise UserError(f"{variable}: {text!r} is not a {meaning}; start with one of the files in launch/, or unset it")
-    return int(text)
-
-
-def _exit_at_once(code: int) -> None:
-    """Exit one of several processes without the interpreter's clean-up.
-
-    Threads of the communication library may still run then, and have aborted processes that had done all their work.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _report_once(message: str) -> None:
-    """Print a mistake from one process: other ranks wait, and rank 0 ends the launch meanwhile if it has the same mistake."""
-    _wait_for_rank_0()
-    printable = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message)
-    print(f"kd-accel: {printable}", file=sys.stderr, flush=True)  # text from a file must not control the terminal
-
-
-def _print_from_rank_0(message: str) -> None:
-    if not _is_another_rank():
-        print(f"kd-accel: {message}", file=sys.stderr, flush=True)
-
-
-def _wait_for_rank_0() -> None:
-    if _is_another_rank():
-        time.sleep(_OTHER_RANKS_WAIT_S)
-
-
-def _is_another_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) != 0
 
 
 def _handler(command: str) -> Callable[[list[str]], None]:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "kd_accel"
 LAYERS = [
     "types errors",
     "io",
-    "config profiling",
+    "config profiling exit_codes",
     "distributed",
     "data",
     "models",
