@@ -1,27 +1,32 @@
-# make demo and make test set everything up by themselves from a bare checkout. Nothing is installed outside .venv.
+# Each target installs what it needs into .venv, from a bare checkout. Nothing is installed outside of it.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+FAST := not slow and not alone and not faults
 
 .PHONY: demo test test-all faults check fix clean
 
 demo: $(INSTALLED)  ## train, measure and compare the four models on the embedded digits
-	OMP_NUM_THREADS=1 $(BIN)/python -m kd_accel reproduce --config configs/digits/reproduce.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python -m kd_accel reproduce configs/digits/reproduce.yaml
 
-test: $(INSTALLED)  ## the tests that take less than about a second each: four minutes in all
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not faults"
+test: $(INSTALLED)  ## fast tests, then a real proof of each promise with several processes: under five minutes on two cores
+	$(PYTEST) $(PARALLEL) -m "$(FAST)"
+	$(PYTEST) -m "(slow and proof or alone and not slow) and not faults"
 
 test-all: $(INSTALLED)  ## all tests but `make faults`; what CI runs
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST) $(PARALLEL) -m "$(FAST)"
+	$(PYTEST) -m "(slow or alone) and not faults"
 
-faults: $(INSTALLED)  ## the long tests: kills, damages, fuzzing; what was tried and lost is printed and written to runs/faults.json
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -s -m faults
+faults: $(INSTALLED)  ## kills, damage and fuzzing at length; the record is printed and saved in runs/faults.json
+	$(PYTEST) -s -m faults
 
-check: $(INSTALLED)  ## lint, docstrings, format, mypy --strict, layers; edits nothing
+check: $(INSTALLED)  ## lint, docstrings, format, mypy --strict, layers, retired identifiers, language; edits nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layers.py
+	$(BIN)/python -m pytest tests/test_layers.py tests/test_counts.py tests/test_english.py
 
 fix: $(INSTALLED)  ## what the linter and the formatter can fix themselves
 	$(BIN)/ruff check --fix .

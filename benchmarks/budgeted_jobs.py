@@ -1,8 +1,8 @@
-"""Commands under one time budget: side by side or alone, stopped at the end of the budget, recorded one by one.
+"""Commands within one time budget: run concurrently or alone, stopped at the end of the budget, recorded as each ends.
 
-A `Job` is a command. The `Runner` starts it as a process group of its own. The `Ledger` appends a line of JSON as soon as the
-outcome is known, so that finished outcomes outlive the machine. A failed job does not affect the others. A job that is not run,
-for lack of time or of a job that it needs, is named with the reason.
+A `Job` is a command. The `Runner` starts each job as a process group. The `Ledger` appends a line of JSON as soon as a job has
+ended, so that the results survive a loss of the machine. A failed job does not affect jobs that do not need it. A job that was
+not run, for lack of time or because a job that it needs has not finished, is recorded with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 _POLL_S = 0.05
 _GRACE_S = 6.0
-"""A training that is stopped writes a checkpoint first."""
+"""Time between SIGTERM and SIGKILL, in which a training writes its checkpoint."""
 _STDERR_LINES = 20
 
 
@@ -31,12 +31,13 @@ class Job:
     """Command to run.
 
     Args:
-        name: by which it is recorded and needed.
-        arguments: of the runner's program.
-        run_dir: of a training.
-        about: recorded together with the outcome.
-        needs: names of jobs that must be done before.
-        figures: reads the recorded figures after exit code 0. If it raises because something is missing, the job has failed.
+        name: Name in the ledger, and in the `needs` of other jobs.
+        arguments: Arguments of the runner's program.
+        run_dir: Run directory of a training.
+        about: Settings that are recorded together with the outcome.
+        needs: Names of the jobs that must have finished before.
+        figures: Function that reads the figures to record, called after exit code 0. The job counts as failed if the function
+            raises OSError, ValueError or LookupError.
     """
 
     name: str
@@ -49,7 +50,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Command that has ended. code: its exit code; negative = killed by that signal."""
+    """Command that has ended.
+
+    Args:
+        job: The command.
+        code: Exit code; -N if it was killed by signal N.
+        seconds: Time since its start.
+        stdout: Standard output.
+        stderr: Standard error.
+    """
 
     job: Job
     code: int
@@ -59,18 +68,26 @@ class Outcome:
 
     @property
     def steps_shown(self) -> list[tuple[int, int]]:
-        """Return (step, total steps) of each line of progress."""
+        """Return (step, total steps) of each progress line."""
         return _steps_shown(self.stdout)
 
     @property
     def stderr_lines(self) -> list[str]:
-        """Return the last lines, to be recorded with a failure."""
+        """Return the last lines of standard error, which are recorded with a failure."""
         return self.stderr.splitlines()[-_STDERR_LINES:]
 
 
 @dataclass(frozen=True)
 class Running:
-    """Command that was started. Its output goes to files, so that no pipe can fill up."""
+    """Command that was started. Its output is redirected to files, because a full pipe would block it.
+
+    Args:
+        job: The command.
+        process: Leader of a process group.
+        started_at: Start, as of time.monotonic.
+        stdout: File of the standard output.
+        stderr: File of the standard error.
+    """
 
     job: Job
     process: subprocess.Popen[bytes]
@@ -80,12 +97,12 @@ class Running:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the command has ended."""
+        """Return whether the command has ended."""
         return self.process.poll() is not None
 
     @property
     def steps_shown(self) -> list[tuple[int, int]]:
-        """Return (step, total steps) of each line of progress so far."""
+        """Return (step, total steps) of each progress line so far."""
         return _steps_shown(self.stdout.read_text(encoding="utf-8", errors="replace"))
 
     def outcome(self) -> Outcome:
@@ -95,7 +112,13 @@ class Running:
 
 
 class Ledger:
-    """Outcomes of jobs, in memory and as lines of JSON in a file."""
+    """Record of the outcomes of jobs, in memory and as lines of JSON in a file.
+
+    Attributes:
+        done: Recorded figures of the jobs that have finished, by name.
+        failed: Names of the failed jobs.
+        not_done: Reasons of the jobs that were not run, by name.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -104,7 +127,7 @@ class Ledger:
         self.not_done: dict[str, str] = {}
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line to the file, and print it."""
+        """Append a line of JSON to the file, and print it."""
         text = json.dumps(line)
         self.append(text)
         print(text, flush=True)
@@ -115,7 +138,7 @@ class Ledger:
             file.write(text + "\n")
 
     def record(self, outcome: Outcome) -> None:
-        """Write the outcome of a job that has ended by itself."""
+        """Write the outcome of a job that was not stopped."""
         job = outcome.job
         line = {"job": job.name, "code": outcome.code, "wall_s": round(outcome.seconds, 1), **job.about}
         try:
@@ -133,22 +156,22 @@ class Ledger:
         self.failed.append(name)
         self.write({**line, "failed": True})
 
-    def leave_out(self, name: str, reason: str) -> None:
-        """Note a job that was not run, with the reason."""
+    def skip(self, name: str, reason: str) -> None:
+        """Note a job that was not run to its end, with the reason."""
         self.not_done[name] = reason
-        print(f"{name}: not done ({reason})", flush=True)
+        print(f"{name}: skipped ({reason})", flush=True)
 
 
 class Runner:
-    """Runner of jobs until `ends_at` at most. On leaving its context it kills those that still run.
+    """Runner of jobs within a time budget; a context manager that kills the running jobs on exit.
 
     Args:
-        ledger: for outcomes.
-        logs: directory for the output of the commands.
-        ends_at: end of the budget, as of time.monotonic.
-        least_s: time that must be left to start a job.
-        program: the command line before a job's arguments.
-        environment: of the commands.
+        ledger: Record of the outcomes.
+        logs: Directory for the output of the commands; must not exist yet.
+        ends_at: End of the budget, as of time.monotonic.
+        least_s: Time in seconds that must be left to start a job.
+        program: Command line before a job's arguments.
+        environment: Environment of the commands.
     """
 
     def __init__(
@@ -176,13 +199,13 @@ class Runner:
 
     @property
     def left_s(self) -> float:
-        """Return the rest of the budget, in seconds."""
+        """Return the rest of the budget in seconds."""
         return self.ends_at - time.monotonic()
 
     def start(self, job: Job) -> Running | None:
-        """Start a job. Returns None for one that must not start, which is noted as left out."""
+        """Start a job; return None if it was skipped, for lack of time or of a job that it needs."""
         if (reason := self._reason_against(job)) is not None:
-            self.ledger.leave_out(job.name, reason)
+            self.ledger.skip(job.name, reason)
             return None
         out, err = (self._logs / f"{len(self._started):02d}-{job.name}.{stream}" for stream in ("out", "err"))
         with out.open("wb") as stdout, err.open("wb") as stderr:
@@ -191,15 +214,15 @@ class Runner:
             )
         run = Running(job, process, time.monotonic(), out, err)
         self._started.append(run)
-        print(f"{job.name}: started, {self.left_s:.0f} s left", flush=True)
+        print(f"{job.name}: started, {self.left_s:.0f} s of the budget left", flush=True)
         return run
 
     def run(self, *jobs: Job) -> None:
-        """Run these side by side to their ends."""
+        """Run jobs concurrently, until all have ended."""
         self.finish(*(self.start(job) for job in jobs))
 
     def finish(self, *runs: Running | None) -> None:
-        """Wait for these and record their outcomes. At the end of the budget stop those that still run, and note them."""
+        """Wait for running jobs and record their outcomes. Jobs that still run at the end of the budget are stopped."""
         open_runs = [run for run in runs if run is not None]
         while open_runs and self.left_s > 0:
             time.sleep(_POLL_S)
@@ -208,21 +231,22 @@ class Runner:
                 self.ledger.record(run.outcome())
         self.stop(*open_runs)
         for run in open_runs:
+            # A job can finish between the last poll and the signal.
             if run.process.returncode == 0:
                 self.ledger.record(run.outcome())
             else:
-                self.ledger.leave_out(run.job.name, f"stopped when the budget ended{_progress_of(run)}")
+                self.ledger.skip(run.job.name, f"stopped when the budget ended{_progress_of(run)}")
 
-    def wait_until(self, is_so: Callable[[], bool], *runs: Running) -> bool:
-        """Wait while all of these run and time is left. Returns whether the condition was met."""
-        while not is_so():
+    def wait_until(self, condition: Callable[[], bool], *runs: Running) -> bool:
+        """Wait for a condition while all of these jobs run and time is left; return whether the condition was met."""
+        while not condition():
             if self.left_s <= 0 or any(run.has_ended for run in runs):
-                return is_so()
+                return condition()
             time.sleep(_POLL_S)
         return True
 
     def stop(self, *runs: Running, number: signal.Signals = signal.SIGTERM, grace_s: float = _GRACE_S) -> None:
-        """Signal the process groups of those that run, and kill them after the grace period."""
+        """Signal the process groups of running jobs, and kill the groups after the grace period."""
         open_runs = [run for run in runs if not run.has_ended]
         for run in open_runs:
             _signal_group(run, number)
@@ -234,9 +258,9 @@ class Runner:
             run.process.wait()
 
     def _reason_against(self, job: Job) -> str | None:
-        lacking = [name for name in job.needs if name not in self.ledger.done]
-        if lacking:
-            return f"needs {' and '.join(lacking)}, not done"
+        missing = [name for name in job.needs if name not in self.ledger.done]
+        if missing:
+            return f"needs {' and '.join(missing)}, which did not finish"
         if self.left_s < self.least_s:
             return f"takes {self.least_s:.0f} s or more, and {max(0.0, self.left_s):.0f} s of the budget are left"
         return None
@@ -252,6 +276,6 @@ def _progress_of(run: Running) -> str:
 
 
 def _signal_group(run: Running, number: signal.Signals) -> None:
-    """Signal the command and all processes that it has started."""
+    """Signal the command and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.process.pid, number)

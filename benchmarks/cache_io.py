@@ -1,15 +1,15 @@
-"""What a cache costs to read and to build: `python -m benchmarks.cache_io`.
+"""Speed of reading and building a cache: `python -m benchmarks.cache_io`.
 
-Reading: batches of 256 random samples out of 50,000 (7,680 float16 values each, what direction `both` keeps of ResNet-50 at
-32x32), into a buffer that is there, page cache warm.
-    reader          the program's Reader, shards of 48 MiB mapped into memory
-    index_select    torch.index_select from one tensor in memory: all that this hardware can gather
-    files           one torch.save file per sample, torch.load and copy: what many a training does (fewer samples: it is slow)
-Building: ResNet-50 over a block of 32x32 images (jobs.py).
-    build           the program's pass: views, normalization, teacher, projection, encoding, checksums, files, flush
-    forward         the teacher and the projection alone, over the same views, which lie normalized in memory
+Reading: batches of 256 random samples out of 50,000, into an allocated buffer, with a warm page cache. A sample has 7,680
+float16 values, the features of ResNet-50 at 32x32 with direction `both`.
+    reader          the Reader of kd_accel, on shards of 48 MiB that are mapped into memory
+    index_select    torch.index_select on one tensor in memory, the limit of the hardware
+    files           torch.load of one file per sample, and a copy; on fewer samples, because it is slow
+Building: ResNet-50 on a block of 32x32 images (jobs.py).
+    build           `cache build`: views, normalization, teacher, projection, encoding, checksums, files, flush to disk
+    forward         teacher and projection alone, on the same views, normalized in advance and held in memory
 
-One unit is a sample. The cases of each half take turns. Run it alone: on two cores any other load shows.
+The result is samples/s. The cases of reading take turns, as do those of building. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.bare import forward_case
 from benchmarks.caches import fill_cache, write_cache_spec
-from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
+from benchmarks.harness import Result, benchmark_parser, finish, measure_in_turns
 from benchmarks.jobs import Bench, Size, build_live_teacher, hybrid, open_bench
 from kd_accel.cache.reader import Reader
 from kd_accel.cache.shard import write_shard
@@ -35,15 +35,15 @@ TENSOR, VALUES = "features", 7680
 SHARD_MIB = 48
 BATCH_SAMPLES = 256
 READING_TURNS = 5
-"""Turns of the reading cases for one of the building cases: they take a tenth of the time."""
+"""Turns of the reading cases per turn of the building cases, which take ten times as long."""
 
 Cases = dict[str, Callable[[], float]]
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, repeats=9)
-    parser.add_argument("--samples", type=int, default=50_000, help="samples to read from; fewer for a trial of the suite")
-    parser.add_argument("--file_samples", type=int, default=512, help="samples that have a file of their own")
+    parser = benchmark_parser(__doc__, repeats=9)
+    parser.add_argument("--samples", type=int, default=50_000, help="samples of the cache that is read (default: 50000)")
+    parser.add_argument("--file_samples", type=int, default=512, help="samples of the case `files` (default: 512)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as directory:
@@ -58,14 +58,20 @@ def main() -> None:
         "file_samples": arguments.file_samples,
         "built_samples": bench.size.samples,
     }
-    result = Result.of_repeats("cache-io", rates, notes=notes)
+    result = Result.of_repeats("cache-io", rates, notes=notes, unit="samples/s")
     for numerator, denominator in (("reader", "index_select"), ("reader", "files"), ("build", "forward")):
         result.add_ratio(numerator, denominator)
     finish(result)
 
 
 def reading_cases(directory: Path, *, samples: int, file_samples: int) -> Cases:
-    """Each call is an epoch: all samples in a random order, the same for the first two; the last has fewer."""
+    """Return the reading cases; a call reads all samples in a random order, and `files` the first `file_samples`.
+
+    Args:
+        directory: Directory for the cache and the files.
+        samples: Number of samples.
+        file_samples: Number of samples with a file.
+    """
     cache_spec = reading_spec(samples)
     values = torch.from_numpy(np.random.default_rng(0).standard_normal((samples, VALUES), dtype=np.float32)).half()
     write_values(directory, cache_spec, values)
@@ -79,6 +85,7 @@ def reading_cases(directory: Path, *, samples: int, file_samples: int) -> Cases:
 
 
 def reading_spec(samples: int) -> CacheSpec:
+    """Return the spec of a cache with one tensor and one view."""
     tensors = {TENSOR: TensorSpec((VALUES,), "float16")}
     per_shard = samples_in_a_shard(tensors, shard_mib=SHARD_MIB, batch_samples=BATCH_SAMPLES)
     covered = {"train": samples, "val": 0, "test": 0}
@@ -86,16 +93,20 @@ def reading_spec(samples: int) -> CacheSpec:
 
 
 def write_values(directory: Path, cache_spec: CacheSpec, values: Tensor) -> None:
+    """Write the shards of a cache. values: [N, VALUES]."""
     for shard in cache_spec.shards("train", 0, TENSOR):
         write_shard(directory, cache_spec, shard, values[shard.first : shard.first + shard.samples], None)
 
 
 def write_files(directory: Path, values: Tensor) -> None:
+    """Write a file for each sample. values: [N, VALUES]."""
     for sample, value in enumerate(values):
-        torch.save(value.clone(), directory / f"{sample}.pt")  # a clone: torch.save writes all that a slice is cut from
+        # Without the clone torch.save writes the complete storage of which the sample is a slice.
+        torch.save(value.clone(), directory / f"{sample}.pt")
 
 
 def reader_case(directory: Path, cache_spec: CacheSpec, order: list[np.ndarray]) -> Callable[[], float]:
+    """Return the case `reader`. order: sample indices of each batch."""
     reader = Reader(directory, cache_spec, "train", np.arange(cache_spec.samples["train"]), [TENSOR])
     buffer = _buffer()
 
@@ -108,6 +119,7 @@ def reader_case(directory: Path, cache_spec: CacheSpec, order: list[np.ndarray])
 
 
 def index_select_case(values: Tensor, order: list[np.ndarray]) -> Callable[[], float]:
+    """Return the case `index_select`. order: sample indices of each batch."""
     buffer = _buffer()
 
     def block() -> float:
@@ -119,6 +131,7 @@ def index_select_case(values: Tensor, order: list[np.ndarray]) -> Callable[[], f
 
 
 def files_case(directory: Path, order: list[np.ndarray]) -> Callable[[], float]:
+    """Return the case `files`. order: sample indices of each batch."""
     buffer = _buffer()
 
     def block() -> float:
@@ -131,7 +144,7 @@ def files_case(directory: Path, order: list[np.ndarray]) -> Callable[[], float]:
 
 
 def building_cases(bench: Bench, directory: Path) -> Cases:
-    """Each call is a block of samples in view 0."""
+    """Return the building cases; a call processes view 0 of all samples."""
     teacher, count = build_live_teacher(bench, hybrid()).live, itertools.count()
     assert teacher is not None
     cache_spec = write_cache_spec(bench, directory / "spec", teacher, views=1)
@@ -139,7 +152,8 @@ def building_cases(bench: Bench, directory: Path) -> Cases:
     images = [teacher.normalize(batch.images) for batch in bench.batches("train", shares)]
 
     def build() -> float:
-        fill_cache(bench, directory / f"built-{next(count)}", cache_spec, teacher)  # a new directory: no file is replaced
+        # A new directory in each call, so that no file is replaced.
+        fill_cache(bench, directory / f"built-{next(count)}", cache_spec, teacher)
         return bench.size.samples
 
     return {"forward": forward_case(bench, images), "build": build}

@@ -1,4 +1,4 @@
-"""Real cache of the outputs of the teacher of jobs.py, written and opened by the program's own parts."""
+"""Cache of the outputs of the teacher of jobs.py, written and opened by kd_accel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from kd_accel.teacher.teacher import LiveTeacher
 def write_cache(
     bench: Bench, directory: Path, teacher: LiveTeacher, *, views: int, dtype: StorageType = "float16"
 ) -> OpenCache:
-    """Write a complete cache from one process, and open it as a training does."""
+    """Write a complete cache from one process, and open it as a training does.
+
+    Args:
+        bench: Processes and images.
+        directory: Directory of the cache, created if it does not exist.
+        teacher: The live teacher, with the target functions.
+        views: Views of each sample.
+        dtype: Storage type of the outputs.
+    """
     if bench.accelerator.is_main_process:
         cache_spec = write_cache_spec(bench, directory, teacher, views=views, dtype=dtype)
         write_manifest(directory, cache_spec, fill_cache(bench, directory, cache_spec, teacher))
@@ -32,7 +40,7 @@ def write_cache(
 def write_cache_spec(
     bench: Bench, directory: Path, teacher: LiveTeacher, *, views: int, dtype: StorageType = "float16"
 ) -> CacheSpec:
-    """Write the files of a cache that describe it, without held-out samples. Returns the spec."""
+    """Write the files that describe a cache without held-out samples, and return its spec."""
     directory.mkdir(parents=True, exist_ok=True)
     build = CacheBuild(
         directory,
@@ -48,7 +56,11 @@ def write_cache_spec(
 
 
 def fill_cache(bench: Bench, directory: Path, cache_spec: CacheSpec, teacher: LiveTeacher) -> dict[str, str]:
-    """Run the teacher over all views: forward, encoding, writing, and the flush to the disk. Returns {file name: checksum}."""
+    """Write the shards of all views, and flush them to disk.
+
+    Returns:
+        {file name: checksum}.
+    """
     checksums = write_blocks(
         blocks_of(cache_spec.all_shards()),
         directory=directory,
@@ -64,6 +76,6 @@ def fill_cache(bench: Bench, directory: Path, cache_spec: CacheSpec, teacher: Li
 
 def _request(bench: Bench, teacher: LiveTeacher, *, views: int, dtype: StorageType) -> CacheRequest:
     data = bench.data(views)
-    is_last = image_memory_format(None, bench.kernel_device) == torch.channels_last
-    fields = {"teacher": {}, "numerics": {"channels_last": is_last}, **data_fields(data)}
+    channels_last = image_memory_format(None, bench.kernel_device) == torch.channels_last
+    fields = {"teacher": {}, "numerics": {"channels_last": channels_last}, **data_fields(data)}
     return CacheRequest(fields, covered_samples(data), views, teacher.targets, dtype)

@@ -1,7 +1,7 @@
-"""A distillation loop as most people write it: torchvision's transforms for each picture, a DataLoader, hooks, `for x, y in`.
+"""Typical distillation loop in plain PyTorch: torchvision transforms per image, a DataLoader, forward hooks, one loop.
 
-Nothing of this program's own, and nothing tuned: contiguous memory format, the optimizer as torch has it, and the loss read in
-each step.
+The loop uses nothing of kd_accel and is not tuned: contiguous memory format, the default implementation of SGD, and
+`loss.item()` in each step.
 """
 
 from __future__ import annotations
@@ -17,24 +17,21 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet18, resnet50
 
 from benchmarks.bare import ALPHA, FEATURE_WEIGHT, TEMPERATURE
-from benchmarks.jobs import CLASSES, LAYERS, OPTIM, STUDENT, TEACHER, Bench
-from benchmarks.pictures import Pictures
+from benchmarks.jobs import CLASSES, LAYERS, SGD, STUDENT, TEACHER, Bench
+from benchmarks.pil_images import PilImages
 
 
 def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
-    """Return a case: each call runs an epoch of hybrid distillation from a live teacher, and returns the number of images."""
+    """Return a case: each call runs an epoch of hybrid distillation with a live teacher and returns the number of images."""
     torch.manual_seed(0)
     device = bench.device
     student = resnet18(num_classes=CLASSES).to(device)
     teacher = resnet50(num_classes=CLASSES, zero_init_residual=True).to(device).eval()
     projectors = nn.ModuleDict({layer: nn.Conv2d(STUDENT[layer][0], TEACHER[layer][0], 1) for layer in LAYERS}).to(device)
-    parameters = [*student.parameters(), *projectors.parameters()]
-    optimizer = torch.optim.SGD(
-        parameters, lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay
-    )
-    kept, targets = _keep(student), _keep(teacher)
+    optimizer = torch.optim.SGD([*student.parameters(), *projectors.parameters()], **SGD)
+    features, target_features = _record_features(student), _record_features(teacher)
     loader = DataLoader(
-        Pictures(bench),
+        PilImages(bench),
         batch_size=bench.size.batch_size,
         shuffle=True,
         drop_last=True,
@@ -44,41 +41,41 @@ def common_loop_case(bench: Bench, *, workers: int) -> Callable[[], float]:
 
     def block() -> float:
         student.train()
-        images_seen, running = 0, 0.0
-        for batch, targets_of_batch in loader:
-            images, labels = batch.to(device), targets_of_batch.to(device)
+        num_images, running_loss = 0, 0.0
+        for host_images, host_labels in loader:
+            images, labels = host_images.to(device), host_labels.to(device)
             with torch.no_grad():
                 teacher_logits = teacher(images)
             logits = student(images)
-            soft = functional.kl_div(
+            kl = functional.kl_div(
                 functional.log_softmax(logits / TEMPERATURE, dim=1),
                 functional.softmax(teacher_logits / TEMPERATURE, dim=1),
                 reduction="batchmean",
             )
-            loss = ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * functional.cross_entropy(logits, labels)
+            loss = ALPHA * TEMPERATURE**2 * kl + (1 - ALPHA) * functional.cross_entropy(logits, labels)
             for layer in LAYERS:
-                loss = loss + FEATURE_WEIGHT * functional.mse_loss(projectors[layer](kept[layer]), targets[layer])
+                loss = loss + FEATURE_WEIGHT * functional.mse_loss(projectors[layer](features[layer]), target_features[layer])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            running += loss.item()
-            images_seen += len(images)
-        assert math.isfinite(running)
-        return images_seen
+            running_loss += loss.item()
+            num_images += len(images)
+        assert math.isfinite(running_loss)
+        return num_images
 
     return block
 
 
-def _keep(model: nn.Module) -> dict[str, Tensor]:
-    """Record the layers of a ResNet. Returns {layer: its output in the latest forward}, filled by each forward."""
-    kept: dict[str, Tensor] = {}
+def _record_features(model: nn.Module) -> dict[str, Tensor]:
+    """Register forward hooks on the layers of a ResNet; return {layer: output of the last forward}, filled by each forward."""
+    features: dict[str, Tensor] = {}
 
-    def keeper(layer: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            kept[layer] = output
+    def recorder(layer: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            features[layer] = output
 
-        return keep
+        return record
 
     for layer in LAYERS:
-        getattr(model, layer).register_forward_hook(keeper(layer))
-    return kept
+        getattr(model, layer).register_forward_hook(recorder(layer))
+    return features

@@ -1,13 +1,13 @@
-"""Speed of a network with other kernels and memory formats, the function being the same: `python -m benchmarks.cpu_kernels`.
+"""Speed of the same network with different kernels and memory formats: `python -m benchmarks.cpu_kernels`.
 
 A training step of the student (forward, cross-entropy, backward, fused SGD) and a forward of the teacher, on tensors in memory:
-    student, teacher        as a training on this machine has them by default: memory format, CPU kernels, BatchNorm fused
-    ..._torch               the same, contiguous, with torch's own kernels
-    ..._channels_last       the same in channels_last, with torch's own kernels
-    student_compiled        `student`, compiled; left out where torch finds no compiler
-    teacher_apart           `teacher_torch`, its BatchNorm layers separate
-One unit is an image; the cases take turns. Other networks and larger images reverse some ratios: `--teacher`, `--student`,
-`--image_size`, with fewer images in a batch. Run it alone.
+    student, teacher        the defaults of a training on this machine: memory format, CPU kernels, BatchNorm fused
+    ..._torch               contiguous, with the kernels of torch
+    ..._channels_last       channels_last, with the kernels of torch
+    student_compiled        `student` with torch.compile; omitted without a compiler
+    teacher_apart           `teacher_torch` without fusion of BatchNorm
+The result is images/s; the cases take turns. Some ratios are reversed for other networks and larger images: see `--teacher`,
+`--student` and `--image_size`, with fewer images in a batch. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.harness import Result, finish, has_compiler, measure_in_turns, suite_parser
-from benchmarks.jobs import CLASSES, IMAGE_SIZE, OPTIM
+from benchmarks.harness import Result, benchmark_parser, finish, has_compiler, measure_in_turns
+from benchmarks.jobs import CLASSES, IMAGE_SIZE, SGD
 from kd_accel.models.factory import build_model
 from kd_accel.models.inference import CpuKernels, fuse_conv_bn, image_memory_format, use_cpu_kernels, weight_memory_format
 
@@ -35,11 +35,11 @@ RATIOS = [
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, repeats=15, steps=2)
-    parser.add_argument("--student", default="torchvision/resnet18", help="its architecture")
-    parser.add_argument("--teacher", default="torchvision/resnet50", help="its architecture")
-    parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="side of the images in pixels")
-    parser.add_argument("--cases", nargs="+", help="some of them; default: all")
+    parser = benchmark_parser(__doc__, repeats=15, steps=2)
+    parser.add_argument("--student", default="torchvision/resnet18", help="architecture of the student")
+    parser.add_argument("--teacher", default="torchvision/resnet50", help="architecture of the teacher")
+    parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="height and width of the images in pixels")
+    parser.add_argument("--cases", nargs="+", help="cases to measure (default: all)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,21 +59,24 @@ def main() -> None:
 
 
 def student_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
-    """Build the student's training steps. model: on the device of the images."""
+    """Return the student's cases, each a training step.
+
+    Args:
+        model: Network on the device of the images.
+        images: Normalized float images [B, 3, H, W].
+    """
     device, labels = images.device, torch.randint(0, CLASSES, (len(images),), device=images.device)
 
     def case(*, channels_last: bool | None, cpu_kernels: CpuKernels, compiles: bool = False) -> Callable[[], object]:
-        own = copy.deepcopy(model).to(memory_format=weight_memory_format(channels_last, device)).train()
-        own_images = images.contiguous(memory_format=image_memory_format(channels_last, device))
-        use_cpu_kernels(own, device, cpu_kernels)
-        optimizer = torch.optim.SGD(
-            own.parameters(), lr=OPTIM.lr, momentum=OPTIM.momentum, nesterov=True, weight_decay=OPTIM.weight_decay, fused=True
-        )
+        network = copy.deepcopy(model).to(memory_format=weight_memory_format(channels_last, device)).train()
+        inputs = images.contiguous(memory_format=image_memory_format(channels_last, device))
+        use_cpu_kernels(network, device, cpu_kernels)
+        optimizer = torch.optim.SGD(network.parameters(), **SGD, fused=True)
         if compiles:
-            own.compile()
+            network.compile()
 
         def step() -> None:
-            functional.cross_entropy(own(own_images), labels).backward()
+            functional.cross_entropy(network(inputs), labels).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -90,14 +93,19 @@ def student_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], ob
 
 
 def teacher_cases(model: nn.Module, images: Tensor) -> dict[str, Callable[[], object]]:
-    """Build the teacher's forwards. model: on the CPU, where BatchNorm is fused without TF32."""
+    """Return the teacher's cases, each a forward.
+
+    Args:
+        model: Network on the CPU, where BatchNorm is fused without TF32.
+        images: Normalized float images [B, 3, H, W].
+    """
     device, fused = images.device, fuse_conv_bn(model, layers=[], image_size=images.shape[-1])
 
     def case(source: nn.Module, *, channels_last: bool | None, cpu_kernels: CpuKernels = "never") -> Callable[[], object]:
-        own = copy.deepcopy(source).to(device).to(memory_format=image_memory_format(channels_last, device))
-        own_images = images.contiguous(memory_format=image_memory_format(channels_last, device))
-        use_cpu_kernels(own, device, cpu_kernels)
-        return torch.no_grad()(lambda: own(own_images))
+        network = copy.deepcopy(source).to(device).to(memory_format=image_memory_format(channels_last, device))
+        inputs = images.contiguous(memory_format=image_memory_format(channels_last, device))
+        use_cpu_kernels(network, device, cpu_kernels)
+        return torch.no_grad()(lambda: network(inputs))
 
     default = model if fused is None else fused
     cases = {

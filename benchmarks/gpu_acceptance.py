@@ -1,23 +1,25 @@
-"""Acceptance of a GPU: checks of everything that can be wrong or slow on one, in a command of about three minutes.
+"""Acceptance test of kd_accel on a GPU: correctness and speed of all that depends on the device, in about three minutes.
 
     python -m benchmarks.gpu_acceptance --out DIR [--budget_s 180] [--only a,b] [--trial]
 
-    a  ten steps of every way of training in which nothing may synchronize the device
-    b  images per second, operators per step, busy share and memory of the program next to its limits
-    c  losses against the CPU, views of the device against the host's, cached against live outputs
-    d  two ranks on the one GPU, a signal and a resume among them, and one rank over NCCL
-    e  exact resume, and numbers that are not finite
-    f  `cache build` and `verify`
+    a  ten steps of every kind of training, none of which may synchronize the device
+    b  images/s, operators per step, busy share and memory of kd_accel next to the bare loops
+    c  losses against the CPU, views made on the device against those made on the host, cached against live outputs
+    d  two ranks on one GPU, with a signal and a resume, and one rank over NCCL
+    e  exact resume, and losses or gradients that are not finite
+    f  `cache build` and `cache verify`
     g  compiled trainings
 
-benchmarks/acceptance/ has a module for each. DIR/gpu_acceptance.jsonl gets a line of JSON as soon as a case has ended; a case
-that fails, hangs or crashes does not affect the others, and DIR/gpu_acceptance.log has the output of all processes. The closing
-line of JSON lists the cases that are ok, failed and not run, the last with the reason. The exit code is 1 if a case has failed.
-Without a GPU nothing is measured and the exit code is 0; `--trial` runs all of it in small on a CPU.
+Each item is a module of benchmarks/acceptance/. DIR/gpu_acceptance.jsonl receives a line of JSON as soon as a case has ended;
+DIR/gpu_acceptance.log has the output of all processes. A case that fails, hangs or crashes does not affect later cases. The
+closing line of JSON lists the cases that passed, that failed, and that were not run, with the reason.
 
-Correctness (a, c, d, e) comes before speed. Those four measure no time, so they run side by side and cost about as much as the
-longest of them. f follows, which takes seconds, then b, the figures on which later work on speed is based; g compiles for half
-a minute or more, and nothing depends on it, so it is last. Timed parts run alone.
+The exit code is 1 if a case failed, otherwise 0. Without a GPU nothing is measured and the exit code is 0. With `--trial`
+everything runs on a CPU with small settings.
+
+Order: the items that measure no time (a, c, d, e) come first and run concurrently, so that they take about as long as the
+longest of them. The timed items run alone: f takes seconds, b gives the figures that matter most, and g is last because it
+compiles for half a minute or more.
 """
 
 from __future__ import annotations
@@ -38,16 +40,16 @@ from benchmarks.acceptance.record import Figures, Record, Setting
 from benchmarks.acceptance.starting import BUDGET, Starter
 
 LEAST_S = 4.0
-"""Least time left to start a process: with less, it does not reach its first case."""
+"""Time that must be left to start a process, which needs this long to reach its first case."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory for the lines and logs")
-    parser.add_argument("--budget_s", type=float, default=180.0, help="time for all of it, in seconds")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(ITEMS), help="items, such as a,b")
-    parser.add_argument("--trial", action="store_true", help="all of it in small on a CPU")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the results and the log")
+    parser.add_argument("--budget_s", type=float, default=180.0, help="time for everything, in seconds (default: 180)")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(ITEMS), help="items to run, for example a,b")
+    parser.add_argument("--trial", action="store_true", help="run with small settings on a CPU")
     arguments = parser.parse_args(argv)
     if unknown := [item for item in arguments.only if item not in ITEMS]:
         parser.error(f"--only: {', '.join(unknown)} is not a valid item; choose from {', '.join(ITEMS)}")
@@ -56,50 +58,63 @@ def main(argv: Sequence[str] | None = None) -> None:
     logs = arguments.out / "logs"
     try:
         with Starter(logs, budget_s=arguments.budget_s) as starter:
-            import torch  # here, while the process that is forked later imports it
+            # Imported while the fork server imports it too, since both take seconds.
+            import torch
 
+            # The closing line is written even after a signal, so a signal ends the budget instead of the process.
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *about: starter.end_budget())  # the closing line is written all the same
+                signal.signal(number, lambda *_: starter.end_budget())
 
             if not torch.cuda.is_available() and not arguments.trial:
-                print("no GPU was found: nothing was measured")
+                print("no GPU was found; nothing was measured")
                 return
-            has_worked = run(parts, arguments.out, starter, is_trial=arguments.trial)
+            passed = run(parts, arguments.out, starter, is_trial=arguments.trial)
     finally:
         join_logs(logs, arguments.out / "gpu_acceptance.log")
-    if not has_worked:
+    if not passed:
         raise SystemExit(1)
 
 
 def run(parts: Sequence[Part], out: Path, starter: Starter, *, is_trial: bool = False) -> bool:
-    """Run parts as far as the budget allows and write the closing line. Returns whether nothing has failed."""
+    """Run parts within the budget, and write the closing line.
+
+    Args:
+        parts: Parts in their order.
+        out: Directory of the results.
+        starter: Starter of processes, with the budget.
+        is_trial: Whether to use the small settings.
+
+    Returns:
+        Whether no case failed.
+    """
     started_at, method = time.monotonic(), starter.choose_method()
-    record = Record(out / "gpu_acceptance.jsonl", _in_each_line())
+    record = Record(out / "gpu_acceptance.jsonl", _provenance())
     before_bytes = record.length_bytes()
-    left_out: dict[str, str] = {}
+    not_run: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(is_trial, Path(scratch), record)
 
-        def run_one(part: Part) -> None:
+        def run_if_time_is_left(part: Part) -> None:
             if starter.left_s > LEAST_S:
-                left_out.update(run_part(part, setting, starter))
+                not_run.update(run_part(part, setting, starter))
             else:
-                left_out.update({f"{part.item}/{part.label(case)}": BUDGET for case in part.cases})
+                not_run.update({f"{part.item}/{part.label(case)}": BUDGET for case in part.cases})
 
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
-            list(pool.map(run_one, [part for part in parts if not part.is_timed]))
-        starter.kill_running()  # commands of cases that have failed before
+            list(pool.map(run_if_time_is_left, [part for part in parts if not part.is_timed]))
+        # A failed case may leave commands running, which would disturb the timed parts.
+        starter.kill_running()
         for part in parts:
             if part.is_timed:
-                run_one(part)
-    notes = {"not_run": left_out, "seconds": round(time.monotonic() - started_at, 1), "start_method": method}
+                run_if_time_is_left(part)
+    notes = {"not_run": not_run, "seconds": round(time.monotonic() - started_at, 1), "start_method": method}
     return _close(record, record.lines(since_bytes=before_bytes), out, notes)
 
 
 def join_logs(logs: Path, joined: Path) -> None:
-    """Append each log of a directory to one file, under its name, and remove the directory.
+    """Append the logs of a directory to one file, each below its name, and remove the directory.
 
-    A machine that is lent for minutes may give back only a few files.
+    One file is easier to fetch from a remote machine than a directory of logs.
     """
     for log in sorted(logs.glob("*.log")):
         with joined.open("a", encoding="utf-8") as file:
@@ -108,21 +123,24 @@ def join_logs(logs: Path, joined: Path) -> None:
 
 
 def set_environment() -> None:
-    """Set the variables of all processes. The check by NVML does not touch the GPU, as no process may before it is forked."""
+    """Set the environment variables of all processes."""
+    # The check for a GPU goes through NVML, because CUDA cannot be used in a process forked after its initialization.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 8)))
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # no threads in the process that is forked
+    # The fork server must not have threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _close(record: Record, lines: Sequence[Figures], out: Path, notes: Figures) -> bool:
+    """Print and write the closing line; return whether no case failed."""
     from benchmarks.harness import Result, finish
 
     ok, failed = ([f"{line['item']}/{line['case']}" for line in lines if line["ok"] is is_ok] for is_ok in (True, False))
     result = Result("gpu-acceptance", notes={"ok": ok, "failed": failed, **notes})
     for line in lines:
         if not line["ok"]:
-            print(f"{line['item']}/{line['case']} failed: {line.get('error', 'its figures are not as required')}")
+            print(f"{line['item']}/{line['case']} failed: {line.get('error', 'a figure is outside its tolerance')}")
         for name, figures in line.get("cases", {"": line}).items():
             if "images_per_s" in figures:
                 case = "/".join(filter(None, (line["item"], line["case"], name)))
@@ -133,7 +151,8 @@ def _close(record: Record, lines: Sequence[Figures], out: Path, notes: Figures) 
     return not failed
 
 
-def _in_each_line() -> Figures:
+def _provenance() -> Figures:
+    """Return commit, GPU and versions, which are part of every line."""
     from benchmarks.harness import provenance
 
     about = provenance()

@@ -1,4 +1,4 @@
-"""Figures of a finished job of gpu_reference, read from its run directory, its output or the file that it wrote."""
+"""Readers of the figures of a finished job of gpu_reference, from its run directory, its output or the file that it wrote."""
 
 from __future__ import annotations
 
@@ -10,34 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.budgeted_jobs import Job, Outcome
+from benchmarks.harness import training_rates
 
-WARM_LINES = 2
+WARM_UP_LINES = 2
 """Lines of metrics in which kernels are chosen and memory is first allocated."""
-_BULKY = ("data", "versions", "name")
+_OMITTED = ("data", "versions", "name")
 
 
 def rates(job: Job) -> list[float]:
-    """Return images/s of each training line of metrics.jsonl; of complete lines, since the training may be writing."""
-    path = job.run_dir / "metrics.jsonl" if job.run_dir else None
-    text = path.read_text(encoding="utf-8") if path and path.exists() else ""
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [line["images_per_second"] for line in lines if line["split"] == "train" and "images_per_second" in line]
+    """Return images/s of each training line of metrics so far."""
+    assert job.run_dir is not None
+    return training_rates(job.run_dir)
 
 
 def warm_rate(job: Job) -> float:
-    """Return the median of the rates without the first lines."""
-    return statistics.median(rates(job)[WARM_LINES:])
+    """Return the median images/s without the lines of the warm-up."""
+    return statistics.median(rates(job)[WARM_UP_LINES:])
 
 
 def training_figures(outcome: Outcome) -> Mapping[str, Any]:
-    """Return what summary.json holds, besides the description of the data."""
+    """Return the contents of summary.json, without the description of the data."""
     assert outcome.job.run_dir is not None
     summary = json.loads((outcome.job.run_dir / "summary.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in summary.items() if name not in _BULKY}
+    return {name: value for name, value in summary.items() if name not in _OMITTED}
 
 
 def resumed_figures(outcome: Outcome) -> Mapping[str, Any]:
-    """Return the figures of a resumed training. Raises ValueError if it started from scratch instead."""
+    """Return the figures of a resumed training.
+
+    Raises:
+        ValueError: If the training started from scratch instead.
+    """
     first, start = outcome.steps_shown[0][0], outcome.job.about["resumed_from_step"]
     if first <= start:
         raise ValueError(f"the first step after the checkpoint of step {start} was {first}")
@@ -45,13 +48,13 @@ def resumed_figures(outcome: Outcome) -> Mapping[str, Any]:
 
 
 def timed_figures(outcome: Outcome) -> Mapping[str, Any]:
-    """Return the rate of a short training, and the rates that it is the median of."""
-    warm = [round(rate, 1) for rate in rates(outcome.job)[WARM_LINES:]]
+    """Return images/s of each line of a short training after the warm-up, and their median."""
+    warm = [round(rate, 1) for rate in rates(outcome.job)[WARM_UP_LINES:]]
     return {"images_per_second": statistics.median(warm), "rates": warm}
 
 
 def build_figures(outcome: Outcome) -> Mapping[str, Any]:
-    """Return the rate of `cache build`; a sample counts once for each of its views."""
+    """Return the rate of `cache build`; each view of a sample counts as a sample."""
     return {"samples_per_second": float(re.findall(r"\((\d+) samples/s\)", outcome.stdout)[-1])}
 
 
@@ -62,7 +65,10 @@ def verify_figures(outcome: Outcome) -> Mapping[str, Any]:
 
 
 def bench_figures(path: Path) -> Mapping[str, Any]:
-    """Return median milliseconds by model and batch size."""
+    """Return the median latency in milliseconds, by model and batch size."""
     models = json.loads(path.read_text(encoding="utf-8"))["models"]
-    latency = {model["name"]: {str(one["batch_size"]): one["median_ms"] for one in model["latency"]} for model in models}
-    return {"latency_ms": {Path(name).name: medians for name, medians in latency.items()}}
+    medians = {
+        Path(model["name"]).name: {str(latency["batch_size"]): latency["median_ms"] for latency in model["latency"]}
+        for model in models
+    }
+    return {"latency_ms": medians}

@@ -1,11 +1,13 @@
-"""Trainings of gpu_reference: their settings, and the number of epochs that fit into the budget.
+"""Trainings of gpu_reference: their settings, and the number of epochs that fit into the time budget.
 
-Part `reference` takes its settings from configs/cifar10, the values of the reference job to the letter. Part `pair` is a recipe
-for a GPU: bf16, batch 512, and a stem that leaves a 32x32 image more pixels, 4 times as many (`no_pool`) or 16 times (`cifar`).
+Part `reference` takes its settings from configs/cifar10, which has the exact values of the reference job. Part `pair` is a
+recipe for a GPU: bf16, batch 512, and a stem after which a 32x32 image has 4 times (`no_pool`) or 16 times (`cifar`) as many
+pixels.
 
-`no_pool` is the default by an estimate for ResNet-50 at batch 512 on an H100: launches take about 5 ms of a step, arithmetic
-and memory traffic 8 ms with `no_pool` and four times as much with `cifar`. Thirty epochs of 87 steps then take 25 s or 90 s;
-the latter leaves too little of four minutes, since five commands in a row start for about 20 s each.
+`no_pool` is the default because of an estimate for ResNet-50 at batch 512 on an H100. Kernel launches take about 5 ms of a
+step; arithmetic and memory traffic take 8 ms with `no_pool` and four times as much with `cifar`. Thirty epochs of 87 steps then
+take 25 s or 90 s. The `cifar` stem leaves too little of four minutes, because five commands in sequence take about 20 s each to
+start.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ Flags = Mapping[str, Any]
 Stem = Literal["no_pool", "cifar"]
 
 _CACHED_COST = 1.5
-"""Cost of a step with cached features, in plain steps: it launches 1.4 times as many operators, and reads."""
-_NEIGHBOR_COST = 0.5
-"""Share by which a training slows down another next to it: launches overlap on a GPU, kernels do not."""
+"""Estimated time of a step with cached features, in plain steps: 1.4 times as many operators, and the reading."""
+_CONCURRENT_COST = 0.5
+"""Estimated share of its own time by which a training delays a concurrent one: launches overlap on a GPU, kernels do not."""
 _CACHED_S_PER_BYTE = 4.3e-9
-"""Time of the host in `cache build`: 15,000 samples and views of 15,380 bytes a second."""
+"""Time of the host in `cache build`: 15,000 samples and views of 15,380 bytes per second."""
 _SLACK = 1.1
+"""Safety factor on estimated times."""
 _LEAST_EPOCHS_OF_ALL_SEEDS = 10
 
 
@@ -37,9 +40,9 @@ class Row:
     """Training that is a row of the table.
 
     Args:
-        name: also of its run directory.
-        flags: its own settings, besides those that all trainings of the part share.
-        seed: of the training.
+        name: Name of the training and of its run directory.
+        flags: Settings in addition to those that all trainings of the part share.
+        seed: Seed of the training.
     """
 
     name: str
@@ -52,18 +55,18 @@ class Part:
     """Trainings of one part.
 
     Args:
-        name: pair or reference.
-        epochs: of every training.
-        shared: settings of all trainings.
-        teacher: of all distilled rows.
-        students: plain; the first one is stopped and resumed.
-        distilled: with the cached outputs of the teacher.
-        precision: of the trainings, and of the latencies.
-        batch_size: of the trainings.
-        views: of the students; the teacher gets new ones in every epoch.
-        sample_bytes: size in the cache of one sample and view.
-        timed_steps: of a cached and of a live training, each alone.
-        keeps_time_for_timed: whether these two come before more epochs.
+        name: `pair` or `reference`.
+        epochs: Epochs of every training.
+        shared: Settings of all trainings.
+        teacher: Teacher of all distilled rows.
+        students: Students trained on labels alone; the first one is stopped and resumed.
+        distilled: Students trained with the cached outputs of the teacher.
+        precision: Precision of the trainings and of the latencies.
+        batch_size: Batch size of the trainings.
+        views: Views of each sample for the students; the teacher is trained on a new view in every epoch.
+        sample_bytes: Bytes of one sample and view in the cache.
+        timed_steps: Steps of the timed trainings, one cached and one live.
+        reserves_timed: Whether time is reserved for the timed trainings, at the cost of epochs.
     """
 
     name: str
@@ -77,7 +80,7 @@ class Part:
     views: int
     sample_bytes: int
     timed_steps: int
-    keeps_time_for_timed: bool
+    reserves_timed: bool
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -93,14 +96,14 @@ class Part:
 
 @dataclass(frozen=True)
 class FirstRates:
-    """Times of the first steps, teacher and student side by side.
+    """Times of the first steps of teacher and student, which run concurrently.
 
     Args:
-        startup_s: from the teacher's command to its first step.
-        trained_s: from there until now.
-        steps_per_epoch: of every training.
-        teacher_step_s: of the teacher.
-        student_step_s: of the plain student.
+        startup_s: Time from the start of the teacher's command to its first step.
+        trained_s: Time from the teacher's first step until now.
+        steps_per_epoch: Steps in an epoch of every training.
+        teacher_step_s: Time of a step of the teacher.
+        student_step_s: Time of a step of the plain student.
     """
 
     startup_s: float
@@ -112,65 +115,70 @@ class FirstRates:
 
 @dataclass(frozen=True)
 class Choice:
-    """Part as it fits into the budget.
+    """Part with the epochs and seeds that fit into the budget.
 
     Args:
-        part: with epochs and seeds that fit.
-        starts_again: whether the running trainings must start again, with fewer epochs.
+        part: The part with these epochs and seeds.
+        restarts: Whether the running trainings must be started again, with fewer epochs.
     """
 
     part: Part
-    starts_again: bool
+    restarts: bool
 
 
 def choose(part: Part, rates: FirstRates, *, left_s: float) -> Choice:
-    """Decide epochs and seeds from the first rates.
+    """Choose epochs and seeds from the first rates.
 
-    All epochs of all seeds if they fit, otherwise all epochs of the first seed. If these do not fit either, teacher and student
-    start again: with all seeds if ten epochs or more fit, otherwise with the first seed and at least one epoch.
+    In this order of preference:
+
+    1. All epochs of all seeds.
+    2. All epochs of the first seed.
+    3. Ten epochs or more of all seeds; teacher and student are restarted.
+    4. One epoch or more of the first seed; teacher and student are restarted.
 
     Args:
-        part: as planned.
-        rates: of teacher and student.
-        left_s: time for everything but bench and report.
+        part: The planned part.
+        rates: First rates of teacher and student.
+        left_s: Time for everything except bench and report, in seconds.
     """
     first = part.of_first_seed()
     for candidate in (part, first):
         if fitting_epochs(candidate, rates, left_s=left_s + rates.trained_s) >= part.epochs:
-            return Choice(candidate, starts_again=False)
+            return Choice(candidate, restarts=False)
     left_s -= rates.startup_s
     epochs = min(part.epochs, fitting_epochs(part, rates, left_s=left_s))
     if epochs >= _LEAST_EPOCHS_OF_ALL_SEEDS:
-        return Choice(replace(part, epochs=epochs), starts_again=True)
+        return Choice(replace(part, epochs=epochs), restarts=True)
     epochs = min(part.epochs, fitting_epochs(first, rates, left_s=left_s))
-    return Choice(replace(first, epochs=max(1, epochs)), starts_again=True)
+    return Choice(replace(first, epochs=max(1, epochs)), restarts=True)
 
 
 def fitting_epochs(part: Part, rates: FirstRates, *, left_s: float) -> int:
-    """Return the number of epochs that fit into the time; 0 or less if not one fits."""
+    """Return the number of epochs that fit into the time; 0 or less if the time does not suffice for one."""
     fixed_s = 2 * rates.startup_s + _build_s(part, rates)
-    if part.keeps_time_for_timed:
+    if part.reserves_timed:
         fixed_s += 2 * rates.startup_s + part.timed_steps * (rates.teacher_step_s + 2 * rates.student_step_s)
     teacher_s = _SLACK * rates.steps_per_epoch * rates.teacher_step_s
-    next_to_build_s = _NEIGHBOR_COST * epoch_s(rates, plain=len(part.students) - 1)
-    return int((left_s - fixed_s) / (teacher_s + next_to_build_s + epoch_s(rates, distilled=len(part.distilled))))
+    during_build_s = _CONCURRENT_COST * epoch_s(rates, plain=len(part.students) - 1)
+    return int((left_s - fixed_s) / (teacher_s + during_build_s + epoch_s(rates, distilled=len(part.distilled))))
 
 
 def epoch_s(rates: FirstRates, *, plain: int = 0, distilled: int = 0) -> float:
-    """Return the time of an epoch of these numbers of students side by side."""
+    """Estimate the time of an epoch of concurrent students, in seconds."""
     costs = [1.0] * plain + [_CACHED_COST] * distilled
     longest = max(costs, default=0.0)
-    return _SLACK * rates.steps_per_epoch * rates.student_step_s * (longest + _NEIGHBOR_COST * (sum(costs) - longest))
+    return _SLACK * rates.steps_per_epoch * rates.student_step_s * (longest + _CONCURRENT_COST * (sum(costs) - longest))
 
 
 def _build_s(part: Part, rates: FirstRates) -> float:
-    """Estimate `cache build` without its start: a forward is a third of a training step. Held-out samples count as a view."""
-    forwards = (part.views + 1) * rates.steps_per_epoch * part.batch_size
-    return forwards * (rates.teacher_step_s / (3 * part.batch_size) + _CACHED_S_PER_BYTE * part.sample_bytes)
+    """Estimate the time of `cache build` without its start, in seconds."""
+    # The held-out samples count as one more view. A forward takes a third of a training step.
+    samples = (part.views + 1) * rates.steps_per_epoch * part.batch_size
+    return samples * (rates.teacher_step_s / (3 * part.batch_size) + _CACHED_S_PER_BYTE * part.sample_bytes)
 
 
 def pair(stem: Stem, seeds: Sequence[int]) -> Part:
-    """Return ResNet-50 to ResNet-18 with features of the last stage alone, which docs/experiments.md found to be enough."""
+    """Return part `pair`, ResNet-50 to ResNet-18, with the feature of layer4 alone, which suffices by docs/experiments.md."""
     data = {"data.augment": "crop_flip", "data.mean": [0.4914, 0.4822, 0.4465], "data.std": [0.2470, 0.2435, 0.2616]}
     teacher = {"role": "teacher", "model.arch": "torchvision/resnet50", "model.arch_args": {"zero_init_residual": True}}
     student = {"model.arch": "torchvision/resnet18"}
@@ -190,12 +198,15 @@ def pair(stem: Stem, seeds: Sequence[int]) -> Part:
         views=8,
         sample_bytes=2 * 10 + 2 * 512 * pixels,
         timed_steps=160,
-        keeps_time_for_timed=True,
+        reserves_timed=True,
     )
 
 
 def reference() -> Part:
-    """Return the four rows of the reference job, the teacher from random weights: ImageNet's would have to be downloaded."""
+    """Return part `reference`, the four rows of the reference job.
+
+    The teacher is trained from random weights, because the weights of ImageNet would have to be downloaded.
+    """
     teacher, student, fixed, scheduled = (
         Row(name, {"config": str(_CONFIGS / f"{file}.yaml")})
         for name, file in (
@@ -217,12 +228,12 @@ def reference() -> Part:
         views=10,
         sample_bytes=15_380,
         timed_steps=400,
-        keeps_time_for_timed=False,
+        reserves_timed=False,
     )
 
 
-def in_small(part: Part) -> Part:
-    """Return the part for a few images on a CPU: two ResNet-18, two epochs, two views, one layer."""
+def scaled_down(part: Part) -> Part:
+    """Return the part with small settings for a CPU: ResNet-18 as teacher and student, two epochs, two views, one layer."""
     small = {"train.batch_size": 4, "train.log_every_steps": 1, "train.precision": "float32"}
     layers = {"distill.features.mse.layers": ["layer1"], "distill.features.mse.args.pca_images": 16}
     return replace(
@@ -239,6 +250,6 @@ def in_small(part: Part) -> Part:
 
 
 def as_arguments(flags: Flags) -> list[str]:
-    """Return the flags as a command line has them, a config file first, since later ones win."""
+    """Return flags as command-line arguments, the config file first, because later arguments override earlier ones."""
     ordered = sorted(flags.items(), key=lambda item: item[0] != "config")
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in ordered]

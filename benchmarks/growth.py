@@ -1,12 +1,13 @@
-"""Growth of cost with images, views, classes and layers: `python -m benchmarks.growth`.
+"""Scaling of time and memory with samples, views, classes and layers: `python -m benchmarks.growth`.
 
-Each case is a `cache build` and a training of one epoch from that cache (ResNet-50 teaches ResNet-18, hybrid, 32x32, random
-pixels), each command in a process of its own, with one of the numbers changed:
+Each case is a `cache build` and a training of one epoch that reads the cache, each a command in a new process: hybrid
+distillation of ResNet-50 into ResNet-18 on random 32x32 images. The cases differ from `base` in one number:
     base          1,024 samples, 1 view, 10 classes, 4 layers
-    samples_...   more images           views_...     more views
+    samples_...   more samples          views_...     more views
     classes_...   more classes          layers_...    fewer layers
-Medians are microseconds of a sample and view in the build (its own figure), and of a sample in the training; the notes hold the
-largest resident memory of both commands, in MiB, and the bytes of a sample and view. The cases take turns. Run it alone.
+`.../build_us` is the median time of a sample and view in the build, as `cache build` reports it, and `.../train_us` that of a
+sample in the training, both in microseconds. The notes have the peak resident memory of both commands in MiB, and the bytes of
+a sample and view in the cache. The cases take turns. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from benchmarks.harness import Result, cpu_threads, finish, suite_parser
+from benchmarks.harness import Result, benchmark_parser, cpu_threads, finish, training_rates
 from kd_accel.models.factory import build_model
 
 _SAMPLES, _CLASSES = "KD_GROWTH_SAMPLES", "KD_GROWTH_CLASSES"
 _PCA_SAMPLES = 640
-"""More than the 512 directions of the last layer, whose map has one pixel."""
-_ARGS = {"zero_init_residual": True}
+"""More than the 512 components of layer4, whose output has one pixel per sample."""
+_ARCH_ARGS = {"zero_init_residual": True}
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Case:
     """Numbers of one build and training.
 
     Args:
-        samples: of training.
-        views: of each sample.
-        classes: of the labels.
-        layers: that are compared, from the last one on.
+        samples: Training samples.
+        views: Views of each sample.
+        classes: Classes of the labels.
+        layers: Compared layers, counted from the last one.
     """
 
     samples: int
@@ -51,7 +52,7 @@ class Case:
 
 
 def images(split: str, image_size: int) -> dict[str, object]:
-    """Make a split of random pixels, as `data.source` expects it; the environment has the numbers."""
+    """Return a split of random images in the format of `data.source`; environment variables set its size."""
     generator = np.random.default_rng(0)
     samples, classes = int(os.environ[_SAMPLES]) if split == "train" else 16, int(os.environ[_CLASSES])
     pixels = generator.integers(0, 256, (samples, image_size, image_size, 3), dtype=np.uint8)
@@ -74,10 +75,10 @@ def cases(base: Case) -> dict[str, Case]:
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, repeats=2)
-    parser.add_argument("--cases", nargs="+", help="some of them; default: all")
+    parser = benchmark_parser(__doc__, repeats=2)
+    parser.add_argument("--cases", nargs="+", help="cases to measure (default: all)")
     arguments = parser.parse_args()
-    found: dict[str, list[float]] = {}
+    times_us: dict[str, list[float]] = {}
     notes: dict[str, Any] = {}
     for turn in range(arguments.repeats):
         for name, case in cases(Case(max(_PCA_SAMPLES, arguments.batch_size * arguments.steps))).items():
@@ -86,20 +87,22 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as directory:
                 measured = run_case(case, Path(directory), batch_size=arguments.batch_size, threads=arguments.threads)
             for key in ("build_us", "train_us"):
-                found.setdefault(f"{name}/{key}", []).append(measured.pop(key))
+                times_us.setdefault(f"{name}/{key}", []).append(measured.pop(key))
             notes[name] = measured
-            print(f"{turn} {name}: {measured}", file=sys.stderr)
-    finish(Result.of_repeats("growth", found, notes=notes, unit="us"), threads=arguments.threads)
+            figures = ", ".join(f"{key} {value:g}" for key, value in measured.items())
+            print(f"turn {turn + 1} of {arguments.repeats}, {name}: {figures}", file=sys.stderr)
+    finish(Result.of_repeats("growth", times_us, notes=notes, unit="us"), threads=arguments.threads)
 
 
 def run_case(case: Case, directory: Path, *, batch_size: int, threads: int) -> dict[str, float]:
-    """Build a cache and train from it. Returns times, memory and bytes."""
+    """Build a cache and train with it; return the times, peak memory and bytes by name."""
     weights = directory / "teacher.safetensors"
-    teacher = build_model("torchvision/resnet50", num_classes=case.classes, arch_args=_ARGS)
+    teacher = build_model("torchvision/resnet50", num_classes=case.classes, arch_args=_ARCH_ARGS)
     save_file({name: value.contiguous() for name, value in teacher.state_dict().items()}, weights)
     flags = [
         *("--data.source=import:benchmarks.growth:images", "--data.val_fraction=0", f"--data.views={case.views}"),
-        *("--teacher.arch=torchvision/resnet50", f"--teacher.weights={weights}", f"--teacher.arch_args={json.dumps(_ARGS)}"),
+        *("--teacher.arch=torchvision/resnet50", f"--teacher.weights={weights}"),
+        f"--teacher.arch_args={json.dumps(_ARCH_ARGS)}",
         *("--teacher.mean=[0.5, 0.5, 0.5]", "--teacher.std=[0.25, 0.25, 0.25]", "--teacher.outputs=cached"),
         *(f"--teacher.cache.dir={directory / 'cache'}", f"--train.batch_size={batch_size}", "--train.epochs=1"),
     ]
@@ -110,14 +113,13 @@ def run_case(case: Case, directory: Path, *, batch_size: int, threads: int) -> d
     printed, build_mib = _run(["cache", "build", *flags], environment)
     rate = float(re.findall(r"([0-9.]+) samples/s", printed)[-1])
     run_dir = directory / "run"
-    own = ["--tracking.wandb=disabled", "--checkpoint.every_epochs=null", "--train.log_every_steps=1"]
-    _, train_mib = _run(["train", f"--run_dir={run_dir}", *own, *flags], environment)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    rates = [line["images_per_second"] for line in lines if line["split"] == "train"][1:]
+    train_flags = ["--tracking.wandb=disabled", "--checkpoint.every_epochs=null", "--train.log_every_steps=1"]
+    _, train_mib = _run(["train", f"--run_dir={run_dir}", *train_flags, *flags], environment)
     info, _ = _run(["cache", "info", "--json", *flags], environment)
+    # The first line of metrics includes the warm-up.
     return {
         "build_us": 1e6 / rate,
-        "train_us": 1e6 / float(np.median(rates)),
+        "train_us": 1e6 / float(np.median(training_rates(run_dir)[1:])),
         "build_mib": round(build_mib),
         "train_mib": round(train_mib),
         "sample_bytes": json.loads(info[info.index("{") :])["bytes_per_sample_and_view"]["all"],
@@ -125,7 +127,7 @@ def run_case(case: Case, directory: Path, *, batch_size: int, threads: int) -> d
 
 
 def _run(command: list[str], environment: dict[str, str]) -> tuple[str, float]:
-    """Run a command. Returns (what it printed, its largest resident memory in MiB)."""
+    """Run a command; return (its output, its peak resident memory in MiB). A failure ends this process."""
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen([sys.executable, "-m", "kd_accel", *command], env=environment, stdout=out, stderr=out)
         _, status, usage = os.wait4(process.pid, 0)

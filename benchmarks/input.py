@@ -1,15 +1,15 @@
-"""Cost of bringing images to the model: `python -m benchmarks.input`.
+"""Speed of the input pipeline: `python -m benchmarks.input`.
 
-All cases give batches of 128 normalized float images of 32x32 pixels, cropped and flipped at random, with their labels, from
-the same 1,024 images; the first four in one process without workers, `--threads` threads.
-    loader          the program's own: views of whole batches, from uint8 pixels in memory
-    v2              PIL images, torchvision.transforms.v2 for each of them, and a DataLoader, as most people write it
+The first four cases produce batches of 128 normalized float images with their labels, from the same 1,024 images of 32x32
+pixels, in one process without workers and with `--threads` threads. All but `gather` crop and flip at random.
+    loader          the loader of kd_accel: views of a batch at once, from uint8 pixels in memory
+    v2              PIL images, torchvision.transforms.v2 on each image, and a DataLoader: the typical pipeline
     with_transform  Hugging Face `datasets`: encoded images, decoded and transformed one by one in `with_transform`
-    gather          a gather from one uint8 tensor in memory and the normalization, no augmentation: the hardware's limit
-    student         a training step of the student (ResNet-18), to see what share of it the loader takes (on a GPU the
-                    views of such a training are made on the GPU, `loader` is then for sets that do not fit)
+    gather          a gather from one uint8 tensor in memory, and the normalization: the limit of the hardware
+    student         training steps of the student (ResNet-18), to show the share of the loader in a step. With a GPU this
+                    training makes its views on the GPU, and `loader` is the case of data sets that do not fit on the GPU.
 
-One unit is an image; a block is an epoch; the cases take turns. Run it alone: on two cores any other load shows.
+The result is images/s; a block is an epoch; the cases take turns. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import Result, finish, measure_in_turns, suite_parser
+from benchmarks.harness import Result, benchmark_parser, finish, measure_in_turns
 from benchmarks.jobs import MEAN, PLAIN, STD, Bench, Size, build_training, epochs_of, open_bench, with_settings
-from benchmarks.pictures import Pictures, pictures_of, transform
+from benchmarks.pil_images import PilImages, crop_flip_transform, pil_images
 from kd_accel.models.preprocess import Normalize
 
-FAST_TURNS = 20
-"""Epochs in one block of the cases that take milliseconds for an epoch."""
+FAST_EPOCHS = 20
+"""Epochs in a block of the cases whose epoch takes milliseconds."""
 
 
 def main() -> None:
-    arguments = suite_parser(__doc__, repeats=9).parse_args()
+    arguments = benchmark_parser(__doc__, repeats=9).parse_args()
     torch.set_num_threads(arguments.threads)
     bench = open_bench(Size(arguments.batch_size, arguments.steps))
     with tempfile.TemporaryDirectory() as directory:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def cases(bench: Bench, directory: Path, repeats: int) -> dict[str, Callable[[], float]]:
-    """Build the cases. directory: of the student's training."""
+    """Return the cases. directory: run directory of the student."""
     pixels = bench.images.pixels(bench.samples)
     config = with_settings(PLAIN, train={"epochs": repeats + 1})
     return {
@@ -62,11 +62,11 @@ def _loader(bench: Bench) -> Callable[[], float]:
     normalize, epochs = Normalize(MEAN, STD, memory_format=torch.contiguous_format), iter(range(1 << 30))
 
     def block() -> float:
-        for _ in range(FAST_TURNS):
+        for _ in range(FAST_EPOCHS):
             for micro_batches in loader.epoch(next(epochs)):
                 for batch in micro_batches:
                     normalize(batch.images)
-        return FAST_TURNS * bench.size.samples
+        return FAST_EPOCHS * bench.size.samples
 
     return block
 
@@ -75,28 +75,28 @@ def _gather(bench: Bench, stored: torch.Tensor) -> Callable[[], float]:
     normalize, labels = Normalize(MEAN, STD, memory_format=torch.contiguous_format), torch.from_numpy(bench.images.labels)
 
     def block() -> float:
-        for _ in range(FAST_TURNS):
+        for _ in range(FAST_EPOCHS):
             for samples in torch.randperm(bench.size.samples).split(bench.size.batch_size):
                 normalize(stored.index_select(0, samples))
                 labels[samples]
-        return FAST_TURNS * bench.size.samples
+        return FAST_EPOCHS * bench.size.samples
 
     return block
 
 
 def _v2(bench: Bench) -> Callable[[], float]:
-    loader = DataLoader(Pictures(bench), batch_size=bench.size.batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(PilImages(bench), batch_size=bench.size.batch_size, shuffle=True, drop_last=True)
     return lambda: float(sum(len(labels) for _, labels in loader))
 
 
 def _with_transform(bench: Bench) -> Callable[[], float]:
-    own = transform()
-    pictures, labels = pictures_of(bench)
+    transform = crop_flip_transform()
+    images, labels = pil_images(bench)
 
     def transformed(examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {"images": [own(image.convert("RGB")) for image in examples["image"]], "labels": examples["label"]}
+        return {"images": [transform(image.convert("RGB")) for image in examples["image"]], "labels": examples["label"]}
 
-    dataset: Any = HuggingFaceDataset.from_dict({"image": pictures, "label": labels}).with_transform(transformed)
+    dataset: Any = HuggingFaceDataset.from_dict({"image": images, "label": labels}).with_transform(transformed)
     loader = DataLoader(dataset, batch_size=bench.size.batch_size, shuffle=True, drop_last=True)
     return lambda: float(sum(len(batch["labels"]) for batch in loader))
 

@@ -1,9 +1,11 @@
-"""Trainings on random images for the suites, built by the package's own builders from a RunConfig in memory.
+"""Trainings on random images for the benchmarks, built by the builders of kd_accel from a RunConfig in memory.
 
-The networks are those of the reference job: ResNet-50 teaches ResNet-18, both with the ImageNet stem and 10 classes, on 32x32
-images in batches of 128. Features are compared in the student's 64, 128, 256 and 512 channels, with direction `both` unless
-another is named. Weights and images are random, since no figure here depends on what they show. Frozen random projectors stand
-in for the PCA, whose directions make no difference to the time. `open_bench` builds what the cases of a suite share.
+The networks are those of the reference job: a ResNet-50 teacher and a ResNet-18 student, both with the ImageNet stem and 10
+classes, on 32x32 images in batches of 128. Features are compared in the student's 64, 128, 256 and 512 channels, with direction
+`both` unless a case names another one.
+
+Weights and images are random, because the measured times do not depend on their values. For the same reason frozen random
+projectors replace the fitted PCA. `open_bench` makes the parts that all cases of a benchmark share.
 """
 
 from __future__ import annotations
@@ -46,41 +48,46 @@ from kd_accel.types import Batch, no_teacher
 
 CLASSES = 10
 IMAGE_SIZE = 32
-OPTIM = OptimConfig(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+"""Arguments of torch.optim.SGD."""
 MEAN, STD = [0.5] * 3, [0.25] * 3
 VIEWS = ViewTransform("crop_flip", IMAGE_SIZE)
 STUDENT = {"layer1": (64, 8, 8), "layer2": (128, 4, 4), "layer3": (256, 2, 2), "layer4": (512, 1, 1)}
+"""{layer: shape of its output (D, H, W)} of the student."""
 TEACHER = {"layer1": (256, 8, 8), "layer2": (512, 4, 4), "layer3": (1024, 2, 2), "layer4": (2048, 1, 1)}
+"""{layer: shape of its output (D, H, W)} of the teacher."""
 LAYERS = list(STUDENT)
 PLAIN = RunConfig(
-    data=DataConfig(augment="crop_flip", val_fraction=0.0), optim=OPTIM, checkpoint=CheckpointConfig(every_epochs=None)
+    data=DataConfig(augment="crop_flip", val_fraction=0.0),
+    optim=OptimConfig(**SGD),
+    checkpoint=CheckpointConfig(every_epochs=None),
 )
-"""Plain training, without checkpoints and evaluation."""
+"""Training on labels alone, without checkpoints and evaluation."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Work of one block: `steps` batches of `batch_size` samples."""
+    """Size of a block: `steps` batches of `batch_size` samples, over all processes."""
 
     batch_size: int
     steps: int
 
     @property
     def samples(self) -> int:
-        """Number of samples in a block."""
+        """Return the number of samples in a block."""
         return self.batch_size * self.steps
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Processes, precision and images that the cases of a suite share.
+    """Processes, precision and images that all cases of a benchmark share.
 
     Args:
-        accelerator: of the launch.
-        size: of a block.
-        images: as many as a block has samples.
-        precision: of all trainings.
-        as_gpu: whether a CPU takes the code paths of a GPU: memory formats, kernels, images stored on the device.
+        accelerator: The launch's `Accelerator`.
+        size: Size of a block.
+        images: As many images as a block has samples.
+        precision: Precision of all trainings.
+        as_gpu: Whether a CPU takes the code paths of a GPU: memory formats, kernels, images stored on the device.
     """
 
     accelerator: Accelerator
@@ -91,17 +98,17 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """Device of this process."""
+        """Return the device of this process."""
         return self.accelerator.device
 
     @property
     def kernel_device(self) -> torch.device:
-        """Device for which memory formats and kernels are chosen."""
+        """Return the device for which memory formats and kernels are chosen."""
         return torch.device("cuda") if self.as_gpu else self.device
 
     @property
     def samples(self) -> np.ndarray:
-        """Indices of all samples."""
+        """Return the indices of all samples, int64 [N]."""
         return np.arange(self.size.samples)
 
     def data(self, num_views: int | None = None) -> DataModule:
@@ -110,20 +117,20 @@ class Bench:
         return DataModule(self.images, self.images, splits, MEAN, STD, VIEWS, num_views)
 
     def batches(self, split: Split, shares: Sequence[tuple[np.ndarray, int]]) -> Iterator[Batch]:
-        """Yield a batch on the device for each (indices, view), as a build of a cache loads them."""
+        """Yield a batch on the device for each (indices, view) of `shares`, as `cache build` does."""
         batches = self.data().batches(split, shares, pin_memory=self.device.type == "cuda")
         return (batch.to(self.device, non_blocking=True) for batch in batches)
 
     def adapted(self, config: RunConfig) -> RunConfig:
-        """Return the config with batch size and precision of the bench, and with a GPU's choices if `as_gpu` is set."""
-        of_gpu = {"channels_last": True, "cpu_kernels": "never"} if self.as_gpu else {}
-        return with_settings(config, train={"batch_size": self.size.batch_size, "precision": self.precision, **of_gpu})
+        """Return the config with the batch size and precision of the bench, and with a GPU's settings if `as_gpu` is set."""
+        gpu_settings = {"channels_last": True, "cpu_kernels": "never"} if self.as_gpu else {}
+        return with_settings(config, train={"batch_size": self.size.batch_size, "precision": self.precision, **gpu_settings})
 
 
 def open_bench(
     size: Size, *, precision: Precision = "float32", deterministic: bool = False, tf32: bool = True, as_gpu: bool = False
 ) -> Bench:
-    """Join the launched processes, choose the kernels, and make random images."""
+    """Join the processes of the launch, choose the kernels, and make random images."""
     choose_kernels(deterministic=deterministic, tf32=tf32)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (size.samples, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
@@ -133,7 +140,7 @@ def open_bench(
 
 
 def with_settings(config: RunConfig, **sections: Mapping[str, Any]) -> RunConfig:
-    """Return the config with some settings of its sections replaced, as `train={"epochs": 3}`."""
+    """Return the config with some settings of its sections replaced, for example `train={"epochs": 3}`."""
     updated = {name: getattr(config, name).model_copy(update=dict(settings)) for name, settings in sections.items()}
     return config.model_copy(update=updated)
 
@@ -156,14 +163,15 @@ def build_training(
     teacher: TeacherSetup | None = None,
     keeps_images_on_host: bool = False,
 ) -> Trainer:
-    """Build a training at its first step.
+    """Build a trainer at its first step.
 
     Args:
-        bench: adapts the config.
-        config: of the training.
-        directory: made, for the lines of metrics.
-        teacher: where the config has a teacher.
-        keeps_images_on_host: even with a GPU; views are then made on the host, as for sets that are too large.
+        bench: Processes, precision and images.
+        config: Config of the training; batch size and precision are replaced by those of the bench.
+        directory: Run directory, created if it does not exist; receives metrics.jsonl.
+        teacher: Teacher of a distillation; None for a training on labels alone.
+        keeps_images_on_host: Whether images stay in host memory even with a GPU. Views are then made on the host, as for data
+            sets that do not fit on the GPU.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = bench.adapted(config).model_copy(update={"run_dir": str(directory)})
@@ -173,7 +181,8 @@ def build_training(
     distiller = build_distiller(config, data, network, losses, shapes, bench.device)
     distiller.start_recording()
     train_state = build_train_state(config, distiller, bench.accelerator)
-    if bench.as_gpu:  # a CPU's weights stay contiguous for any config
+    if bench.as_gpu:
+        # On a CPU `build_train_state` leaves weights contiguous, regardless of the config.
         for module in filter(None, (train_state.module, train_state.average)):
             module.to(memory_format=torch.channels_last)
     loader = build_train_loader(config, data, bench.accelerator)
@@ -187,7 +196,7 @@ def build_training(
 
 
 def epochs_of(trainer: Trainer) -> Callable[[], float]:
-    """Return a case: each call runs an epoch of the training with the next view, and returns the number of images."""
+    """Return a case: each call runs the next epoch of the training and returns the number of images."""
 
     def block() -> float:
         position = trainer.train_state.position
@@ -206,7 +215,8 @@ def build_live_teacher(bench: Bench, config: RunConfig) -> TeacherSetup:
     targets = build_targets(config, losses, student, teacher)
     for layer, target in targets.items():
         if isinstance(target, PCA):
-            projector = seeded_projector(TEACHER[layer][0], target.channels, layer=layer, seed=0)  # the same on all ranks
+            # Seeded, so that all ranks have the same projector.
+            projector = seeded_projector(TEACHER[layer][0], target.channels, layer=layer, seed=0)
             target.load(projector.state_dict())
         target.to(bench.device)
     raw_shapes = layer_shapes(config, losses, teacher)
@@ -217,6 +227,6 @@ def build_live_teacher(bench: Bench, config: RunConfig) -> TeacherSetup:
 
 
 def random_teacher() -> Teacher:
-    """Build ResNet-50, whose blocks begin as the identity, so that random weights give numbers of an ordinary size."""
-    arch, arguments = "torchvision/resnet50", {"zero_init_residual": True}
-    return Teacher(build_model(arch, num_classes=CLASSES, arch_args=arguments), MEAN, STD, arch=arch, arch_args=arguments)
+    """Build a teacher with random weights, whose residual blocks are initialized to the identity to keep outputs in range."""
+    arch, arch_args = "torchvision/resnet50", {"zero_init_residual": True}
+    return Teacher(build_model(arch, num_classes=CLASSES, arch_args=arch_args), MEAN, STD, arch=arch, arch_args=arch_args)

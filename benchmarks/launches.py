@@ -1,19 +1,18 @@
-"""Operators per training step by part, program against limit: `python -m benchmarks.launches`.
+"""Operators per training step by part, compared with the bare loops: `python -m benchmarks.launches`.
 
-Every program of training_case.py and every limit of bare.py, in float32 and in bf16 autocast. Nothing is timed and no GPU is
-needed: the steps run on a CPU along the code paths of a GPU, which are images stored on the device and views made there,
-channels_last maps and weights, PyTorch's own kernels, and copies from the host. The last two of three steps must agree in every
-operator; the line of metrics is left out. The size of the batch makes no difference.
+Counts every training of training_case.py and every limit of bare.py, in float32 and in bf16 autocast. Nothing is timed and no
+GPU is needed: the steps run on a CPU with the code paths of a GPU (images stored and views made on the device, channels_last
+features and weights, PyTorch's kernels, copies from the host). The last two of three steps must agree in every operator; the
+line of metrics is not included. The batch size does not affect the counts.
 
-The counting rule: one dispatched operator is one launch; views, allocations and work on the host are none; a fused or foreach
-operator is one (operators.py). docs/gpu.md has the printed tables:
+One dispatched operator counts as one launch, also a fused or foreach operator. Views, allocations and work on the host do not
+count (operators.py). docs/gpu.md has the printed tables, with these columns:
 
-    loader ... logging      profiler ranges of kd_accel/profiling.py, one inside another counted once: `projector` and
-                            `student` are apart
-    rest                    outside of the ranges: copies of a host batch
+    loader ... logging      profiler ranges of kd_accel/profiling.py; a nested range counts for the inner name only
+    rest                    outside of all ranges: copies of a batch from the host
     in all                  launches per step
     limit, distance         launches of the same training as a bare loop, and the difference
-    views, allocations      in no other column
+    views, allocations      operators that launch no kernel, included in no other column
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from unittest import mock
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.bare import LIMITS, limit_case
-from benchmarks.harness import Result, finish, suite_parser
-from benchmarks.jobs import Bench, Size, open_bench
+from benchmarks.bare import LIMITS
+from benchmarks.harness import Result, benchmark_parser, finish
+from benchmarks.jobs import Size, open_bench
 from benchmarks.operators import REST, OperatorCounter, StepCounts, counted
-from benchmarks.training_case import PROGRAMS, Programs
+from benchmarks.training_case import TRAININGS, CaseBuilder
 from kd_accel.config.schema import Precision
 from kd_accel.models import preprocess
 
@@ -38,7 +37,7 @@ STEPS = 3
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 PARTS = ("loader", "teacher", "student", "projector", "loss", "backward", "optimizer", "logging", REST)
 LIMIT_OF = {
-    **{name: "bare" for name in PROGRAMS if name.startswith("plain")},
+    **{name: "bare" for name in TRAININGS if name.startswith("plain")},
     "live_logits": "limit_live_logits",
     "live_hybrid": "limit",
     "cached_logits": "limit_cached_logits",
@@ -46,39 +45,41 @@ LIMIT_OF = {
     "cached_hybrid_int8": "limit_cached_hybrid",
 }
 Counts = Mapping[str, StepCounts]
-"""{case: one step}."""
+"""{case: counts of one step}."""
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, steps=None, batch_size=2)
-    parser.add_argument("--cases", nargs="+", choices=[*LIMITS, *PROGRAMS], default=[*LIMITS, *PROGRAMS])
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser = benchmark_parser(__doc__, steps=None, batch_size=2)
+    names = [*LIMITS, *TRAININGS]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, help="cases to count (default: all)")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="precisions (default: all)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result = Result("launches", unit="operators", notes={"batch_size": arguments.batch_size, "by_part": {}, "free": {}})
     for precision in arguments.precisions:
         counts = count_cases(arguments.cases, precision, batch_size=arguments.batch_size)
         print(f"Operators per step in {precision}:\n\n{table(counts)}\n")
-        _add(result, counts, precision)
+        _add_counts(result, counts, precision)
     finish(result)
 
 
 def count_cases(names: Sequence[str], precision: Precision, *, batch_size: int) -> dict[str, StepCounts]:
-    """Count a step of each case: a program of training_case.py or a limit of bare.py."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process counts both precisions
+    """Count a step of each case, a training of training_case.py or a limit of bare.py."""
+    # Accelerate keeps the precision of the first `Accelerator` in a process.
+    AcceleratorState._reset_state(reset_partial_state=True)
     bench = open_bench(Size(batch_size, STEPS), precision=precision, as_gpu=True)
     with tempfile.TemporaryDirectory() as directory:
-        programs = Programs(bench, Path(directory), views=1)
-        return {name: count_step(_block(name, bench, programs, Path(directory) / name)) for name in names}
+        builder = CaseBuilder(bench, Path(directory), views=1)
+        return {name: count_step(builder.case(name, Path(directory) / name, blocks=1)) for name in names}
 
 
 def count_step(block: Callable[[], float]) -> StepCounts:
-    """Count a step of a block of several.
+    """Count the last step of a block of several steps.
 
     Raises:
-        RuntimeError: its last two steps differ.
+        RuntimeError: If the last two steps differ in an operator.
     """
-    # on a CPU `Normalize` first spreads its three values along the pixel rows of channels_last images
+    # On a CPU `Normalize` repeats its three values along the pixel rows of channels_last images; on a GPU it does not.
     with (
         mock.patch.object(preprocess, "_repeat_along_row", lambda values, pixels: values),
         counted(OperatorCounter()) as counter,
@@ -97,12 +98,6 @@ def table(counts: Counts) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---", *["---:"] * (len(head) - 1)], *rows])
 
 
-def _block(name: str, bench: Bench, programs: Programs, directory: Path) -> Callable[[], float]:
-    if name in PROGRAMS:
-        return programs.case(name, directory, blocks=1)
-    return limit_case(LIMITS[name], bench)
-
-
 def _row(name: str, counts: Counts) -> list[str]:
     step, limit = counts[name], counts.get(LIMIT_OF.get(name, ""))
     numbers = [step.by_part.get(part, 0) for part in PARTS]
@@ -111,7 +106,7 @@ def _row(name: str, counts: Counts) -> list[str]:
     return [*map(str, numbers), str(total), *against, str(step.free.total())]
 
 
-def _add(result: Result, counts: Counts, precision: str) -> None:
+def _add_counts(result: Result, counts: Counts, precision: str) -> None:
     for name, step in counts.items():
         case = f"{name}@{precision}"
         result.add_repeats({case: [float(step.launches.total())]})
@@ -123,7 +118,7 @@ def _add(result: Result, counts: Counts, precision: str) -> None:
 
 def _difference(before: StepCounts, last: StepCounts) -> str:
     counters = ((before.launches, last.launches), (before.free, last.free))
-    keys = sorted({key for one, other in counters for key in one | other if one[key] != other[key]})
+    keys = sorted({key for first, second in counters for key in first | second if first[key] != second[key]})
     return ", ".join(f"{operator} in {part}" for part, operator in keys)
 
 

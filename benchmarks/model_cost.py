@@ -1,12 +1,12 @@
-"""Cost of running the models: `python -m benchmarks.model_cost`.
+"""Parameters, multiply-adds and latency of the models: `python -m benchmarks.model_cost`.
 
-ResNet-50 and ResNet-18 with 10 classes on 32x32 images, each with the ImageNet stem and without its max-pool: parameters,
-multiply-adds, and latency at batch 1, 8, 32 and 128: eager, compiled where torch finds a compiler, and by ONNX Runtime where it
-is installed with onnxscript (on CPUs). `kd-accel bench` does the measuring; `torch.utils.benchmark` measures the eager
-ResNet-18 in turns with it, to check that they agree.
+ResNet-50 and ResNet-18 with 10 classes on 32x32 images, each with the ImageNet stem and without its max-pool, at batch 1, 8, 32
+and 128. The modes are eager, compiled if torch finds a compiler, and on CPUs ONNX Runtime if it is installed with onnxscript.
+The latency is measured by the functions of `kd-accel bench`. As a check, `torch.utils.benchmark` measures the eager ResNet-18
+in turns with them.
 
-Medians are milliseconds a forward. `latency/torch_benchmark` is time over time, turn by turn, of the batch size where it is
-furthest from 1; the notes have it for each.
+The result is the median time of a forward in milliseconds. `latency/torch_benchmark` is the ratio of the two measurements, turn
+by turn, for the batch size where it differs most from 1; the notes have it for every batch size.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from kd_accel.models.inference import choose_kernels, image_memory_format
 
 STEMS: tuple[Stem, ...] = ("imagenet", "no_pool")
 _TURN_S = 0.1
+"""Time of a measurement in the comparison with torch.utils.benchmark: short, since the machine's speed drifts in a second."""
 MODELS = {f"{arch}-{stem}": (f"torchvision/{arch}", stem) for arch in ("resnet50", "resnet18") for stem in STEMS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32, 128], help="images in a forward")
-    parser.add_argument("--iterations", type=int, default=10, help="least number of timed forwards; more where they are short")
-    parser.add_argument("--min_time_s", type=float, default=0.5, help="least time for each model, batch size and mode")
-    parser.add_argument("--turns", type=int, default=40, help="how often the two ways of measuring take turns")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--modes", choices=list(MODES), nargs="+", default=_modes(), help="as torch runs them")
+    parser.add_argument("--iterations", type=int, default=10, help="smallest number of timed forwards (default: 10)")
+    parser.add_argument("--min_time_s", type=float, default=0.5, help="shortest measurement in seconds (default: 0.5)")
+    parser.add_argument("--turns", type=int, default=40, help="turns of the check by torch.utils.benchmark (default: 40)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--modes", choices=list(MODES), nargs="+", default=_modes(), help="modes (default: all available)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    choose_kernels()  # as a training and `kd-accel bench` have them
+    choose_kernels()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {name: build_model(arch, num_classes=CLASSES, stem=stem).eval() for name, (arch, stem) in MODELS.items()}
     notes = {name: {**count_parameters(model), "macs": count_macs(model, _images(1))} for name, model in models.items()}
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def torch_benchmark_ms(model: nn.Module, images: Tensor, *, min_time_s: float) -> float:
-    """Return the median of `torch.utils.benchmark` for the same forward, with as many threads."""
+    """Return the median time of a forward in milliseconds, measured by `torch.utils.benchmark`."""
     timer = Timer(
         "with torch.inference_mode(): model(images)",
         globals={"model": model, "images": images, "torch": torch},
@@ -83,37 +84,35 @@ def torch_benchmark_ms(model: nn.Module, images: Tensor, *, min_time_s: float) -
 
 
 def _agreement(model: nn.Module, images: Tensor, arguments: argparse.Namespace) -> TurnRatio:
-    """Return our latency over that of `torch.utils.benchmark` for the same forward, in turns that each opens alternately.
-
-    The turns are many and short, since the machine's speed drifts within a second.
-    """
+    """Return the ratio of the latency by kd_accel to that by `torch.utils.benchmark`, for the same forward."""
     min_time_s = min(_TURN_S, arguments.min_time_s)
 
-    def own() -> float:
+    def kd_accel_ms() -> float:
         numbers = {"min_iterations": arguments.iterations, "min_time_s": min_time_s}
         return measure_latency({"model": model}, {"model": images}, **numbers)["model"]["median_ms"]
 
-    def reference() -> float:
+    def reference_ms() -> float:
         return torch_benchmark_ms(model, images, min_time_s=min_time_s)
 
-    times_ms: dict[Callable[[], float], list[float]] = {own: [], reference: []}
+    times_ms: dict[Callable[[], float], list[float]] = {kd_accel_ms: [], reference_ms: []}
     for turn in range(arguments.turns):
-        for way in (own, reference) if turn % 2 else (reference, own):
-            times_ms[way].append(way())
-    return turn_ratio(times_ms[own], times_ms[reference])
+        # The order alternates, so that a drift within a turn does not favor either.
+        for measure in (kd_accel_ms, reference_ms) if turn % 2 else (reference_ms, kd_accel_ms):
+            times_ms[measure].append(measure())
+    return turn_ratio(times_ms[kd_accel_ms], times_ms[reference_ms])
 
 
 class _OnnxRuntime(nn.Module):
-    """Exported model in a session of ONNX Runtime, with as many threads as torch has."""
+    """Model exported to ONNX, run by ONNX Runtime with the number of threads of torch."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         onnxruntime = importlib.import_module("onnxruntime")
         with tempfile.TemporaryDirectory() as directory:
             path = f"{directory}/model.onnx"
-            any_batch = ({0: torch.export.Dim("batch")},)
+            dynamic_batch = ({0: torch.export.Dim("batch")},)
             torch.onnx.export(
-                model, (_images(2),), path, dynamo=True, external_data=False, verbose=False, dynamic_shapes=any_batch
+                model, (_images(2),), path, dynamo=True, external_data=False, verbose=False, dynamic_shapes=dynamic_batch
             )
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
@@ -132,7 +131,7 @@ MODES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def _modes() -> list[str]:
-    """Return the modes that this machine can run."""
+    """Return the modes that are available on this machine."""
     has_gpu = torch.cuda.is_available()
     has_onnx = not has_gpu and all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
     return ["eager", *(["compiled"] if has_compiler() else []), *(["onnx"] if has_onnx else [])]

@@ -1,12 +1,12 @@
-"""Counter of the operators that PyTorch dispatches in a training step, by part, on a CPU that stands in for a GPU.
+"""Counter of the operators that PyTorch dispatches in a training step, by part, on a CPU that simulates a GPU.
 
-One dispatched operator is one launch. Not counted as launches: views and allocations, for which no kernel runs, and operators
-whose tensors are all on the host. A fused or foreach operator is one launch; a GPU runs it as a few kernels.
+One dispatched operator counts as one launch, except views and allocations, which run no kernel, and operators whose tensors are
+all on the host. A fused or foreach operator counts as one launch, although a GPU runs it as a few kernels.
 
-Host and device are both CPU memory here, so the counter tracks which of them each tensor would be in. On the host: NumPy's
-memory, tensors created without a device, and results computed from such tensors alone. Everything else is on the device.
-`tensor.to(device)` of a tensor on the host is the copy that it would be with a GPU: it is made, and counted. An operator that
-mixes both is an error, as it would be with a GPU.
+Host and device are both CPU memory in this simulation, so the counter tracks which of the two each tensor would be in. On the
+host are NumPy's memory, tensors created without a device, and results computed from such tensors alone. All other tensors are
+on the device. `tensor.to(device)` copies a tensor from the host, and is counted. An operator that mixes both is an error, as on
+a GPU.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kd_accel.profiling import RangeName, observed
 
 REST = "rest"
-"""Name of the part outside of any profiler range."""
+"""Name of the part outside of all profiler ranges."""
 
 _LAST: RangeName = "optimizer"
 _FREE = {
-    # views, and changes of a tensor's own shape, which their schemas do not declare as such
+    # views, and changes of a tensor's shape in place, whose schemas do not declare an alias
     *("aten::_unsafe_view", "aten::unsqueeze_", "aten::squeeze_", "aten::transpose_", "aten::t_", "aten::as_strided_"),
     *("aten::detach_", "aten::set_"),
     # allocations
@@ -44,8 +44,8 @@ class StepCounts:
     """Operators of one step as {(part, operator): number}.
 
     Args:
-        launches: those that run a kernel.
-        free: views and allocations.
+        launches: Operators that run a kernel.
+        free: Views and allocations.
     """
 
     launches: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -53,7 +53,7 @@ class StepCounts:
 
     @property
     def by_part(self) -> dict[str, int]:
-        """Launches by part, in the order in which the parts first ran."""
+        """Return the number of launches by part, in the order in which the parts first ran."""
         parts: Counter[str] = Counter()
         for (part, _), number in self.launches.items():
             parts[part] += number
@@ -61,21 +61,25 @@ class StepCounts:
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counter of the steps that run inside `with counted(counter)`.
+    """Counter of the operators of the steps that run inside `with counted(counter)`.
 
-    A step ends where its part "optimizer" ends; `steps` holds the counts of those that have ended.
+    A step ends at the end of its part "optimizer".
+
+    Attributes:
+        steps: Counts of each completed step.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[StepCounts] = []
         self._step, self._parts = StepCounts(), [REST]
-        self._on_host: dict[int, torch.UntypedStorage] = {}  # by address; held, so that no other memory takes the address
+        # By address. The storages are kept alive, so that no other storage can get the same address.
+        self._on_host: dict[int, torch.UntypedStorage] = {}
         self._is_copying = self._creates_on_host = False
 
     @contextmanager
     def part(self, name: RangeName) -> Iterator[None]:
-        """Attribute the operators inside to this part of the step."""
+        """Attribute the operators inside the `with` block to a part of the step."""
         self._parts.append(name)
         try:
             yield
@@ -87,7 +91,7 @@ class OperatorCounter(TorchDispatchMode):
 
     @contextmanager
     def copying(self) -> Iterator[None]:
-        """Count what runs inside as a copy from the host to the device."""
+        """Count the operators inside the `with` block as copies from the host to the device."""
         self._is_copying = True
         try:
             yield
@@ -96,7 +100,7 @@ class OperatorCounter(TorchDispatchMode):
 
     @contextmanager
     def creating(self, *, on_host: bool) -> Iterator[None]:
-        """Let operators inside that take no tensor create theirs on that side."""
+        """Set the memory in which operators without a tensor argument create tensors, inside the `with` block."""
         before, self._creates_on_host = self._creates_on_host, on_host
         try:
             yield
@@ -107,8 +111,8 @@ class OperatorCounter(TorchDispatchMode):
         """Return whether the tensor would be in host memory."""
         return tensor.untyped_storage()._cdata in self._on_host
 
-    def keep_on_host(self, tensor: Tensor) -> Tensor:
-        """Record that the tensor is in host memory, and return it."""
+    def mark_on_host(self, tensor: Tensor) -> Tensor:
+        """Record that the tensor is in host memory, and return the tensor."""
         storage = tensor.untyped_storage()
         self._on_host[storage._cdata] = storage
         return tensor
@@ -116,36 +120,37 @@ class OperatorCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
-        result = func(*args, **given)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         name = func._schema.name
-        if name == "aten::lift_fresh":  # marks a tensor that was made outside of PyTorch, and does nothing
+        if name == "aten::lift_fresh":  # wraps a tensor that was made outside of PyTorch, without a kernel
             return result
-        if self._runs_on_host(name, tensors_in([*args, *given.values()])):
-            for made in tensors_in([result]):
-                self.keep_on_host(made)
+        if self._runs_on_host(name, tensors_in([*args, *kwargs.values()])):
+            for tensor in tensors_in([result]):
+                self.mark_on_host(tensor)
             return result
         counts = self._step.free if is_free(func) else self._step.launches
         counts[self._parts[-1], name.removeprefix("aten::")] += 1
         return result
 
-    def _runs_on_host(self, name: str, given: Sequence[Tensor]) -> bool:
+    def _runs_on_host(self, name: str, arguments: Sequence[Tensor]) -> bool:
         if self._is_copying:
             return False
-        if not given:
+        if not arguments:
             return self._creates_on_host
-        sides = {self.is_on_host(tensor) for tensor in given if tensor.dim()}  # a GPU takes scalars from the host
+        # Scalars do not decide: an operator on a GPU accepts a 0-dimensional tensor on the host.
+        sides = {self.is_on_host(tensor) for tensor in arguments if tensor.dim()}
         if len(sides) == 2 and name != "aten::copy_":
-            shapes = ", ".join(f"{tuple(tensor.shape)} on the {self._side(tensor)}" for tensor in given)
+            shapes = ", ".join(f"{tuple(tensor.shape)} on the {self._side(tensor)}" for tensor in arguments)
             raise RuntimeError(f"{name} mixes host and device: {shapes}")
-        return sides == {True} if sides else all(map(self.is_on_host, given))
+        return sides == {True} if sides else all(map(self.is_on_host, arguments))
 
     def _side(self, tensor: Tensor) -> str:
         return "host" if self.is_on_host(tensor) else "device"
 
 
-class _Calls(TorchFunctionMode):
-    """Part of the tracking that needs the Python call: the device that it names."""
+class _DeviceArguments(TorchFunctionMode):
+    """Function mode that passes the `device` argument of each Python call to the counter."""
 
     def __init__(self, counter: OperatorCounter) -> None:
         super().__init__()
@@ -154,39 +159,40 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
-        values = [*args, *given.values()]
-        names_device = any(isinstance(value, torch.device) for value in values)
-        if func is Tensor.to and names_device and self._counter.is_on_host(args[0]):
+        kwargs = kwargs or {}
+        values = [*args, *kwargs.values()]
+        has_device = any(isinstance(value, torch.device) for value in values)
+        # Host and device are both the CPU, so without `copy` the call would dispatch no operator.
+        if func is Tensor.to and has_device and self._counter.is_on_host(args[0]):
             with self._counter.copying():
-                return func(*args, **{**given, "copy": True})
-        on_host = not names_device and all(map(self._counter.is_on_host, tensors_in(values)))
+                return func(*args, **{**kwargs, "copy": True})
+        on_host = not has_device and all(map(self._counter.is_on_host, tensors_in(values)))
         with self._counter.creating(on_host=on_host):
-            return func(*args, **given)
+            return func(*args, **kwargs)
 
 
 @contextmanager
 def counted(counter: OperatorCounter) -> Iterator[OperatorCounter]:
-    """Count the operators inside, and attribute them by the profiler ranges of kd_accel/profiling.py."""
+    """Count the operators inside the `with` block, by the profiler ranges of kd_accel/profiling.py."""
     from_numpy = torch.from_numpy
     with (
-        mock.patch.object(torch, "from_numpy", lambda array: counter.keep_on_host(from_numpy(array))),
+        mock.patch.object(torch, "from_numpy", lambda array: counter.mark_on_host(from_numpy(array))),
         observed(counter.part),
-        _Calls(counter),
+        _DeviceArguments(counter),
         counter,
     ):
         yield counter
 
 
 def is_free(func: Any) -> bool:
-    """Return whether the operator runs no kernel: it makes a view, or allocates."""
-    returns = func._schema.returns
-    gives_view = bool(returns) and all(one.alias_info is not None and not one.alias_info.is_write for one in returns)
-    return gives_view or func._schema.name in _FREE
+    """Return whether an operator runs no kernel, because it returns a view or allocates."""
+    aliases = [value.alias_info for value in func._schema.returns]
+    returns_view = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+    return returns_view or func._schema.name in _FREE
 
 
 def tensors_in(values: Sequence[Any]) -> list[Tensor]:
-    """Return the tensors among values, and in lists and tuples among them."""
+    """Return the tensors in a sequence, including those in nested lists and tuples."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):

@@ -1,12 +1,12 @@
-"""Hybrid distillation by torchdistill, block by block: started by `benchmarks.peers` with torchdistill's own interpreter.
+"""Hybrid distillation with torchdistill 1.1.5, run by `benchmarks.peers` in the environment of torchdistill.
 
-Driven as its documentation has it (https://yoshitomo-matsubara.net/torchdistill/, version 1.1.5): a DistillationBox from a
-config, forward hooks on both models, an auxiliary wrapper that gives the student a 1x1 convolution at each layer, KDLoss and
-MSELoss as terms of a WeightedSumLoss, a DataLoader over PIL images with torchvision's transforms, and the loop of its examples:
-forward process, post-forward process, and a logger that receives the loss after each step.
+The usage follows the documentation (https://yoshitomo-matsubara.net/torchdistill/): a DistillationBox built from a config,
+forward hooks on both models, an auxiliary wrapper with a 1x1 convolution at each layer of the student, KDLoss and MSELoss as
+terms of a WeightedSumLoss, a DataLoader of PIL images with torchvision transforms, and the loop of the examples (forward
+process, post-forward process, a logger that receives the loss after each step).
 
-Each line on stdin starts an epoch, which prints a line of JSON {"images", "seconds"}. The first line printed has the versions.
-Nothing of this project is imported: it is not installed in that environment.
+Each line on stdin starts an epoch, after which the process prints {"images": number, "seconds": time} as a line of JSON. The
+first printed line has the versions. The script does not import kd_accel, which is not installed in that environment.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from torchdistill.misc.log import MetricLogger, SmoothedValue
 from torchvision import models, transforms
 
 WIDTHS = {"layer1": (64, 256), "layer2": (128, 512), "layer3": (256, 1024), "layer4": (512, 2048)}
+"""{layer: (channels of the student, channels of the teacher)}."""
 
 
-class Pictures(Dataset[Any]):
-    """Random pictures in memory, transformed one by one, as torchvision's CIFAR10 returns them."""
+class PilImages(Dataset[Any]):
+    """Random PIL images in memory, transformed at each access, like torchvision's CIFAR10."""
 
     def __init__(self, samples: int, size: int, classes: int, transform: Any) -> None:
         generator = np.random.default_rng(0)
         pixels = generator.integers(0, 256, (samples, size, size, 3), dtype=np.uint8)
-        self.pictures = [Image.fromarray(image) for image in pixels]
+        self.images = [Image.fromarray(image) for image in pixels]
         self.labels, self.transform = generator.integers(0, classes, samples).tolist(), transform
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.pictures[index]), self.labels[index]
+        return self.transform(self.images[index]), self.labels[index]
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def epoch(box: Any, number: int, logger: MetricLogger) -> tuple[float, int]:
-    """Run an epoch. Returns (last loss, number of images)."""
+    """Run an epoch; return (loss of the last step, number of images)."""
     box.pre_epoch_process(epoch=number)
     value, images = math.nan, 0
     for batch, targets, supplement in box.train_data_loader:
@@ -83,7 +84,7 @@ def epoch(box: Any, number: int, logger: MetricLogger) -> tuple[float, int]:
 
 
 def build_box(settings: dict[str, Any]) -> Any:
-    """Build torchdistill's distillation box on random pictures."""
+    """Build a DistillationBox on random images."""
     transform = transforms.Compose(
         [
             transforms.RandomCrop(settings["image_size"], padding=4),
@@ -92,16 +93,16 @@ def build_box(settings: dict[str, Any]) -> Any:
             transforms.Normalize(settings["mean"], settings["std"]),
         ]
     )
-    pictures = Pictures(settings["samples"], settings["image_size"], settings["classes"], transform)
+    data = PilImages(settings["samples"], settings["image_size"], settings["classes"], transform)
     teacher = models.resnet50(num_classes=settings["classes"], zero_init_residual=True)
     teacher.eval()
     student = models.resnet18(num_classes=settings["classes"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return get_distillation_box(teacher, student, {"train": pictures}, train_config(settings), device, None, False, 1)
+    return get_distillation_box(teacher, student, {"train": data}, train_config(settings), device, None, False, 1)
 
 
 def train_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings as torchdistill's config."""
+    """Return the settings as a config of torchdistill."""
     layers = list(WIDTHS)
     connectors = {
         f"connector_{layer}": {

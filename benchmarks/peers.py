@@ -1,15 +1,16 @@
-"""Same distillation by other programs: `python -m benchmarks.peers`.
+"""The same distillation with kd_accel, torchdistill and plain PyTorch: `python -m benchmarks.peers`.
 
-Hybrid distillation of ResNet-18 by ResNet-50 (random 32x32 pictures, crop and flip, batches of 128, SGD, Nesterov momentum):
-    cached, live        this program, direction `both`, as benchmarks.training has it; the cache exists already
-    live_up             this program, live, direction `student_to_teacher`, as torchdistill and common_loop do
-    torchdistill        torchdistill 1.1.5 from the package index, in an environment of its own (peer_torchdistill.py)
-    common_loop         the loop that most people write (common_loop.py)
-    limit               a teacher's forward and a student's step on tensors in memory, nothing else: the limit of `live`
+Hybrid distillation of ResNet-50 into ResNet-18 (random 32x32 images, crop and flip, batches of 128, SGD with Nesterov):
+    cached, live        kd_accel with direction `both`, as in benchmarks.training; the cache is complete
+    live_up             kd_accel, live, with direction `student_to_teacher`, the direction of torchdistill and common_loop
+    torchdistill        torchdistill 1.1.5 from PyPI, in a virtual environment (peer_torchdistill.py)
+    common_loop         a typical distillation loop in plain PyTorch (common_loop.py)
+    limit               the teacher's forward and the student's step on tensors in memory, the limit of `live`
 
-Same images in number and size, threads and batch; the notes have memory format, optimizer and workers of each. The cases take
-turns, and torchdistill's interpreter is idle during the turns of the others. Its environment is created at the first run (some
-minutes, some GB) and kept; if that fails, its ratios are left out with a message. Run it alone: any other load shows.
+All cases have the same number and size of images, threads and batch size; the notes have the memory format, optimizer and
+workers of each. The result is images/s; the cases take turns, and torchdistill's process is idle during the turns of all other
+cases. Its environment is created by the first run (minutes, gigabytes) and kept. If it cannot be created, a message is printed
+and the ratios with torchdistill are omitted. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -20,21 +21,26 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.bare import ALPHA, FEATURE_WEIGHT, LIMITS, TEMPERATURE, limit_case
+from benchmarks.bare import ALPHA, FEATURE_WEIGHT, TEMPERATURE
 from benchmarks.common_loop import common_loop_case
-from benchmarks.harness import Result, cpu_threads, finish, measure_in_turns, suite_parser
-from benchmarks.jobs import CLASSES, IMAGE_SIZE, MEAN, OPTIM, STD, Bench, Size, open_bench
-from benchmarks.training_case import Programs
+from benchmarks.harness import Result, benchmark_parser, cpu_threads, finish, measure_in_turns
+from benchmarks.jobs import CLASSES, IMAGE_SIZE, MEAN, SGD, STD, Bench, Size, open_bench
+from benchmarks.training_case import CaseBuilder
 
 PEER = "torchdistill==1.1.5"
-PROGRAMS = {"live": "live_hybrid", "live_up": "live_hybrid_student_to_teacher", "cached": "cached_hybrid"}
+CASES = {
+    "live": "live_hybrid",
+    "live_up": "live_hybrid_student_to_teacher",
+    "cached": "cached_hybrid",
+    "limit": "limit",
+}
+"""{case: its name in training_case.py}."""
 RATIOS = [
     ("live", "torchdistill"),
     ("live_up", "torchdistill"),
@@ -42,18 +48,21 @@ RATIOS = [
     ("cached", "torchdistill"),
     ("cached", "common_loop"),
 ]
-_OWN = (
-    "contiguous (channels_last on a GPU), the teacher's BatchNorm fused, fused SGD, views of whole batches in the process (or "
-    "on the GPU)"
+_KD_ACCEL = (
+    "contiguous (channels_last on a GPU), the teacher's BatchNorm fused, fused SGD, views of a batch at once in the training "
+    "process (or on the GPU)"
 )
-_THEIRS = "contiguous, SGD as torch has it, torchvision's transforms per picture in a DataLoader"
+_PEERS = "contiguous, default SGD, torchvision transforms per image in a DataLoader, direction student_to_teacher"
 
 
 class Peer:
-    """Process of torchdistill's environment, which runs an epoch at each call of `block`."""
+    """Process that runs torchdistill in its environment.
+
+    Attributes:
+        about: Versions, and the loss after the first epoch.
+    """
 
     def __init__(self, python: Path, bench: Bench, *, threads: int, workers: int) -> None:
-        sgd = {"lr": OPTIM.lr, "momentum": OPTIM.momentum, "nesterov": True, "weight_decay": OPTIM.weight_decay}
         data = {
             "samples": bench.size.samples,
             "batch_size": bench.size.batch_size,
@@ -61,7 +70,7 @@ class Peer:
             "classes": CLASSES,
         }
         loss = {"temperature": TEMPERATURE, "alpha": ALPHA, "feature_weight": FEATURE_WEIGHT}
-        settings = {**data, **loss, "sgd": sgd, "mean": MEAN, "std": STD, "threads": threads, "workers": workers}
+        settings = {**data, **loss, "sgd": SGD, "mean": MEAN, "std": STD, "threads": threads, "workers": workers}
         script = Path(__file__).with_name("peer_torchdistill.py")
         self._process = subprocess.Popen(
             [python, script, json.dumps(settings)],
@@ -73,7 +82,7 @@ class Peer:
         self.about = self._read()
 
     def block(self) -> float:
-        """Run an epoch. Returns the number of images."""
+        """Run an epoch and return the number of images."""
         assert self._process.stdin is not None
         self._process.stdin.write("epoch\n")
         self._process.stdin.flush()
@@ -84,41 +93,36 @@ class Peer:
         self._process.communicate()
 
     def _read(self) -> dict[str, Any]:
-        """Read the next line of JSON; lines that its libraries print are skipped."""
+        """Read the next line of JSON, and skip lines that libraries print."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"{PEER}: ended with code {self._process.wait()}")
+        raise SystemExit(f"{PEER}: the process ended with exit code {self._process.wait()}")
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, repeats=3)
-    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built from scratch")
-    spare = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=spare,
-        help="of the DataLoaders of torchdistill and common_loop; they need cores of their own",
-    )
+    parser = benchmark_parser(__doc__, repeats=3)
+    parser.add_argument("--rounds", type=int, default=3, help="number of times that all cases are built (default: 3)")
+    # Workers need free cores, which a machine with a GPU has and the CPU benchmarks do not.
+    workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    text = f"DataLoader workers of torchdistill and common_loop (default: {workers})"
+    parser.add_argument("--workers", type=int, default=workers, help=text)
     environment = Path("runs/benchmarks/torchdistill-env")
-    parser.add_argument("--environment", type=Path, default=environment, help="directory of torchdistill's environment")
+    parser.add_argument("--environment", type=Path, default=environment, help="virtual environment of torchdistill")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bench = open_bench(Size(arguments.batch_size, arguments.steps))
     python = peer_python(arguments.environment)
     rates: dict[str, list[float]] = {}
     about = None
-    with tempfile.TemporaryDirectory() as name:
-        programs = Programs(bench, Path(name))
+    with tempfile.TemporaryDirectory() as temporary:
+        builder = CaseBuilder(bench, Path(temporary))
         for number in range(arguments.rounds):
-            place = Path(name) / str(number)
-            cases: dict[str, Callable[[], float]] = {
-                case: programs.case(program, place / case, blocks=arguments.repeats + 1) for case, program in PROGRAMS.items()
-            }
+            directory = Path(temporary) / str(number)
+            blocks = arguments.repeats + 1
+            cases = {case: builder.case(name, directory / case, blocks=blocks) for case, name in CASES.items()}
             cases["common_loop"] = common_loop_case(bench, workers=arguments.workers)
-            cases["limit"] = limit_case(LIMITS["limit"], bench)
             peer = Peer(python, bench, threads=arguments.threads, workers=arguments.workers) if python else None
             if peer is not None:
                 about, cases["torchdistill"] = peer.about, peer.block
@@ -127,7 +131,7 @@ def main() -> None:
             if peer is not None:
                 peer.close()
     notes = {"batch_size": arguments.batch_size, "steps_per_block": arguments.steps, "workers": arguments.workers}
-    notes |= {"own": _OWN, "theirs": _THEIRS, "torchdistill": about, "direction of the others": "student_to_teacher"}
+    notes |= {"kd_accel": _KD_ACCEL, "peers": _PEERS, "torchdistill": about}
     result = Result.of_repeats("peers", rates, notes=notes)
     for numerator, denominator in RATIOS:
         if denominator in rates:
@@ -136,15 +140,15 @@ def main() -> None:
 
 
 def peer_python(environment: Path) -> Path | None:
-    """Return the interpreter of an environment with torchdistill, created if it does not exist; None if that fails."""
+    """Return the interpreter of the environment, which is created if it does not exist; None if that is not possible."""
     python = environment / "bin" / "python"
-    request = [PEER, *(f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision"))]
+    packages = [PEER, *(f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision"))]
     try:
         if not python.exists():
             venv.create(environment, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *request], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True, stderr=subprocess.DEVNULL)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        print(f"{PEER} is left out: its environment cannot be created ({error})", file=sys.stderr)
+        print(f"{PEER} is omitted: its virtual environment cannot be created ({error})", file=sys.stderr)
         return None
     return python.absolute()
 

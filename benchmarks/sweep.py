@@ -1,17 +1,16 @@
-"""Cost of ten students that share one cache: `python -m benchmarks.sweep`.
+"""Training time of ten students that share one cache: `python -m benchmarks.sweep`.
 
-Each student (ResNet-18, see jobs.py) is built from scratch and trained for `--epochs` epochs, with as many views:
+Each student (ResNet-18, see jobs.py) is built from scratch and trained for `--epochs` epochs, with the same number of views:
     plain    on labels alone
-    cached   hybrid, both logits and features from one cache
-    live     hybrid, with the teacher (ResNet-50) in each step
-    build    the pass of the teacher that fills such a cache, flushed to disk, once in each turn, counted once in a sweep
-Not included is what does not grow with samples and views: the fit of the PCA (2,048 images and an eigendecomposition, once a
-cache) and the check of a few samples at each start. The cache is read from the page cache.
+    cached   hybrid distillation, with logits and features from one cache
+    live     hybrid distillation, with the teacher (ResNet-50) in each step
+    build    `cache build` without its fixed costs, flushed to disk; measured in each turn, counted once in a sweep
+Fixed costs do not depend on samples and views and are not included: the fit of the PCA (2,048 images and an eigendecomposition,
+once per cache), and the check of a few samples at each start. The cache is read from the page cache.
 
-The cases take turns, one student of each a turn. Medians are seconds. The ratios are time over time (less is better):
-`sweep/plain` = (one build + all cached students) / all plain students, `live/plain` = all live students / all plain ones.
-
-Run it alone: on two cores any other load shows.
+The cases take turns, with one student of each case in a turn. The result is the median in seconds. The ratios are of times
+(lower is better): `sweep/plain` = (one build + all cached students) / all plain students, `live/plain` = all live students /
+all plain students. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.caches import fill_cache, write_cache, write_cache_spec
-from benchmarks.harness import Result, finish, suite_parser
+from benchmarks.harness import Result, benchmark_parser, finish
 from benchmarks.jobs import (
     PLAIN,
     Bench,
@@ -44,9 +43,9 @@ from kd_accel.teacher.teacher import LiveTeacher
 
 
 def main() -> None:
-    parser = suite_parser(__doc__)
-    parser.add_argument("--students", type=int, default=10, help="students of each kind")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs of each student, and views of the cache")
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--students", type=int, default=10, help="students of each case (default: 10)")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of a student, and views (default: 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bench, epochs = open_bench(Size(arguments.batch_size, arguments.steps)), arguments.epochs
@@ -57,21 +56,22 @@ def main() -> None:
         directory = Path(name)
         cached = replace(live, source=write_cache(bench, directory / "cache", teacher, views=epochs).source("train"))
         cases: dict[str, Callable[[Path], None]] = {
-            "plain": lambda place: _train(bench, place, epochs, None),
-            "cached": lambda place: _train(bench, place, epochs, cached),
-            "live": lambda place: _train(bench, place, epochs, live),
-            "build": lambda place: _build(bench, place, epochs, teacher),
+            "plain": lambda case_dir: _train(bench, case_dir, epochs, None),
+            "cached": lambda case_dir: _train(bench, case_dir, epochs, cached),
+            "live": lambda case_dir: _train(bench, case_dir, epochs, live),
+            "build": lambda case_dir: _build(bench, case_dir, epochs, teacher),
         }
         seconds: dict[str, list[float]] = {case: [] for case in cases}
         for turn in range(arguments.students + 1):
             for case, run in cases.items():
-                place = directory / f"{case}-{turn}"
-                place.mkdir()
+                case_dir = directory / f"{case}-{turn}"
+                case_dir.mkdir()
                 started_at = time.perf_counter()
-                run(place)
-                if turn:  # the first one warms up
+                run(case_dir)
+                # The first turn is the warm-up.
+                if turn > 0:
                     seconds[case].append(time.perf_counter() - started_at)
-                shutil.rmtree(place)
+                shutil.rmtree(case_dir)
     notes = {
         "students": arguments.students,
         "epochs": epochs,

@@ -1,21 +1,24 @@
-"""Cost of a training step next to a bare PyTorch loop, and of distillation with a cache.
+"""Training speed of kd_accel relative to bare PyTorch loops, with and without distillation.
 
     python -m benchmarks.training                    all cases, in one process and in two
-    python -m benchmarks.training --suite quick      in one process: plain / bare
-    python -m benchmarks.training --suite cached     in one: cached_logits / plain, cached_hybrid / plain, live_hybrid / limit,
-                                                     and the cost of the feature term by itself
+    python -m benchmarks.training --suite quick      one process: plain / bare
+    python -m benchmarks.training --suite cached     one process: cached_logits / plain, cached_hybrid / plain,
+                                                     live_hybrid / limit, and the feature term alone
 
-All cases train the same student (see jobs.py) with fused SGD and Nesterov momentum. Those of this program run its complete
-path: order of the samples, views (crop_flip), loading, normalization, teacher, loss, metrics, learning rate, the line of
-metrics at the end of a block. `cached_...` read a real cache, with another view in each block, so a block includes the opening
-of that view, which a training does once in an epoch of hundreds of steps. Hybrids have direction `both` unless another is
-named. `bare` and `limit...` (bare.py) do nothing but forward, backward and step on normalized tensors in memory; `limit` has a
-live teacher and the feature term, `limit_cached_hybrid` has the teacher's outputs in memory.
+All cases train the same student (see jobs.py) with fused SGD and Nesterov momentum:
+    plain, cached_..., live_...   trainings by kd_accel with all their parts: order of the samples, views (crop_flip), loading,
+                                  normalization, teacher, loss, metrics, learning rate, a line of metrics at the end of a block.
+                                  Hybrids have direction `both` unless the name has another one. `cached_...` read the next view
+                                  of a cache in each block, so that a block includes opening the view, which a real training
+                                  does once in hundreds of steps.
+    bare, limit...                bare loops (bare.py): forward, backward and update on normalized tensors in memory. `limit`
+                                  has a live teacher and the feature term; `limit_cached_...` have the teacher's outputs in
+                                  memory.
 
-One unit is an image; a block is an epoch of a few steps; the cases take turns. In each round all students are built from
-scratch: the addresses of their weights in memory make up to 3 % of a step. Two processes share the batch, each with `--threads`
-threads, through `accelerate launch`; their cases end in `@2`. The notes hold, for each case of the program, the share of each
-part of a step, from one more block under torch.profiler. Run it alone: on two cores any other load shows.
+The result is images/s; a block is an epoch of a few steps; the cases take turns. Each round builds all students from scratch,
+because the memory addresses of the weights change the time of a step by up to 3 %. Two processes share the batch, with
+`--threads` threads each; the names of their cases end in `@2`. The notes have the share of each part in a step of kd_accel,
+from one more block under torch.profiler. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.harness import Result, accelerate_launch, cpu_threads, finish, most_processes, suite_parser
+from benchmarks.harness import Result, accelerate_launch, benchmark_parser, cpu_threads, finish, most_processes
 
 RATIOS = {
     "quick": [("plain", "bare")],
@@ -56,12 +59,10 @@ PROCESSES = {"quick": [1], "cached": [1], "all": [1, 2]}
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, repeats=9, steps=4)
-    parser.add_argument("--suite", choices=list(RATIOS), default="all")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built from scratch")
-    parser.add_argument(
-        "--processes", type=int, nargs="+", help="one number after the other; default: the suite's, if the GPUs allow"
-    )
+    parser = benchmark_parser(__doc__, repeats=9, steps=4)
+    parser.add_argument("--suite", choices=list(RATIOS), default="all", help="cases to measure (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of times that all students are built (default: 3)")
+    parser.add_argument("--processes", type=int, nargs="+", help="process counts, one launch each (default: of the suite)")
     arguments = parser.parse_args()
     cases = list(dict.fromkeys(case for ratio in RATIOS[arguments.suite] for case in ratio))
     rates: dict[str, list[float]] = {}
@@ -84,21 +85,22 @@ def main() -> None:
     for numerator, denominator in ratios:
         result.add_ratio(numerator, denominator)
     for name, parts in shares.items():
-        print(f"{name:42} {', '.join(f'{part} {value:g}' for part, value in parts.items())}")
+        shown = (f"{part} {100 * share:.1f} %" for part, share in parts.items() if part != "step_ms")
+        print(f"{name:42} step {parts['step_ms']:.4g} ms: {', '.join(shown)}")
     finish(result, threads=arguments.threads)
 
 
 def run_cases(cases: Sequence[str], processes: int, *, threads: int, **numbers: int) -> dict[str, Any]:
-    """Run cases in a launch of their own.
+    """Run cases in one launch.
 
     Args:
-        cases: their names.
-        processes: of the launch.
-        threads: of each process.
-        numbers: batch_size, steps, repeats, rounds.
+        cases: Names of the cases.
+        processes: Processes of the launch.
+        threads: CPU threads of each process.
+        numbers: The options batch_size, steps, repeats and rounds.
 
     Returns:
-        {"rates": images per second by case, "shares": parts of a step by case}.
+        {"rates": {case: images/s of each block}, "shares": {case: {"step_ms": ..., part: share of the step}}}.
     """
     flags = [f"--{name}={number}" for name, number in {"threads": threads, **numbers}.items()]
     launcher = [sys.executable] if processes == 1 else accelerate_launch(processes)

@@ -1,17 +1,17 @@
-"""Cases of `benchmarks.training`, in the processes of one launch; rank 0 prints a line of JSON.
+"""Cases of `benchmarks.training`, in the processes of one launch; rank 0 prints the result as a line of JSON.
 
     python -m benchmarks.training_case --cases plain bare
-    accelerate launch --num_processes 2 ... -m benchmarks.training_case     (benchmarks.training does it)
+    accelerate launch --num_processes 2 ... -m benchmarks.training_case     (started by benchmarks.training)
 
-A case is built from scratch for each round and gives images per second of each of its blocks, over all processes. Of the
-program's own cases one more block is recorded by torch.profiler, for the share that each part of a step takes.
+Each round builds all cases from scratch and measures images/s of each block, over all processes. For the trainings by kd_accel
+one more block is recorded by torch.profiler, which gives the share of each part in a step.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.bare import LIMITS, limit_case
 from benchmarks.caches import write_cache
-from benchmarks.harness import measure_in_turns, suite_parser
+from benchmarks.harness import benchmark_parser, measure_in_turns
 from benchmarks.jobs import (
     PLAIN,
     Bench,
@@ -40,40 +40,40 @@ from kd_accel.training.trainer import Trainer
 
 CACHED_VIEWS = 4
 BLOCK = "block"
-Cases = dict[str, Callable[[], float]]
 
 
 def cached(config: RunConfig, dtype: StorageType = "float16") -> RunConfig:
-    """Return the same distillation from a cache."""
+    """Return the config of the same distillation with cached outputs. dtype: storage type of the cache."""
     return with_settings(config, teacher={"outputs": "cached", "cache": CacheConfig(dtype=dtype)})
 
 
-_LOGITS, _UP, _DOWN = distilled(DistillConfig()), hybrid("student_to_teacher"), hybrid("teacher_to_student")
-PROGRAMS = {
+_LOGITS = distilled(DistillConfig())
+_TO_TEACHER, _TO_STUDENT = hybrid("student_to_teacher"), hybrid("teacher_to_student")
+TRAININGS = {
     "plain": PLAIN,
     "live_logits": _LOGITS,
     "live_hybrid": hybrid(),
     "cached_logits": cached(_LOGITS),
     "cached_hybrid": cached(hybrid()),
-    "live_hybrid_student_to_teacher": _UP,
-    "live_hybrid_teacher_to_student": _DOWN,
-    "cached_hybrid_student_to_teacher": cached(_UP),
-    "cached_hybrid_teacher_to_student": cached(_DOWN),
+    "live_hybrid_student_to_teacher": _TO_TEACHER,
+    "live_hybrid_teacher_to_student": _TO_STUDENT,
+    "cached_hybrid_student_to_teacher": cached(_TO_TEACHER),
+    "cached_hybrid_teacher_to_student": cached(_TO_STUDENT),
     "cached_hybrid_int8": cached(hybrid(), "int8"),
     "plain_clipped": with_settings(PLAIN, optim={"clip_norm": 1.0}),
     "plain_averaged": with_settings(PLAIN, train={"ema_decay": 0.999}),
     "plain_on_host": PLAIN,
 }
-"""Ways of training, as configs. plain_on_host: images and views on the host even with a GPU."""
+"""{case: config}. The images and views of plain_on_host stay on the host, even with a GPU."""
 
 
-class Programs:
-    """Builder of this program's trainings; teachers and caches are made at their first use and shared.
+class CaseBuilder:
+    """Builder of cases: trainings by kd_accel, and limits. Teachers and caches are made at their first use and shared.
 
     Args:
-        bench: of the trainings.
-        directory: of the caches.
-        views: of the distilled trainings.
+        bench: Processes, precision and images of the cases.
+        directory: Directory of the caches.
+        views: Views of each sample in a distillation by kd_accel.
     """
 
     def __init__(self, bench: Bench, directory: Path, *, views: int = CACHED_VIEWS) -> None:
@@ -81,12 +81,20 @@ class Programs:
         self._setups: dict[str, TeacherSetup] = {}
 
     def case(self, name: str, directory: Path, *, blocks: int) -> Callable[[], float]:
-        """Return the epochs of a training, up to `blocks` of them, as a case."""
+        """Return a case by its name in TRAININGS or LIMITS.
+
+        Args:
+            name: Name of the case.
+            directory: Run directory of a training, created if it does not exist.
+            blocks: Largest number of calls of a training; each call runs an epoch.
+        """
+        if name in LIMITS:
+            return limit_case(LIMITS[name], self._bench)
         return epochs_of(self.training(name, directory, blocks=blocks))
 
     def training(self, name: str, directory: Path, *, blocks: int) -> Trainer:
-        """Build a training of `blocks` epochs at its first step. directory: made for its lines of metrics."""
-        config = with_settings(PROGRAMS[name], train={"epochs": blocks})
+        """Build the trainer of `blocks` epochs of a training. directory: run directory, created if it does not exist."""
+        config = with_settings(TRAININGS[name], train={"epochs": blocks})
         teacher = None
         if config.teacher is not None:
             config = with_settings(config, data={"views": self._views})
@@ -94,7 +102,7 @@ class Programs:
         return build_training(self._bench, config, directory, teacher=teacher, keeps_images_on_host=name == "plain_on_host")
 
     def _teacher(self, config: RunConfig) -> TeacherSetup:
-        """Return the teacher of a config, live or from a cache; the settings that decide it are the key."""
+        """Return the live or cached teacher of a config."""
         assert config.teacher is not None and config.distill is not None
         key = f"{config.teacher.model_dump_json()} {config.distill.model_dump_json()}"
         if key not in self._setups:
@@ -104,7 +112,7 @@ class Programs:
         return self._setups[key]
 
     def _cached(self, config: RunConfig) -> TeacherSetup:
-        """Write a cache by the live teacher of the same config, and read from it."""
+        """Build a cache with the live teacher of the same config, and return a teacher that reads the cache."""
         assert config.teacher is not None
         live = self._teacher(with_settings(config, teacher={"outputs": "live", "cache": CacheConfig()}))
         assert live.live is not None
@@ -115,44 +123,41 @@ class Programs:
 
 
 def main() -> None:
-    parser = suite_parser(__doc__, repeats=9, steps=4)
-    parser.add_argument("--cases", nargs="+", choices=[*PROGRAMS, *LIMITS], default=[*PROGRAMS, *LIMITS])
-    parser.add_argument("--rounds", type=int, default=3, help="how often the students are built from scratch")
+    parser = benchmark_parser(__doc__, repeats=9, steps=4)
+    names = [*TRAININGS, *LIMITS]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, help="cases to measure (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of times that all cases are built (default: 3)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bench = open_bench(Size(arguments.batch_size, arguments.steps))
-    with tempfile.TemporaryDirectory() as own:
-        directory = _shared(own)
-        programs = Programs(bench, directory)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = _same_on_all_ranks(temporary)
+        builder = CaseBuilder(bench, directory)
         rates: dict[str, list[float]] = {name: [] for name in arguments.cases}
         for number in range(arguments.rounds):
-            cases = build_cases(bench, programs, arguments.cases, directory / str(number), blocks=arguments.repeats + 2)
+            run_dirs = {name: directory / str(number) / name for name in arguments.cases}
+            blocks = arguments.repeats + 2
+            cases = {name: builder.case(name, run_dir, blocks=blocks) for name, run_dir in run_dirs.items()}
             for name, measured in measure_in_turns(cases, repeats=arguments.repeats).items():
                 rates[name] += measured
-        shares = {name: _shares(case) for name, case in cases.items() if name in PROGRAMS}
+        shares = {name: _shares(case) for name, case in cases.items() if name in TRAININGS}
+        # The directory must exist until the last rank has finished.
         bench.accelerator.wait_for_everyone()
     if bench.accelerator.is_main_process:
         print(json.dumps({"rates": rates, "shares": shares}))
 
 
-def build_cases(bench: Bench, programs: Programs, names: Sequence[str], directory: Path, *, blocks: int) -> Cases:
-    """Build programs and limits by name."""
-    return {
-        name: programs.case(name, directory / name, blocks=blocks) if name in PROGRAMS else limit_case(LIMITS[name], bench)
-        for name in names
-    }
-
-
 def _shares(case: Callable[[], float]) -> dict[str, float]:
+    """Run a block under torch.profiler; return {"step_ms": ..., part: share of the step}."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as profiler, record_function(BLOCK):
         case()
-    step_ms, shares = range_shares(profiler.events(), whole=BLOCK)
+    step_ms, shares = range_shares(profiler.events(), total_prefix=BLOCK)
     return {"step_ms": round(step_ms, 2), **{name: round(share, 4) for name, share in shares.items()}}
 
 
-def _shared(directory: str) -> Path:
-    """Return rank 0's directory on all ranks."""
+def _same_on_all_ranks(directory: str) -> Path:
+    """Return the directory of rank 0 on all ranks."""
     names = [directory]
     broadcast_object_list(names)
     return Path(names[0])

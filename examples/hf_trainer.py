@@ -1,10 +1,10 @@
-"""Distillation with the Trainer of Hugging Face transformers; the teacher's outputs come from a cache.
+"""Distillation with the Trainer of Hugging Face transformers, from a cache of the teacher's outputs.
 
     pip install 'kd-accel[examples]'
     python examples/hf_trainer.py --teacher runs/digits/teacher --epochs 3
 
-The trained model is the `Distiller`: student and losses in one module. Views and teacher outputs are read by (index, view), so
-they fit together in whatever order the Trainer visits the samples.
+The trained model is a `Distiller`: student and losses in one module. Images and teacher outputs are both read by (index, view),
+so they match for any order of the samples.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ IMAGE_SIZE, VIEWS = 32, 2
 
 
 class DistillationTrainer(Trainer):
-    """Trainer whose loss compares the student with stored outputs of the teacher.
+    """Trainer whose loss compares the student with cached outputs of the teacher.
 
     Args:
-        cache: The teacher's outputs.
+        cache: Cache of the teacher's outputs.
         weights: Temperature and weights of the loss.
-        options: Arguments of `Trainer`; the model is a `Distiller`.
+        **options: Arguments of `Trainer`, whose model is a `Distiller`.
     """
 
     def __init__(self, cache: kd.TeacherCache, weights: kd.LossWeights, **options: Any) -> None:
@@ -42,37 +42,37 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a batch of `ViewDataset`, or in an evaluation of the test split, which has one view."""
-        place = {"view": inputs["view"]} if model.training else {"view": 0, "split": "test"}
-        target = self.cache.read(inputs["index"], device=inputs["image"].device, **place)
+        """Compute the loss of a batch of training views, or, in evaluation mode, of test images, which have one view."""
+        position = {"view": inputs["view"]} if model.training else {"view": 0, "split": "test"}
+        target = self.cache.read(inputs["index"], device=inputs["image"].device, **position)
         output = model(inputs["image"], target, inputs["label"], self.weights)
         return (output.loss, {"logits": output.logits}) if return_outputs else output.loss
 
 
 class NextView(TrainerCallback):
-    """Callback that sets the view of each epoch."""
+    """Callback that sets the view of each epoch in the data set."""
 
     def __init__(self, views: kd.ViewDataset) -> None:
         self.views = views
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        """Set the view before the first batch of an epoch."""
+        """Set the view before the first batch of the epoch."""
         self.views.set_epoch(round(state.epoch))
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
-    """Return the fraction of correct predictions."""
+    """Compute the fraction of correct predictions."""
     return {"accuracy": float(np.mean(predicted.predictions.argmax(1) == predicted.label_ids))}
 
 
 def main() -> None:
-    """Build cache and student, train, evaluate, and save the student's weights."""
+    """Build the cache, train and evaluate a student, and save its weights."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--teacher", required=True, help="run directory of the teacher")
     options.add_argument("--out", type=Path, default=Path("runs/hf_trainer"), help="directory of the results")
-    options.add_argument("--epochs", type=int, default=3)
-    options.add_argument("--limit_train", type=int, default=None, help="number of training samples to use")
-    options.add_argument("--limit_test", type=int, default=None, help="number of test samples to use")
+    options.add_argument("--epochs", type=int, default=3, help="number of epochs")
+    options.add_argument("--limit_train", type=int, default=None, help="number of training samples to use, by default all")
+    options.add_argument("--limit_test", type=int, default=None, help="number of test samples to use, by default all")
     arguments = options.parse_args()
 
     limits = {"limit_train": arguments.limit_train, "limit_test": arguments.limit_test}
@@ -92,7 +92,8 @@ def main() -> None:
             num_train_epochs=arguments.epochs,
             per_device_train_batch_size=64,
             learning_rate=2e-3,
-            remove_unused_columns=False,  # the columns that no argument of the model is named after
+            # By default, the Trainer drops the columns of a sample that are not arguments of the model's forward.
+            remove_unused_columns=False,
             label_names=["label"],
             save_strategy="no",
             report_to="none",

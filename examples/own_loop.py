@@ -1,9 +1,9 @@
-"""Distillation in a loop of your own: plain PyTorch, the teacher's outputs from a cache.
+"""Distillation in a training loop of your own, in plain PyTorch, from a cache of the teacher's outputs.
 
     python examples/own_loop.py --teacher runs/digits/teacher --epochs 3
     accelerate launch --config_file launch/cpu2.yaml examples/own_loop.py --teacher runs/digits/teacher --epochs 3
 
-It trains to the same bytes as `kd-accel train` with the same settings on a CPU; a test compares them.
+On a CPU, the trained weights are equal, byte for byte, to those of `kd-accel train` with the same settings.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LAYERS = ["layer3", "layer4"]
 
 
 def main() -> None:
-    """Train a student from the stored outputs of a teacher."""
+    """Train a student on the cached outputs of a teacher, and save its weights."""
     arguments = parse_arguments()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     device = accelerator.device
 
-    # Data: the training samples, and a view of each that depends on (view_seed, view, index) alone.
+    # Data: training samples, and augmented views of them that are functions of (view_seed, view, index).
     data = kd.ImageDataset("digits", image_size=IMAGE_SIZE, limit_train=arguments.limit_train)
     views = kd.ViewDataset(data, transform=kd.transforms.Crop(IMAGE_SIZE), num_views=VIEWS, view_seed=0)
     sampler = kd.EpochBatchSampler(
@@ -38,10 +38,11 @@ def main() -> None:
     )
     batches = DataLoader(views, batch_sampler=sampler)
 
-    # Teacher: it runs once over all views; the next start finds them on the disk.
-    teacher = kd.Teacher.from_run(arguments.teacher)
     student = build_student(num_classes=len(data.class_names))
-    kd.use_cpu_kernels(student, device)  # as kd-accel trains: faster kernels on a CPU, no effect on a GPU
+    kd.use_cpu_kernels(student, device)  # faster kernels on a CPU, as in `kd-accel train`; no effect on a GPU
+
+    # Teacher: it runs once over all views. Later starts reuse the cache on the disk.
+    teacher = kd.Teacher.from_run(arguments.teacher)
     cache = kd.TeacherCache.build(
         arguments.cache,
         teacher,
@@ -51,7 +52,7 @@ def main() -> None:
         batch_size=BATCH_SIZE,
     )
 
-    # Student and losses are one module: one optimizer, one DDP wrapper, one state dict.
+    # Student and losses are one module, with one optimizer, one DDP wrapper and one state dict.
     distiller = build_distiller(student, data, cache)
     distiller.to(device).train()
     distiller.start_recording()
@@ -83,15 +84,15 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--teacher", required=True, help="run directory of the teacher")
-    options.add_argument("--cache", default="caches/own-loop", help="directory of the teacher's outputs")
-    options.add_argument("--epochs", type=int, default=3)
-    options.add_argument("--limit_train", type=int, default=None, help="use so many training samples")
-    options.add_argument("--out", type=Path, default=Path("own_loop.safetensors"))
+    options.add_argument("--cache", default="caches/own-loop", help="directory of the cache")
+    options.add_argument("--epochs", type=int, default=3, help="number of epochs")
+    options.add_argument("--limit_train", type=int, default=None, help="number of training samples to use, by default all")
+    options.add_argument("--out", type=Path, default=Path("own_loop.safetensors"), help="file of the student's weights")
     return options.parse_args()
 
 
 def build_distiller(student: torch.nn.Module, data: kd.ImageDataset, cache: kd.TeacherCache) -> kd.Distiller:
-    """Put the student, the logit loss and a feature loss with its learned projectors into one module."""
+    """Combine the student, a logit loss, and a feature loss with learned projectors in one module."""
     return kd.Distiller(
         student,
         mean=data.mean,
@@ -105,13 +106,13 @@ def build_distiller(student: torch.nn.Module, data: kd.ImageDataset, cache: kd.T
 
 
 def build_student(num_classes: int) -> torch.nn.Module:
-    """Build a ResNet-18, its initial weights drawn with seed 0."""
+    """Build a ResNet-18 with initial weights from seed 0."""
     torch.manual_seed(0)
     return torchvision.models.resnet18(num_classes=num_classes)
 
 
 def cosine(peak: float, step: int, total_steps: int) -> float:
-    """Return the learning rate of a step: half a cosine from the peak to 0."""
+    """Compute the learning rate of a step: half a period of a cosine, from the peak to 0."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 

@@ -1,6 +1,6 @@
 """kd_accel: knowledge distillation for image classifiers.
 
-The public API. Names are imported on first use, so that `import kd_accel` needs no torch.
+Public names are imported on first use, so that `import kd_accel` does not import torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_ATTRIBUTES = {
     "Distiller": "kd_accel.losses.distiller",
     "EpochBatchSampler": "kd_accel.data.views",
     "ImageDataset": "kd_accel.data.views",
@@ -29,13 +29,13 @@ _PLACES = {
     "train": "kd_accel.api",
     "use_cpu_kernels": "kd_accel.models.inference",
 }
-_MODULES = {
+_SUBMODULES = {
     "losses": "kd_accel.losses",
     "targets": "kd_accel.losses.targets",
     "transforms": "kd_accel.data.transforms",
 }
 
-__all__ = [*_PLACES, *_MODULES, "__version__"]
+__all__ = [*_ATTRIBUTES, *_SUBMODULES, "__version__"]
 
 if TYPE_CHECKING:
     from kd_accel import losses as losses
@@ -62,10 +62,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
+    if name in _ATTRIBUTES:
+        return getattr(importlib.import_module(_ATTRIBUTES[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(_SUBMODULES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m kd_accel`, which is also the `kd-accel` script and what `accelerate launch -m kd_accel` starts in each process."""
+"""Entry point of `python -m kd_accel` and of each process of `accelerate launch -m kd_accel`."""
 
 from kd_accel.cli import main
 

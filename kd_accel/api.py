@@ -1,4 +1,4 @@
-"""Complete trainings and evaluations from Python: the commands `train` and `evaluate` as functions."""
+"""Python API of the commands `train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RunResult:
 
     Attributes:
         directory: Run directory.
-        summary: Content of summary.json: accuracies, parameters, steps, versions.
+        summary: Content of summary.json, such as accuracies, number of parameters, steps and versions.
     """
 
     directory: Path
@@ -41,21 +41,22 @@ class RunResult:
 
 
 def train(config: RunConfig | str | Path | Mapping[str, Any], **settings: Any) -> RunResult:
-    """Train, or resume a training that was stopped; a finished run is returned as it is.
+    """Train, or resume a training that was stopped. A finished run is returned without further training.
 
-    The files are those of `kd-accel train` with the same settings. In a launch of several processes every process must call it.
+    The run directory is identical to that of `kd-accel train` with the same settings. In a launch of several processes every
+    process must call this function.
 
     Args:
         config: A config, the path of a YAML file, or nested settings.
-        settings: Single settings by dotted name that override the config, as `**{"optim.lr": 0.05}`.
+        settings: Settings by dotted name that override those of the config, such as `**{"optim.lr": 0.05}`.
 
     Returns:
         The finished run.
 
     Raises:
-        TypeError: `config` has another type.
-        ValueError: A setting, the data or a file is not valid (`UserError`).
-        Preempted: A signal has stopped the training after a checkpoint; the same call resumes it.
+        TypeError: If `config` has another type.
+        ValueError: If a setting, the data or a file is not valid (`UserError`).
+        Preempted: If a signal has stopped the training after a checkpoint; the same call resumes it.
     """
     if not isinstance(config, RunConfig | str | Path | Mapping):
         raise TypeError(f"config: must be a RunConfig, a path or a mapping, not {type(config).__name__}")
@@ -65,23 +66,23 @@ def train(config: RunConfig | str | Path | Mapping[str, Any], **settings: Any) -
     with _kernel_choices_restored(), accelerate_state_restored():
         run_training(built)
     if not (built.directory / "summary.json").is_file():
-        raise UserError("checkpoint.stop_after_steps: the training is paused, so it has no result; train without it to finish")
+        raise UserError("checkpoint.stop_after_steps: the training is paused, so it has no result; train without this setting")
     return RunResult(built.directory, read_json(built.directory / "summary.json", remedy="train the run again"))
 
 
 def evaluate(run: str | Path, *, split: HeldOutSplit = "test") -> dict[str, Any]:
-    """Evaluate a finished run on a held-out split, on the processes of the launch.
+    """Evaluate a finished run on a held-out split, in all processes of the launch.
 
     Args:
         run: Run directory.
-        split: test or val.
+        split: Held-out split, `test` or `val`.
 
     Returns:
-        `samples`, `loss` (mean cross-entropy), `accuracy` and, for a distilled run, `agreement` with the teacher, as fractions
-        of 1.
+        `samples`, the number of samples; `loss`, the mean cross-entropy; `accuracy`; and for a distilled run `agreement`, the
+        fraction of samples with the same top-1 class as the teacher. Accuracy and agreement are fractions in 0..1.
 
     Raises:
-        ValueError: `split` is not a held-out split, or the directory has no finished run (`UserError`).
+        ValueError: If `split` is not a held-out split, or the directory has no finished run (`UserError`).
     """
     if split not in get_args(HeldOutSplit):
         raise ValueError(f"split: {split!r} is not a held-out split; use one of {', '.join(get_args(HeldOutSplit))}")
@@ -90,7 +91,7 @@ def evaluate(run: str | Path, *, split: HeldOutSplit = "test") -> dict[str, Any]
 
 
 def _with_text_paths(value: Any) -> Any:
-    """Return settings with paths as text, as YAML has them."""
+    """Return nested settings with each path as text, as in YAML."""
     if isinstance(value, Mapping):
         return {name: _with_text_paths(inner) for name, inner in value.items()}
     return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -98,7 +99,7 @@ def _with_text_paths(value: Any) -> Any:
 
 @contextmanager
 def _kernel_choices_restored() -> Iterator[None]:
-    """Restore the process-wide switches of PyTorch that a training sets, for the caller's own code."""
+    """Restore the process-wide switches of PyTorch that a training sets, because the caller's code depends on them."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     is_deterministic, is_warning = (

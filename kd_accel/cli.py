@@ -1,9 +1,16 @@
-"""Command line: parse and check, then run the command. torch is imported only after the input is checked."""
+"""Command line: parses and checks the arguments, then runs the command. torch is imported only after the input is checked.
+
+Exit codes are those of exit_codes.py. A command whose output is closed early, as by `| head -1`, ends without a message; its
+code is 141 (128 + SIGPIPE), as that of a program ended by this signal.
+"""
 
 from __future__ import annotations
 
+import os
+import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from kd_accel import __version__
@@ -11,7 +18,7 @@ from kd_accel.config.command_line import HELP_OF_ALLOW, CommandParser
 from kd_accel.config.fields import nearest
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
-from kd_accel.errors import UserError
+from kd_accel.errors import OutputClosed, UserError
 from kd_accel.exit_codes import exit_codes
 from kd_accel.io.user_code import allow, take_allowance
 from kd_accel.losses.registry import names
@@ -21,9 +28,50 @@ _LOSSES = {"logits": names("logits"), "features": names("features")}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit the process with its code."""
-    with exit_codes():
+    with exit_codes(), _flushed_stdout():
         command, *arguments = take_allowance(sys.argv[1:] if argv is None else argv) or ["--help"]
         _handler(command)(arguments)
+
+
+@contextmanager
+def _flushed_stdout() -> Iterator[None]:
+    """Flush stdout at the end, and raise OutputClosed if it has no reader; the interpreter's own flush would print an error."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+    is_open = _flush_stdout() and not (isinstance(error, BrokenPipeError) and _has_no_reader())
+    is_success = error is None or (isinstance(error, SystemExit) and not error.code)
+    if not is_open and (is_success or isinstance(error, BrokenPipeError)):
+        raise OutputClosed from None
+    if error is not None:
+        raise error
+
+
+def _flush_stdout() -> bool:
+    """Flush stdout and return whether it has a reader. What cannot be written is discarded."""
+    if sys.stdout is None:  # closed by the shell, as by `>&-`
+        return True
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return False
+        raise UserError(f"stdout: cannot write ({error.strerror}); free disk space, or redirect to another file") from None
+    return True
+
+
+def _has_no_reader() -> bool:
+    """Return whether stdout is a pipe closed at its other end. With unbuffered output a flush has nothing to fail on."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError):  # no stdout, or an object of the caller of `main`
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _handler(command: str) -> Callable[[list[str]], None]:
@@ -43,11 +91,13 @@ def _overview(_: list[str]) -> None:
 
 
 def _run_parser(command: str, description: str, arguments: str = "") -> CommandParser:
-    return CommandParser(command, arguments, description, config_class=RunConfig, losses=_LOSSES)
+    return CommandParser(command, arguments, description, config_class=RunConfig, takes_files=True, losses=_LOSSES)
 
 
 def _train(argv: list[str]) -> None:
-    config, _ = parse_config(RunConfig, argv, parser=_run_parser("train", "Train as the config describes."))
+    config, _ = parse_config(
+        RunConfig, argv, parser=_run_parser("train", "Train as configured, or resume from the latest checkpoint.")
+    )
     from kd_accel.commands.train import run_training
 
     run_training(config)
@@ -56,14 +106,14 @@ def _train(argv: list[str]) -> None:
 def _cache(argv: list[str]) -> None:
     action, *rest = argv or ["--help"]
     if action in ("-h", "--help"):
-        print("usage: kd-accel cache build|verify|info [--config FILE ...] [--a.b VALUE ...]\n")
+        print("usage: kd-accel cache build|verify|info [FILE ...] [--a.b VALUE ...]\n")
         print("\n".join(f"  {name:8} {text}" for name, text in _CACHE_ACTIONS.items()))
         return
     if action not in _CACHE_ACTIONS:
         raise UserError(f"cache {action!r} is not a command{nearest(action, list(_CACHE_ACTIONS))} (build, verify or info)")
     parser = _run_parser(f"cache {action}", _CACHE_ACTIONS[action])
     if action != "build":
-        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--json", action="store_true", help="Print JSON.")
     config, values = parse_config(RunConfig, rest, parser=parser)
     from kd_accel.commands import cache
 
@@ -77,7 +127,7 @@ def _cache(argv: list[str]) -> None:
 
 def _plan(argv: list[str]) -> None:
     parser = _run_parser("plan", "Estimate the cost of live and cached teacher outputs on this machine.", "[--json]")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
     config, values = parse_config(RunConfig, argv, parser=parser)
     from kd_accel.commands.plan import run_plan
 
@@ -85,10 +135,10 @@ def _plan(argv: list[str]) -> None:
 
 
 def _evaluate(argv: list[str]) -> None:
-    description = "Compute accuracy, loss and agreement with the teacher of a trained run."
+    description = "Compute the accuracy, loss and agreement with the teacher of a finished run."
     parser = CommandParser("evaluate", "RUN [--split test|val]", description)
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--split", choices=["test", "val"], default="test", help="held-out samples to evaluate on")
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run directory.")
+    parser.add_argument("--split", choices=["test", "val"], default="test", help="Held-out split to evaluate on.")
     values = parser.parse(argv)
     from kd_accel.commands.evaluate import run_evaluation
 
@@ -98,8 +148,8 @@ def _evaluate(argv: list[str]) -> None:
 def _bench(argv: list[str]) -> None:
     description, arguments = "Measure parameters, MACs and latency.", "RUN_OR_ARCH ... [--out FILE]"
     parser = CommandParser("bench", arguments, description, config_class=BenchConfig)
-    parser.add_argument("models", metavar="RUN_OR_ARCH", nargs="+", help="run directories or architectures")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file for the results; without it they are only printed")
+    parser.add_argument("models", metavar="RUN_OR_ARCH", nargs="+", help="Run directories or architectures.")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the results, which are also printed.")
     config, values = parse_config(BenchConfig, argv, parser=parser)
     allow([name for name in values.models if not Path(name).is_dir()])
     from kd_accel.commands.bench import run_bench
@@ -108,10 +158,12 @@ def _bench(argv: list[str]) -> None:
 
 
 def _report(argv: list[str]) -> None:
-    parser = CommandParser("report", "RUN ... --out DIR [--bench FILE]", "Write the table of results and the pictures.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directories, in the order of the table")
-    parser.add_argument("--out", type=Path, required=True, help="directory for results.md, results.json and pictures")
-    parser.add_argument("--bench", type=Path, default=None, help="JSON file of `kd-accel bench --out`")
+    parser = CommandParser(
+        "report", "RUN ... --out DIR [--bench FILE]", "Write the table of results and the plots of finished runs."
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Run directories, in the order of the table.")
+    parser.add_argument("--out", type=Path, required=True, help="Directory for results.md, results.json and the plots.")
+    parser.add_argument("--bench", type=Path, default=None, help="JSON file of `kd-accel bench --out`.")
     values = parser.parse(argv)
     from kd_accel.commands.report import run_report
 
@@ -119,8 +171,8 @@ def _report(argv: list[str]) -> None:
 
 
 def _losses(argv: list[str]) -> None:
-    parser = CommandParser("losses", "[NAME]", "Print the losses that a config can name, or one loss with its settings.")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="registered name, or import:package.module:Class")
+    parser = CommandParser("losses", "[NAME]", "Print the registered losses, or one loss with its settings.")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="Registered name, or import:package.module:Class.")
     name = parser.parse(argv).name
     allow([name] if name else [])
     from kd_accel.commands.losses import run_losses
@@ -131,12 +183,12 @@ def _losses(argv: list[str]) -> None:
 def _layers(argv: list[str]) -> None:
     description = "Print the layers of a network that a feature loss can compare, with their shapes."
     parser = CommandParser("layers", "RUN_OR_ARCH [--image_size N] [--stem NAME] [--all]", description)
-    parser.add_argument("network", metavar="RUN_OR_ARCH", help="run directory or architecture")
+    parser.add_argument("network", metavar="RUN_OR_ARCH", help="Run directory or architecture.")
+    parser.add_argument("--image_size", type=int, help="Side of the images in pixels; by default that of the run, or 32.")
     parser.add_argument(
-        "--image_size", type=int, default=None, help="side of the images in pixels; default: the run's own, or 32"
+        "--stem", choices=["imagenet", "no_pool", "cifar"], default="imagenet", help="First layers of a ResNet."
     )
-    parser.add_argument("--stem", choices=["imagenet", "no_pool", "cifar"], default="imagenet", help="stem of a ResNet")
-    parser.add_argument("--all", action="store_true", help="also layers inside others")
+    parser.add_argument("--all", action="store_true", help="Also print the layers inside other layers.")
     values = parser.parse(argv)
     allow([values.network])
     from kd_accel.commands.layers import run_layers
@@ -147,10 +199,10 @@ def _layers(argv: list[str]) -> None:
 def _reproduce(argv: list[str]) -> None:
     end = argv.index("--") if "--" in argv else len(argv)
     description = (
-        "Train the runs of a chain, each in its own launch, then bench and report; completed steps are skipped. "
+        "Run a chain of trainings, each in its own launch, then bench and report; completed steps are skipped. "
         "Flags after -- are added to every training."
     )
-    parser = CommandParser("reproduce", "", description, config_class=ReproduceConfig)
+    parser = CommandParser("reproduce", "", description, config_class=ReproduceConfig, takes_files=True)
     config, _ = parse_config(ReproduceConfig, argv[:end], parser=parser)
     from kd_accel.commands.reproduce import run_chain
 
@@ -158,19 +210,19 @@ def _reproduce(argv: list[str]) -> None:
 
 
 _CACHE_ACTIONS = {
-    "build": "run the teacher over all samples and views, and write what the cache lacks",
-    "verify": "check every byte, and recompute a few outputs with the teacher",
-    "info": "describe the contents of a cache",
+    "build": "Run the teacher over all samples and views, and write the files that the cache lacks.",
+    "verify": "Check every byte, and recompute a few outputs with the teacher.",
+    "info": "Print the contents of a cache.",
 }
 
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
-    "train": ("train a teacher, a student, or a student with its teacher", _train),
-    "cache": ("store the outputs of a teacher: build, verify, info", _cache),
-    "plan": ("estimate the cost of a live and of a cached teacher here", _plan),
-    "evaluate": ("accuracy, loss and agreement of a trained run", _evaluate),
-    "bench": ("parameters, MACs and latency of runs or architectures", _bench),
-    "report": ("table and pictures of several runs", _report),
-    "layers": ("the layers of a network that can be compared, with shapes", _layers),
-    "losses": ("the losses that a config can name, and their settings", _losses),
-    "reproduce": ("a whole chain of trainings, measured and compared", _reproduce),
+    "train": ("Train a teacher, a student, or a student with its teacher.", _train),
+    "cache": ("Store the outputs of a teacher: build, verify, info.", _cache),
+    "plan": ("Estimate the cost of a live and of a cached teacher on this machine.", _plan),
+    "evaluate": ("Compute accuracy, loss and agreement of a finished run.", _evaluate),
+    "bench": ("Measure parameters, MACs and latency of runs or architectures.", _bench),
+    "report": ("Write the table and the plots of several runs.", _report),
+    "layers": ("Print the layers of a network that a feature loss can compare.", _layers),
+    "losses": ("Print the registered losses and their settings.", _losses),
+    "reproduce": ("Run a chain of trainings, then bench and report.", _reproduce),
 }

@@ -28,6 +28,7 @@ from accelerate.utils import (
 
 from kd_accel.config.schema import Precision
 from kd_accel.errors import PeerLost, UserError
+from kd_accel.exit_codes import report_lost_peers
 from kd_accel.io.files import refused_by_disk
 
 __all__ = [
@@ -49,6 +50,8 @@ _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 _CPU_TIMEOUT_S, _GPU_TIMEOUT_S = 1800.0, 600.0
 _NCCL_MARGIN_S = 60.0
 _PATIENCE_S = 24 * 3600.0
+_COMMUNICATION_ERRORS = ("gloo/", "NCCL", "nccl", "Operation timed out!")
+"""Texts of errors: gloo has the names of its files in them, and a timeout of `Work.wait` only this sentence."""
 
 
 def start_processes(
@@ -73,10 +76,13 @@ def start_processes(
         accelerator = _joined(precision, track_with, timeout_s)
     except ValueError as error:  # Accelerate's, if WORLD_SIZE is set and the rest of the launch is missing
         raise UserError(f"the launch is incomplete: {error}; start with one of the files in launch/") from None
-    except torch.distributed.DistError as error:
+    except RuntimeError as error:
+        if not _is_communication(error):
+            raise
         raise UserError(
             f"the launch is incomplete: the processes could not connect ({_first_line(error)}); start a launcher on every "
-            "node, each with its own machine_rank and the same address and port of node 0, which must be open"
+            "node, each with its own machine_rank and the same address and port of node 0, which must be open. On a node with "
+            "several networks, set GLOO_SOCKET_IFNAME to the name of the interface"
         ) from None
     refuse_unjoined(accelerator)
     set_seed(seed, device_specific=True)
@@ -139,16 +145,19 @@ def peers_needed(accelerator: Accelerator, place: Callable[[], str]) -> Iterator
     except RuntimeError as error:
         if accelerator.num_processes == 1 or not _is_communication(error):
             raise
-        raise PeerLost(
-            f"rank {accelerator.process_index} of {accelerator.num_processes} has lost its peers {place()} "
-            f"({_first_line(error)}): a process or a node has died or exceeded train.timeout_s, or the network is down. "
-            "The last written files are complete: run the same command again to resume from them"
-        ) from None
+        reason = _first_line(error).partition(". ")[0]  # gloo's advice follows, and an emoji
+        message = (
+            f"rank {accelerator.process_index} of {accelerator.num_processes} has lost its peers {place()} ({reason}): a "
+            "process or a node has died or exceeded train.timeout_s, or the network is down. The last written files are "
+            "complete: run the same command again to resume from them"
+        )
+        report_lost_peers(message)
+        raise PeerLost(message) from None
 
 
 def _is_communication(error: RuntimeError) -> bool:
-    """Return whether an error is one of the process group: gloo raises plain RuntimeErrors, with the names of its files."""
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo/", "NCCL", "nccl"))
+    """Return whether an error is one of the process group. Most are plain RuntimeErrors, recognized by their text."""
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _COMMUNICATION_ERRORS)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Mistake of the user. The message is one paragraph with field, value, rule and remedy; the program exits with 2."""
+    """Mistake of the user; the program exits with 2. The message is one paragraph with field, value, rule and remedy."""
 
 
 class Preempted(Exception):  # noqa: N818  (not an error)
-    """Stop by a signal, at a place from which the work can resume. The program exits with 128 + number.
+    """Stop by a signal, in a state from which the work can be resumed; the program exits with 128 + number.
 
     Attributes:
         number: Number of the signal.
@@ -20,10 +20,14 @@ class Preempted(Exception):  # noqa: N818  (not an error)
 
 
 class PeerLost(Exception):  # noqa: N818  (a fault of the machine, not of the program)
-    """Loss of another process of the launch. The program exits with 1, without a traceback."""
+    """Loss of another process of the launch; the program exits with 1, without a traceback."""
+
+
+class OutputClosed(BrokenPipeError):  # noqa: N818  (not an error)
+    """Write to a stdout without a reader, such as `| head` leaves; the program exits with 128 + SIGPIPE, without a message."""
 
 
 def describe_error(error: BaseException, *, limit: int = 300) -> str:
-    """Return type and message of another library's exception in one line, for a message of ours."""
+    """Return the type and message of a library's exception in one line, as part of a UserError's message."""
     message = " ".join(str(error).split())[:limit]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

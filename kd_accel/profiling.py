@@ -1,6 +1,6 @@
-"""Profiler ranges of the parts of a training, a trace for Perfetto (ui.perfetto.dev), and each range's share of time.
+"""Profiler ranges for the parts of a training step, traces for Perfetto (ui.perfetto.dev), and each range's share of the time.
 
-Ranges are marked where the code runs; while no profiler records, a mark costs nothing.
+While no profiler is recording, a range is a null context.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ RangeName = Literal[
     "loader", "teacher", "student", "projector", "loss", "backward", "optimizer", "logging", "evaluation", "checkpoint"
 ]
 Observer = Callable[[RangeName], AbstractContextManager[object]]
-"""Returns the context that a mark enters instead of a profiler range."""
+"""Function that returns the context to enter in place of the profiler range of a name."""
 
 PREFIX = "kd_accel."
-"""Prefix of the ranges' names in a trace."""
+"""Prefix of the names of the ranges in a trace."""
 
 WARM_UP_STEPS = 5
-"""Steps before the recorded ones; in the last of them the profiler itself warms up."""
+"""Number of steps before the first recorded step; the last of them is the warm-up step of the profiler."""
 
-_SILENT = "99"
-"""Log level of Kineto, which reports a machine without a GPU as an error."""
+# At its default level Kineto logs a machine without a GPU as an error.
+_KINETO_LOG_LEVEL = "99"
 
 _observers: list[Observer] = []
 
 
 def profiler_range(name: RangeName) -> AbstractContextManager[object]:
-    """Mark the code of a `with` block as a range of the profiler.
+    """Return a context that records the code inside it as a range of the profiler.
 
     `projector` is nested in `loss`; all other ranges are disjoint.
     """
-    if torch.compiler.is_compiling():  # traced code cannot query the profiler, so it has no ranges
+    # Code under torch.compile cannot query the state of the profiler.
+    if torch.compiler.is_compiling():
         return nullcontext()
     if _observers:
         return _observers[-1](name)
@@ -51,7 +52,7 @@ def profiler_range(name: RangeName) -> AbstractContextManager[object]:
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Inside the `with` block, replace each profiler range by the context that `observer` returns for its name."""
+    """Replace each profiler range inside the `with` block by the context that `observer` returns for its name."""
     _observers.append(observer)
     try:
         yield
@@ -60,7 +61,7 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def profiled(name: RangeName, items: Iterable[Item]) -> Iterator[Item]:
-    """Yield the items of an iterable, with the production of each marked as a range."""
+    """Yield the items of an iterable, and record the time until each as a range."""
     iterator = iter(items)
     while True:
         with profiler_range(name):
@@ -72,9 +73,9 @@ def profiled(name: RangeName, items: Iterable[Item]) -> Iterator[Item]:
 
 
 class StepProfiler:
-    """Profiler of some optimizer steps after the first few: writes `directory/rank-R.json` and reports the ranges' shares.
+    """Profiler of a few optimizer steps: writes the trace `directory/rank-R.json` and prints each range's share of the time.
 
-    `step` must be called at the end of each step, and `close` at the end of the training.
+    Call `step` at the end of each optimizer step, and `close` at the end of the training.
     """
 
     def __init__(self, directory: Path, *, steps: int | None, rank: int, say: Callable[[str], None]) -> None:
@@ -82,15 +83,15 @@ class StepProfiler:
 
         Args:
             directory: Directory of the traces.
-            steps: Number of recorded steps; None = record nothing.
-            rank: This process.
-            say: Prints a line for the user.
+            steps: Number of steps to record after the first `WARM_UP_STEPS`; None = no profiler.
+            rank: Rank of this process.
+            say: Function that prints a line.
         """
         self._directory, self._rank, self._say = directory, rank, say
         self._profiler: Any = None
         self._is_saved = False
         if steps is not None:
-            os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
+            os.environ.setdefault("KINETO_LOG_LEVEL", _KINETO_LOG_LEVEL)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             recorded_steps = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=steps, repeat=1)
             self._profiler = profile(activities=activities, schedule=recorded_steps, on_trace_ready=self._write)
@@ -107,7 +108,7 @@ class StepProfiler:
             self._profiler.stop()
             self._profiler = None
             if not self._is_saved:
-                self._say(f"profile: nothing was recorded, the training ended within its first {WARM_UP_STEPS} steps")
+                self._say(f"profile: nothing was recorded, because the training ended within its first {WARM_UP_STEPS} steps")
 
     def _write(self, profiler: profile) -> None:
         self._is_saved = True
@@ -115,29 +116,29 @@ class StepProfiler:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
-        except OSError as error:  # the training continues without a trace
+        except OSError as error:
             self._say(f"profile: {refused_by_disk(error)}")
         step_ms, shares = range_shares(profiler.events())
         listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
-        self._say(f"profile: {step_ms:.1f} ms a step: {listed} ({path})")
+        self._say(f"profile: {step_ms:.1f} ms per step: {listed} ({path})")
 
 
-def range_shares(events: Iterable[Any] | None, *, whole: str = "ProfilerStep") -> tuple[float, dict[str, float]]:
+def range_shares(events: Iterable[Any] | None, *, total_prefix: str = "ProfilerStep") -> tuple[float, dict[str, float]]:
     """Compute each range's share of the time from the events of a profile.
 
-    On a GPU these are times of the device, and `rest` includes the backward: autograd's own thread launches its kernels,
-    outside of any range.
+    On a GPU the times are those of the device, and `rest` includes the backward pass: autograd launches its kernels in a thread
+    of its own, outside of any range.
 
     Args:
         events: Events of `torch.profiler.profile`.
-        whole: Prefix of the names of the ranges whose sum is the total time; the default are the steps of a profiler.
+        total_prefix: Prefix of the names of the ranges whose sum is the total time; by default that of the profiler's steps.
 
     Returns:
-        (milliseconds per step, share of the time by range), with the unmarked time as `rest`.
+        (milliseconds per step, share of the time by range); `rest` is the share of the time outside of all ranges.
     """
     events = list(events or ())
     on_device = any(event.device_type == DeviceType.CUDA for event in events)
-    total_us = sum(event.time_range.elapsed_us() for event in events if event.name.startswith(whole) and _is_host(event))
+    total_us = sum(event.time_range.elapsed_us() for event in events if event.name.startswith(total_prefix) and _is_host(event))
     steps = sum(event.name == PREFIX + "optimizer" and _is_host(event) for event in events)
     spent_us: Counter[str] = Counter()
     for event in events:

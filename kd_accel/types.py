@@ -1,8 +1,8 @@
-"""Data types shared by several packages: a batch of images, the teacher's output, the student's output, the loss terms.
+"""Data types of several packages: a batch of images and the teacher's output for it.
 
-Shape letters of the whole package: B batch, C classes, D channels, H height, W width, N samples, K views, S image size.
+Shape letters of the package: B batch, C classes, D channels, H height, W width, N samples, K views, S image size.
 
-This module imports no torch at run time.
+torch is imported for type checkers only.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Batch:
     """A batch of samples in one view.
 
     Attributes:
-        images: Pixels of the view, uint8 [B, 3, H, W]. Dense, either contiguous (decoded images held in memory, uncropped or
-            cropped) or channels_last (images decoded on demand, resized crops, TrivialAugment, crops made on a GPU).
+        images: Pixels of the view, uint8 [B, 3, H, W]. Dense, and either contiguous (decoded images held in memory, uncropped
+            or cropped) or channels_last (images decoded on demand, resized crops, TrivialAugment, crops made on a GPU).
             Code that needs one memory format must convert.
         labels: Class indices, int64 [B].
         index: Each sample's position in its source split, before any subset, int64 [B]. Always in host memory: a cache is
-            read by (index, view), and a copy from a GPU would synchronize with all queued work.
+            read by (index, view), and a copy from a GPU would synchronize the device.
         view: Number of the view that the pixels show.
     """
 
@@ -49,9 +49,9 @@ class TeacherOutput:
     """Logits and features of the teacher for one batch, from a live forward or from a cache.
 
     Attributes:
-        logits: [B, C], not probabilities, so that the temperature can change later; None without a teacher.
-        features: Feature maps [B, D, H, W] by the teacher's layer name: raw, or already mapped by the frozen target function
-            of the feature loss.
+        logits: Logits [B, C], before the division by a temperature; None without a teacher.
+        features: Feature maps [B, D, H, W] by the teacher's layer name: unchanged, or already mapped by the frozen target
+            function of the feature loss.
     """
 
     logits: Tensor | None = None
@@ -59,9 +59,9 @@ class TeacherOutput:
 
 
 TeacherSource = Callable[[Batch], TeacherOutput]
-"""Source of the teacher's outputs for a batch: a live teacher, a cache, or `no_teacher`."""
+"""Function that returns the teacher's output for a batch: a live teacher, a cache, or `no_teacher`."""
 
 
 def no_teacher(batch: Batch) -> TeacherOutput:
-    """Return an empty output, as the source of a training without a teacher."""
+    """Return an empty output, for a training without a teacher."""
     return TeacherOutput()

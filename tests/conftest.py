@@ -1,6 +1,7 @@
 """Fixtures of a session: a teacher trained by the program itself, and the record of faults."""
 
 import os
+import sys
 
 import pytest
 
@@ -8,8 +9,37 @@ from kd_accel.io.user_code import VARIABLE
 from tests.support.fault_record import FaultRecord
 from tests.support.launching import train
 
+SECONDS = pytest.StashKey[float]()
 os.environ[VARIABLE] = "1"
 """Runs that tests leave name `import:tests.support.models:...`; what happens without the allowance is in test_imports.py."""
+
+
+FAST_S = 3.0
+"""Limit of a test, its fixtures included, that is not marked slow."""
+
+
+def pytest_collection_finish(session):
+    """Start the fork server before the tests that need it, whose time would otherwise include its imports."""
+    warm = sys.modules.get("tests.support.warm")
+    if warm is not None and not session.config.option.collectonly and is_needed_by(session.items):
+        warm.start_server()
+
+
+def is_needed_by(items):
+    return any(hasattr(item.module, name) for item in items for name in ("start", "train", "run", "launching", "WarmProcess"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Fail a test that takes longer than a fast test may and is not marked, unless other programs occupy the machine."""
+    report = yield
+    item.stash[SECONDS] = item.stash.get(SECONDS, 0.0) + call.duration
+    is_marked = any(item.get_closest_marker(name) for name in ("slow", "faults"))
+    is_busy = os.getloadavg()[0] > 1 + (os.cpu_count() or 1)
+    if call.when == "call" and report.passed and item.stash[SECONDS] > FAST_S and not (is_marked or is_busy):
+        report.outcome = "failed"
+        report.longrepr = f"took {item.stash[SECONDS]:.1f} s, more than {FAST_S:.0f} s: mark it slow, or make it faster"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The program where wandb, datasets, matplotlib, scikit-learn, timm and git are absent, as on many GPU machines."""
+"""The program without wandb, datasets, matplotlib, scikit-learn, timm and git, which many GPU machines do not have."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from tests.support.launching import ROOT, SMALL, command, metrics, summary
 pytestmark = pytest.mark.slow
 
 UNTRACKED = "wandb is not installed; metrics go to metrics.jsonl only"
-NO_PICTURES = "figures are skipped: matplotlib is not installed"
+NO_FIGURES = "no figures are drawn, because matplotlib is not installed; pip install matplotlib"
 CACHED = [
     "--distill.features.mse={weight: 0.1, layers: [layer1, layer2], args: {pca_images: 64}}",
     "--teacher.outputs=cached",
@@ -22,7 +22,7 @@ CACHED = [
 
 
 def run_hidden(where, argv, *, cwd=ROOT, code=0, **changes):
-    """Run a real process in the hidden environment of `where`."""
+    """Run a real process without the hidden packages, in the environment of `hidden_environment(where)`."""
     done = subprocess.run(
         list(map(str, argv)),
         cwd=cwd,
@@ -37,8 +37,8 @@ def run_hidden(where, argv, *, cwd=ROOT, code=0, **changes):
 
 
 @dataclass
-class Chain:
-    """A teacher, a cache, a student that paused on two processes and resumed on one, the benchmark and the report of both."""
+class Workflow:
+    """Teacher, cache, student that pauses on two processes and resumes on one, benchmark and report of both."""
 
     where: Path
     teacher: subprocess.CompletedProcess
@@ -49,7 +49,7 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
+def workflow(tmp_path_factory):
     where = tmp_path_factory.mktemp("hidden")
     teacher, student, cache, bench, out = (where / name for name in ("teacher", "student", "cache", "bench.json", "report"))
     flags = [*CACHED, f"--teacher.run={teacher}", f"--teacher.cache.dir={cache}", "--data.views=2"]
@@ -70,52 +70,54 @@ def chain(tmp_path_factory):
     for name in ("learning_curves.png", "accuracy_latency.png"):
         (out / name).write_text("of an earlier report")
     reported = program("report", teacher, student, f"--out={out}", f"--bench={bench}")
-    return Chain(where, trained, paused, resumed, reported, imports_of_hidden(where))
+    return Workflow(where, trained, paused, resumed, reported, imports_of_hidden(where))
 
 
-def test_only_the_pictures_were_imported(chain):
-    assert {(package, importer) for package, importer in chain.imports if importer.startswith("kd_accel")} == {
+def test_only_plots_import_a_hidden_package(workflow):
+    assert {(package, importer) for package, importer in workflow.imports if importer.startswith("kd_accel")} == {
         ("matplotlib", "kd_accel.report.plots")
     }
-    assert "wandb" not in {package for package, _ in chain.imports}
+    assert "wandb" not in {package for package, _ in workflow.imports}
 
 
-def test_a_disabled_run_is_silent_about_tracking(chain):
-    assert "wandb" not in chain.teacher.stdout + chain.teacher.stderr
-    assert summary(chain.where / "teacher")["commit"] is None
+def test_run_with_disabled_tracking_does_not_mention_wandb(workflow):
+    assert "wandb" not in workflow.teacher.stdout + workflow.teacher.stderr
+    assert summary(workflow.where / "teacher")["commit"] is None
 
 
-def test_every_start_of_a_run_that_cannot_be_tracked_has_one_notice(chain):
-    for done in (chain.paused, chain.resumed):
+def test_each_start_prints_one_notice_about_missing_wandb(workflow):
+    for done in (workflow.paused, workflow.resumed):
         shown = done.stdout + done.stderr
         assert shown.count(UNTRACKED) == shown.count("wandb") == 1
 
 
-def test_the_student_resumed_from_its_pause_and_the_cache(chain):
-    assert "paused after step 11" in chain.paused.stdout
-    assert [line["step"] for line in metrics(chain.where / "student", "train")] == list(range(1, 25))
-    result = summary(chain.where / "student")
+def test_student_resumes_after_a_pause(workflow):
+    assert "paused after step 11" in workflow.paused.stdout
+    assert [line["step"] for line in metrics(workflow.where / "student", "train")] == list(range(1, 25))
+    result = summary(workflow.where / "student")
     assert result["role"] == "distilled" and result["steps"] == 24 and result["commit"] is None
     assert result["teacher_fingerprint"] is not None
 
 
-def test_the_report_has_the_table_and_no_pictures(chain):
-    out = chain.where / "report"
+def test_report_has_the_table_and_no_figures(workflow):
+    out = workflow.where / "report"
     assert {path.name for path in out.iterdir()} == {"results.md", "results.json"}
     table = (out / "results.md").read_text()
     assert table.count("(teacher)") == table.count("(distilled)") == 1
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["role"] for row in rows] == ["teacher", "distilled"] and all(row["latency_ms"] > 0 for row in rows)
-    said = chain.reported.stdout + chain.reported.stderr
-    assert said.count(NO_PICTURES) == said.count("matplotlib") == 1 and table in said
+    output = workflow.reported.stdout + workflow.reported.stderr
+    assert output.count(NO_FIGURES) == 1 and output.count("matplotlib") == 2 and table in output
 
 
-def test_tracking_requested_by_name_is_refused_before_the_training(tmp_path):
+def test_explicit_tracking_without_wandb_is_refused_before_the_training(tmp_path):
     run_dir = tmp_path / "run"
     argv = command("train", f"--run_dir={run_dir}", *SMALL, "--tracking.wandb=offline")
     done = run_hidden(tmp_path / "hidden", argv, code=2)
-    told = "kd-accel: tracking.wandb: offline needs wandb, which is not installed; pip install wandb, or set tracking.wandb to "
-    assert done.stderr == f"{told}disabled\n"
+    message = (
+        "kd-accel: tracking.wandb: offline needs wandb, which is not installed; pip install wandb, or set tracking.wandb to "
+    )
+    assert done.stderr == f"{message}disabled\n"
     assert not run_dir.exists()
 
 
@@ -144,12 +146,13 @@ finish(Result.of_repeats("probe", {"case": [1.0]}, notes={}))
 
 def test_sources_networks_and_benchmarks_without_their_packages(tmp_path):
     for name in ("datasets", "wandb", "images"):
-        (tmp_path / name).mkdir()  # a directory of this name in the working directory is not the package
+        # A directory with the name of a package in the working directory must not be taken for the package.
+        (tmp_path / name).mkdir()
     done = run_hidden(tmp_path / "hidden", [sys.executable, "-c", PROBE, *HIDDEN], cwd=tmp_path)
-    digits, *others, timm, _, line = done.stdout.splitlines()
+    digits, *hub_sources, timm, _, line = done.stdout.splitlines()
     assert digits == "data.source: digits needs scikit-learn; pip install 'kd-accel[demo]'"
-    for told, source in zip(others, ("parquet:images", "imagefolder:images", "hub:any/name"), strict=True):
-        assert told.startswith(f"data.source: {source} needs the package datasets (") and "pip install datasets" in told
+    for message, source in zip(hub_sources, ("parquet:images", "imagefolder:images", "hub:any/name"), strict=True):
+        assert message.startswith(f"data.source: {source} needs the package datasets (") and "pip install datasets" in message
     assert "timm/" in timm and "pip install 'kd-accel[timm]'" in timm
     recorded = json.loads(line)
     assert recorded["commit"] is None and recorded["versions"]["datasets"] is None

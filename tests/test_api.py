@@ -1,4 +1,4 @@
-"""The public API: names, trainings from Python, predictions, the teacher; wrong use is named."""
+"""Public API: its names, trainings and evaluations from Python, predictions, the teacher, and errors for wrong use."""
 
 import ast
 import os
@@ -31,14 +31,14 @@ SMALL = {
 
 
 def comparable(run_dir):
-    """Model, metrics and summary of a run, without its own name."""
+    """Return the model, metrics and summary of a run, without its name."""
     content = {key: value for key, value in summary(run_dir).items() if key != "name"}
     return (Path(run_dir) / "model.safetensors").read_bytes(), metrics(run_dir), content
 
 
 @pytest.fixture(scope="module")
 def command_run(tmp_path_factory):
-    """A run of the command, in a process of its own."""
+    """Return a run of `kd-accel train` in another process."""
     run_dir = tmp_path_factory.mktemp("runs") / "command"
     launching.train(run_dir)
     return run_dir
@@ -51,11 +51,11 @@ def result(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures():
-    """uint8 [41, 32, 32, 3], the test samples."""
+    """Return the test samples, uint8 [41, 32, 32, 3]."""
     return own_images("test", 32)["images"]
 
 
-def test_every_public_name_is_found_and_described():
+def test_every_public_name_is_importable_and_documented():
     assert len(set(kd.__all__)) == len(kd.__all__) and dir(kd) == sorted(kd.__all__)
     for name in kd.__all__:
         assert getattr(kd, name).__doc__, name
@@ -63,14 +63,14 @@ def test_every_public_name_is_found_and_described():
         kd.Techer  # noqa: B018
 
 
-def test_type_checkers_see_the_same_names():
+def test_names_for_type_checkers_are_the_same():
     (block,) = [node for node in ast.parse(Path(kd.__file__).read_text()).body if isinstance(node, ast.If)]
     imported = {f"{node.module}.{alias.name}": alias.asname for node in block.body for alias in node.names}
-    places = {f"{place}.{name}": name for name, place in kd._PLACES.items()}
-    assert imported == {**places, **{place: name for name, place in kd._MODULES.items()}}
+    places = {f"{place}.{name}": name for name, place in kd._ATTRIBUTES.items()}
+    assert imported == {**places, **{place: name for name, place in kd._SUBMODULES.items()}}
 
 
-def test_the_import_needs_no_torch():
+def test_import_does_not_import_torch():
     code = "import sys, kd_accel; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
@@ -92,15 +92,15 @@ def as_config(directory):
 
 
 @pytest.mark.parametrize("form", [as_file, as_path, as_mapping, as_config])
-def test_a_training_from_python_equals_the_command(command_run, tmp_path, form):
+def test_training_from_python_equals_the_command(command_run, tmp_path, form):
     config, settings = form(tmp_path)
     result = kd.train(config, run_dir=tmp_path / "run", **settings)
     assert result.directory == tmp_path / "run" and result.summary["steps"] == 24
     assert comparable(result.directory) == comparable(command_run)
 
 
-def test_trainings_of_one_process_do_not_touch_each_other(command_run, tmp_path):
-    """Neither the precision of an earlier one, nor one that has failed, nor the switches that it sets."""
+def test_trainings_of_one_process_are_independent(command_run, tmp_path):
+    """Precision, failure and process-wide switches of a training have no effect on the next."""
     first = kd.train(SMALL, run_dir=tmp_path / "first", **{"train.precision": "bf16"})
     with pytest.raises(kd.UserError, match="train.batch_size: 999 is more than the 128 training samples"):
         kd.train(SMALL, run_dir=tmp_path / "failed", **{"train.precision": "bf16", "train.batch_size": 999})
@@ -111,7 +111,7 @@ def test_trainings_of_one_process_do_not_touch_each_other(command_run, tmp_path)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_an_accelerator_of_the_caller_stays_as_it_is(tmp_path):
+def test_accelerator_of_the_caller_is_unchanged(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     own = Accelerator(cpu=True, gradient_accumulation_steps=4)
     run = kd.train(SMALL, run_dir=tmp_path / "run", **{"train.precision": "bf16", "train.epochs": 1})
@@ -120,7 +120,7 @@ def test_an_accelerator_of_the_caller_stays_as_it_is(tmp_path):
     assert Accelerator().device == own.device == torch.device("cpu")
 
 
-def test_a_cache_after_a_training_in_another_precision(tmp_path):
+def test_cache_after_a_training_in_another_precision(tmp_path):
     kd.train(SMALL, run_dir=tmp_path / "run", **{"train.precision": "bf16", "train.epochs": 1})
     data = kd.ImageDataset("import:tests.support.models:images", limit_train=16, limit_test=8)
     views = kd.ViewDataset(data, kd.transforms.Crop(32), num_views=1)
@@ -131,7 +131,7 @@ def test_a_cache_after_a_training_in_another_precision(tmp_path):
     assert torch.allclose(cache.read(indices, 0).logits, live.logits, atol=1e-5)  # bf16 would differ by 1e-3
 
 
-def test_a_cache_of_a_wrapped_dataset_without_test_samples(tmp_path):
+def test_cache_of_a_wrapped_dataset_without_test_samples(tmp_path):
     content = own_images("train", 32)
     data = kd.ImageDataset(list(zip(content["images"][:40], content["labels"], strict=False)), val_fraction=0.0)
     views = kd.ViewDataset(data, kd.transforms.CropFlip(32), num_views=2)
@@ -147,7 +147,7 @@ def test_a_cache_of_a_wrapped_dataset_without_test_samples(tmp_path):
         assert torch.allclose(target.features["layer2"], layers["layer2"](live.features["layer2"]), atol=1e-4)
 
 
-def test_a_finished_run_is_returned_and_a_paused_one_resumes(tmp_path, command_run):
+def test_finished_run_is_returned_and_paused_run_resumes(tmp_path, command_run):
     with pytest.raises(kd.UserError, match="checkpoint.stop_after_steps: the training is paused"):
         kd.train(SMALL, run_dir=tmp_path / "run", **{"checkpoint.stop_after_steps": 10})
     resumed = kd.train(SMALL, run_dir=tmp_path / "run")
@@ -195,7 +195,7 @@ def test_two_trainings_in_one_launch(tmp_path):
     ("config", "settings", "error", "message"),
     [
         (3, {}, TypeError, "config: must be a RunConfig, a path or a mapping, not int"),
-        ("absent.yaml", {}, ValueError, "config: cannot read absent.yaml"),
+        ("absent.yaml", {}, ValueError, "config: file 'absent.yaml' not found"),
         ({"modle": {}}, {}, ValueError, "modle: no such setting; did you mean model"),
         (SMALL, {"optim.lr": "fast"}, ValueError, "optim.lr: must be a number"),
         (SMALL, {"optim.lr": -1.0}, ValueError, "optim.lr: -1.0"),
@@ -217,7 +217,7 @@ def test_wrong_evaluations_are_refused(tmp_path, result):
             function(tmp_path)
 
 
-def test_the_model_is_that_of_the_files(result):
+def test_loaded_model_has_the_stored_weights(result):
     model = result.load_model()
     stored = load_file(result.directory / "model.safetensors")
     assert stored.keys() == model.network.state_dict().keys()
@@ -235,7 +235,7 @@ def test_predictions_have_the_accuracy_of_the_summary(result, pictures):
 PICTURE = np.zeros((32, 32, 3), dtype=np.uint8)
 
 
-def test_a_teacher_of_any_module(pictures):
+def test_teacher_from_a_module(pictures):
     torch.manual_seed(0)
     network = teacher_network(4)
     teacher = kd.Teacher(network, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
@@ -250,7 +250,7 @@ def test_a_teacher_of_any_module(pictures):
     assert teacher(images).features == {} and teacher.class_names is None
 
 
-def test_a_teacher_of_a_run(result, pictures):
+def test_teacher_from_a_run(result, pictures):
     teacher, model = kd.Teacher.from_run(result.directory), result.load_model()
     assert (teacher.mean, teacher.std) == (model.card.mean, model.card.std)
     assert teacher.class_names == tuple(model.class_names) and teacher.arch == "import:tests.support.models:student"

@@ -1,4 +1,4 @@
-"""The launch files are accepted by Accelerate, and the commands in their headers are real (test_processes runs them)."""
+"""Launch files: keys that Accelerate accepts, valid commands in the headers, and the Slurm script."""
 
 import os
 import re
@@ -16,6 +16,7 @@ PROCESSES = {"cpu2": 2, "gpu1": 1, "gpu8": 8, "multinode": 16}
 
 
 def header(path):
+    """Return the comments of a file as one line."""
     lines = [line for line in path.read_text().splitlines() if line.startswith("#") and not line.startswith(("#!", "#SBATCH"))]
     return " ".join(line.removeprefix("#").strip().removesuffix("\\") for line in lines)
 
@@ -28,33 +29,34 @@ def test_accelerate_accepts_every_key(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_header_names_this_file_and_a_config_that_ships(path):
+def test_header_names_the_file_and_an_existing_config(path):
     text = header(path)
     assert f"accelerate launch --config_file launch/{path.name} " in text
     (config,) = re.findall(r"--config (\S+)", text)
     assert (ROOT / config).is_file()
 
 
-def test_the_table_names_every_file():
+def test_readme_lists_every_file():
     text = (ROOT / "launch/README.md").read_text()
-    there = {path.name for path in (ROOT / "launch").iterdir()} - {"README.md"}
-    assert set(re.findall(r"^\| `(\S+)`", text, flags=re.M)) == there
+    files = {path.name for path in (ROOT / "launch").iterdir()} - {"README.md"}
+    assert set(re.findall(r"^\| `(\S+)`", text, flags=re.M)) == files
 
 
-def program(path, text):
+def write_script(path, text):
+    """Write an executable shell script that replaces a program."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{text}\n")
     path.chmod(0o755)
 
 
-def test_the_slurm_script_starts_a_launcher_on_every_node(tmp_path):
-    """With stand-ins for Slurm and the launcher: the arguments of each node's launcher."""
-    program(tmp_path / "bin/scontrol", "printf 'node7\\nnode8\\n'")
-    program(
+def test_slurm_script_starts_a_launcher_on_every_node(tmp_path):
+    """Replace Slurm and the launcher by scripts, and compare the arguments of the launcher of each node."""
+    write_script(tmp_path / "bin/scontrol", "printf 'node7\\nnode8\\n'")
+    write_script(
         tmp_path / "bin/srun",
         'while [[ $1 == --* ]]; do shift; done\nfor node in 0 1; do SLURM_NODEID=$node "$@"; done',
     )
-    program(tmp_path / ".venv/bin/accelerate", 'printf "%s|" "$@"; echo')
+    write_script(tmp_path / ".venv/bin/accelerate", 'printf "%s|" "$@"; echo')
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64"}
     done = subprocess.run(
         ["bash", ROOT / "launch/slurm.sbatch", "my config.yaml", "--optim.lr", "0.2"],
@@ -80,9 +82,9 @@ def test_the_slurm_script_starts_a_launcher_on_every_node(tmp_path):
 
 
 def test_the_slurm_script_ends_its_tasks_and_requeues_before_its_time_is_over(tmp_path):
-    """The script receives USR1, sends TERM to srun, and puts the job back into the queue once srun has ended."""
-    program(tmp_path / "bin/scontrol", 'case $1 in show) echo node7;; *) echo "$@" >> calls;; esac')
-    program(
+    """After SIGUSR1 the script sends SIGTERM to srun, and requeues the job when srun has ended."""
+    write_script(tmp_path / "bin/scontrol", 'case $1 in show) echo node7;; *) echo "$@" >> calls;; esac')
+    write_script(
         tmp_path / "bin/srun",
         "trap 'sleep 0.3; echo stopped >> calls; exit 143' TERM\necho started >> calls\nwhile :; do sleep 0.05; done",
     )
@@ -101,6 +103,6 @@ def test_the_slurm_script_ends_its_tasks_and_requeues_before_its_time_is_over(tm
     assert (tmp_path / "calls").read_text().split("\n")[:-1] == ["started", "stopped", "requeue 77"]
 
 
-def test_the_slurm_script_needs_a_config(tmp_path):
+def test_slurm_script_requires_a_config(tmp_path):
     done = subprocess.run(["bash", ROOT / "launch/slurm.sbatch"], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "usage: sbatch launch/slurm.sbatch CONFIG" in done.stderr

@@ -1,1 +1,1 @@
-"""Items of `python -m benchmarks.gpu_acceptance`, a module for each, and the guard around them."""
+"""Items of `python -m benchmarks.gpu_acceptance`, one module each, and their isolation from each other."""

@@ -1,7 +1,7 @@
-"""Item c, agreement: views made on the device against the host's, and outputs from a cache against live ones.
+"""Item c, agreement of views made on the device with views made on the host, and of cached outputs with live outputs.
 
-views/AUGMENT      the same, bit for bit
-cached-live/TYPE   a cache of that type next to the live teacher at the same batch shape: largest difference
+views/AUGMENT      the views must be equal bit for bit
+cached-live/TYPE   a cache of this storage type against the live teacher, with the same batch shape: largest difference
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ _VIEWS = (0, 1, 7)
 
 
 def build(setting: Setting, part: str) -> Cases:
-    """Build the cases; the teacher is made once, by the first case that needs it."""
+    """Return the cases."""
     bench = open_bench(Size(setting.size(128, 4), 2))
+    # Built once, by the first case that needs it.
     teacher = cache(partial(_live_teacher, bench))
     cases = {f"views/{augment}": partial(views_agree, augment, bench.device) for augment in AUGMENTS}
     return cases | {
@@ -38,7 +39,7 @@ def build(setting: Setting, part: str) -> Cases:
 
 
 def views_agree(augment: Augment, device: torch.device) -> Figures:
-    """Make the same views on host and device, and count the values that differ."""
+    """Make the same views on the host and on the device, and count the values that differ."""
     transform = ViewTransform(augment, IMAGE_SIZE)
     generator = np.random.default_rng(1)
     pixels = generator.integers(0, 256, (256, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
@@ -51,15 +52,18 @@ def views_agree(augment: Augment, device: torch.device) -> Figures:
     return {"ok": differing == 0, "differing_values": differing, "views": len(_VIEWS), "images": len(pixels)}
 
 
-def cached_and_live(bench: Bench, teacher_of: Callable[[], LiveTeacher], directory: Path, dtype: StorageType) -> Figures:
-    """Compare relative to the largest value of each tensor; on a CPU a float32 cache must be exact."""
-    teacher = teacher_of()
+def cached_and_live(bench: Bench, make_teacher: Callable[[], LiveTeacher], directory: Path, dtype: StorageType) -> Figures:
+    """Write a cache, and compare its outputs with those of the live teacher, relative to the largest value of each tensor.
+
+    On a CPU a float32 cache must be exact.
+    """
+    teacher = make_teacher()
     source = write_cache(bench, directory, teacher, views=1, dtype=dtype).source("train")
     shares = [(samples, 0) for samples in np.split(bench.samples, bench.size.steps)]
-    found = [
+    differences = [
         largest_difference(source(batch), teacher(batch), source.ranges(batch)) for batch in bench.batches("train", shares)
     ]
-    name, difference = max(found, key=lambda one: one[1])
+    name, difference = max(differences, key=lambda named: named[1])
     is_exact = dtype == "float32" and bench.device.type == "cpu"
     allowed = 0.0 if is_exact else tolerance(dtype, "float32")
     return {"ok": difference <= allowed, "largest_difference": difference, "tensor": name}

@@ -1,8 +1,8 @@
-"""Item f: cache of ResNet-50's logits and features by the program's own commands, built, verified and built again.
+"""Item f: `cache build`, `cache verify` and a second `cache build`, for the logits and features of ResNet-50.
 
-build    samples and views per second of the teacher's pass, and of the whole command
-verify   every byte, and a few outputs of the teacher recomputed: the largest difference, relative to the largest value
-rebuild  nothing is left to do
+build    images/s of the teacher's forward and the writing, where each view counts as an image, and the time of the command
+verify   checksums of all files, and some outputs computed again: largest difference, relative to the largest value
+rebuild  must find a complete cache
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LIMIT_S = 120.0
 
 
 def build(setting: Setting, starter: Starter) -> Cases:
-    """Build the cases, which must run in this order."""
+    """Return the cases, which must run in this order."""
     directory = setting.scratch / "cache"
     samples = setting.size(8192, 64)
     flags = [
@@ -32,13 +32,13 @@ def build(setting: Setting, starter: Starter) -> Cases:
         features_flag(setting.size(4, 2), pca_images=setting.size(2048, 64)),
     ]
     return {
-        "build": partial(_built, starter, flags),
-        "verify": partial(_verified, starter, flags),
-        "rebuild": partial(_built_again, starter, flags),
+        "build": partial(_build, starter, flags),
+        "verify": partial(_verify, starter, flags),
+        "rebuild": partial(_rebuild, starter, flags),
     }
 
 
-def _built(starter: Starter, flags: list[str]) -> Figures:
+def _build(starter: Starter, flags: list[str]) -> Figures:
     started_at = time.monotonic()
     printed = starter.command("f-build", "cache", "build", *flags).finish(_LIMIT_S)
     command_s = time.monotonic() - started_at
@@ -46,12 +46,12 @@ def _built(starter: Starter, flags: list[str]) -> Figures:
     return {"images_per_s": int(rate), "images": int(samples), "command_s": round(command_s, 2)}
 
 
-def _verified(starter: Starter, flags: list[str]) -> Figures:
+def _verify(starter: Starter, flags: list[str]) -> Figures:
     report = _last_object(starter.command("f-verify", "cache", "verify", "--json", *flags).finish(_LIMIT_S))
     return {"ok": report["is_intact"], **{name: report[name] for name in ("largest_difference", "files", "bytes")}}
 
 
-def _built_again(starter: Starter, flags: list[str]) -> Figures:
+def _rebuild(starter: Starter, flags: list[str]) -> Figures:
     printed = starter.command("f-rebuild", "cache", "build", *flags).finish(_LIMIT_S)
     return {"ok": "nothing to do" in printed}
 

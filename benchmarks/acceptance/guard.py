@@ -1,7 +1,8 @@
-"""Guard around the cases of an acceptance: each is run regardless of how the others end, and all are in the record.
+"""Isolation of the cases of the acceptance test: every case is run and recorded, regardless of how other cases end.
 
-Cases that share a network or a cache share a process. A case that raises is recorded and the next one follows, unless CUDA has
-failed, which poisons the process: the other cases then get a new one, as after a crash or a hang.
+Cases that share a network or a cache share a process. After an exception in a case the next case runs in the same process.
+After a CUDA error, a crash or a hang the remaining cases run in a new process, because a CUDA error makes all later CUDA calls
+of its process fail.
 """
 
 from __future__ import annotations
@@ -19,23 +20,26 @@ from benchmarks.acceptance.record import Figures, Record, Setting
 from benchmarks.acceptance.starting import NotRun, Started, Starter
 
 Cases = Mapping[str, Callable[[], Figures]]
-_POISON, _POISONED = ("CUDA error", "cuDNN error"), 3
-_LINES = 4
+_STICKY_ERRORS = ("CUDA error", "cuDNN error")
+_UNUSABLE = 3
+"""Exit code of a process after a CUDA error."""
+_ERROR_LINES = 4
 
 
 @dataclass(frozen=True)
 class Part:
-    """Cases of an item that are run one after the other.
+    """Cases of an item that run one after another.
 
     Args:
-        item: letter of the item.
-        name: of the part; empty for the only one of its kind.
-        cases: their names.
-        build: `module:function`. in_child: (setting, name of the part) -> cases, called in a process of its own; otherwise
-            (setting, starter) -> cases that start commands, called in this process.
-        is_timed: nothing else may run meanwhile.
-        limit_s: for one case.
-        env: of the child.
+        item: Letter of the item.
+        name: Name of the part; empty if the item has no other part like it.
+        cases: Names of the cases.
+        build: Builder of the cases as `module:function`. With `in_child` it is called with (setting, name of the part);
+            otherwise with (setting, starter), and its cases start commands.
+        in_child: Whether the cases run in a child process.
+        is_timed: Whether nothing else may run at the same time.
+        limit_s: Time limit of a case in a child process, in seconds.
+        env: Additional environment variables of the child process.
     """
 
     item: str
@@ -49,24 +53,29 @@ class Part:
 
     @property
     def builder(self) -> Callable[..., Cases]:
-        """Import the builder, in the process that calls it: the imports of a child take seconds."""
+        """Return the function that builds the cases."""
+        # Imported where it is called, because the imports of the cases in a child process take seconds.
         module, _, function = self.build.partition(":")
         return getattr(importlib.import_module(module), function)
 
     def label(self, case: str) -> str:
-        """Return the name of a case by which it is recorded, after that of the item."""
+        """Return the recorded name of a case, which is unique within the item."""
         return f"{self.name}/{case}" if self.name else case
 
 
 def run_part(part: Part, setting: Setting, starter: Starter) -> dict[str, str]:
-    """Run all cases of a part. Returns {item/case that was left out: reason}."""
+    """Run all cases of a part.
+
+    Returns:
+        {"item/case" that was not run: reason}.
+    """
     if part.in_child:
         return _supervise(part, setting, starter)
     try:
         built = part.builder(setting, starter)
         cases = {name: built[name] for name in part.cases}
     except NotRun as reason:
-        return _left_out(part, part.cases, reason)
+        return _not_run(part, part.cases, reason)
     except (Exception, SystemExit) as error:
         _fail(part, part.cases, described(error), setting.record)
         return {}
@@ -74,28 +83,38 @@ def run_part(part: Part, setting: Setting, starter: Starter) -> dict[str, str]:
 
 
 def run_cases(part: Part, cases: Cases, record: Record, *, progress: Path | None = None) -> dict[str, str]:
-    """Run cases in this process. progress: a file for the names of those that were begun and ended. Returns as `run_part`."""
-    left_out: dict[str, str] = {}
+    """Run cases in this process.
+
+    Args:
+        part: Part of the cases.
+        cases: Cases to run.
+        record: Record of the figures.
+        progress: File for the begin and end of each case, which the parent of a child process reads; None in the parent.
+
+    Returns:
+        {"item/case" that was not run: reason}.
+    """
+    not_run: dict[str, str] = {}
     for name, case in cases.items():
         _note(progress, "begin", name)
-        started_at, is_poisoned = time.monotonic(), False
+        started_at, is_sticky = time.monotonic(), False
         try:
             figures = case()
         except NotRun as reason:
-            left_out |= _left_out(part, [name], reason)
+            not_run |= _not_run(part, [name], reason)
             continue
         except (Exception, SystemExit) as error:
-            figures, is_poisoned = described(error), any(words in str(error) for words in _POISON)
+            figures, is_sticky = described(error), any(words in str(error) for words in _STICKY_ERRORS)
         record.add(part.item, part.label(name), figures, seconds=time.monotonic() - started_at)
         _note(progress, "end", name)
-        if is_poisoned and progress is not None:
-            sys.exit(_POISONED)
-    return left_out
+        if is_sticky and progress is not None:
+            sys.exit(_UNUSABLE)
+    return not_run
 
 
 def described(error: BaseException) -> Figures:
-    """Return the first lines of an error, and the innermost line of this program that it came through."""
-    first_lines = (f"{type(error).__name__}: {error}").strip().splitlines()[:_LINES]
+    """Return the figures of a failed case: first lines of the error, and innermost line of kd_accel in its traceback."""
+    first_lines = (f"{type(error).__name__}: {error}").strip().splitlines()[:_ERROR_LINES]
     return {"ok": False, "error": "\n".join(first_lines), "where": _where(error)}
 
 
@@ -106,6 +125,7 @@ def _where(error: BaseException) -> str | None:
 
 
 def _supervise(part: Part, setting: Setting, starter: Starter) -> dict[str, str]:
+    """Run the cases of a part in child processes, a new one after each that ended early."""
     remaining, attempt = list(part.cases), 0
     while remaining:
         attempt += 1
@@ -114,25 +134,26 @@ def _supervise(part: Part, setting: Setting, starter: Starter) -> dict[str, str]
         progress.touch()
         child = starter.start(name, _run_child, part, remaining, setting, progress, env=part.env)
         try:
-            ending = _ending(child, part, progress)
+            failure = _wait(child, part, progress)
         except NotRun as reason:
-            return _left_out(part, [case for case in remaining if case not in _named(progress, "end")], reason)
-        ended, begun = _named(progress, "end"), _named(progress, "begin")
+            return _not_run(part, [case for case in remaining if case not in _noted(progress, "end")], reason)
+        ended, begun = _noted(progress, "end"), _noted(progress, "begin")
         unfinished = [case for case in begun if case not in ended]
         remaining = [case for case in remaining if case not in ended]
-        culprits = unfinished or ([] if ended else remaining)  # none was begun: what all of them share has failed
-        _fail(part, culprits, {"ok": False, **ending}, setting.record)
+        # If no case has begun, their common builder has failed, and with it all of them.
+        culprits = unfinished or ([] if ended else remaining)
+        _fail(part, culprits, {"ok": False, **failure}, setting.record)
         remaining = [case for case in remaining if case not in culprits]
     return {}
 
 
-def _ending(child: Started, part: Part, progress: Path) -> Figures:
-    """Wait for a child. Returns the figures of a case that it has not ended."""
+def _wait(child: Started, part: Part, progress: Path) -> Figures:
+    """Wait for a child process, and return the error of the case that it did not end, if there is one."""
     try:
         code = child.wait(part.limit_s, progress=lambda: progress.stat().st_size)
     except TimeoutError as error:
         return {"error": str(error)}
-    return {"error": f"its process ended with {code}\n{child.tail}"}
+    return {"error": f"the process ended with exit code {code}\n{child.tail}"}
 
 
 def _run_child(part: Part, names: Sequence[str], setting: Setting, progress: Path) -> None:
@@ -145,16 +166,17 @@ def _fail(part: Part, cases: Sequence[str], figures: Figures, record: Record) ->
         record.add(part.item, part.label(case), figures, seconds=0.0)
 
 
-def _left_out(part: Part, cases: Sequence[str], reason: NotRun) -> dict[str, str]:
+def _not_run(part: Part, cases: Sequence[str], reason: NotRun) -> dict[str, str]:
     return {f"{part.item}/{part.label(case)}": str(reason) for case in cases}
 
 
-def _note(progress: Path | None, what: str, case: str) -> None:
+def _note(progress: Path | None, event: str, case: str) -> None:
     if progress is not None:
         with progress.open("a") as file:
-            file.write(f"{what} {case}\n")
+            file.write(f"{event} {case}\n")
 
 
-def _named(progress: Path, what: str) -> list[str]:
+def _noted(progress: Path, event: str) -> list[str]:
+    """Return the cases with this event."""
     lines = (line.split(" ", 1) for line in progress.read_text().splitlines())
-    return [case for kind, case in lines if kind == what]
+    return [case for noted, case in lines if noted == event]

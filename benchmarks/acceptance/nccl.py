@@ -1,6 +1,6 @@
-"""Item d, NCCL: training with DistributedDataParallel over NCCL with one rank equals training without a launch.
+"""Item d, NCCL: training with DistributedDataParallel over NCCL with one rank must equal training without a launch.
 
-On a CPU the rank joins over gloo.
+On a CPU the process group uses gloo.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from benchmarks.acceptance.guard import Cases
 from benchmarks.acceptance.record import Figures, Setting
 from benchmarks.acceptance.starting import launch_environment
 from benchmarks.jobs import Bench, Size, epochs_of, open_bench
-from benchmarks.training_case import Programs
+from benchmarks.training_case import CaseBuilder
 
 
 def build(setting: Setting, part: str) -> Cases:
-    """Build the case."""
+    """Return the case."""
     return {"nccl": partial(one_rank_over_nccl, setting)}
 
 
 def one_rank_over_nccl(setting: Setting) -> Figures:
-    """Train without a launch, then join as the one rank of a launch and train the same again."""
+    """Train without a launch, then train the same in a process group of one rank, and compare the weights."""
     size, directory = Size(setting.size(128, 2), 5), setting.scratch / "nccl"
-    alone = _weights_after_an_epoch(open_bench(size, deterministic=True), directory / "alone")
+    expected = _train_epoch(open_bench(size, deterministic=True), directory / "alone")
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.update(launch_environment(1)[0])
     bench = open_bench(size, deterministic=True)
-    joined = _weights_after_an_epoch(bench, directory / "joined")
-    difference = max((alone[name].double() - joined[name].double()).abs().max().item() for name in alone)
+    weights = _train_epoch(bench, directory / "launched")
+    difference = max((expected[name].double() - weights[name].double()).abs().max().item() for name in expected)
     backend = torch.distributed.get_backend()
     torch.distributed.destroy_process_group()
     is_expected = backend == ("nccl" if bench.device.type == "cuda" else "gloo")
     return {"ok": is_expected and difference == 0, "backend": backend, "largest_difference": difference}
 
 
-def _weights_after_an_epoch(bench: Bench, directory: Path) -> dict[str, Tensor]:
-    """Train in DistributedDataParallel if the process has joined: Accelerate does not use it for one rank on a GPU."""
-    trainer = Programs(bench, directory).training("plain", directory, blocks=1)
+def _train_epoch(bench: Bench, directory: Path) -> dict[str, Tensor]:
+    """Train for an epoch, with DistributedDataParallel if there is a process group; return the state dict."""
+    trainer = CaseBuilder(bench, directory).training("plain", directory, blocks=1)
     train_state = trainer.train_state
+    # Accelerate does not use DistributedDataParallel for one rank on a GPU.
     if torch.distributed.is_initialized() and not isinstance(train_state.module, DistributedDataParallel):
         train_state.module = DistributedDataParallel(
             train_state.module, device_ids=[bench.device.index], gradient_as_bucket_view=True, broadcast_buffers=True

@@ -1,4 +1,4 @@
-"""Parts of an acceptance in their order, with the names of their cases; gpu_acceptance.py justifies the order."""
+"""Parts of the acceptance test in their order, with the names of their cases; gpu_acceptance.py explains the order."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ ITEMS = tuple("abcdefg")
 _VARIANTS = ("plain", "live_hybrid", "cached_hybrid", "cached_hybrid_int8", "clipped", "averaged", "host_loader")
 _DETERMINISTIC = ("deterministic", "deterministic_live_hybrid")
 _WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""Variable that `deterministic` must set before CUDA starts, which the variants before it do."""
+"""Environment of deterministic trainings, set at the start because earlier variants of the same process initialize CUDA."""
 _AGREEMENT = (
     "views/none",
     "views/crop",
     "views/crop_flip",
-    *(f"cached-live/{x}" for x in ("float32", "float16", "bfloat16", "int8")),
+    *(f"cached-live/{dtype}" for dtype in ("float32", "float16", "bfloat16", "int8")),
 )
-BROKEN = ("resume/float32", "resume/bf16", "logits/bf16", "gradient/bf16")
-BROKEN_FP16 = ("resume/fp16", "logits/fp16", "overflow/fp16")
+RESUME = ("resume/float32", "resume/bf16", "logits/bf16", "gradient/bf16")
+RESUME_FP16 = ("resume/fp16", "logits/fp16", "overflow/fp16")
 
 
 def planned(*, is_trial: bool) -> list[Part]:
-    """Return the parts of an acceptance; a trial has no fp16, which CPUs lack."""
+    """Return the parts of the acceptance test; a trial has no fp16, which kd_accel refuses on a CPU."""
     timed = ("float32", "bf16")
     precisions = timed if is_trial else (*timed, "fp16")
     return [
@@ -32,7 +32,7 @@ def planned(*, is_trial: bool) -> list[Part]:
         Part("c", "", _AGREEMENT, _build("agreement"), in_child=True),
         Part("d", "", ("cache", "losses", "sigterm", "2-to-1"), _build("ranks")),
         Part("d", "", ("nccl",), _build("nccl"), in_child=True),
-        Part("e", "", BROKEN if is_trial else (*BROKEN, *BROKEN_FP16), _build("resume")),
+        Part("e", "", RESUME if is_trial else (*RESUME, *RESUME_FP16), _build("resume")),
         Part("f", "", ("build", "verify", "rebuild"), _build("cache"), is_timed=True),
         *(Part("b", name, ("128", "1024"), _build("speed"), in_child=True, is_timed=True, limit_s=90) for name in timed),
         Part("g", "", ("plain", "live_hybrid"), _build("compiled"), is_timed=True),

@@ -1,9 +1,11 @@
-"""Item e: exact resume with deterministic kernels, and numbers that are not finite.
+"""Item e: exact resume with deterministic kernels, and losses or gradients that are not finite.
 
-resume/PRECISION      20 steps of ResNet-18 with a live ResNet-50, its features and a moving average, against 10 and 10: bytes
-logits/PRECISION      logits of one sample of step 5 are NaN: the training stops and names term, rank, sample and step
-gradient/bf16         the gradient of step 5 is NaN behind a finite loss: the same, with the parameter
-overflow/fp16         the same is an overflow under fp16: the loss scaler skips the step, and the training finishes
+resume/PRECISION      20 steps of ResNet-18 with a live ResNet-50, its features and a moving average, against 10 + 10 steps:
+                      the models must be equal byte for byte
+logits/PRECISION      the logits of one sample are NaN in step 5: the training must stop with a message that names the term, the
+                      rank, the sample and the step
+gradient/bf16         the gradient is NaN in step 5 although the loss is finite: as above, and the message names the parameter
+overflow/fp16         with fp16 such a gradient is an overflow: the loss scaler must skip the step, and the training must finish
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.acceptance.guard import Cases
-from benchmarks.acceptance.plan import BROKEN, BROKEN_FP16
+from benchmarks.acceptance.plan import RESUME, RESUME_FP16
 from benchmarks.acceptance.record import Figures, Setting
 from benchmarks.acceptance.runs import (
     IMAGES,
-    OWN,
+    SYNTHETIC,
     UNTRACKED,
     features_flag,
     losses,
@@ -31,29 +33,33 @@ from benchmarks.acceptance.runs import (
 )
 from benchmarks.acceptance.starting import Started, Starter
 
-BROKEN_STEP = 5
-_REFUSED = 2
+FAULTY_STEP = 5
+_USER_ERROR = 2
+"""Exit code of a training that ends with a `UserError`."""
 _LIMIT_S = 120.0
 _MESSAGES = {
-    "logits": rf"loss term ce is not finite on rank 0 \(the student's logits of sample \d+\) at step {BROKEN_STEP}: [^\n]*",
-    "gradient": rf"the gradient of \S+ is not finite \(rank 0 had samples [^)]*\) at step {BROKEN_STEP}: [^\n]*",
+    "logits": rf"loss term ce is not finite on rank 0 \(the student's logits of sample \d+\) at step {FAULTY_STEP}: [^\n]*",
+    "gradient": rf"the gradient of \S+ is not finite \(rank 0 had samples [^)]*\) at step {FAULTY_STEP}: [^\n]*",
 }
 
 
 def build(setting: Setting, starter: Starter) -> Cases:
-    """Start all first halves and broken runs at once."""
+    """Start all commands that do not need a checkpoint, and return the cases."""
     kinds: dict[str, Callable[..., Callable[[], Figures]]] = {
         "resume": _resume,
-        "logits": _refused,
-        "gradient": _refused,
+        "logits": _nan,
+        "gradient": _nan,
         "overflow": _overflow,
     }
-    names = [*BROKEN, *(() if setting.is_trial else BROKEN_FP16)]
+    names = [*RESUME, *(() if setting.is_trial else RESUME_FP16)]
     return {name: kinds[name.split("/")[0]](name, setting, starter) for name in names}
 
 
 def _resume(name: str, setting: Setting, starter: Starter) -> Callable[[], Figures]:
-    """Train with all that a checkpoint must restore: momentum, average, projectors, the position in an epoch."""
+    """Start the uninterrupted training and the first half of the resumed one.
+
+    The flags exercise all that a checkpoint restores: momentum, moving average, projectors, the position in an epoch.
+    """
     directory, precision = setting.scratch / name, name.split("/")[1]
     student, teacher = networks(setting)
     flags = [
@@ -65,61 +71,64 @@ def _resume(name: str, setting: Setting, starter: Starter) -> Callable[[], Figur
         *("--train.log_every_steps=3", "--train.deterministic=true", f"--train.precision={precision}"),
     ]
     label = name.replace("/", "-")
-    straight = starter.command(f"e-{label}-straight", *flags, f"--run_dir={directory / 'straight'}")
-    halves = [*flags, f"--run_dir={directory / 'halves'}"]
-    first = starter.command(f"e-{label}-first", *halves, "--checkpoint.stop_after_steps=10")
-    return partial(_same_bytes, directory, straight, first, partial(starter.command, f"e-{label}-second", *halves))
+    uninterrupted = starter.command(f"e-{label}-uninterrupted", *flags, f"--run_dir={directory / 'uninterrupted'}")
+    resumed = [*flags, f"--run_dir={directory / 'resumed'}"]
+    first = starter.command(f"e-{label}-first", *resumed, "--checkpoint.stop_after_steps=10")
+    return partial(_compare, directory, uninterrupted, first, partial(starter.command, f"e-{label}-second", *resumed))
 
 
-def _same_bytes(directory: Path, straight: Started, first: Started, second: Callable[[], Started]) -> Figures:
+def _compare(directory: Path, uninterrupted: Started, first: Started, start_second: Callable[[], Started]) -> Figures:
+    expected, resumed = directory / "uninterrupted", directory / "resumed"
     first.finish(_LIMIT_S)
-    assert not (directory / "halves/summary.json").exists(), "the first half has run to the end"
-    second().finish(_LIMIT_S)
-    straight.finish(_LIMIT_S)
-    runs = [directory / name for name in ("straight", "halves")]
-    is_same = model_bytes(runs[0]) == model_bytes(runs[1])
-    are_equal = metrics(runs[0]) == metrics(runs[1])
+    assert not (resumed / "summary.json").exists(), "the first half has finished the training"
+    start_second().finish(_LIMIT_S)
+    uninterrupted.finish(_LIMIT_S)
+    same_bytes = model_bytes(expected) == model_bytes(resumed)
+    same_metrics = metrics(expected) == metrics(resumed)
     return {
-        "ok": is_same and are_equal,
-        "same_bytes": is_same,
-        "same_metrics": are_equal,
-        "steps": metrics(runs[1])[-1]["step"],
+        "ok": same_bytes and same_metrics,
+        "same_bytes": same_bytes,
+        "same_metrics": same_metrics,
+        "steps": metrics(resumed)[-1]["step"],
     }
 
 
-def _broken_run(name: str, setting: Setting, starter: Starter, breaks: str) -> tuple[Path, Started]:
+def _start_faulty(name: str, setting: Setting, starter: Starter, fault: str) -> tuple[Path, Started]:
+    """Start a training with a fault, `logits` or `gradient`; return (run directory, process)."""
     run_dir, precision = setting.scratch / name, name.split("/")[1]
     flags = [
-        *("train", *UNTRACKED, *IMAGES, "--data.limit_train=320", f"--model.arch={OWN}:disturbed", "--optim.lr=0.05"),
-        *("--train.batch_size=32", "--train.max_steps=10", "--train.log_every_steps=1", "--checkpoint.every_steps=2"),
-        *(f"--train.precision={precision}", f"--run_dir={run_dir}"),
+        *("train", *UNTRACKED, *IMAGES, "--data.limit_train=320", f"--model.arch={SYNTHETIC}:faulty_student"),
+        *("--optim.lr=0.05", "--train.batch_size=32", "--train.max_steps=10", f"--train.precision={precision}"),
+        *("--train.log_every_steps=1", "--checkpoint.every_steps=2", f"--run_dir={run_dir}"),
     ]
-    env = {"KD_ACCEPTANCE_BREAKS": f"{breaks}:{BROKEN_STEP}"}
+    env = {"KD_FAULT_NAN_AT": f"{fault}:{FAULTY_STEP}"}
     return run_dir, starter.command(f"e-{name.replace('/', '-')}", *flags, env=env)
 
 
-def _refused(name: str, setting: Setting, starter: Starter) -> Callable[[], Figures]:
-    kind = name.split("/")[0]
-    run_dir, started = _broken_run(name, setting, starter, kind)
-    return partial(_stops_with_one_paragraph, kind, run_dir, started)
+def _nan(name: str, setting: Setting, starter: Starter) -> Callable[[], Figures]:
+    fault = name.split("/")[0]
+    run_dir, started = _start_faulty(name, setting, starter, fault)
+    return partial(_check_message, fault, run_dir, started)
 
 
-def _stops_with_one_paragraph(kind: str, run_dir: Path, started: Started) -> Figures:
-    printed = started.finish(_LIMIT_S, code=_REFUSED)
-    messages = re.findall(_MESSAGES[kind], printed)
+def _check_message(fault: str, run_dir: Path, started: Started) -> Figures:
+    """Check that a training stopped with one message, and that its last checkpoint is that of the step before the fault."""
+    printed = started.finish(_LIMIT_S, code=_USER_ERROR)
+    messages = re.findall(_MESSAGES[fault], printed)
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir() if not path.name.startswith("."))
-    is_ok = len(messages) == 1 and "Traceback" not in printed and kept[-1:] == [f"step-{BROKEN_STEP - 1:08d}"]
-    return {"ok": is_ok, "message": messages[:1], "exit_code": _REFUSED, "newest_checkpoint": kept[-1:]}
+    passed = len(messages) == 1 and "Traceback" not in printed and kept[-1:] == [f"step-{FAULTY_STEP - 1:08d}"]
+    return {"ok": passed, "message": messages[:1], "exit_code": _USER_ERROR, "newest_checkpoint": kept[-1:]}
 
 
 def _overflow(name: str, setting: Setting, starter: Starter) -> Callable[[], Figures]:
-    run_dir, started = _broken_run(name, setting, starter, "gradient")
-    return partial(_step_is_skipped, run_dir, started)
+    run_dir, started = _start_faulty(name, setting, starter, "gradient")
+    return partial(_check_skipped_step, run_dir, started)
 
 
-def _step_is_skipped(run_dir: Path, started: Started) -> Figures:
+def _check_skipped_step(run_dir: Path, started: Started) -> Figures:
+    """Check that a training finished with one overflow and finite losses."""
     started.finish(_LIMIT_S)
     overflowed = {line["step"]: line["overflowed_steps"] for line in metrics(run_dir) if line["split"] == "train"}
     steps = json.loads((run_dir / "summary.json").read_text())["steps"]
     are_finite = all(map(math.isfinite, losses(run_dir)))
-    return {"ok": overflowed[BROKEN_STEP] == 1 and steps == 10 and are_finite, "overflowed": overflowed, "steps": steps}
+    return {"ok": overflowed[FAULTY_STEP] == 1 and steps == 10 and are_finite, "overflowed": overflowed, "steps": steps}

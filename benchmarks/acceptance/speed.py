@@ -1,14 +1,15 @@
-"""Item b: speed of the program next to its limits (benchmarks/bare.py), in turns.
+"""Item b: speed of trainings by kd_accel and of their limits (benchmarks/bare.py), measured in turns.
 
-A block is an epoch of a few steps, a unit an image.
+A block is an epoch of a few steps.
 
-    ms_per_step, images_per_s   medians over the blocks, by the host's clock
-    operators_per_step          kernels that the device ran in a step; copies_per_step: copies and fills, by torch.profiler
-    busy_share                  the device's time with kernels over the time of the same steps without the profiler
-    peak_mib                    largest use during a block beyond what lay on the device before it
+    images_per_s, ms_per_step   medians over the blocks, by the clock of the host
+    operators_per_step          kernels that the device ran per step, by torch.profiler
+    copies_per_step             copies and fills that the device ran per step, by torch.profiler
+    busy_share                  time in which the device ran kernels over the time of the same steps without the profiler
+    peak_mib                    peak memory of a block above the memory allocated before it
 
-The last three are null without a GPU. `peak_mib` is activations and gradients: weights, momentum and images of all cases lie on
-the device at once. A failed case does not affect the others.
+The last four are null without a GPU. Weights, momentum and images of all cases are on the device at the same time, so
+`peak_mib` measures activations and gradients alone. A failed case does not affect the cases after it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.acceptance.guard import Cases, described
 from benchmarks.acceptance.record import Figures, Setting
-from benchmarks.bare import LIMITS, limit_case
 from benchmarks.harness import Result, measure_in_turns
 from benchmarks.jobs import Bench, Size, open_bench
-from benchmarks.training_case import Programs
+from benchmarks.training_case import CaseBuilder
 from kd_accel.config.schema import Precision
 
 RATIOS = (
@@ -35,7 +35,7 @@ RATIOS = (
     ("cached_hybrid", "plain"),
     ("live_hybrid", "plain"),
 )
-"""Of images per second."""
+"""Pairs of cases whose images/s are compared."""
 NAMES = tuple(dict.fromkeys(name for ratio in RATIOS for name in ratio))
 BATCH_SIZES = {"128": 20, "1024": 8}
 """{samples in a batch: steps in a block}."""
@@ -44,68 +44,79 @@ Block = Callable[[], float]
 
 
 def build(setting: Setting, precision: Precision) -> Cases:
-    """Build the cases of one precision."""
+    """Return the cases of one precision, one per batch size."""
     return {name: partial(measure, setting, precision, int(name)) for name in BATCH_SIZES}
 
 
 def measure(setting: Setting, precision: Precision, batch_size: int) -> Figures:
-    """Measure programs and limits with one batch size."""
+    """Measure trainings and limits with one batch size."""
     repeats = setting.size(_REPEATS, 1)
     size = Size(setting.size(batch_size, 2 if batch_size == 128 else 4), setting.size(BATCH_SIZES[str(batch_size)], 1))
     bench = open_bench(size, precision=precision)
-    blocks, peaks, failed = _built(setting, bench, epochs=_WARM_UP + repeats + 1)
+    blocks, peaks_mib, failed = _build_blocks(setting, bench, epochs=_WARM_UP + repeats + 1)
     result = Result.of_repeats("speed", measure_in_turns(blocks, repeats=repeats, warm_up=0), notes={})
-    found: dict[str, Any] = {
+    cases: dict[str, Any] = {
         name: {
             "images_per_s": round(result.medians[name], 1),
             "spread": round(result.spread[name], 4),
             "ms_per_step": round(1000 * size.batch_size / result.medians[name], 3),
-            "peak_mib": peaks[name],
-            **device_figures(_events(block), steps=size.steps, block_s=size.samples / result.medians[name]),
+            "peak_mib": peaks_mib[name],
+            **device_figures(_profile(block), steps=size.steps, block_s=size.samples / result.medians[name]),
         }
         for name, block in blocks.items()
     }
     for numerator, denominator in RATIOS:
         if numerator in blocks and denominator in blocks:
             result.add_ratio(numerator, denominator)
-    return {"ok": not failed, "cases": found | failed, "ratios": result.by_turn, "batch_size": size.batch_size}
+    return {"ok": not failed, "cases": cases | failed, "ratios": result.by_turn, "batch_size": size.batch_size}
 
 
 def device_figures(events: Iterable[Any], *, steps: int, block_s: float) -> Figures:
-    """Return figures from the events of a profiled block and the time that the block takes without the profiler."""
+    """Return the figures of the device.
+
+    Args:
+        events: Events of a block under torch.profiler.
+        steps: Steps in the block.
+        block_s: Time of the block without the profiler.
+    """
     on_device = [event for event in events if event.device_type == torch._C._autograd.DeviceType.CUDA]
     if not on_device:
         return dict.fromkeys(("operators_per_step", "copies_per_step", "busy_share"))
-    own = [event for event in on_device if not event.is_user_annotation]  # a mark spans kernels that are listed too
-    kernels = [event for event in own if not event.name.startswith(("Memcpy", "Memset"))]
+    # An annotation spans kernels, which have events of their own.
+    launched = [event for event in on_device if not event.is_user_annotation]
+    kernels = [event for event in launched if not event.name.startswith(("Memcpy", "Memset"))]
     busy_us = sum(event.time_range.elapsed_us() for event in kernels)
     return {
         "operators_per_step": round(len(kernels) / steps, 1),
-        "copies_per_step": round((len(own) - len(kernels)) / steps, 1),
+        "copies_per_step": round((len(launched) - len(kernels)) / steps, 1),
         "busy_share": round(busy_us / 1e6 / block_s, 4),
     }
 
 
-def _built(setting: Setting, bench: Bench, *, epochs: int) -> tuple[dict[str, Block], dict[str, float | None], Figures]:
-    """Return (cases that are warm, their peaks, the errors of the other cases)."""
+def _build_blocks(setting: Setting, bench: Bench, *, epochs: int) -> tuple[dict[str, Block], dict[str, float | None], Figures]:
+    """Build and warm up all cases.
+
+    Returns:
+        (blocks by case, peak memory in MiB by case, figures of the cases that failed).
+    """
     directory = setting.scratch / f"speed-{bench.precision}-{bench.size.batch_size}"
-    programs = Programs(bench, directory, views=2)
-    built: dict[str, Block] = {}
-    peaks: dict[str, float | None] = {}
+    builder = CaseBuilder(bench, directory, views=2)
+    blocks: dict[str, Block] = {}
+    peaks_mib: dict[str, float | None] = {}
     failed: Figures = {}
     for name in NAMES:
         try:
-            is_limit = name in LIMITS
-            block = limit_case(LIMITS[name], bench) if is_limit else programs.case(name, directory / name, blocks=epochs)
-            peaks[name] = _warm(block)
-            built[name] = block
+            block = builder.case(name, directory / name, blocks=epochs)
+            peaks_mib[name] = _warm_up(block)
+            blocks[name] = block
         except Exception as error:
             failed[name] = described(error)
-    return built, peaks, failed
+    return blocks, peaks_mib, failed
 
 
-def _warm(block: Block) -> float | None:
-    """Choose kernels in the first block; return the peak of the second one in MiB."""
+def _warm_up(block: Block) -> float | None:
+    """Run two blocks; return the peak memory of the second one in MiB, None without a GPU."""
+    # Kernels are chosen in the first block.
     block()
     if not torch.cuda.is_available():
         block()
@@ -118,8 +129,9 @@ def _warm(block: Block) -> float | None:
     return round((torch.cuda.max_memory_allocated() - before_bytes) / 2**20, 1)
 
 
-def _events(block: Block) -> Iterable[Any]:
-    """Return the events of the device, of a CPU where there is none: all of both would take seconds to read."""
+def _profile(block: Block) -> Iterable[Any]:
+    """Run a block under torch.profiler and return the events of the device."""
+    # Reading the events of the CPU as well would take seconds.
     with profile(activities=[ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]) as profiler:
         block()
         if torch.cuda.is_available():

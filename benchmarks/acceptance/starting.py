@@ -1,8 +1,7 @@
-"""Processes of an acceptance: forked from one that has imported everything, each with its own log and deadline.
+"""Processes of the acceptance test: forked from a server that has imported all modules, each with a log and a time limit.
 
-torch and this program take five seconds and more to import, so an interpreter that has imported them once (multiprocessing's
-fork server, which never touches the GPU) forks for each start. If a forked process cannot use the GPU, all are started from
-scratch.
+Importing torch and kd_accel takes five seconds or more. The fork server of multiprocessing imports them once, never uses the
+GPU, and forks for each process. If a forked process cannot use the GPU, all processes are spawned instead.
 """
 
 from __future__ import annotations
@@ -29,25 +28,25 @@ PRELOADED = [
 _POLL_S = 0.02
 _TAIL = 1500
 BUDGET = "budget"
-"""Reason of a case that was left out for lack of time."""
+"""Reason of a case that was not run for lack of time."""
 _LOCK = threading.Lock()
-"""Held around all calls of multiprocessing: it polls every process from any thread that starts one."""
+"""Held during all calls of multiprocessing, which polls every process from each thread that starts one."""
 
 
-class NotRun(Exception):  # noqa: N818  (no error)
-    """Reason why a case was left out."""
+class NotRun(Exception):  # noqa: N818  (not an error)
+    """Signal that a case is not run; its message is the reason."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """Started process.
+    """Process that was started.
 
     Args:
-        name: of the process.
-        pid: of the process, also of its group.
-        log: file of its output.
-        poll: returns the exit code, None while it runs.
-        budget_left_s: returns the rest of the time for everything, in seconds.
+        name: Name of the process, for messages.
+        pid: Id of the process and of its group.
+        log: File of its output.
+        poll: Function that returns the exit code, None while the process runs.
+        budget_left_s: Function that returns the rest of the budget in seconds.
     """
 
     name: str
@@ -60,34 +59,44 @@ class Started:
         """Wait for the end of the process, and kill it at the limit.
 
         Args:
-            limit_s: seconds since the last change of `progress()`.
-            progress: returns a value that changes while the process makes progress.
+            limit_s: Longest time in seconds without a change of `progress()`.
+            progress: Function whose value changes while the process makes progress.
 
         Returns:
-            The exit code; negative = killed by that signal.
+            The exit code; -N if the process was killed by signal N.
 
         Raises:
-            TimeoutError: the limit was reached.
-            NotRun: the budget has ended.
+            TimeoutError: If the limit was reached.
+            NotRun: If the budget has ended.
         """
-        seen, ends_at = progress(), time.monotonic() + limit_s
+        last, ends_at = progress(), time.monotonic() + limit_s
         while (code := self.poll()) is None:
-            if (now := progress()) != seen:
-                seen, ends_at = now, time.monotonic() + limit_s
+            if (current := progress()) != last:
+                last, ends_at = current, time.monotonic() + limit_s
             if self.budget_left_s() <= 0:
                 self.kill()
                 raise NotRun(BUDGET)
             if time.monotonic() > ends_at:
                 self.kill()
-                raise TimeoutError(f"{self.name} has not ended within {limit_s:.0f} s\n{self.tail}")
+                raise TimeoutError(f"{self.name} did not end within {limit_s:.0f} s\n{self.tail}")
             time.sleep(_POLL_S)
         return code
 
     def finish(self, limit_s: float, *, code: int = 0) -> str:
-        """Wait for this exit code and return the output of the process. Raises RuntimeError for another code."""
-        found = self.wait(limit_s)
-        if found != code:
-            raise RuntimeError(f"{self.name} ended with {found}, not {code}\n{self.tail}")
+        """Wait for the end of the process and return its output.
+
+        Args:
+            limit_s: Time limit in seconds.
+            code: Expected exit code.
+
+        Raises:
+            RuntimeError: If the process ends with another exit code.
+            TimeoutError: If the limit was reached.
+            NotRun: If the budget has ended.
+        """
+        actual = self.wait(limit_s)
+        if actual != code:
+            raise RuntimeError(f"{self.name} ended with exit code {actual}, expected {code}\n{self.tail}")
         return self.printed
 
     @property
@@ -101,20 +110,21 @@ class Started:
         return self.printed[-_TAIL:].strip()
 
     def kill(self) -> None:
-        """Kill the process and all that it started."""
+        """Kill the process and all processes that it started."""
         with contextlib.suppress(ProcessLookupError):
             try:
                 os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has no group of its own yet
+            except ProcessLookupError:
+                # A forked process has no group until it has called setsid.
                 os.kill(self.pid, signal.SIGKILL)
 
 
 class Starter:
-    """Starter of processes; on leaving its context it kills those that still run.
+    """Starter of processes within a time budget; a context manager that kills the running processes on exit.
 
     Args:
-        logs: directory, one file for each process.
-        budget_s: time for everything, from now on.
+        logs: Directory of the logs, one file for each process.
+        budget_s: Time from now until the end of the budget, in seconds.
     """
 
     def __init__(self, logs: Path, *, budget_s: float) -> None:
@@ -123,15 +133,16 @@ class Starter:
         self._started: list[Started] = []
         self._context: Any = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
-        forkserver.ensure_running()  # it imports while this process does
+        # Started now, so that its imports run at the same time as those of this process.
+        forkserver.ensure_running()
 
     @property
     def left_s(self) -> float:
-        """Return what is left of the budget, in seconds."""
+        """Return the rest of the budget in seconds."""
         return self._ends_at - time.monotonic()
 
     def end_budget(self) -> None:
-        """End the budget now: what has not been run is left out, and running processes are killed."""
+        """End the budget now: running processes are killed, and the remaining cases are not run."""
         self._ends_at = time.monotonic()
 
     def __enter__(self) -> Starter:
@@ -147,7 +158,7 @@ class Starter:
                 started.kill()
 
     def choose_method(self) -> str:
-        """Return `forkserver`, or `spawn` where the device cannot be used in a forked process; start all others so."""
+        """Choose how processes are started: `forkserver`, or `spawn` if a forked process cannot use the device."""
         probe = self.start("probe", use_device)
         try:
             probe.finish(120)
@@ -158,7 +169,7 @@ class Starter:
     def start(
         self, name: str, function: Callable[..., None], *arguments: object, env: Mapping[str, str] | None = None
     ) -> Started:
-        """Call a function that can be pickled in a process of its own."""
+        """Call a function in a new process; function and arguments must be picklable."""
         log = self._logs / f"{name}.log"
         process = self._context.Process(target=_enter, args=(log, dict(env or {}), function, *arguments), name=name)
         with _LOCK:
@@ -175,7 +186,7 @@ class Starter:
         return self.start(name, run_command, list(map(str, argv)), env=env)
 
     def fresh_command(self, name: str, *argv: object, env: Mapping[str, str]) -> Started:
-        """Start it in a new interpreter, for variables that libraries read while they are loaded."""
+        """Start the same command in a new interpreter, for environment variables that libraries read when they are loaded."""
         log = self._logs / f"{name}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -202,7 +213,7 @@ def run_command(argv: list[str]) -> None:
 
 
 def use_device() -> None:
-    """Compute something on the device of this machine."""
+    """Compute a matrix product on the device, the GPU if there is one."""
     import torch
 
     ones = torch.ones(4, 4, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -210,7 +221,7 @@ def use_device() -> None:
 
 
 def launch_environment(world_size: int) -> list[dict[str, str]]:
-    """Return the variables that a launcher sets, by rank; all ranks share the first device of this machine."""
+    """Return the environment variables of each rank of a launch on this machine; all ranks use the first device."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -219,7 +230,8 @@ def launch_environment(world_size: int) -> list[dict[str, str]]:
 
 
 def _enter(log: Path, env: Mapping[str, str], function: Callable[..., None], *arguments: object) -> None:
-    """Run in the new process, in a group of its own, so that it can be killed with all that it started."""
+    """Call a function in the new process, with its output redirected to a log."""
+    # A process group, so that the process can be killed together with all processes that it starts.
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):

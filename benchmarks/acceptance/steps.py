@@ -1,7 +1,7 @@
-"""Item a: ten steps of every way of training in which nothing may synchronize the device.
+"""Item a: ten steps of every kind of training, none of which may synchronize the device.
 
-`torch.cuda.set_sync_debug_mode("error")` holds for the steps themselves, not for what comes before them (building, the choice
-of kernels) and after them (the line of metrics reads values). On a CPU the steps are run without it.
+`torch.cuda.set_sync_debug_mode("error")` is active during these steps, but not before them, where the training is built and
+kernels are chosen, nor after them, where the line of metrics reads values. On a CPU the steps run without it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from benchmarks.acceptance.guard import Cases
 from benchmarks.acceptance.record import Figures, Setting
 from benchmarks.jobs import Size, open_bench
-from benchmarks.training_case import Programs
+from benchmarks.training_case import CaseBuilder
 from kd_accel.config.schema import Precision
 from kd_accel.models.inference import choose_kernels
 from kd_accel.profiling import StepProfiler
@@ -33,22 +33,34 @@ VARIANTS = {
     "deterministic": "plain",
     "deterministic_live_hybrid": "live_hybrid",
 }
-"""{case: one of training_case.PROGRAMS}."""
+"""{case: name in training_case.TRAININGS}."""
 
 
 def build(setting: Setting, precision: Precision) -> Cases:
-    """Build the variants. An epoch ends with a line of metrics, so it has one step more than warm-up and checked steps."""
+    """Return the cases of one precision."""
     steps, warm_up = setting.size(10, 2), setting.size(3, 1)
+    # The last step of an epoch writes a line of metrics, so it comes after the checked steps.
     bench = open_bench(Size(setting.size(128, 2), warm_up + steps + 1), precision=precision)
     directory = setting.scratch / f"steps-{precision}"
-    programs = Programs(bench, directory, views=1)
-    return {name: partial(checked_steps, programs, name, directory / name, warm_up=warm_up, steps=steps) for name in VARIANTS}
+    builder = CaseBuilder(bench, directory, views=1)
+    return {name: partial(check_steps, builder, name, directory / name, warm_up=warm_up, steps=steps) for name in VARIANTS}
 
 
-def checked_steps(programs: Programs, name: str, directory: Path, *, warm_up: int, steps: int) -> Figures:
-    """Run an epoch of a variant. Raises RuntimeError if a checked step synchronizes the device."""
+def check_steps(builder: CaseBuilder, name: str, directory: Path, *, warm_up: int, steps: int) -> Figures:
+    """Run an epoch of a variant.
+
+    Args:
+        builder: Builder of the trainings.
+        name: Name of the variant.
+        directory: Run directory.
+        warm_up: Steps before the checked steps.
+        steps: Checked steps.
+
+    Raises:
+        RuntimeError: If a checked step synchronizes the device.
+    """
     with _kernels(deterministic=name.startswith("deterministic")):
-        trainer = programs.training(VARIANTS[name], directory, blocks=1)
+        trainer = builder.training(VARIANTS[name], directory, blocks=1)
         trainer.profiler = guard = SyncGuard(directory, first=warm_up, steps=steps)
         try:
             trainer.fit_epoch()
@@ -59,10 +71,15 @@ def checked_steps(programs: Programs, name: str, directory: Path, *, warm_up: in
 
 
 class SyncGuard(StepProfiler):
-    """Guard in place of a profiler that forbids synchronizations in `steps` steps after the `first` ones.
+    """Replacement of the step profiler that forbids synchronizations during some steps.
+
+    Args:
+        directory: Unused directory of the profiler.
+        first: Steps before the checked steps.
+        steps: Checked steps.
 
     Attributes:
-        checked: number of those steps that are done.
+        checked: Number of checked steps that are done.
     """
 
     def __init__(self, directory: Path, *, first: int, steps: int) -> None:
@@ -73,21 +90,22 @@ class SyncGuard(StepProfiler):
         self._done += 1
         self.checked = min(max(0, self._done - self._first), self._steps)
         if self._done == self._first:
-            _set_mode("error")
+            _set_sync_debug_mode("error")
         if self.checked == self._steps:
-            _set_mode("default")
+            _set_sync_debug_mode("default")
 
     def close(self) -> None:
-        _set_mode("default")
+        _set_sync_debug_mode("default")
 
 
-def _set_mode(mode: str) -> None:
+def _set_sync_debug_mode(mode: str) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode(mode)
 
 
 @contextlib.contextmanager
 def _kernels(*, deterministic: bool) -> Iterator[None]:
+    """Choose kernels inside the `with` block, and restore the default choice after it."""
     choose_kernels(deterministic=deterministic)
     try:
         yield

@@ -1,1 +1,1 @@
-"""Model statistics and latency benchmark."""
+"""Benchmark of models: parameters, multiply-adds and latency."""

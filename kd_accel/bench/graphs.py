@@ -1,6 +1,6 @@
-"""CUDA graph of a forward: its kernels are recorded once, then replayed with one launch.
+"""Capture of a forward as a CUDA graph, whose kernels are recorded once and then replayed with a single launch.
 
-In: a function that runs a forward on static inputs. Out: a function that replays it.
+In: a function that runs a forward on static inputs. Out: a function that replays the graph.
 
 References:
     "CUDA Graphs" in the CUDA semantics notes of the PyTorch documentation.
@@ -15,21 +15,21 @@ from torch import Tensor
 
 _WARM_UP_ITERATIONS = 3
 _failed: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture failed, kept alive: PyTorch's allocator keeps a pointer to such a graph and reads it in the next one."""
+"""Graphs whose capture failed. They are kept alive, because the allocator reads its pointer to them in the next capture."""
 
 
 def capture(forward: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """Record one call of `forward` as a CUDA graph.
 
     Args:
-        forward: Runs on static inputs, and enters autocast and inference mode itself if needed.
-        device: A GPU, the current device.
+        forward: Function that runs on static inputs, and itself enters autocast and inference mode if needed.
+        device: The GPU, which must be the current device.
 
     Returns:
-        A function that replays the graph on the current stream and returns its output, one tensor that each replay fills.
+        A function that replays the graph on the current stream and returns the output tensor, which each replay overwrites.
 
     Raises:
-        RuntimeError: The forward synchronizes with the device, or cannot be captured for another reason.
+        RuntimeError: If the forward synchronizes with the device, or cannot be captured for another reason.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -53,10 +53,10 @@ def capture(forward: Callable[[], Tensor], device: torch.device) -> Callable[[],
 
 
 def _warm_up(forward: Callable[[], Tensor]) -> None:
-    """Run the forward on the stream of the capture, which chooses kernels and allocates workspaces.
+    """Run the forward on the stream of the capture, so that kernels are chosen and workspaces are allocated before it.
 
     Raises:
-        RuntimeError: The forward synchronizes; inside a capture that would leave the allocator in an undefined state.
+        RuntimeError: If the forward synchronizes. Within a capture, this would leave the allocator in an undefined state.
     """
     before = torch.cuda.get_sync_debug_mode()
     for _ in range(_WARM_UP_ITERATIONS):

@@ -11,7 +11,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """Count the elements of a model's parameters.
 
     Returns:
-        {"parameters": all, "trainable_parameters": those that require gradients}.
+        {"parameters": number of all elements, "trainable_parameters": number of those that require gradients}.
     """
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -25,12 +25,15 @@ def model_bytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_macs(model: nn.Module, images: Tensor) -> int:
-    """Count the multiply-adds per image of convolutions and matrix products, without normalization etc., as papers do.
+    """Count the multiply-adds per image of one forward.
+
+    As in papers, convolutions and matrix products are counted; normalization, activations and pooling are not.
 
     Args:
-        model: The model.
-        images: float [B, 3, H, W] on the model's device.
+        model: Model to measure.
+        images: Input, float32 [B, 3, H, W], on the model's device.
     """
     with FlopCounterMode(display=False) as counter:
         model(images)
-    return counter.get_total_flops() // 2 // len(images)  # the counter has two operations per multiply-add
+    # The counter has two operations per multiply-add.
+    return counter.get_total_flops() // 2 // len(images)

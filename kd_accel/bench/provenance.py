@@ -12,7 +12,7 @@ from kd_accel.io.files import load_json
 
 
 def model_digest(directory: Path) -> str | None:
-    """Compute a SHA-256 digest of a run's files for deployment (model.json, model.safetensors); None if they are missing."""
+    """Compute the SHA-256 digest of a run's model.json and model.safetensors; None if a file cannot be read."""
     digest = hashlib.sha256()
     try:
         for name in ("model.json", "model.safetensors"):
@@ -24,7 +24,7 @@ def model_digest(directory: Path) -> str | None:
 
 
 def is_measured(file: Path, directories: Sequence[Path], config: BenchConfig) -> bool:
-    """Return whether a bench file has the figures of exactly these runs in their present state, with these settings."""
+    """Return whether a bench file has the figures of exactly these runs, for their current models and with these settings."""
     try:
         content = load_json(file)
         measured = [(entry["name"], entry["digest"]) for entry in content["models"]]

@@ -1,9 +1,9 @@
-"""Benchmark of models by name: runs, loaded from the files that a user would deploy, or bare architectures.
+"""Benchmark of models by name: runs, loaded from their files for deployment, and architectures with random weights.
 
-In: names and a BenchConfig. Out: one dict for a JSON file: the settings, the environment (device, dtype, threads, kernels,
+In: names and a `BenchConfig`. Out: a dict for a JSON file, with the settings, the environment (device, dtype, threads, kernels,
 versions), and for each model its parameters, bytes, multiply-adds and latency per batch size. Kernels and memory format are
-those of training; modules are the library's own, as a user deploys them. A report matches a run by its path and the digest of
-its files.
+those of training, but modules are not replaced by kd_accel's faster ones: they are measured as a user deploys them. A report
+identifies a run by its path and the digest of its files.
 """
 
 from __future__ import annotations
@@ -29,13 +29,21 @@ from kd_accel.models.inference import choose_kernels, image_memory_format
 from kd_accel.models.weights import load_run_model
 
 _DEFAULT_IMAGE_SIZE = 32
-_ARCHS = ("torchvision/", "timm/", "import:")
+_ARCH_PREFIXES = ("torchvision/", "timm/", "import:")
 _DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
-class _Named:
-    """Model to measure. digest: of the files of a run; None for an architecture."""
+class _LoadedModel:
+    """Model to measure.
+
+    Attributes:
+        name: Name given by the user.
+        arch: Architecture.
+        model: The network, in evaluation mode.
+        image_size: Height and width of its images, in pixels.
+        digest: Digest of the files of a run; None for an architecture.
+    """
 
     name: str
     arch: str
@@ -49,13 +57,13 @@ def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
 
     Args:
         names: Run directories, or architectures: torchvision/NAME, timm/NAME, import:package.module:function.
-        config: The settings.
+        config: Settings of the benchmark.
 
     Returns:
-        {"settings", ..., "models"}, ready for JSON; see the module.
+        {"settings": ..., environment ..., "models": [...]} of JSON values; see the module's docstring.
 
     Raises:
-        UserError: A model or a setting is not possible on this machine; raised before anything is timed.
+        UserError: If a model cannot be loaded, or a setting is not valid on this machine. Nothing is timed before.
     """
     choose_kernels(deterministic=False, tf32=config.tf32)
     device = _device(config.device)
@@ -75,39 +83,43 @@ def bench_models(names: Sequence[str], config: BenchConfig) -> dict[str, Any]:
     return {"settings": config.model_dump(mode="json"), **_environment(config, device), "models": entries}
 
 
-def _load(name: str, config: BenchConfig) -> _Named:
+def _load(name: str, config: BenchConfig) -> _LoadedModel:
     path = Path(name)
     if path.is_dir():
         model, card = load_run_model(path, field=name)
-        return _Named(str(path), card.arch, model, config.image_size or card.image_size, model_digest(path))
-    if not name.startswith(_ARCHS):
-        raise UserError(f"bench: run directory {name!r} not found; architectures are torchvision/NAME, timm/NAME, import:...")
+        return _LoadedModel(str(path), card.arch, model, config.image_size or card.image_size, model_digest(path))
+    if not name.startswith(_ARCH_PREFIXES):
+        raise UserError(
+            f"bench: run directory {name!r} not found; give a run directory, or an architecture as torchvision/NAME, timm/NAME "
+            "or import:package.module:function"
+        )
     model = build_model(name, num_classes=config.num_classes, field="bench").eval()
-    return _Named(name, name, model, config.image_size or _DEFAULT_IMAGE_SIZE)
+    return _LoadedModel(name, name, model, config.image_size or _DEFAULT_IMAGE_SIZE)
 
 
-def _identity(entry: _Named) -> dict[str, Any]:
+def _identity(entry: _LoadedModel) -> dict[str, Any]:
     return {"name": entry.name, "arch": entry.arch, "digest": entry.digest, "image_size": entry.image_size}
 
 
-def _counts(entry: _Named) -> dict[str, int]:
-    """Count parameters, bytes and multiply-adds, on the CPU before any compilation.
+def _counts(entry: _LoadedModel) -> dict[str, int]:
+    """Count parameters, bytes and multiply-adds, on the CPU and before compilation.
 
     Raises:
-        UserError: The model does not accept images of this size; this is its first forward.
+        UserError: If the model does not accept images of this size, which its first forward shows.
     """
+    images = _images(1, entry.image_size)
     try:
-        macs = count_macs(entry.model, _images(1, entry.image_size))
+        macs = count_macs(entry.model, images)
     except (AssertionError, RuntimeError, ValueError) as error:
         size = entry.image_size
         raise UserError(
             f"image_size: {entry.name} does not accept images of {size}x{size} ({describe_error(error)}); "
-            "set a size that it accepts: --image_size"
+            "set another --image_size"
         ) from None
     return {**count_parameters(entry.model), "bytes": model_bytes(entry.model), "macs": macs}
 
 
-def _latencies(loaded: Sequence[_Named], config: BenchConfig, device: torch.device) -> list[list[dict[str, Any]]]:
+def _latencies(loaded: Sequence[_LoadedModel], config: BenchConfig, device: torch.device) -> list[list[dict[str, Any]]]:
     """Measure the latency of each model per batch size. Models are moved to the device in place."""
     memory_format = image_memory_format(config.channels_last, device)
     models = {str(index): entry.model.to(device).to(memory_format=memory_format) for index, entry in enumerate(loaded)}
@@ -137,7 +149,9 @@ def _images(batch_size: int, image_size: int) -> torch.Tensor:
         return torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     except (RuntimeError, TypeError, OverflowError):
         size = f"{image_size}x{image_size}"
-        raise UserError(f"batch_sizes: {batch_size} images of {size} do not fit in memory; measure fewer") from None
+        raise UserError(
+            f"batch_sizes: {batch_size} images of {size} do not fit in memory; lower batch_sizes or image_size"
+        ) from None
 
 
 def _device(name: str) -> torch.device:
@@ -180,7 +194,8 @@ def _tf32(device: torch.device) -> dict[str, bool | None]:
     """Return whether float32 convolutions and matrix products may use TF32, by PyTorch's two switches; None on a CPU."""
     if device.type == "cpu":
         return {"convolutions": None, "matmul": None}
-    is_allowed = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"  # with 0, NVIDIA's libraries ignore PyTorch's switches
+    # With 0, NVIDIA's libraries never use TF32, regardless of PyTorch's switches.
+    is_allowed = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
     return {
         "convolutions": is_allowed and torch.backends.cudnn.allow_tf32,
         "matmul": is_allowed and torch.backends.cuda.matmul.allow_tf32,

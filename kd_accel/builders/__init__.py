@@ -1,1 +1,1 @@
-"""Builders: they take a RunConfig apart and build the parts of a training from plain arguments."""
+"""Builders of the parts of a training: functions from a `RunConfig` to objects that take plain arguments."""

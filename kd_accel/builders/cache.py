@@ -1,4 +1,4 @@
-"""From a RunConfig to the directory of its cache, and to the request of a training or a build."""
+"""Directory of a config's cache, and the request of a training or a build."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from kd_accel.builders.student import Losses
 from kd_accel.cache.compatibility import CacheRequest, create_request
+from kd_accel.cache.differences import TargetSettings
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.errors import UserError
@@ -16,11 +18,12 @@ from kd_accel.teacher.teacher import Teacher
 
 
 def cache_directory(config: RunConfig) -> Path:
-    """Return the directory of the config's cache. Raises UserError if the config uses no cache."""
+    """Return the directory of a config's cache. Raises UserError if the config uses no cache."""
     teacher = config.teacher
     if teacher is None or teacher.outputs == "live" or teacher.cache.dir is None:
         raise UserError(
-            "teacher.outputs: this config uses no cache; set teacher.outputs to cached or mixed, and teacher.cache.dir"
+            "teacher.outputs: this config uses no cache; set teacher.outputs to cached or mixed, and teacher.cache.dir to the "
+            "directory of the cache"
         )
     return Path(teacher.cache.dir)
 
@@ -29,6 +32,7 @@ def cache_request(
     config: RunConfig,
     data: DataModule,
     teacher: Teacher,
+    losses: Losses,
     targets: Mapping[str, TargetFunction],
     device: torch.device,
     *,
@@ -38,14 +42,15 @@ def cache_request(
 
     Args:
         config: Config of the run.
-        data: Its data.
-        teacher: Its teacher.
-        targets: Target functions of the compared layers; not requested by `outputs: mixed`, which computes features live.
+        data: Data of the run.
+        teacher: Teacher of the run.
+        losses: Losses of the run.
+        targets: Target functions of the compared layers; not requested with `outputs: mixed`, which computes features live.
         device: Device of the teacher.
-        views: Number of views of the training split; None = those that the training uses.
+        views: Number of views of the training split; None = the views that the training uses.
 
     Raises:
-        UserError: A layer cannot be stored under its name.
+        UserError: If a layer has the name under which the logits are stored.
     """
     assert config.teacher is not None, "checked by config/validation.py"
     train = config.train
@@ -61,10 +66,22 @@ def cache_request(
         compiled=train.compile,
         tf32=train.tf32,
         cpu_kernels=train.cpu_kernels,
+        target_settings=target_settings(losses),
     )
 
 
+def target_settings(losses: Losses) -> dict[str, TargetSettings]:
+    """Return the names of the settings that decide each target, by the teacher's layer."""
+    settings: dict[str, TargetSettings] = {}
+    for name, pairs in losses.layers.items():
+        section = f"distill.features.{name}"
+        args = tuple(f"{section}.args.{arg}" for arg in type(losses.features[name]).Settings.model_fields)
+        for layer in pairs.values():
+            settings.setdefault(layer, TargetSettings(f"{section}.layers", args))
+    return settings
+
+
 def used_views(config: RunConfig, data: DataModule) -> int:
-    """Return how many views a training uses, from view 0 on."""
+    """Return the number of views that a training uses, from view 0 on."""
     assert data.num_views is not None, "checked by config/validation.py"
     return min(data.num_views, config.train.epochs)

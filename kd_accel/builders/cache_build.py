@@ -1,4 +1,4 @@
-"""From a RunConfig to a cache that is built or verified."""
+"""Build and verification of a config's cache."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class VerifiedCache:
     Attributes:
         directory: Directory of the cache.
         cache_spec: Its spec.
-        wrong: {name of a missing or damaged file: what is wrong with it}.
-        largest_difference: Largest relative difference of the recomputed samples; None if files are wrong.
+        wrong: {name of a missing or damaged file: what is wrong with the file}.
+        largest_difference: Largest relative difference of the recomputed samples; None if files are missing or damaged.
     """
 
     directory: Path
@@ -53,10 +53,10 @@ class _Parts:
 
 
 def build_cache_of(config: RunConfig, accelerator: Accelerator) -> None:
-    """Build the cache of a config: all that it lacks. Every process must call it.
+    """Write what the cache of a config lacks. Every process must call this function.
 
     Raises:
-        UserError: The parts of the config do not fit together, or the directory holds another cache.
+        UserError: If the parts of the config do not fit together, or the directory holds another cache.
     """
     assert config.teacher is not None
     directory, settings = cache_directory(config), config.teacher.cache
@@ -78,10 +78,10 @@ def build_cache_of(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 def verify_cache_of(config: RunConfig, accelerator: Accelerator) -> VerifiedCache:
-    """Check every byte of the cache of a config, and recompute a few samples. Every process must call it.
+    """Check every byte of the cache of a config, and recompute a few samples. Every process must call this function.
 
     Raises:
-        UserError: The cache is another one, lacks what the config requests, or does not hold what the teacher computes.
+        UserError: If the cache does not match the config, lacks what the config requests, or differs from the live teacher.
     """
     parts = _load_parts(config, accelerator)
     directory, request = parts.directory, parts.request
@@ -98,7 +98,7 @@ def _load_parts(config: RunConfig, accelerator: Accelerator) -> _Parts:
     student, _ = build_student(config, data)
     teacher = load_teacher(config, data)
     targets = build_targets(config, losses, student, teacher)
-    request = cache_request(config, data, teacher, targets, accelerator.device, views=data.num_views)
+    request = cache_request(config, data, teacher, losses, targets, accelerator.device, views=data.num_views)
     return _Parts(cache_directory(config), data, teacher, request)
 
 

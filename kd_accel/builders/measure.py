@@ -1,4 +1,4 @@
-"""Measurement of a config's views, teacher and student on this machine, as an estimate of live and cached needs them."""
+"""Measurement of a config's views, teacher and student on this machine, for the cost estimate of live and cached outputs."""
 
 from __future__ import annotations
 
@@ -29,16 +29,22 @@ from kd_accel.training.optim import build_optimizer
 from kd_accel.types import Batch
 
 _MEASURED_S = 2.0
+"""Total time of the measured calls of one function."""
+_MAX_CALLS, _MIN_CALLS = 50, 3
 
 
 def estimate_costs(config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Measure for some seconds, and estimate the costs of the config with a live and with a cached teacher.
+    """Measure the parts of a training for some seconds, and estimate its cost with a live and with a cached teacher.
+
+    Args:
+        config: Config of the training, with a teacher.
+        accelerator: Accelerator of the launch.
 
     Returns:
-        The result of `estimate`.
+        The estimate, as returned by `cache.estimate.estimate`.
 
     Raises:
-        UserError: The parts of the config do not fit together.
+        UserError: If data, teacher, student and losses do not fit together.
     """
     assert config.teacher is not None
     losses, data = build_losses(config), load_data(config.data)
@@ -91,7 +97,7 @@ def _measure(
 def _step(
     config: RunConfig, distiller: Distiller, batch: Batch, live: LiveTeacher, accelerator: Accelerator
 ) -> Callable[[], None]:
-    """Return the student's optimizer step with outputs of the teacher that are computed before."""
+    """Return a function that runs the student's optimizer step on one batch, with precomputed outputs of the teacher."""
     target = live(batch)
     optimizer = build_optimizer(distiller.parameters(), config.optim)
     weights = build_schedule(config, steps_per_epoch=1).weights_at(0, 0)
@@ -108,7 +114,7 @@ def _step(
 
 
 def _with_random_tensors(targets: Mapping[str, TargetFunction], shapes: Mapping[str, Shape]) -> dict[str, TargetFunction]:
-    """Give each PCA random directions: as fast as fitted ones, without the time of a fit."""
+    """Load random components into each PCA in place: they take the time of fitted components, but no fit."""
     for layer, target in targets.items():
         if isinstance(target, PCA):
             target.load(FeatureProjector(shapes[layer][0], target.channels).state_dict())
@@ -117,7 +123,8 @@ def _with_random_tensors(targets: Mapping[str, TargetFunction], shapes: Mapping[
 
 def _batches(config: RunConfig, data: DataModule, accelerator: Accelerator) -> Iterator[Batch]:
     loader = build_train_loader(config, data, accelerator)
-    if data.train.is_in_memory:  # decoding all images would take longer than the measurement
+    # Otherwise all images would be decoded first, which can take longer than the measurement.
+    if data.train.is_in_memory:
         keep_images_on_gpu(loader, data, accelerator.device)
     for epoch in itertools.count():
         for micro_batches in loader.epoch(epoch):
@@ -126,11 +133,11 @@ def _batches(config: RunConfig, data: DataModule, accelerator: Accelerator) -> I
 
 
 def _seconds(work: Callable[[], object], accelerator: Accelerator) -> float:
-    """Return the median duration of a call, after a first call that warms up."""
+    """Measure the median duration of a call in seconds, after one warm-up call."""
     times: list[float] = []
     work()
     _synchronize(accelerator)
-    while sum(times) < _MEASURED_S and len(times) < 50 or len(times) < 3:
+    while sum(times) < _MEASURED_S and len(times) < _MAX_CALLS or len(times) < _MIN_CALLS:
         started_at = time.perf_counter()
         work()
         _synchronize(accelerator)
@@ -144,5 +151,5 @@ def _synchronize(accelerator: Accelerator) -> None:
 
 
 def _nearest_existing(directory: Path) -> Path:
-    """Return the directory, or the nearest existing one above it, which is on the same disk."""
+    """Return the directory or its nearest existing parent, which is on the same disk."""
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())

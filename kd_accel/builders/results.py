@@ -1,4 +1,4 @@
-"""Results of a finished training: the model to deploy, and the summary."""
+"""Results of a finished training: the model files for deployment, and summary.json."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from kd_accel.distributed import on_main_process
 from kd_accel.io.files import write_json
 from kd_accel.models.weights import save_model
 
-_TABLE = ("name", "role", "arch", "accuracy", "parameters")
+_TABLE_COLUMNS = ("name", "role", "arch", "accuracy", "parameters")
 
 
 def save_results(run: Run, test_metrics: dict[str, float]) -> None:
-    """Write model.safetensors, model.json and, last, summary.json; print the result. The main process writes."""
+    """Write model.safetensors, model.json and, last, summary.json, from the main process, and print the test accuracy.
+
+    Args:
+        run: The run, after its training.
+        test_metrics: Metrics on the test split by name; accuracies are fractions of 1.
+    """
     position, trainer = run.trainer.train_state.position, run.trainer
     trainer.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
     on_main_process(trainer.accelerator, lambda: _save(run, test_metrics))
@@ -33,7 +38,7 @@ def _save(run: Run, test_metrics: dict[str, float]) -> None:
     save_model(run.directory.path, trained_network(run), card=model_card(run.config, run.data))
     summary = _summary(run, test_metrics)
     write_json(summary, run.directory.path / "summary.json")
-    run.tracker.log_table("results", list(_TABLE), [[summary[key] for key in _TABLE]])
+    run.tracker.log_table("results", list(_TABLE_COLUMNS), [[summary[key] for key in _TABLE_COLUMNS]])
 
 
 def _summary(run: Run, test_metrics: dict[str, float]) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def _summary(run: Run, test_metrics: dict[str, float]) -> dict[str, Any]:
 
 
 def _is_scheduled(config: RunConfig) -> bool:
-    """Return whether T or alpha changes during the training."""
+    """Return whether the temperature or alpha follows a schedule."""
     distill = config.distill
     return distill is not None and any(isinstance(value, Schedule) for value in (distill.temperature, distill.alpha))
 
@@ -81,7 +86,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the program's own checkout, if it runs from one."""
+    """Return the git commit of the checkout that contains the package; None if it is not in a checkout or git is missing."""
     command = ["git", "-C", str(Path(kd_accel.__file__).parent), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The trained side: network, losses, and the distiller around them."""
+"""Builders of the student: its network, the losses, and the distiller that combines them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from kd_accel.models.weights import ModelCard, load_weights
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a distillation, none of them built for shapes yet.
+    """Losses of a distillation, before `FeatureLoss.build` creates their parameters.
 
-    Args:
-        logits: loss on the logits, None for none.
-        features: feature losses by name.
-        layers: {student layer: teacher layer} of each feature loss.
+    Attributes:
+        logits: Loss on the logits; None = no such term.
+        features: Feature losses by name.
+        layers: Pairs of compared layers, {student layer: teacher layer}, of each feature loss.
     """
 
     logits: LogitLoss | None = None
@@ -38,15 +38,15 @@ class Losses:
     layers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def teacher_layers(self) -> list[str]:
-        """Return the teacher's layers that are compared, each once."""
+        """Return the compared layers of the teacher, without duplicates."""
         return list(dict.fromkeys(layer for pairs in self.layers.values() for layer in pairs.values()))
 
 
 def build_losses(config: RunConfig) -> Losses:
-    """Build the losses of a config; none without a teacher.
+    """Build the losses of a config; empty without a teacher.
 
     Raises:
-        UserError: unknown losses or wrong settings; the message lists those of all losses.
+        UserError: If losses or their settings are unknown or not valid. The message lists the mistakes of all losses.
     """
     if config.teacher is None:
         return Losses()
@@ -76,13 +76,13 @@ def _layer_pairs(feature: FeatureLossConfig) -> dict[str, str]:
 
 
 def build_student(config: RunConfig, data: DataModule) -> tuple[nn.Module, list[str]]:
-    """Build the network to train, with its initial weights.
+    """Build the network to train, and load its initial weights.
 
     Returns:
-        The network, and a notice for each tensor of the given weights that was replaced by a random one.
+        The network, and a notice for each module that keeps its random weights.
 
     Raises:
-        UserError: the network or its weights do not fit the data.
+        UserError: If the network or its weights do not fit the data.
     """
     model, num_classes = config.model, len(data.label_names)
     network = build_model(model.arch, num_classes=num_classes, stem=model.stem, arch_args=model.arch_args, seed=config.seed)
@@ -100,7 +100,19 @@ def build_distiller(
     target_shapes: Mapping[str, Shape],
     device: torch.device,
 ) -> Distiller:
-    """Build the one module that is trained, on the CPU. target_shapes: of the targets by the teacher's layer."""
+    """Build the trained module, on the CPU.
+
+    Args:
+        config: Config of the run.
+        data: Data of the run.
+        network: Network of the student.
+        losses: Losses of the distillation.
+        target_shapes: Shape (D, H, W) of each target by teacher layer.
+        device: Device of the training, which decides kernels and memory format.
+
+    Raises:
+        UserError: If `train.sync_batchnorm` is set and has no effect, or a layer of the student is not a feature map.
+    """
     use_cpu_kernels(network, device, config.train.cpu_kernels)
     if config.train.sync_batchnorm:
         network = _with_sync_batchnorm(network)
@@ -120,16 +132,18 @@ def build_distiller(
 
 
 def _with_sync_batchnorm(network: nn.Module) -> nn.Module:
-    """Convert the BatchNorm layers: same names and numbers in the state dict, statistics of all processes in a step."""
+    """Replace BatchNorm layers by SyncBatchNorm, with the statistics of all processes. The state dict keeps its keys."""
     if not torch.cuda.is_available():
-        raise UserError("train.sync_batchnorm: torch has it on GPUs only, and no GPU was found; leave it out")
+        raise UserError("train.sync_batchnorm: torch.nn.SyncBatchNorm requires a GPU, and no GPU was found; leave it out")
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
-        raise UserError(f"train.sync_batchnorm: has no effect, {type(network).__name__} has no BatchNorm layer; leave it out")
+        raise UserError(
+            f"train.sync_batchnorm: has no effect, because {type(network).__name__} has no BatchNorm layer; leave it out"
+        )
     return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
 
 def model_card(config: RunConfig, data: DataModule) -> ModelCard:
-    """Return what must be known to deploy the trained network."""
+    """Return the model card: architecture, classes, normalization and image size, as deployment needs them."""
     return ModelCard(
         arch=config.model.arch,
         stem=config.model.stem,

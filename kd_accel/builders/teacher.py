@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kd_accel.builders.cache import cache_request
 from kd_accel.builders.student import Losses
+from kd_accel.cache.differences import describe_target
 from kd_accel.cache.reader import OpenCache, open_cache
 from kd_accel.cache.verify import refuse_other_outputs
 from kd_accel.config.schema import RunConfig
@@ -31,18 +32,18 @@ from kd_accel.types import Batch, TeacherOutput, TeacherSource
 
 @dataclass(frozen=True)
 class TeacherSetup:
-    """A teacher that is ready for a training.
+    """Teacher that is ready for a training.
 
     Args:
-        source: gives its output for training batches.
-        held_out: gives the source for a held-out split.
-        fingerprint: of the teacher.
-        target_shapes: (D, H, W) of each target by the teacher's layer.
-        cache: digest of what is read from a cache, None without one.
-        live: the network, where it runs during the training.
-        targets: fitted target functions, kept in every checkpoint where no cache holds them.
-        explained: share of the variance that each fitted target keeps, by the teacher's layer.
-        notices: lines for the user.
+        source: Source of the teacher's outputs for training batches.
+        held_out: Function that returns the source for a held-out split.
+        fingerprint: Fingerprint of the teacher.
+        target_shapes: Shape (D, H, W) of each target, by the teacher's layer.
+        cache: Digest of what is read from a cache; None without a cache.
+        live: Forward of the teacher; None if the teacher does not run during the training.
+        targets: Fitted target functions that each checkpoint stores; empty if a cache stores them.
+        explained: Share of the variance that each fitted target keeps, by the teacher's layer.
+        notices: Lines for the user.
     """
 
     source: TeacherSource
@@ -56,7 +57,7 @@ class TeacherSetup:
     notices: list[str] = field(default_factory=list)
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """Return the fitted tensors as a checkpoint keeps them, by "layer|name", on the CPU."""
+        """Return the fitted tensors on the CPU by "layer|name", as a checkpoint stores them."""
         return {
             f"{layer}|{name}": tensor
             for layer, target in self.targets.items()
@@ -65,18 +66,22 @@ class TeacherSetup:
         }
 
     def check_unchanged(self) -> None:
-        """Check our own invariant: the training has not changed the teacher."""
+        """Assert that the training has not changed a live teacher."""
         if self.live is not None:
             self.live.check_unchanged()
 
     def close(self) -> None:
-        """Remove the hooks from a live network."""
+        """Remove the hooks of a live teacher."""
         if self.live is not None:
             self.live.close()
 
 
 def load_teacher(config: RunConfig, data: DataModule) -> Teacher:
-    """Load the teacher of a config. Raises UserError if it does not fit its weights, or the classes of the data."""
+    """Load the teacher of a config.
+
+    Raises:
+        UserError: If the weights do not fit the architecture, or the classes differ from those of the data.
+    """
     settings = config.teacher
     assert settings is not None, "checked by config/validation.py"
     if settings.run is not None:
@@ -97,32 +102,42 @@ def load_teacher(config: RunConfig, data: DataModule) -> Teacher:
 
 
 def build_targets(config: RunConfig, losses: Losses, network: nn.Module, teacher: Teacher) -> dict[str, TargetFunction]:
-    """Build the target function of each of the teacher's compared layers, not fitted.
+    """Build the target function of each compared layer of the teacher, not fitted.
+
+    Args:
+        config: Config of the run.
+        losses: Losses of the run.
+        network: Student's network.
+        teacher: Teacher of the run.
+
+    Returns:
+        Target functions by the teacher's layer.
 
     Raises:
-        UserError: a layer is not found or not a feature map, or one layer would need two different functions.
+        UserError: If a layer is not found or not a feature map, or one layer would need two different functions.
     """
-    theirs = layer_shapes(config, losses, teacher)
+    teacher_shapes = layer_shapes(config, losses, teacher)
     targets: dict[str, TargetFunction] = {}
     for name, pairs in losses.layers.items():
-        ours = probe_layers(network, list(pairs), image_size=config.data.image_size, field=f"distill.features.{name}.layers")
+        section = f"distill.features.{name}"
+        shapes = probe_layers(network, list(pairs), image_size=config.data.image_size, field=f"{section}.layers")
         for student_layer, layer in pairs.items():
             try:
-                target = losses.features[name].target_function(ours[student_layer], theirs[layer])
+                target = losses.features[name].target_function(shapes[student_layer], teacher_shapes[layer])
             except UserError as error:
-                raise UserError(f"distill.features.{name}.args.{error} (layers {student_layer} and {layer})") from None
-            known = targets.setdefault(layer, target)
-            if known.description() != target.description():
+                raise UserError(f"{section}.args.{error} (layers {student_layer} and {layer})") from None
+            existing = targets.setdefault(layer, target)
+            if existing.description() != target.description():
+                both = f"{describe_target(existing.description())} and {describe_target(target.description())}"
                 raise UserError(
-                    f"distill.features.{name}.layers: the teacher's layer {layer} would need two targets, "
-                    f"{known.description()} and "
-                    f"{target.description()}; a layer has one: use direction student_to_teacher, or other layers"
+                    f"{section}.layers: the teacher's layer {layer} would need two targets, {both}, but a layer can have only "
+                    "one; set direction student_to_teacher in the args of these losses, or compare other layers"
                 )
     return targets
 
 
 def layer_shapes(config: RunConfig, losses: Losses, teacher: Teacher) -> dict[str, Shape]:
-    """Measure (D, H, W) of the teacher's compared layers. Raises UserError for a layer that is not a feature map."""
+    """Measure the shape (D, H, W) of each compared layer of the teacher. Raises UserError if one is not a feature map."""
     shapes: dict[str, Shape] = {}
     for name, pairs in losses.layers.items():
         field = f"distill.features.{name}.layers (teacher)"
@@ -150,7 +165,7 @@ def live_teacher(
     targets: Mapping[str, TargetFunction],
     accelerator: Accelerator,
 ) -> LiveTeacher:
-    """Build the forward of the teacher, in the numerics of the config."""
+    """Build the forward of the teacher, with the numerics of the config."""
     live = LiveTeacher(network, normalize, targets=targets, autocast=accelerator.autocast)
     if config.train.compile:
         compile_with_hooks(network)
@@ -175,7 +190,7 @@ def build_teacher_setup(
     cache = None
     if config.teacher.outputs != "live":
         assert config.teacher.cache.dir is not None, "checked by config/validation.py"
-        request = cache_request(config, data, teacher, targets, accelerator.device)
+        request = cache_request(config, data, teacher, losses, targets, accelerator.device)
         cache = open_cache(Path(config.teacher.cache.dir), request)
     is_cached = config.teacher.outputs == "cached"
     model, normalize = teacher_on_device(config, teacher, accelerator, list(targets))
@@ -195,7 +210,7 @@ def build_teacher_setup(
 def _with_cache(
     setup: TeacherSetup, cache: OpenCache, live: LiveTeacher, config: RunConfig, data: DataModule, accelerator: Accelerator
 ) -> TeacherSetup:
-    """Compare a few samples of the cache with the live teacher, and read from the cache what it holds."""
+    """Compare a few samples of the cache with the live teacher, and use the cache as source of what it holds."""
     assert config.teacher is not None
     refuse_other_outputs(
         cache,
@@ -224,7 +239,7 @@ def _with_cache(
 
 @dataclass(frozen=True)
 class _LogitsFrom:
-    """Logits of one source and features of another (`outputs: mixed`)."""
+    """Source of teacher outputs with the logits of one source and the features of another (`outputs: mixed`)."""
 
     logits: TeacherSource
     features: TeacherSource
@@ -241,7 +256,7 @@ def _fit(
     accelerator: Accelerator,
     checkpoint: Checkpoint | None,
 ) -> list[str]:
-    """Fit the targets on the main process, or take them from the checkpoint. Returns notices."""
+    """Fit the targets on the main process, or load them from the checkpoint. Returns notices."""
     if checkpoint is not None:
         load_saved(targets, checkpoint.tensors.get("targets", {}), checkpoint.state["explained"])
         return []
@@ -274,10 +289,10 @@ def _fitted(target: TargetFunction) -> dict[str, Tensor]:
 
 
 def _rectified_notices(losses: Losses) -> list[str]:
-    """Warn of student layers without a projector of their own: one that ends in a ReLU cannot reach signed targets."""
+    """Return a warning for each student layer without a projector: a layer that ends in a ReLU has no negative outputs."""
     return [
-        f"distill.features.{name}.args.direction: teacher_to_student compares the student's layer {layer} directly with signed "
-        "targets; if it ends in a ReLU it cannot reach the negative ones: direction both has a learned projector there"
+        f"distill.features.{name}.args.direction: teacher_to_student compares the student's layer {layer} with targets that "
+        "can be negative; if the layer ends in a ReLU, it cannot reach them: direction both adds a learned projector"
         for name, loss in losses.features.items()
         if getattr(loss.settings, "direction", None) == "teacher_to_student"
         for layer in losses.layers[name]

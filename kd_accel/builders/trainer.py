@@ -1,4 +1,4 @@
-"""From a RunConfig to a training that is ready to fit, in a new run directory or continued from a checkpoint."""
+"""Builders of a training from a `RunConfig`: ready to fit, in a new run directory or resumed from a checkpoint."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from kd_accel.types import TeacherSource, no_teacher
 
 @dataclass(frozen=True)
 class Run:
-    """A training that is ready to start.
+    """Training that is ready to start, with all its parts.
 
-    Args:
-        config: of the run.
-        directory: of the run.
-        data: images and splits.
-        distiller: the trained module, not wrapped.
-        trainer: fits it.
-        test: the test split.
-        teacher: the teacher's side, None without one.
-        tracker: W&B.
-        notices: lines for the user.
+    Attributes:
+        config: Config of the run.
+        directory: Directory of the run.
+        data: Images and splits.
+        distiller: The trained module, without the DDP wrapper.
+        trainer: Trainer that fits the distiller.
+        test: Test split.
+        teacher: Teacher with its targets and the source of its outputs; None without a teacher.
+        tracker: Tracker that sends metrics to W&B.
+        notices: Lines to print before the training starts.
     """
 
     config: RunConfig
@@ -67,8 +67,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Start:
-    """What a run begins with: losses, data, schedule, and the checkpoint from which it continues."""
+class _CheckedInputs:
+    """Checked inputs of a run: losses, data, schedule, and the checkpoint to resume from, None for a new run."""
 
     config: RunConfig
     directory: RunDirectory
@@ -80,12 +80,12 @@ class _Start:
 
 
 def role(config: RunConfig) -> str:
-    """Return the role of a run in tables and in W&B: teacher, student or distilled."""
+    """Return the role of a run in tables and W&B: teacher, student or distilled."""
     return config.role if config.teacher is None else "distilled"
 
 
 def run_directory(config: RunConfig) -> RunDirectory:
-    """Return the directory of a run with its settings."""
+    """Return the directory of a run, with the settings that a resumed run is compared with."""
     settings, checkpoint = config.model_dump(mode="json"), config.checkpoint
     return RunDirectory(config.directory, settings, checkpoint.resume, checkpoint.stop_after_steps)
 
@@ -94,20 +94,20 @@ def build_run(config: RunConfig, accelerator: Accelerator, stack: ExitStack) -> 
     """Build the training of a config.
 
     Args:
-        config: of the run.
-        accelerator: of the launch.
-        stack: receives what must be closed at the end.
+        config: Config of the run.
+        accelerator: Accelerator of the launch.
+        stack: Stack to which callbacks are added that close files, hooks and the tracker.
 
     Returns:
-        The training, or None if the run is finished.
+        The training, or None if the run is already finished.
 
     Raises:
-        UserError: settings, data, teacher, cache, checkpoint or run directory do not fit together.
+        UserError: If settings, data, teacher, cache, checkpoint and run directory do not fit together.
     """
-    start = _open(config, accelerator)
-    if start is None:
+    inputs = _check_inputs(config, accelerator)
+    if inputs is None:
         return None
-    network, notices = build_student(config, start.data)
+    network, notices = build_student(config, inputs.data)
     notices += notices_of_small_batches(
         accelerator.device,
         batch_size=config.train.batch_size,
@@ -118,29 +118,30 @@ def build_run(config: RunConfig, accelerator: Accelerator, stack: ExitStack) -> 
     teacher = None
     if config.teacher is not None:
         teacher = build_teacher_setup(
-            config, start.data, network, start.losses, accelerator=accelerator, checkpoint=start.checkpoint
+            config, inputs.data, network, inputs.losses, accelerator=accelerator, checkpoint=inputs.checkpoint
         )
         stack.callback(teacher.close)
         notices += teacher.notices
-    _refuse_another_start(start, teacher)
+    _refuse_other_teacher_or_cache(inputs, teacher)
     shapes = teacher.target_shapes if teacher else {}
-    distiller = build_distiller(config, start.data, network, start.losses, shapes, accelerator.device)
+    distiller = build_distiller(config, inputs.data, network, inputs.losses, shapes, accelerator.device)
     distiller.start_recording()
     stack.callback(distiller.stop_recording)
-    _hold_directory(start, accelerator, stack)
-    tracker = _start_tracker(config, accelerator, start.checkpoint)
+    _claim_directory(inputs, accelerator, stack)
+    tracker = _start_tracker(config, accelerator, inputs.checkpoint)
     stack.callback(tracker.finish)
     if accelerator.is_main_process:
         notices += missing_package_notices(config.tracking)
-    trainer, more = _build_trainer(start, distiller, teacher, tracker, accelerator)
+    trainer, resume_notices = _build_trainer(inputs, distiller, teacher, tracker, accelerator)
     for close in (trainer.progress.close, trainer.profiler.close, trainer.checkpoints.writer.close):
         stack.callback(close)
-    test = _held_out(start, "test", teacher, accelerator)
-    return Run(config, start.directory, start.data, distiller, trainer, test, teacher, tracker, [*notices, *more])
+    test = _held_out(inputs, "test", teacher, accelerator)
+    notices += resume_notices
+    return Run(config, inputs.directory, inputs.data, distiller, trainer, test, teacher, tracker, notices)
 
 
 def build_train_loader(config: RunConfig, data: DataModule, accelerator: Accelerator) -> TrainLoader:
-    """Build the training batches of this rank. Raises UserError if the samples do not fill one."""
+    """Build the loader of this rank's training batches. Raises UserError if the samples do not fill a batch."""
     return data.train_loader(
         batch_size=config.train.batch_size,
         rank=accelerator.process_index,
@@ -152,7 +153,7 @@ def build_train_loader(config: RunConfig, data: DataModule, accelerator: Acceler
 
 
 def build_schedule(config: RunConfig, *, steps_per_epoch: int) -> TrainingSchedule:
-    """Build the schedules over all epochs, or to `train.max_steps` if that comes earlier."""
+    """Build the schedules of learning rate, temperature and weights, which end after all epochs or after `train.max_steps`."""
     steps = config.train.epochs * steps_per_epoch
     steps = steps if config.train.max_steps is None else min(steps, config.train.max_steps)
     distill = None if config.teacher is None else config.distill or DistillConfig()
@@ -160,7 +161,7 @@ def build_schedule(config: RunConfig, *, steps_per_epoch: int) -> TrainingSchedu
 
 
 def build_train_state(config: RunConfig, distiller: Distiller, accelerator: Accelerator) -> TrainState:
-    """Move the distiller to the device and wrap it, with its optimizer, for training."""
+    """Move the distiller to the device, and wrap it with its optimizer for training."""
     distiller.to(accelerator.device).to(memory_format=weight_memory_format(config.train.channels_last, accelerator.device))
     decay = config.train.ema_decay
     average = None if decay is None else MovingAverage(distiller.student, decay=decay)
@@ -188,7 +189,19 @@ def build_trainer(  # noqa: PLR0913  (the parts of a training)
     extra_state: Mapping[str, Any] | None = None,
     extra_tensors: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Trainer:
-    """Build the trainer of a config, in the run directory that the config names."""
+    """Build the trainer of a config, which writes to the run directory of the config.
+
+    Args:
+        config: Config of the run.
+        train_state: Wrapped module, optimizer, meters and position.
+        loader: Training batches.
+        source: Source of the teacher's outputs.
+        schedule: Schedules over the steps.
+        accelerator: Accelerator of the launch.
+        tracker: Tracker that receives the metrics; None = metrics.jsonl only.
+        extra_state: Plain values that are added to each checkpoint.
+        extra_tensors: Tensors, by file name, that are added to each checkpoint.
+    """
     is_main, directory = accelerator.is_main_process, config.directory
     progress = Progress(config.name, total_steps=schedule.total_steps, done_steps=train_state.position.step, is_main=is_main)
     return Trainer(
@@ -209,8 +222,8 @@ def build_trainer(  # noqa: PLR0913  (the parts of a training)
     )
 
 
-def _open(config: RunConfig, accelerator: Accelerator) -> _Start | None:
-    """Check run directory, losses, checkpoint, data and schedule, in this order: the cheapest mistakes first."""
+def _check_inputs(config: RunConfig, accelerator: Accelerator) -> _CheckedInputs | None:
+    """Check run directory, losses, checkpoint, data and schedule, the fastest checks first. Returns None if finished."""
     directory = run_directory(config)
     finished = on_main_process(accelerator, directory.finished_summary)
     losses = build_losses(config)
@@ -220,45 +233,46 @@ def _open(config: RunConfig, accelerator: Accelerator) -> _Start | None:
     checkpoint = load_checkpoint(resumed_from) if resumed_from else None
     data = load_data(config.data)
     if finished is not None:
-        _refuse_another_run(finished, config, data)
+        _refuse_other_finished_run(finished, config, data)
         return None
     if checkpoint is not None:
         refuse_other_data(checkpoint.state["data"], data.fingerprint_fields(), where=str(checkpoint.path))
     loader = build_train_loader(config, data, accelerator)
     schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
-    _refuse_a_pause_beyond_the_end(config, schedule.total_steps)
-    return _Start(config, directory, losses, data, loader, schedule, checkpoint)
+    _refuse_pause_beyond_end(config, schedule.total_steps)
+    return _CheckedInputs(config, directory, losses, data, loader, schedule, checkpoint)
 
 
-def _refuse_another_run(finished: Mapping[str, Any], config: RunConfig, data: DataModule) -> None:
-    """Raise UserError for a finished run that was trained on other data, or by another teacher."""
+def _refuse_other_finished_run(finished: Mapping[str, Any], config: RunConfig, data: DataModule) -> None:
+    """Raise UserError if the finished run in the directory was trained on other data, or with another teacher."""
     where = str(config.directory)
     refuse_other_data(finished.get("data", {}), data.fingerprint_fields(), where=where)
     fingerprint = load_teacher(config, data).fingerprint if config.teacher else None
     refuse_other_teacher(finished, fingerprint, where=where)
 
 
-def _refuse_another_start(start: _Start, teacher: TeacherSetup | None) -> None:
-    """Raise UserError for a checkpoint of another teacher or cache."""
-    if start.checkpoint is not None:
-        refuse_other_teacher(start.checkpoint.state, teacher.fingerprint if teacher else None, where=str(start.checkpoint.path))
-        refuse_other_cache(start.checkpoint, teacher.cache if teacher else None)
+def _refuse_other_teacher_or_cache(inputs: _CheckedInputs, teacher: TeacherSetup | None) -> None:
+    """Raise UserError if the checkpoint was trained with another teacher or cache."""
+    if (checkpoint := inputs.checkpoint) is not None:
+        refuse_other_teacher(checkpoint.state, teacher.fingerprint if teacher else None, where=str(checkpoint.path))
+        refuse_other_cache(checkpoint, teacher.cache if teacher else None)
 
 
-def _refuse_a_pause_beyond_the_end(config: RunConfig, total_steps: int) -> None:
+def _refuse_pause_beyond_end(config: RunConfig, total_steps: int) -> None:
     stop = config.checkpoint.stop_after_steps
     if stop is not None and stop >= total_steps:
         raise UserError(
-            f"checkpoint.stop_after_steps: {stop} has no effect, the training has {total_steps} steps; lower it, or leave it "
-            "out"
+            f"checkpoint.stop_after_steps: {stop} has no effect, because the training has {total_steps} steps; lower it, or "
+            "leave it out"
         )
 
 
-def _hold_directory(start: _Start, accelerator: Accelerator, stack: ExitStack) -> None:
-    resumed_from = start.checkpoint.path if start.checkpoint else None
-    held = on_main_process(accelerator, lambda: start.directory.claim(resumed_from=resumed_from))
+def _claim_directory(inputs: _CheckedInputs, accelerator: Accelerator, stack: ExitStack) -> None:
+    """Lock the run directory from the main process, until `stack` is closed."""
+    resumed_from = inputs.checkpoint.path if inputs.checkpoint else None
+    lock = on_main_process(accelerator, lambda: inputs.directory.claim(resumed_from=resumed_from))
     if accelerator.is_main_process:
-        stack.callback(os.close, held)
+        stack.callback(os.close, lock)
 
 
 def _start_tracker(config: RunConfig, accelerator: Accelerator, checkpoint: Checkpoint | None) -> WandbTracker:
@@ -272,7 +286,8 @@ def _start_tracker(config: RunConfig, accelerator: Accelerator, checkpoint: Chec
     )
 
     def init(kwargs: dict[str, Any]) -> Any:
-        accelerator.trackers.clear()  # of an attempt that failed: they would be started again
+        # Trackers of a failed attempt are still registered, and would be started again.
+        accelerator.trackers.clear()
         accelerator.init_trackers(config.tracking.project, config=config.model_dump(mode="json"), init_kwargs={"wandb": kwargs})
         return accelerator.get_tracker("wandb", unwrap=True)
 
@@ -282,53 +297,72 @@ def _start_tracker(config: RunConfig, accelerator: Accelerator, checkpoint: Chec
 
 
 def _build_trainer(
-    start: _Start, distiller: Distiller, teacher: TeacherSetup | None, tracker: WandbTracker, accelerator: Accelerator
+    inputs: _CheckedInputs,
+    distiller: Distiller,
+    teacher: TeacherSetup | None,
+    tracker: WandbTracker,
+    accelerator: Accelerator,
 ) -> tuple[Trainer, list[str]]:
-    """Build the trainer in the state of the checkpoint. Returns it and notices about what a resume cannot keep the same."""
-    config, checkpoint = start.config, start.checkpoint
+    """Build the trainer, in the state of the checkpoint if there is one.
+
+    Returns:
+        The trainer, and a notice for each thing that differs from an uninterrupted training.
+    """
+    config, checkpoint = inputs.config, inputs.checkpoint
     train_state = build_train_state(config, distiller, accelerator)
-    notices = [] if checkpoint is None else _restored(train_state, checkpoint, accelerator)
-    keep_images_on_gpu(start.loader, start.data, accelerator.device)
-    state, tensors = _checkpoint_extra(start, teacher, tracker)
+    notices = [] if checkpoint is None else _restore_checkpoint(train_state, checkpoint, accelerator)
+    keep_images_on_gpu(inputs.loader, inputs.data, accelerator.device)
+    state, tensors = _checkpoint_extra(inputs, teacher, tracker)
     source = teacher.source if teacher else no_teacher
     trainer = build_trainer(
         config,
         train_state,
-        start.loader,
+        inputs.loader,
         source,
-        start.schedule,
+        inputs.schedule,
         accelerator,
         tracker=tracker,
         extra_state=state,
         extra_tensors=tensors,
     )
-    if len(start.data.splits.val):
-        trainer.validation = _held_out(start, "val", teacher, accelerator)
+    if len(inputs.data.splits.val):
+        trainer.validation = _held_out(inputs, "val", teacher, accelerator)
     length_bytes = checkpoint.state["metrics_bytes"] if checkpoint else 0
     on_main_process(accelerator, lambda: trainer.metrics_log.start(length_bytes))
     return trainer, notices
 
 
-def _restored(train_state: TrainState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[str]:
-    """Restore a checkpoint. Its settings and data fit the run, so any error is damage: raises UserError."""
+def _restore_checkpoint(train_state: TrainState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[str]:
+    """Restore a checkpoint, and return notices. Raises UserError if it is damaged.
+
+    Settings and data were compared with the run before, so any error is a sign of damage.
+    """
     try:
         return restore(train_state, checkpoint, accelerator)
     except (KeyError, IndexError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = describe_error(error)
         raise UserError(
-            f"{checkpoint.path}: does not fit the training that its own config describes ({reason}); remove it to resume from "
-            "an earlier one, or start from scratch in another run_dir"
+            f"{checkpoint.path}: checkpoint is damaged or does not fit the training that its config describes ({reason}); "
+            "remove it to resume from an earlier checkpoint, or set another run_dir to start from scratch"
         ) from error
 
 
-def _held_out(start: _Start, split: HeldOutSplit, teacher: TeacherSetup | None, accelerator: Accelerator) -> HeldOut:
-    return build_held_out(start.config, start.data, split, teacher.held_out(split) if teacher else None, accelerator)
+def _held_out(inputs: _CheckedInputs, split: HeldOutSplit, teacher: TeacherSetup | None, accelerator: Accelerator) -> HeldOut:
+    return build_held_out(inputs.config, inputs.data, split, teacher.held_out(split) if teacher else None, accelerator)
 
 
 def build_held_out(
     config: RunConfig, data: DataModule, split: HeldOutSplit, source: TeacherSource | None, accelerator: Accelerator
 ) -> HeldOut:
-    """Build a held-out split, with the source of the teacher's outputs on it."""
+    """Build a held-out split for evaluation.
+
+    Args:
+        config: Config of the run.
+        data: Data of the run.
+        split: Name of the split, val or test.
+        source: Source of the teacher's outputs on this split; None without a teacher.
+        accelerator: Accelerator of the launch.
+    """
     loader = data.eval_loader(
         split,
         batch_size=config.train.eval_batch_size,
@@ -340,13 +374,13 @@ def build_held_out(
 
 
 def _checkpoint_extra(
-    start: _Start, teacher: TeacherSetup | None, tracker: WandbTracker
+    inputs: _CheckedInputs, teacher: TeacherSetup | None, tracker: WandbTracker
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Return (plain state, tensors by file) that every checkpoint holds besides the state of the training."""
+    """Return the plain values, and the tensors by file name, that each checkpoint holds in addition to the `TrainState`."""
     tensors = teacher.saved_tensors() if teacher else {}
     state = {
-        "config": dict(start.directory.settings),
-        "data": start.data.fingerprint_fields(),
+        "config": dict(inputs.directory.settings),
+        "data": inputs.data.fingerprint_fields(),
         "wandb_id": tracker.run_id,
         "teacher_fingerprint": teacher.fingerprint if teacher else None,
         "cache": teacher.cache if teacher else None,
@@ -356,6 +390,6 @@ def _checkpoint_extra(
 
 
 def trained_network(run: Run) -> nn.Module:
-    """Return the network that is deployed: the moving average of the student where it is kept."""
+    """Return the network to deploy: the moving average of the student if `train.ema_decay` is set, otherwise the student."""
     average = run.trainer.train_state.average
     return run.distiller.student if average is None else average.module

@@ -1,4 +1,4 @@
-"""Spec, samples and target functions of a build: those of the existing cache, extended by what is requested."""
+"""Spec, samples and target functions of a build: contents of the existing cache, extended by the request."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class CacheBuild:
 
     Attributes:
         directory: Directory of the cache.
-        request: What the cache must hold afterwards. Its target functions are fitted in place.
+        request: Contents that the cache must have after the build. Its target functions are fitted in place.
         data: Images and splits.
         network: The teacher's network on the device of this process.
-        normalize: uint8 images -> input of the network.
-        accelerator: The processes.
+        normalize: Module that turns uint8 images [B, 3, H, W] into the input of the network.
+        accelerator: The launch's `Accelerator`.
         batch_samples: Samples in one forward of the teacher, for a new cache.
         shard_mib: Size of the largest tensor's files in MiB, for a new cache.
         is_compiled: Whether the network is compiled with torch.compile.
@@ -69,39 +69,41 @@ def find_own_spec(build: CacheBuild) -> CacheSpec | None:
     """Read the spec of the existing cache.
 
     Returns:
-        The spec; None if there is none, or a damaged one.
+        The spec; None if spec.json is missing or damaged.
 
     Raises:
-        UserError: It is the spec of another cache, or of another version.
+        UserError: If the cache does not match the request, or has another version.
     """
     cache_spec = find_spec(build.directory)
     if cache_spec is None:
         return None
-    find_manifest(build.directory, cache_spec)  # refuses one that leads out of the cache, before anything is changed
+    # Raises for a manifest that lists paths outside the cache, before any file is changed.
+    find_manifest(build.directory, cache_spec)
     check_fingerprint(build.directory, cache_spec, build.request)
     return cache_spec
 
 
 def prepare_targets(build: CacheBuild, found: CacheSpec | None) -> dict[str, TargetFunction]:
-    """Restore the target functions of the existing cache, and fit those that it lacks.
+    """Restore the target functions of the existing cache, and fit the functions that the cache lacks.
 
     Args:
-        build: The build.
-        found: Spec of the existing cache.
+        build: Parts of the build.
+        found: Spec of the existing cache; None for a new cache.
 
     Returns:
         Target functions on the device by the teacher's layer: of all layers of the request and of the existing cache.
 
     Raises:
-        UserError: targets.safetensors is damaged, and the functions that it held cannot be fitted again.
+        UserError: If targets.safetensors is missing or damaged, and its functions cannot be fitted again.
     """
     stored = {} if found is None else on_main_process(build.accelerator, lambda: find_targets(build.directory, found))
     specs = found.tensors if found else {}
     lost = [layer for layer in specs if layer != LOGITS and layer not in {*stored, *build.request.targets}]
     if lost:
         raise UserError(
-            f"teacher.cache.dir: targets.safetensors of {build.directory} is missing or damaged, and this config does not "
-            f"compare all of its layers ({', '.join(lost)}); build with a config that has these layers, which fits them again"
+            f"teacher.cache.dir: targets.safetensors in {build.directory} is missing or damaged, and distill.features of this "
+            f"config lacks some of its layers ({', '.join(lost)}); run `kd-accel cache build` with a config that has these "
+            "layers, which fits their targets again"
         )
     for layer in stored.keys() & build.request.targets.keys():
         build.request.targets[layer].load(stored[layer].tensors())
@@ -129,8 +131,8 @@ def _fit(build: CacheBuild, specs: Mapping[str, TensorSpec]) -> None:
         lacking[layer].explained = explained
         if layer in specs and specs[layer].target_digest != tensors_digest(tensors):
             raise UserError(
-                f"teacher.cache.dir: targets.safetensors of {build.directory} is damaged, and fitting the target of {layer} "
-                "again does not give the same tensors; build with the config and on the machine of the first build, or remove "
+                f"teacher.cache.dir: targets.safetensors in {build.directory} is missing or damaged, and fitting the target of "
+                f"{layer} again gives other tensors; build with the config and on the machine of the first build, or remove "
                 "the directory and build from scratch"
             )
     for notice in fit_notices(lacking, num_samples=len(build.data.splits.train)):
@@ -143,15 +145,15 @@ def write_requested_spec(
     """Write spec, samples and target functions of the cache that the build produces.
 
     Args:
-        build: The build.
-        found: Spec of the existing cache.
+        build: Parts of the build.
+        found: Spec of the existing cache; None for a new cache.
         targets: Fitted target functions by the teacher's layer.
 
     Returns:
-        The spec, and the samples of each split.
+        (spec, samples by split).
 
     Raises:
-        UserError: The directory holds another cache, its samples differ, or the disk has too little space.
+        UserError: If the directory holds another cache, the samples differ, or the disk has too little space.
     """
     specs = _tensor_specs(build, targets, dtype=_dtype(build, found))
     if found is None:
@@ -168,7 +170,7 @@ def write_requested_spec(
 
 
 def _dtype(build: CacheBuild, found: CacheSpec | None) -> StorageType:
-    """Return the requested storage type, else that of the existing cache's features or logits, else float16."""
+    """Return the requested storage type, else the type of the existing cache's features or logits, else float16."""
     stored = [spec.dtype for _, spec in sorted(found.tensors.items(), key=lambda item: item[0] == LOGITS)] if found else []
     return build.request.dtype or (stored[0] if stored else "float16")
 
@@ -211,15 +213,15 @@ def _new_spec(build: CacheBuild, specs: Mapping[str, TensorSpec]) -> CacheSpec:
 
 
 def _stored_samples(build: CacheBuild, found: CacheSpec) -> Samples:
-    """Return the samples of the existing cache, possibly more than the request has; their contents must be unchanged."""
+    """Return the samples of the existing cache, which may be more than the request has, after a check of their contents."""
     try:
         stored: Samples = read_samples(build.directory, found)
     except UserError:
         stored = build.request.samples
         if {split: cached.digest for split, cached in stored.items()} != found.fingerprint_fields["data"]["contents"]:
             raise UserError(
-                f"teacher.cache.dir: samples.safetensors of {build.directory} is missing or damaged, and the samples of this "
-                "config are not those that it held; build with the config of the first build, or set another teacher.cache.dir"
+                f"teacher.cache.dir: samples.safetensors in {build.directory} is missing or damaged, and this config has other "
+                "samples than the cache; build with the data settings of the first build, or set another teacher.cache.dir"
             ) from None
     for split, requested in build.request.samples.items():
         check_samples(build.directory, split, stored[split], requested)
@@ -234,14 +236,15 @@ def _stored_samples(build: CacheBuild, found: CacheSpec) -> Samples:
 def _check_size(directory: Path, cache_spec: CacheSpec) -> None:
     if cache_spec.num_files() > MAX_FILES:
         raise UserError(
-            f"teacher.cache.dir: this cache would have {cache_spec.num_files()} files, more than {MAX_FILES}; raise "
-            "teacher.cache.shard_mib, or use fewer data.views"
+            f"teacher.cache.shard_mib: this cache would have {cache_spec.num_files()} files, but at most {MAX_FILES} are "
+            "supported; increase teacher.cache.shard_mib, or decrease data.views"
         )
     paths = (directory / shard.name for shard in cache_spec.all_shards())
     present = sum(path.stat().st_size for path in paths if path.is_file())
     needed, free = cache_spec.total_bytes() - present, shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
-            f"teacher.cache.dir: {directory} would need another {readable_size(needed)}, and {readable_size(free)} are free; "
-            "use fewer data.views, a smaller teacher.cache.dtype, direction both, teacher.outputs mixed, or another disk"
+            f"teacher.cache.dir: the cache in {directory} needs another {readable_size(needed)}, but only "
+            f"{readable_size(free)} are free; decrease data.views, set a smaller teacher.cache.dtype, direction both in "
+            "distill.features.NAME.args, or teacher.outputs mixed, or use another disk"
         )

@@ -1,41 +1,47 @@
 """Checks of a cache against what a training or a build requests: fingerprint, samples, tensors, views, headers of all files.
 
-A request may be for less than the cache holds. A cache that differs is refused by field, with the stored and the requested
-value and the command that rebuilds.
+A request may be for less than the cache holds. A refusal names each setting that differs, with its value in the cache and its
+value now, and the command that builds the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from kd_accel.cache.differences import (
+    TargetSettings,
+    differing_fields,
+    differing_targets,
+    differing_types,
+    settings_of_contents,
+    settings_of_samples,
+)
 from kd_accel.cache.manifest import CachedSamples
 from kd_accel.cache.shard import find_damage
 from kd_accel.cache.spec import LOGITS, CacheSpec
-from kd_accel.config.fields import flatten
 from kd_accel.config.schema import Precision, StorageType
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import Split
 from kd_accel.errors import UserError
-from kd_accel.io.hashing import tensors_digest
 from kd_accel.losses.targets import TargetFunction
 from kd_accel.models.inference import CpuKernels
 from kd_accel.teacher.teacher import Teacher
 
 BUILD_COMMAND = "`kd-accel cache build` with this config"
+_ANOTHER = f"or set another teacher.cache.dir (or remove this directory) and run {BUILD_COMMAND}"
 _LISTED = 5
-_MEMORY_FORMAT = "numerics.channels_last"
-_CONTENTS = "data.contents."
+_SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What a training or a build requests of a cache.
+    """Contents that a training or a build requests of a cache.
 
     Attributes:
         fingerprint_fields: Teacher, numerics, data and views, without the digests of the samples.
@@ -43,8 +49,9 @@ class CacheRequest:
         views: Number of views of the training split, from view 0 on.
         targets: Target functions by the teacher's layer, fitted or not; `Identity` requests the raw map.
         dtype: Storage type; None accepts the stored one.
-        any_memory_format: Whether another memory format of the teacher's maps is accepted, as a cache of another kind of device
-            has it.
+        any_memory_format: Whether another memory format of the teacher's maps is accepted. A cache that was built on another
+            kind of device has one.
+        target_settings: Settings that decide the targets, by the teacher's layer, for messages.
     """
 
     fingerprint_fields: Mapping[str, Any]
@@ -53,11 +60,16 @@ class CacheRequest:
     targets: Mapping[str, TargetFunction]
     dtype: StorageType | None = None
     any_memory_format: bool = False
+    target_settings: Mapping[str, TargetSettings] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of the requested tensors: the logits and the layers."""
         return (LOGITS, *self.targets)
+
+    def settings_of(self, layer: str) -> TargetSettings:
+        """Return the settings that decide the target of a layer; by default the arguments of `TeacherCache.build`."""
+        return self.target_settings.get(layer, TargetSettings())
 
 
 def create_request(  # noqa: PLR0913  (everything that decides the stored values)
@@ -73,6 +85,7 @@ def create_request(  # noqa: PLR0913  (everything that decides the stored values
     compiled: bool = False,
     tf32: bool = True,
     cpu_kernels: CpuKernels = "auto",
+    target_settings: Mapping[str, TargetSettings] | None = None,
 ) -> CacheRequest:
     """Create the request for the outputs of a teacher.
 
@@ -88,14 +101,15 @@ def create_request(  # noqa: PLR0913  (everything that decides the stored values
         compiled: Whether the teacher is compiled.
         tf32: Whether TF32 is allowed on GPUs.
         cpu_kernels: Kernels of the teacher: auto, always or never.
+        target_settings: Settings that decide the targets, by the teacher's layer, for messages.
 
     Raises:
-        UserError: A layer cannot be stored under its name.
+        UserError: If a layer has the name under which the logits are stored.
     """
     if LOGITS in targets:
         raise UserError(
-            f"distill.features: the teacher's layer {LOGITS} cannot be cached: a cache stores the logits under that name; "
-            "compare a module inside it, or use teacher.outputs live or mixed"
+            f"distill.features: the teacher's layer {LOGITS} cannot be cached, because a cache stores the logits under that "
+            "name; compare a module inside the layer, or set teacher.outputs to live or mixed"
         )
     numerics = teacher.numerics(
         device,
@@ -107,8 +121,15 @@ def create_request(  # noqa: PLR0913  (everything that decides the stored values
         tf32=tf32,
         cpu_kernels=cpu_kernels,
     )
-    fields = {"teacher": teacher.fingerprint_fields(), "numerics": numerics, **data_fields(data)}
-    return CacheRequest(fields, covered_samples(data), views, targets, dtype, any_memory_format=channels_last is None)
+    return CacheRequest(
+        {"teacher": teacher.fingerprint_fields(), "numerics": numerics, **data_fields(data)},
+        covered_samples(data),
+        views,
+        targets,
+        dtype,
+        any_memory_format=channels_last is None,
+        target_settings=target_settings or {},
+    )
 
 
 def data_fields(data: DataModule) -> dict[str, Any]:
@@ -127,57 +148,31 @@ def check_fingerprint(directory: Path, cache_spec: CacheSpec, request: CacheRequ
     """Check what no addition to a cache can change: teacher, numerics, data, views, target functions and storage types.
 
     Raises:
-        UserError: A field differs.
+        UserError: If one of them differs. The message lists all differences by setting.
     """
-    different = differing_fields(cache_spec, request.fingerprint_fields, any_memory_format=request.any_memory_format)
-    different += _differing_tensors(cache_spec, request)
+    specs = cache_spec.tensors
+    settings = {layer: request.settings_of(layer) for layer in (*request.target_settings, *request.targets)}
+    different = [
+        *differing_fields(
+            cache_spec.fingerprint_fields,
+            request.fingerprint_fields,
+            any_memory_format=request.any_memory_format,
+            layers=list(dict.fromkeys(each.layers for each in settings.values())),
+        ),
+        *differing_targets(specs, request.targets, settings),
+        *differing_types(specs, _requested_types(request)),
+    ]
     if different:
         raise UserError(
-            f"teacher.cache.dir: {directory} is a cache of something else: {'; '.join(different)}. Set another "
-            f"teacher.cache.dir and run {BUILD_COMMAND}, or remove that directory first; or change these fields back"
+            f"teacher.cache.dir: the cache in {directory} does not match this config: {'; '.join(different)}. Restore these "
+            f"settings, {_ANOTHER}"
         )
 
 
-def differing_fields(cache_spec: CacheSpec, fields: Mapping[str, Any], *, any_memory_format: bool = False) -> list[str]:
-    """Compare the stored fingerprint fields, apart from the samples' digests, with others.
-
-    Returns:
-        `FIELD: VALUE stored, VALUE requested` for each difference.
-    """
-    stored, requested = (
-        {key: value for key, value in flatten(dict(each)).items() if not key.startswith(_CONTENTS)}
-        for each in (cache_spec.fingerprint_fields, fields)
-    )
-    return [
-        f"{key}: {_shorten(stored.get(key))} stored, {_shorten(requested.get(key))} requested"
-        for key in {**stored, **requested}
-        if stored.get(key) != requested.get(key) and not (key == _MEMORY_FORMAT and any_memory_format)
-    ]
-
-
-def _differing_tensors(cache_spec: CacheSpec, request: CacheRequest) -> list[str]:
-    different = []
-    for layer, target in request.targets.items():
-        spec = cache_spec.tensors.get(layer)
-        if spec is None:
-            continue
-        if spec.target != target.description():
-            stored, requested = describe_target(spec.target or {}), describe_target(target.description())
-            different.append(f"targets.{layer}: {stored} stored, {requested} requested")
-        elif target.tensors() and (digest := tensors_digest(target.tensors())) != spec.target_digest:
-            different.append(f"targets.{layer}: fitted tensors {spec.target_digest} stored, {digest} requested")
-    for name in request.tensors if request.dtype is not None else ():
-        stored_dtype = cache_spec.tensors[name].dtype if name in cache_spec.tensors else None
-        requested_dtype = storage_type(request.dtype, is_logits=name == LOGITS)
-        if stored_dtype not in (None, requested_dtype):
-            different.append(f"teacher.cache.dtype: {name} is {stored_dtype} stored, {requested_dtype} requested")
-    return different
-
-
-def describe_target(description: Mapping[str, Any]) -> str:
-    """Format the description of a target function, as `pca(channels=8, images=64)`."""
-    settings = ", ".join(f"{key}={value}" for key, value in description.items() if key != "name")
-    return f"{description.get('name')}({settings})" if settings else str(description.get("name"))
+def _requested_types(request: CacheRequest) -> dict[str, str]:
+    if request.dtype is None:
+        return {}
+    return {name: storage_type(request.dtype, is_logits=name == LOGITS) for name in request.tensors}
 
 
 def storage_type(dtype: Any, *, is_logits: bool) -> Any:
@@ -189,20 +184,21 @@ def check_samples(directory: Path, split: Split, stored: CachedSamples, requeste
     """Check that a cache covers samples, with the same images and labels.
 
     Raises:
-        UserError: Samples are missing, or have other contents.
+        UserError: If samples are missing, or have other contents.
     """
     missing, changed = differing_samples(stored, requested)
+    count, samples = len(requested.indices), f"{_SPLITS[split]} samples"
     if len(changed):
         raise UserError(
-            f"teacher.cache.dir: {directory} was built from other data: data.contents.{split}: {len(changed)} of "
-            f"{len(requested.indices)} requested samples have another image or label than the stored samples (samples "
-            f"{_listed(changed)}). Restore the data, or set another teacher.cache.dir and run {BUILD_COMMAND}"
+            f"teacher.cache.dir: the cache in {directory} was built from other data: {settings_of_contents(split)}: "
+            f"{len(changed)} of {count} {samples} have another image or label than in the cache (samples {_listed(changed)}). "
+            f"Restore the data, {_ANOTHER}"
         )
     if len(missing):
+        settings = settings_of_samples(split)
         raise UserError(
-            f"teacher.cache.dir: {directory} lacks {len(missing)} of {len(requested.indices)} requested {split} samples "
-            f"(samples {_listed(missing)}); it was built with another data.limit_train, data.limit_test or data.val_fraction. "
-            f"Set another teacher.cache.dir and run {BUILD_COMMAND}"
+            f"teacher.cache.dir: the cache in {directory} lacks {len(missing)} of {count} {samples} (samples "
+            f"{_listed(missing)}), because it was built with another {settings}. Restore {settings}, {_ANOTHER}"
         )
 
 
@@ -210,7 +206,7 @@ def differing_samples(stored: CachedSamples, requested: CachedSamples) -> tuple[
     """Compare samples by index and digest.
 
     Returns:
-        (indices that are not stored, stored indices with another digest).
+        (indices that are not stored, stored indices with another digest), int64 [n] each.
     """
     at = np.searchsorted(stored.indices, requested.indices)
     inside = np.minimum(at, max(0, len(stored.indices) - 1))
@@ -226,14 +222,19 @@ def check_contents(directory: Path, cache_spec: CacheSpec, request: CacheRequest
     """Check that the spec has all requested tensors and views.
 
     Raises:
-        UserError: Some are missing; a build adds them.
+        UserError: If the cache lacks some of them, which a build adds.
     """
-    missing = [f"tensor {name}" for name in request.tensors if name not in cache_spec.tensors]
+    missing = [
+        f"the features of {layer} ({request.settings_of(layer).layers})"
+        for layer in request.targets
+        if layer not in cache_spec.tensors
+    ]
     if cache_spec.views < request.views:
-        numbers = f"data.views: {cache_spec.views} stored, {request.views} requested"
-        missing.append(f"views {cache_spec.views} to {request.views - 1} ({numbers})")
+        last = request.views - 1
+        numbers = f"view {last}" if last == cache_spec.views else f"views {cache_spec.views} to {last}"
+        missing.append(f"{numbers} (data.views: {cache_spec.views} in the cache, {request.views} needed)")
     if missing:
-        _refuse(directory, "lacks", missing)
+        _refuse(directory, f"lacks {' and '.join(missing)}")
 
 
 def check_headers(
@@ -249,14 +250,14 @@ def check_headers(
 
     Args:
         directory: Directory of the cache.
-        cache_spec: Its spec.
-        files: Checksums by name, of the manifest.
+        cache_spec: Spec of the cache.
+        files: Checksums of the manifest, by file name.
         splits: Splits to check.
         views: Number of views of the training split to check.
         tensors: Tensors of the training split to check.
 
     Raises:
-        UserError: A file is missing or damaged.
+        UserError: If a file is missing or damaged.
     """
     shards = [
         shard
@@ -267,25 +268,20 @@ def check_headers(
     ]
     unlisted = [shard.name for shard in shards if shard.name not in files]
     if unlisted:
-        _refuse(directory, "lacks", [f"{len(unlisted)} files that no build has completed, such as {unlisted[0]}"])
+        _refuse(directory, f"is incomplete: {len(unlisted)} of {len(shards)} files are not built yet, such as {unlisted[0]}")
     damages = {
         shard.name: find_damage(directory, cache_spec, shard, checksum=files[shard.name], reads_data=False) for shard in shards
     }
     wrong = [f"{name} {damage}" for name, damage in damages.items() if damage is not None]
     if wrong:
-        _refuse(directory, f"has {len(wrong)} damaged files:", wrong[:_LISTED])
+        _refuse(directory, f"has missing or damaged files ({len(wrong)} of {len(shards)}): {'; '.join(wrong[:_LISTED])}")
 
 
-def _refuse(directory: Path, verb: str, problems: Sequence[str]) -> NoReturn:
+def _refuse(directory: Path, problem: str) -> NoReturn:
     raise UserError(
-        f"teacher.cache.dir: {directory} {verb} {'; '.join(problems)}. Run {BUILD_COMMAND}: it writes only what is missing or "
+        f"teacher.cache.dir: the cache in {directory} {problem}. Run {BUILD_COMMAND}, which writes only what is missing or "
         "damaged"
     )
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _listed(indices: np.ndarray) -> str:

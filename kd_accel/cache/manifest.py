@@ -1,8 +1,8 @@
-"""The files that describe a cache: spec.json, samples.safetensors, targets.safetensors, manifest.json, and the build lock.
+"""Files that describe a cache: spec.json, samples.safetensors, targets.safetensors, manifest.json, and the lock of a build.
 
-spec.json exists before any shard, manifest.json after all of them; both are renamed into place. A name in a manifest is
-compared with the names that follow from the spec and never opened, so it cannot lead out of the directory. Samples and targets
-are checked against the digests in the spec.
+A build writes spec.json before any shard and manifest.json after all shards; both are renamed into place. File names in a
+manifest are only compared with the names that follow from the spec and never opened, so they cannot lead out of the directory.
+Samples and targets are checked against the digests in the spec.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kd_accel.io.hashing import arrays_digest, tensors_digest
 from kd_accel.io.tensors import read_tensors
 from kd_accel.losses.targets import TargetFunction, build_target
 
-_REPAIR = "run `kd-accel cache build` with the same config, which repairs it"
+_REPAIR = "run `kd-accel cache build` with the same config, which repairs the file"
 _SPEC_ERRORS = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 _OLD_SPEC = "plan.json"
 
 
 @dataclass(frozen=True)
 class CachedSamples:
-    """The samples of a split that a cache covers.
+    """Samples of a split that a cache covers.
 
     Attributes:
         indices: Positions in the source split, int64 [N], ascending.
@@ -51,20 +51,21 @@ class CachedSamples:
 
 
 class _UntouchableError(UserError):
-    """A cache that not even a build may change."""
+    """Refusal of a cache that a build must not change either."""
 
 
 def read_spec(directory: Path) -> CacheSpec:
     """Read spec.json.
 
     Raises:
-        UserError: The file does not exist, is damaged, or has another version.
+        UserError: If the file does not exist, is damaged, or has another version.
     """
     path = directory / "spec.json"
     if not path.is_file():
         _check_not_version_1(directory)
         raise UserError(
-            f"teacher.cache.dir: {directory} holds no cache (no spec.json); run `kd-accel cache build` with the same config"
+            f"teacher.cache.dir: no cache found in {directory} (spec.json is missing); run `kd-accel cache build` with the "
+            "same config, or correct the path"
         )
     content = read_json(path, remedy=_REPAIR)
     _check_version(content, path)
@@ -81,7 +82,7 @@ def find_spec(directory: Path) -> CacheSpec | None:
         The spec; None if the file does not exist or is damaged.
 
     Raises:
-        UserError: The cache has another version.
+        UserError: If the cache has another version.
     """
     path = directory / "spec.json"
     if not path.exists():
@@ -99,7 +100,7 @@ def check_owner(directory: Path, cache_spec: CacheSpec) -> None:
     """Check that a directory without an intact spec.json does not hold the cache of another config.
 
     Raises:
-        UserError: manifest.json has another fingerprint.
+        UserError: If manifest.json has another fingerprint.
     """
     try:
         owner = read_json(directory / "manifest.json", remedy="").get("fingerprint")
@@ -107,14 +108,14 @@ def check_owner(directory: Path, cache_spec: CacheSpec) -> None:
         return
     if owner != cache_spec.fingerprint:
         raise UserError(
-            f"teacher.cache.dir: spec.json of {directory} is missing or damaged, and manifest.json next to it belongs to "
-            f"another cache (fingerprint {owner} stored, {cache_spec.fingerprint} requested); build with the config of the "
-            "first build, set another teacher.cache.dir, or remove that directory first"
+            f"teacher.cache.dir: spec.json in {directory} is missing or damaged, and manifest.json next to it belongs to the "
+            f"cache of another config (fingerprint {owner} in the cache, {cache_spec.fingerprint} now); build with the config "
+            "of the first build, set another teacher.cache.dir, or remove this directory"
         )
 
 
 def write_spec(directory: Path, cache_spec: CacheSpec) -> None:
-    """Write spec.json. Raises UserError if the disk refuses."""
+    """Write spec.json. Raises UserError if the file cannot be written."""
     write_json(spec_to_json(cache_spec), directory / "spec.json")
 
 
@@ -122,10 +123,11 @@ def read_manifest(directory: Path, cache_spec: CacheSpec) -> dict[str, str]:
     """Read manifest.json.
 
     Returns:
-        {file name: checksum of its data} of the shards that were complete when it was created; empty without a manifest.
+        {file name: checksum of its data} of the shards that were complete when the manifest was written; empty without a
+        manifest.
 
     Raises:
-        UserError: The file is damaged, belongs to another cache or version, or has a name that leads out of the cache.
+        UserError: If the file is damaged, belongs to another cache or version, or lists a path outside the cache.
     """
     path = directory / "manifest.json"
     if not path.is_file():
@@ -137,7 +139,7 @@ def read_manifest(directory: Path, cache_spec: CacheSpec) -> dict[str, str]:
         raise UserError(f"{path}: is damaged: {_REPAIR}")
     _check_names(files, path)
     if content.get("fingerprint") != cache_spec.fingerprint:
-        raise UserError(f"{path}: belongs to another cache than spec.json next to it: {_REPAIR}")
+        raise UserError(f"{path}: belongs to another cache than spec.json in the same directory: {_REPAIR}")
     return files
 
 
@@ -145,10 +147,10 @@ def find_manifest(directory: Path, cache_spec: CacheSpec) -> dict[str, str]:
     """Read manifest.json for a build, which replaces a damaged one.
 
     Returns:
-        As `read_manifest`; empty for a damaged one.
+        The checksums as `read_manifest` returns them; empty if the file is damaged.
 
     Raises:
-        UserError: The file has another version, or a name that leads out of the cache.
+        UserError: If the file has another version, or lists a path outside the cache.
     """
     try:
         return read_manifest(directory, cache_spec)
@@ -167,14 +169,14 @@ def write_manifest(
         directory: Directory of the cache.
         cache_spec: Spec of the cache.
         files: {file name: checksum of its data}.
-        teacher_accuracy: Accuracy on the cached test samples, a fraction of 1; None without test samples.
+        teacher_accuracy: Accuracy of the teacher on the cached test samples, in 0..1; None without test samples.
     """
     content = {"version": VERSION, "fingerprint": cache_spec.fingerprint, "teacher_accuracy": teacher_accuracy}
     write_json({**content, "files": dict(sorted(files.items()))}, directory / "manifest.json")
 
 
 def read_teacher_accuracy(directory: Path) -> float | None:
-    """Return the accuracy in manifest.json; None if the file does not exist or has no valid one."""
+    """Return the teacher's accuracy in manifest.json, in 0..1; None if the file does not exist or has no valid accuracy."""
     path = directory / "manifest.json"
     accuracy = read_json(path, remedy=_REPAIR).get("teacher_accuracy") if path.is_file() else None
     return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None
@@ -194,7 +196,7 @@ def read_samples(directory: Path, cache_spec: CacheSpec) -> dict[Split, CachedSa
     """Read samples.safetensors.
 
     Raises:
-        UserError: The file is missing or damaged, or its digests are not those in the spec.
+        UserError: If the file is missing or damaged, or does not match the digests in the spec.
     """
     tensors = _read_tensors(directory / "samples.safetensors")
     try:
@@ -211,7 +213,7 @@ def read_samples(directory: Path, cache_spec: CacheSpec) -> dict[Split, CachedSa
 
 
 def _are_intact(cache_spec: CacheSpec, split: Split, cached: CachedSamples) -> bool:
-    """Return whether samples match their digest and are distinct indices of the split, ascending.
+    """Return whether samples match their digest in the spec, and their indices ascend and lie inside the split.
 
     A reader allocates an entry for each index up to the largest, so the size of the split bounds its memory.
     """
@@ -226,7 +228,7 @@ def _are_intact(cache_spec: CacheSpec, split: Split, cached: CachedSamples) -> b
 
 
 def write_targets(directory: Path, targets: Mapping[str, TargetFunction]) -> None:
-    """Write the fitted tensors of target functions to targets.safetensors, as `LAYER|NAME`; no file if there are none.
+    """Write the fitted tensors of target functions to targets.safetensors, as `LAYER|NAME`; no file without such tensors.
 
     Args:
         directory: Directory of the cache.
@@ -242,22 +244,25 @@ def write_targets(directory: Path, targets: Mapping[str, TargetFunction]) -> Non
 
 
 def read_targets(directory: Path, cache_spec: CacheSpec) -> dict[str, TargetFunction]:
-    """Build the target functions of a cache, with their fitted tensors.
+    """Build the target functions of a cache and load their fitted tensors.
 
     Returns:
         Target functions on the CPU by the teacher's layer.
 
     Raises:
-        UserError: targets.safetensors is missing or damaged, or its tensors are not those of the spec.
+        UserError: If targets.safetensors is missing or damaged, or does not match the digests in the spec.
     """
     path, specs = directory / "targets.safetensors", _feature_specs(cache_spec)
-    is_needed = any(spec.target_digest is not None for spec in specs.values())
-    tensors = _by_layer(_read_tensors(path)) if is_needed else {}
+    tensors = _by_layer(_read_tensors(path)) if cache_spec.has_fitted_targets else {}
     return {layer: _restored(layer, spec, tensors.get(layer, {}), path) for layer, spec in specs.items()}
 
 
 def find_targets(directory: Path, cache_spec: CacheSpec) -> dict[str, TargetFunction]:
-    """Read the target functions of a cache for a build, which fits the missing ones again: as `read_targets`, those intact."""
+    """Read the target functions of a cache for a build, which fits the missing functions again.
+
+    Returns:
+        The functions that `read_targets` returns, without those whose tensors are missing or damaged.
+    """
     path, targets = directory / "targets.safetensors", {}
     try:
         tensors = _by_layer(_read_tensors(path))
@@ -285,7 +290,7 @@ def _restored(layer: str, spec: TensorSpec, tensors: Mapping[str, Tensor], path:
     if spec.target_digest is None:
         tensors = {}
     elif tensors_digest(tensors) != spec.target_digest:
-        raise UserError(f"{path}: the tensors of {layer} do not match spec.json ({spec.target_digest}): {_REPAIR}")
+        raise UserError(f"{path}: the tensors of {layer} do not match spec.json (digest {spec.target_digest}): {_REPAIR}")
     try:
         if any(0 in tensor.shape for tensor in tensors.values()):
             raise ValueError("a tensor is empty")
@@ -298,30 +303,31 @@ def _restored(layer: str, spec: TensorSpec, tensors: Mapping[str, Tensor], path:
 
 
 def lock_for_building(directory: Path, rank: int) -> int:
-    """Lock a cache against other builds; each process of a build holds a byte of one file until it ends.
+    """Lock a cache against other builds: each process of a build holds one byte of the lock file until the process ends.
 
-    Rank 0 must be the first: it checks that no byte is held, so any process of another build is noticed.
+    Rank 0 must call first. It checks that no byte is held, so it detects any process of another build.
 
     Args:
         directory: Directory of the cache; created if it does not exist.
         rank: Rank of this process.
 
     Returns:
-        A file descriptor, to be closed at the end of the build.
+        File descriptor to close at the end of the build.
 
     Raises:
-        UserError: Another build is running, or the directory cannot be created or modified.
+        UserError: If another build is running, or the directory cannot be created or modified.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = lock(directory / ".lock", first=rank, count=0 if rank == 0 else 1)
     except BlockingIOError:
         raise UserError(
-            f"teacher.cache.dir: another build is writing to {directory}; let it finish, or stop it, then run this again"
+            f"teacher.cache.dir: another build is writing to {directory}; wait until it has finished, or stop it, then run "
+            "this command again"
         ) from None
     except OSError as error:
         raise UserError(
-            f"teacher.cache.dir: cannot write to {directory} ({error.strerror}); check that it is a directory with write "
+            f"teacher.cache.dir: cannot write to {directory} ({error.strerror}); check that the path is a directory with write "
             "permission, or set another teacher.cache.dir"
         ) from None
     if rank == 0:
@@ -330,7 +336,7 @@ def lock_for_building(directory: Path, rank: int) -> int:
 
 
 def flush_shards(directory: Path, names: list[str]) -> None:
-    """Flush files and their directories to the disk, as required before a manifest lists them."""
+    """Flush files and their directories to the disk, as is required before a manifest lists them."""
     for name in names:
         flush(directory / name)
     for folder in {(directory / name).parent for name in names}:
@@ -343,8 +349,8 @@ def _check_version(content: Mapping[str, Any], path: Path) -> None:
         _refuse_version_1(path)
     if isinstance(version, int) and version > VERSION:
         raise _UntouchableError(
-            f"{path}: has version {version}, this program reads version {VERSION}; use a later kd_accel, or set another "
-            "teacher.cache.dir"
+            f"{path}: has version {version}, but this version of kd_accel reads version {VERSION}; install a later kd_accel, "
+            "or set another teacher.cache.dir"
         )
     if version != VERSION:
         raise UserError(f"{path}: is damaged (version {str(version)[:20]}): {_REPAIR}")
@@ -357,8 +363,8 @@ def _check_not_version_1(directory: Path) -> None:
 
 def _refuse_version_1(path: Path) -> None:
     raise _UntouchableError(
-        f"{path}: is of a cache of version 1, this program reads version {VERSION}; run `kd-accel cache build` with the same "
-        "config and another teacher.cache.dir, or remove this directory first"
+        f"{path}: belongs to a cache of version 1, but this version of kd_accel reads version {VERSION}; run `kd-accel cache "
+        "build` with the same config and another teacher.cache.dir, or remove this directory first"
     )
 
 
@@ -367,7 +373,7 @@ def _check_names(files: Mapping[str, str], path: Path) -> None:
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts:
             raise _UntouchableError(
-                f"{path}: names {name!r}, which leads out of the cache; nothing was read or changed. Remove that file"
+                f"{path}: lists {name!r}, a path outside the cache; nothing was read or changed. Remove {path.name}"
             )
 
 

@@ -1,10 +1,11 @@
-"""Reading samples of a cache: files mapped into memory, one copy per sample, no pickle.
+"""Random access to the samples of a cache: memory-mapped files, one copy per sample, no pickle.
 
-A file is opened when its view is first read, in the process that reads; a pickled reader opens its own files. Opening checks
-the header, and, once for each file, every byte of the data if the view fits in free memory: this pass also loads the file into
-the page cache in order. Mapped pages belong to the page cache; nothing else grows with the cache.
+A file is opened when its view is first read, in the process that reads; a pickled reader opens its own files. Opening a file
+checks its header. If the view fits in free memory, the first opening also checks every byte of the data, a pass that loads the
+file into the page cache in order. Mapped pages belong to the page cache; memory use is otherwise independent of the size of the
+cache.
 
-`open_cache` checks a cache against a request; `CachedTeacher` then is a source of teacher outputs, interchangeable with a live
+`open_cache` checks a cache against a request. `CachedTeacher` is a source of teacher outputs, interchangeable with a live
 teacher.
 """
 
@@ -50,8 +51,8 @@ class StoredValues:
     """Samples of one tensor in their storage type.
 
     Attributes:
-        values: [n, ...].
-        scale: float32 [n, D] for int8, else None.
+        values: Values, [n, ...].
+        scale: Scale per sample and channel, float32 [n, D]; None for the float types.
     """
 
     values: Tensor
@@ -63,7 +64,7 @@ class Reader:
 
     Args:
         directory: Directory of the cache.
-        cache_spec: Its spec.
+        cache_spec: Spec of the cache.
         split: Split to read.
         indices: Indices of the samples that the cache covers in this split, int64 [N], ascending.
         tensors: Names of the tensors to read.
@@ -74,7 +75,8 @@ class Reader:
     ) -> None:
         self._directory, self._cache_spec, self._split = directory, cache_spec, split
         self._tensors = tuple(tensors)
-        # Position of each index among the covered samples, -1 if not covered: a table look-up takes a tenth of a binary search.
+        # Position of each index among the covered samples, -1 if not covered. A table lookup takes a tenth of the time of a
+        # binary search.
         self._position = np.full(indices.max(initial=-1) + 1, -1)
         self._position[indices] = np.arange(len(indices))
         self._files: dict[str, _View] = {}
@@ -95,17 +97,27 @@ class Reader:
             pin_memory: Whether the memory is page-locked.
 
         Returns:
-            The samples of each tensor, in host memory.
+            Samples by the name of the tensor, in host memory.
 
         Raises:
-            UserError: A file of the view is missing or damaged.
+            UserError: If a file of the view is missing or damaged.
         """
         positions = self._positions(indices)
         self._open(view)
         return {name: self._files[name].read(positions, pin_memory=pin_memory) for name in self._tensors}
 
     def read_into(self, view: int, indices: np.ndarray, tensor: str, out: Tensor) -> None:
-        """Copy samples of one tensor into existing memory. out: [n, ...] of the storage type, contiguous, in host memory."""
+        """Copy samples of one tensor into existing memory.
+
+        Args:
+            view: Number of the view.
+            indices: Indices of covered samples, int64 [n].
+            tensor: Name of the tensor.
+            out: Tensor to fill, [n, ...] of the storage type, contiguous, in host memory.
+
+        Raises:
+            UserError: If a file of the view is missing or damaged.
+        """
         self._open(view)
         self._files[tensor].copy(self._positions(indices), out)
 
@@ -134,7 +146,7 @@ class Reader:
             damage = "does not match its checksum"
         raise UserError(
             f"teacher.cache.dir: {self._directory / shard.name} {damage}; run `kd-accel cache build` with the same config, "
-            "which rebuilds only that file"
+            "which writes only missing and damaged files"
         )
 
     def __getstate__(self) -> dict[str, object]:
@@ -142,7 +154,7 @@ class Reader:
 
 
 class _View:
-    """The open files of one tensor and view."""
+    """Open files of one tensor and view."""
 
     def __init__(self, cache_spec: CacheSpec, shards: Sequence[Shard], files: Sequence[memoryview]) -> None:
         spec = cache_spec.tensors[shards[0].tensor]
@@ -159,14 +171,14 @@ class _View:
         return StoredValues(out, scale)
 
     def copy(self, positions: np.ndarray, out: Tensor) -> None:
-        # All files but the last have the same number of samples, and all samples the same number of bytes: the file of a
-        # sample and its place in the file follow from one division. Assigning a slice of one memoryview to another is a memcpy,
-        # a few hundred nanoseconds per sample; gathering by tensor operations would need a pass, and a copy, for each file.
+        # All files but the last have the same number of samples, and all samples the same number of bytes, so one division
+        # gives the file of a sample and the offset in the file. Assigning a slice of one memoryview to another is a memcpy, a
+        # few hundred nanoseconds per sample. Gathering with tensor operations would need one pass and one copy per file.
         length, values = self._sample_bytes, self._values
         target = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         shards, offsets = np.divmod(positions, self._samples_per_shard)
         starts, end = offsets * length, 0
-        # Lists, because iterating over an array creates a NumPy scalar for each element.
+        # Iterating over an array would create a NumPy scalar for each element; lists hold plain integers.
         for shard, start, stop in zip(shards.tolist(), starts.tolist(), (starts + length).tolist(), strict=True):
             begin, end = end, end + length
             target[begin:end] = values[shard][start:stop]
@@ -178,7 +190,8 @@ class CachedTeacher:
     Args:
         reader: Reader of the split, with the logits among its tensors.
         layers: The teacher's layers to read.
-        channels_last: Memory format of the feature maps, as the live teacher has it: sums over a map depend on it to the bit.
+        channels_last: Whether feature maps are returned in the channels_last memory format, as the live teacher computes them.
+            The last bits of a sum over a map depend on the format.
     """
 
     def __init__(self, reader: Reader, layers: Sequence[str], *, channels_last: bool) -> None:
@@ -186,7 +199,7 @@ class CachedTeacher:
         self._map_memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """Read the outputs for a batch: float32 on the device of its images, features by the teacher's layer."""
+        """Read the outputs for a batch, in float32 on the device of its images; features by the teacher's layer."""
         return self.read(batch.index.numpy(), batch.view, batch.images.device)
 
     def read(self, indices: np.ndarray, view: int, device: torch.device) -> TeacherOutput:
@@ -198,7 +211,7 @@ class CachedTeacher:
             device: Device of the result.
 
         Returns:
-            float32 logits [n, C], and features [n, D, H, W] by the teacher's layer.
+            Logits [n, C], and features [n, D, H, W] by the teacher's layer, both float32.
         """
         stored = self._reader.read(view, indices, pin_memory=device.type == "cuda")
         values = {name: decode_on(device, samples, self._map_memory_format) for name, samples in stored.items()}
@@ -209,7 +222,7 @@ class CachedTeacher:
         return self._reader.covers(indices)
 
     def ranges(self, batch: Batch) -> dict[str, float]:
-        """Return, for int8, the largest magnitude of each layer in the files of these samples, which decides the rounding."""
+        """Return the largest magnitude of each int8 layer in the files of these samples, which decides the rounding error."""
         stored = self._reader.read(batch.view, batch.index.numpy())
         scales = {layer: stored[layer].scale for layer in self._layers}
         return {layer: INT8_LARGEST * scale.max().item() for layer, scale in scales.items() if scale is not None}
@@ -217,12 +230,12 @@ class CachedTeacher:
 
 @dataclass(frozen=True)
 class OpenCache:
-    """A checked cache.
+    """Cache that has passed the checks of `open_cache`.
 
     Attributes:
-        directory: Its directory.
-        cache_spec: Its spec.
-        samples: The samples that it covers.
+        directory: Directory of the cache.
+        cache_spec: Spec of the cache.
+        samples: Samples that the cache covers, by split.
         layers: The teacher's layers that are read.
     """
 
@@ -242,10 +255,10 @@ class OpenCache:
         """Load the fitted tensors of the cache into target functions, in place.
 
         Args:
-            targets: Target functions by the teacher's layer, with the descriptions of the cache.
+            targets: Target functions by the teacher's layer, with the same descriptions as in the cache.
 
         Raises:
-            UserError: targets.safetensors is missing or damaged.
+            UserError: If targets.safetensors is missing or damaged.
         """
         stored = read_targets(self.directory, self.cache_spec)
         for layer, target in targets.items():
@@ -253,7 +266,7 @@ class OpenCache:
             target.explained = stored[layer].explained
 
     def source(self, split: Split) -> CachedTeacher:
-        """Return the teacher's outputs for a split; only those of the training split have features."""
+        """Return the source of the teacher's outputs for a split; features are stored for the training split only."""
         layers = self.layers if split == "train" else ()
         reader = Reader(self.directory, self.cache_spec, split, self.samples[split].indices, (LOGITS, *layers))
         return CachedTeacher(reader, layers, channels_last=self.cache_spec.fingerprint_fields["numerics"]["channels_last"])
@@ -263,7 +276,8 @@ def open_cache(directory: Path, request: CacheRequest) -> OpenCache:
     """Open a cache and check that it holds what is requested.
 
     Raises:
-        UserError: The message has each field that differs, or what is missing, and the remedy.
+        UserError: If the cache differs from the request or lacks a part of it. The message names what differs or is missing,
+            and the remedy.
     """
     cache_spec = read_spec(directory)
     check_fingerprint(directory, cache_spec, request)
@@ -272,7 +286,10 @@ def open_cache(directory: Path, request: CacheRequest) -> OpenCache:
         check_samples(directory, split, samples[split], requested)
     files = read_manifest(directory, cache_spec)
     if not files:
-        raise UserError(f"teacher.cache.dir: the build of {directory} is not complete; run {BUILD_COMMAND}, which resumes it")
+        raise UserError(
+            f"teacher.cache.dir: the build of the cache in {directory} has not finished (manifest.json is missing); run "
+            f"{BUILD_COMMAND}, which resumes the build"
+        )
     check_contents(directory, cache_spec, request)
     check_headers(directory, cache_spec, files, splits=request.samples, views=request.views, tensors=request.tensors)
     return OpenCache(directory, cache_spec, samples, tuple(request.targets))
@@ -282,7 +299,7 @@ def decode_on(device: torch.device, stored: StoredValues, map_memory_format: tor
     """Move samples to a device in their storage type, and decode them on the device.
 
     Returns:
-        float32 [n, ...]; maps [n, D, H, W] in the given memory format.
+        Decoded samples, float32 [n, ...]; maps [n, D, H, W] are in the given memory format.
     """
     values = stored.values.to(device, non_blocking=True)
     scale = None if stored.scale is None else stored.scale.to(device, non_blocking=True)
@@ -291,7 +308,7 @@ def decode_on(device: torch.device, stored: StoredValues, map_memory_format: tor
 
 
 def available_bytes() -> int:
-    """Return the memory that can be allocated without swapping, page cache included; 0 where the system has no such number."""
+    """Return the memory that can be allocated without swapping, page cache included; 0 if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""One file of a cache: storage types, and a safetensors file whose header is known before it is read.
+"""One file of a cache: storage types, and a safetensors file whose header follows from the spec.
 
-The header is composed without the safetensors library, so that every byte of a file follows from the spec and the data: any
-builder produces the same bytes, a flipped bit anywhere is a difference, and the position of each sample is known without
-parsing. The library reads these files like any other. Values are little-endian; the samples of a file are contiguous.
+The header is composed without the safetensors library, so every byte of a file follows from the spec and the data. Any build
+produces the same bytes, any flipped bit is detected, and the position of each sample is known without parsing. The safetensors
+library can read the files. Values are little-endian; the samples of a file are contiguous.
 
 Largest error of `decode(encode(x))`, relative to |x| for the float types and to the channel's largest |x| in the file for int8:
 float32 0, float16 2^-11, bfloat16 2^-8, int8 1/254.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ TORCH_TYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 INT8_LARGEST = 127
 RELATIVE_ERROR = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 1 / 254}
 
+MISSING = "is missing"
+_NOT_REGULAR = "is not a regular file"
 _KEY = "kd_accel"
 _ALIGNMENT = 64
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
-# The metadata of a safetensors file are strings, so ours is a JSON object inside a JSON string: its quotes are escaped. Within
-# a string of the inner object, such as a layer's name, a quote would be escaped twice (\\\"), which the pattern cannot match.
+# The metadata of a safetensors file are strings, so ours is a JSON object inside a JSON string: its quotes are escaped. A quote
+# within a string of the inner object, such as a layer's name, is escaped twice (\\\"), which the pattern cannot match.
 _CHECKSUM = re.compile(rb'\\"checksum\\":\\"([0-9a-f]{32})\\"')
 _NO_CHECKSUM = "0" * 32
 
@@ -44,7 +47,7 @@ def encode(values: Tensor, dtype: StorageType, *, name: str) -> tuple[Tensor, Te
     """Convert values to a storage type.
 
     Args:
-        values: float32 [n, D, ...].
+        values: Values, float32 [n, D, ...].
         dtype: Storage type.
         name: Name of the tensor, for the error.
 
@@ -52,7 +55,7 @@ def encode(values: Tensor, dtype: StorageType, *, name: str) -> tuple[Tensor, Te
         (values as they are stored, scale float32 [D] for int8 or None).
 
     Raises:
-        UserError: A value is not finite, or too large for the type.
+        UserError: If a value is not finite, or too large for the type.
     """
     if dtype == "int8":
         largest = values.abs().transpose(0, 1).flatten(1).amax(1)
@@ -68,8 +71,11 @@ def decode(stored: Tensor, scale: Tensor | None) -> Tensor:
     """Convert stored values back to float32.
 
     Args:
-        stored: [n, D, ...].
-        scale: float32 [D], or [n, D] for samples of several files; None for the float types.
+        stored: Values as `encode` returns them, [n, D, ...].
+        scale: Scale per channel, float32 [D], or [n, D] for samples of several files; None for the float types.
+
+    Returns:
+        Decoded values, float32 [n, D, ...].
     """
     values = stored.float()
     return values if scale is None else values * _by_channel(scale, values)
@@ -81,28 +87,30 @@ def _by_channel(scale: Tensor, values: Tensor) -> Tensor:
 
 
 def _check_finite(values: Tensor, name: str, dtype: StorageType) -> None:
-    extremes = torch.stack([values.amax(), values.amin()])  # NaN if any value is; ten times as fast as isfinite on all values
+    # NaN propagates through amax and amin, which are ten times as fast as isfinite on all values.
+    extremes = torch.stack([values.amax(), values.amin()])
     if not torch.isfinite(extremes).all():
         raise UserError(
-            f"teacher.cache.dtype: the teacher's output at {name} is not finite, or too large for {dtype}; use bfloat16 or "
-            "float32, and evaluate the teacher if that does not help"
+            f"teacher.cache.dtype: the teacher's output {name} has a value that is not finite, or too large for {dtype}; use "
+            "bfloat16 or float32, and check the teacher with `kd-accel evaluate` if the error remains"
         )
 
 
 def write_shard(directory: Path, cache_spec: CacheSpec, shard: Shard, values: Tensor, scale: Tensor | None) -> str:
     """Write a file under a temporary name and rename it.
 
-    The file is not flushed to the disk: one that a power cut emptied does not match its checksum, and a build replaces it.
+    The file is not flushed to the disk. A power failure may leave an empty or truncated file, which does not match its
+    checksum, and which the next build replaces.
 
     Args:
         directory: Directory of the cache.
         cache_spec: Spec of the cache.
         shard: The file.
-        values: [n, ...] as `encode` returns them, in host memory.
-        scale: float32 [D] for int8, else None.
+        values: Values as `encode` returns them, [n, ...], in host memory.
+        scale: Scale as `encode` returns it, float32 [D]; None for the float types.
 
     Returns:
-        The checksum of its data.
+        The checksum of the data.
     """
     assert values.shape == (shard.samples, *cache_spec.tensors[shard.tensor].shape), values.shape
     parts = [_bytes_of(tensor) for tensor in ([] if scale is None else [scale]) + [values]]
@@ -129,31 +137,42 @@ def find_damage(
         directory: Directory of the cache.
         cache_spec: Spec of the cache.
         shard: The file.
-        checksum: Its checksum in the manifest, where one exists.
+        checksum: Checksum of the file in the manifest, if the manifest lists it.
         reads_data: Whether every byte of the data is checked too, not only header and length.
 
     Returns:
-        What is wrong with the file, to follow its name in a message; None if it is intact.
+        The damage, worded to follow the file's name in a message; None if the file is intact.
     """
     path = directory / shard.name
     if path.exists() and not path.is_file():
-        return "is not a regular file"
+        return _NOT_REGULAR
     try:
         with path.open("rb") as file:
             found = _header_damage(file.read(data_offset(cache_spec, shard)), cache_spec, shard, checksum)
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        return "is missing"
+        return MISSING
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if found is not None:
-        return found
-    expected = data_offset(cache_spec, shard) + _data_bytes(cache_spec, shard)
-    if size != expected:
-        return f"has {size} bytes instead of {expected}"
-    if reads_data and not is_data_intact(open_shard(directory, cache_spec, shard), cache_spec, shard):
+    found = found or _size_damage(size, cache_spec, shard)
+    if found is None and reads_data and not is_data_intact(open_shard(directory, cache_spec, shard), cache_spec, shard):
         return "does not match its checksum"
-    return None
+    return found
+
+
+def find_size_damage(directory: Path, cache_spec: CacheSpec, shard: Shard) -> str | None:
+    """Check that a file exists and has the size that follows from the spec, without opening the file.
+
+    Returns:
+        The damage, as `find_damage` returns it; None for a file of the right size.
+    """
+    try:
+        status = (directory / shard.name).stat()
+    except FileNotFoundError:
+        return MISSING
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return _size_damage(status.st_size, cache_spec, shard) if stat.S_ISREG(status.st_mode) else _NOT_REGULAR
 
 
 def stored_checksum(directory: Path, cache_spec: CacheSpec, shard: Shard) -> str:
@@ -165,7 +184,7 @@ def stored_checksum(directory: Path, cache_spec: CacheSpec, shard: Shard) -> str
 def open_shard(directory: Path, cache_spec: CacheSpec, shard: Shard) -> memoryview:
     """Map a complete file into memory.
 
-    The returned view keeps the mapping alive without an open file; Python's own mmap would keep one per shard.
+    The returned view keeps the mapping alive without an open file; Python's mmap would keep one file open per shard.
     """
     path = directory / shard.name
     mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
@@ -173,13 +192,13 @@ def open_shard(directory: Path, cache_spec: CacheSpec, shard: Shard) -> memoryvi
 
 
 def is_data_intact(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> bool:
-    """Return whether the data matches the checksum of the header. Reads every byte, in order."""
+    """Return whether the data matches the checksum in the header. Reads every byte, in order."""
     start = data_offset(cache_spec, shard)
     return xxhash.xxh3_128_hexdigest(file[start:]) == _header_checksum(bytes(file[:start]))
 
 
 def read_scale(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> Tensor | None:
-    """Read the scale per channel, float32 [D]; None for a type without one."""
+    """Read the scale per channel, float32 [D]; None for the float types."""
     spec = cache_spec.tensors[shard.tensor]
     if not spec.is_scaled:
         return None
@@ -187,12 +206,12 @@ def read_scale(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> Tensor 
 
 
 def values_offset(cache_spec: CacheSpec, shard: Shard) -> int:
-    """Return the position of the first sample in the file."""
+    """Return the position of the first sample in the file, in bytes."""
     return data_offset(cache_spec, shard) + _scale_bytes(cache_spec.tensors[shard.tensor])
 
 
 def data_offset(cache_spec: CacheSpec, shard: Shard) -> int:
-    """Return the length of the header, which does not depend on the checksum."""
+    """Return the length of the header in bytes, which does not depend on the checksum."""
     return len(_header(cache_spec, shard, _NO_CHECKSUM))
 
 
@@ -229,12 +248,17 @@ def _canonical(content: Mapping[str, Any]) -> str:
 def _header_damage(header: bytes, cache_spec: CacheSpec, shard: Shard, checksum: str | None) -> str | None:
     found = _CHECKSUM.search(header)
     if found is None:
-        return "has no header of a cache"
+        return "has a header that is not of a cache"
     if header != _header(cache_spec, shard, found[1].decode()):
-        return "has the header of another cache or place, or a damaged one"
+        return "has the header of another cache or another shard, or a damaged header"
     if checksum is not None and found[1].decode() != checksum:
         return "has another checksum than in manifest.json"
     return None
+
+
+def _size_damage(size: int, cache_spec: CacheSpec, shard: Shard) -> str | None:
+    expected = data_offset(cache_spec, shard) + _data_bytes(cache_spec, shard)
+    return None if size == expected else f"has {size} bytes instead of {expected}"
 
 
 def _header_checksum(header: bytes) -> str:

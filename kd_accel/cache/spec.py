@@ -1,16 +1,18 @@
-"""Contents of a cache, and the names of its files as a pure function of them: a name found on the disk is never opened.
+"""Spec of a cache: its identity, its contents, and the names of its files.
+
+File names follow from the spec alone; a name found on the disk is never opened.
 
     DIR/
       spec.json                                            fingerprint, samples, views, tensors; before any shard
       samples.safetensors                                  indices of the samples, and a digest of each
-      targets.safetensors                                  tensors of fitted target functions, if there are any
+      targets.safetensors                                  tensors of fitted target functions, if any are fitted
       train/view-0000/logits-00000-of-00049.safetensors    [n, C]
       train/view-0000/layer1-00000-of-00049.safetensors    [n, D, H, W], named after the teacher's layer
       val/view-0000/logits-...   test/view-0000/logits-... held-out samples: logits, for the agreement with the student
       manifest.json                                        checksums of all shards, and the teacher's accuracy; last
 
-All tensors of a split are divided into shards at the same samples, so one forward of the teacher fills a shard of each.
-docs/cache_format.md describes every file for other programs.
+All tensors of a split are divided into shards at the same samples, so one forward of the teacher fills one shard of each
+tensor. docs/cache_format.md describes every file for other programs.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class TensorSpec:
         target: Description of the target function applied to the teacher's feature map; None for logits.
         target_digest: Digest of the function's fitted tensors; None if it has none.
         raw_channels: Channels of the teacher's feature map; None for logits.
-        explained: Share of the map's variance that the function keeps, where it was measured.
+        explained: Share of the map's variance that the function keeps; None if the share was not measured.
     """
 
     shape: tuple[int, ...]
@@ -58,30 +60,30 @@ class TensorSpec:
 
     @property
     def sample_bytes(self) -> int:
-        """Size of one sample, without scales."""
+        """Size of one sample in bytes, without scales."""
         return math.prod(self.shape) * BYTES_PER_VALUE[self.dtype]
 
     @property
     def raw_sample_bytes(self) -> int:
-        """Size of one sample if the teacher's map were stored with all its channels."""
+        """Size of one sample in bytes if the teacher's map were stored with all its channels."""
         return self.sample_bytes * self.raw_channels // self.shape[0] if self.raw_channels else self.sample_bytes
 
     @property
     def is_scaled(self) -> bool:
-        """Whether a shard has one scale per channel next to the values."""
+        """True if a shard has one scale per channel next to the values."""
         return self.dtype == "int8"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: consecutive samples of a split in one view and one tensor.
+    """One file of a cache: consecutive samples of a split in one view and one tensor.
 
     Attributes:
         split: Split of the samples.
         view: Number of the view.
         tensor: Name of the tensor.
-        number: Number of the file among those of this split, view and tensor.
-        count: How many of these files exist.
+        number: Number of the file among the files of this split, view and tensor.
+        count: Number of files of this split, view and tensor.
         first: Position of the first sample among the samples of the split that the cache covers.
         samples: Number of samples.
     """
@@ -110,7 +112,7 @@ class CacheSpec:
         samples: Number of samples of each split.
         views: Number of views of the training split; held-out splits have one, without augmentation.
         tensors: The logits and the teacher's layers, by name.
-        samples_per_shard: Number of samples in a file, except the last one of a split.
+        samples_per_shard: Number of samples in a file; the last file of a split may have fewer.
         batch_samples: Number of samples in one forward of the teacher during the build.
         recorded: Circumstances of the build, for people to read.
     """
@@ -125,8 +127,13 @@ class CacheSpec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of `fingerprint_fields`, part of every file."""
+        """Digest of `fingerprint_fields`, stored in every shard and in manifest.json."""
         return settings_digest(self.fingerprint_fields)
+
+    @property
+    def has_fitted_targets(self) -> bool:
+        """True if a target function has fitted tensors, which targets.safetensors holds."""
+        return any(spec.target_digest is not None for spec in self.tensors.values())
 
     def shards(self, split: Split, view: int, tensor: str) -> list[Shard]:
         """Return the files of one tensor in one view of a split, in the order of the samples."""
@@ -148,26 +155,26 @@ class CacheSpec:
         return parts["train"] * self.views * len(self.tensors) + parts["val"] + parts["test"]
 
     def sample_bytes(self) -> int:
-        """Return the size of one training sample in one view, all tensors."""
+        """Return the size of one training sample in one view, in bytes: all tensors, without scales."""
         return sum(spec.sample_bytes for spec in self.tensors.values())
 
     def total_bytes(self) -> int:
-        """Return the size of all values, without headers and scales."""
+        """Return the size of all values in bytes, without headers and scales."""
         held_out = self.samples["val"] + self.samples["test"]
         return self.samples["train"] * self.views * self.sample_bytes() + held_out * self.tensors[LOGITS].sample_bytes
 
     def extended(self, *, views: int, tensors: Mapping[str, TensorSpec]) -> CacheSpec:
-        """Return the spec with at least this many views, and with these tensors in addition to its own."""
+        """Return a spec with at least `views` views, and with `tensors` added; tensors of this spec keep their entries."""
         return replace(self, views=max(self.views, views), tensors={**tensors, **self.tensors})
 
 
 def samples_in_a_shard(tensors: Mapping[str, TensorSpec], *, shard_mib: float, batch_samples: int) -> int:
-    """Return the number of samples per file: complete batches of the teacher, at least one.
+    """Return the number of samples per file: a multiple of the teacher's batch size, at least one batch.
 
     Args:
         tensors: All tensors of the cache.
-        shard_mib: Largest size of a file of the largest tensor, in MiB.
-        batch_samples: Samples in one forward of the teacher.
+        shard_mib: Largest size of a file of the largest tensor, in MiB. A single batch may exceed the size.
+        batch_samples: Number of samples in one forward of the teacher.
     """
     largest = max(spec.sample_bytes for spec in tensors.values())
     return max(1, int(shard_mib * 2**20 / largest) // batch_samples) * batch_samples
@@ -180,13 +187,14 @@ def spec_to_json(cache_spec: CacheSpec) -> dict[str, Any]:
 
 
 def spec_from_json(content: Mapping[str, Any]) -> CacheSpec:
-    """Convert the content of spec.json back.
+    """Convert the content of spec.json to a spec.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError, RecursionError: The content is not a valid spec, or its digests do not
-            match it.
+        KeyError, TypeError, ValueError, AttributeError, RecursionError: If the content is not a valid spec, or does not match
+            its digests.
     """
-    json.dumps(content, ensure_ascii=False).encode()  # refuses unpaired surrogates, which could not be printed later
+    # Raises ValueError for unpaired surrogates, which cannot be printed.
+    json.dumps(content, ensure_ascii=False).encode()
     cache_spec = CacheSpec(
         fingerprint_fields=dict(content["fingerprint_fields"]),
         samples={split: _count(content["samples"][split], least=0) for split in SPLITS},
@@ -197,7 +205,7 @@ def spec_from_json(content: Mapping[str, Any]) -> CacheSpec:
         recorded=dict(content["recorded"]),
     )
     if LOGITS not in cache_spec.tensors or cache_spec.num_files() > MAX_FILES:
-        raise ValueError("no build creates such a spec")
+        raise ValueError("the spec has no logits or too many files")
     if cache_spec.fingerprint != content["fingerprint"] or settings_digest(asdict(cache_spec)) != content["checksum"]:
         raise ValueError("the digests do not match the content")
     return cache_spec
@@ -206,12 +214,12 @@ def spec_from_json(content: Mapping[str, Any]) -> CacheSpec:
 def _tensor_from_json(name: str, content: Mapping[str, Any]) -> TensorSpec:
     spec = TensorSpec(**{**content, "shape": tuple(_count(length) for length in content["shape"])})
     if spec.dtype not in BYTES_PER_VALUE or not spec.shape or spec.sample_bytes > _MAX_COUNT:
-        raise ValueError("not a valid tensor of a cache")
+        raise ValueError("not a valid spec of a tensor")
     if spec.target_digest is not None and not isinstance(spec.target_digest, str):
         raise ValueError("not a valid digest")
     if name == LOGITS:
         if (spec.target, spec.target_digest, spec.raw_channels) != (None, None, None):
-            raise ValueError("logits have no target function")
+            raise ValueError("logits cannot have a target function")
     elif not isinstance(spec.target, dict) or not isinstance(spec.target.get("name"), str):
         raise ValueError("not a valid description of a target function")
     else:

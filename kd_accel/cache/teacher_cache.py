@@ -1,4 +1,4 @@
-"""Public interface of the cache: build a cache, open it by its directory, read outputs by sample and view."""
+"""Python interface of the cache: build a cache, open it by its directory, read outputs by sample and view."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kd_accel.cache.compatibility import (
     covered_samples,
     create_request,
     data_fields,
-    differing_fields,
 )
+from kd_accel.cache.differences import differing_fields
 from kd_accel.cache.manifest import read_manifest, read_samples, read_spec
 from kd_accel.cache.reader import CachedTeacher, OpenCache
 from kd_accel.cache.spec import LOGITS, SPLITS
@@ -71,26 +71,26 @@ class TeacherCache:
         compiled: bool = False,
         accelerator: Accelerator | None = None,
     ) -> TeacherCache:
-        """Run the teacher once over all samples and views, and store its outputs.
+        """Run the teacher once over all samples and views, store its outputs, and open the cache.
 
-        A directory that holds a part of the same cache is completed: only what is missing or damaged is computed. In a launch
-        of several processes every process must call this; each does a share of the work.
+        A directory that holds a part of the same cache is completed: only missing and damaged files are computed. In a launch
+        of several processes, every process must call this method and does a share of the work.
 
         Args:
             directory: Directory of the cache; created if it does not exist.
             teacher: The teacher.
             views: Images, splits and views; held-out splits are stored without augmentation.
-            layers: Target functions by the teacher's layer, fitted in place; or names of layers whose raw maps are stored.
+            layers: Target functions by the teacher's layer, fitted in place; or names of layers, to store their raw maps.
             dtype: Storage type; int8 for features only (logits are float16 then).
             batch_size: Samples in one forward of the teacher, on each process.
             shard_mib: Size of the largest tensor's files, in MiB.
             channels_last: Memory format of the teacher's maps; None = channels_last on GPUs.
             compiled: Whether the teacher is compiled with torch.compile.
-            accelerator: The processes; its mixed precision is that of the teacher. None = those of the launch.
+            accelerator: The launch's `Accelerator`, whose mixed precision the teacher uses; None = a new one.
 
         Raises:
-            ValueError: An argument is not valid.
-            UserError: The directory holds another cache, another build is running, or the disk refuses.
+            ValueError: If an argument is not valid.
+            UserError: If the directory holds another cache, another build is running, or a file cannot be written.
         """
         data = views.module if isinstance(views, ViewDataset) else views
         num_views = _checked_views(teacher, data, batch_size, shard_mib)
@@ -124,29 +124,36 @@ class TeacherCache:
 
         Args:
             directory: Directory of the cache.
-            teacher: A teacher that must be the one of the cache; None = not checked.
+            teacher: Teacher whose outputs the cache must hold; None = not checked.
+
+        Returns:
+            The cache, with headers and lengths of all files checked. Contents are checked when they are read.
 
         Raises:
-            UserError: The cache is incomplete or damaged, or belongs to another teacher.
+            UserError: If the cache is incomplete or damaged, or belongs to another teacher.
         """
         directory = Path(directory)
         cache_spec = read_spec(directory)
         if teacher is not None:
-            fields = {**cache_spec.fingerprint_fields, "teacher": teacher.fingerprint_fields()}
-            _refuse(directory, "the outputs of another teacher", differing_fields(cache_spec, fields))
+            stored = cache_spec.fingerprint_fields
+            different = differing_fields(stored, {**stored, "teacher": teacher.fingerprint_fields()})
+            _refuse(directory, "the outputs of another teacher", different)
         samples, files = read_samples(directory, cache_spec), read_manifest(directory, cache_spec)
         check_headers(directory, cache_spec, files, splits=SPLITS, views=cache_spec.views, tensors=tuple(cache_spec.tensors))
         layers = tuple(name for name in cache_spec.tensors if name != LOGITS)
         return cls(OpenCache(directory, cache_spec, samples, layers))
 
     def views(self, data: ImageDataset) -> ViewDataset:
-        """Return the views that the cache was built from.
+        """Return the views from which the cache was built.
 
         Args:
-            data: The images; they may be fewer than those of the cache.
+            data: Images; a subset of the samples of the cache is enough.
+
+        Returns:
+            Views of `data` with the augmentation and the seed of the cache.
 
         Raises:
-            UserError: The samples, their contents, the classes or the image size are not those of the cache.
+            UserError: If the samples, their contents, the classes or the image size differ from those of the cache.
         """
         stored = self._cache.cache_spec.fingerprint_fields["views"]
         transform = ViewTransform(
@@ -159,9 +166,14 @@ class TeacherCache:
         return views
 
     def check_data(self, data: DataModule) -> None:
-        """Check that the cache was built from these images and views. Raises UserError that names what differs."""
-        spec = self._cache.cache_spec
-        _refuse(self.directory, "other data", differing_fields(spec, {**spec.fingerprint_fields, **data_fields(data)}))
+        """Check that the cache was built from these images and views.
+
+        Raises:
+            UserError: If images or views differ from those of the cache. The message lists the differences.
+        """
+        stored = self._cache.cache_spec.fingerprint_fields
+        different = differing_fields(stored, {**stored, **data_fields(data)})
+        _refuse(self.directory, "the outputs for other data or views", different)
         for split, samples in covered_samples(data).items():
             check_samples(self.directory, split, self._cache.samples[split], samples)
 
@@ -177,21 +189,22 @@ class TeacherCache:
 
         Args:
             index: Indices of the samples in their source split, int64 [n].
-            view: Number of the view; a tensor, as a DataLoader collates it, must have one value only.
+            view: Number of the view, or a tensor of equal numbers as a DataLoader collates them.
             split: Split of the samples; features are stored for the training split only.
             device: Device of the result; None = CPU.
 
         Returns:
-            float32 logits [n, C], and features [n, D, H, W] by the teacher's layer.
+            Logits [n, C], and features [n, D, H, W] by the teacher's layer, both float32.
 
         Raises:
-            ValueError: The cache does not cover a sample or the view.
-            UserError: A file is missing or damaged.
+            ValueError: If the cache does not cover a sample or the view.
+            UserError: If a file is missing or damaged.
         """
         indices = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
         number, num_views = _single_view(view), self.num_views if split == "train" else 1
         if not 0 <= number < num_views:
-            raise ValueError(f"view: {number} is not stored; the {split} split has the views 0 to {num_views - 1}")
+            stored = "only view 0" if num_views == 1 else f"views 0 to {num_views - 1}"
+            raise ValueError(f"view: {number} is not in the cache; the {split} split has {stored}")
         if split not in self._sources:
             self._sources[split] = self._cache.source(split)
         if not self._sources[split].covers(indices):
@@ -202,29 +215,32 @@ class TeacherCache:
         """Check every byte of the cache.
 
         Raises:
-            UserError: Files are missing or damaged; the message has their names.
+            UserError: If files are missing or damaged. The message lists them.
         """
         wrong = find_damaged_files(self.directory, self._cache.cache_spec)
         if wrong:
             listed = "; ".join(f"{name}: {reason}" for name, reason in wrong.items())
-            raise UserError(f"{self.directory}: {len(wrong)} files are damaged ({listed}); build the cache again to repair it")
+            raise UserError(
+                f"{self.directory}: missing or damaged files ({len(wrong)}): {listed}; call TeacherCache.build with the same "
+                "arguments, which writes only these files"
+            )
 
 
 def _checked_views(teacher: Teacher, data: DataModule, batch_size: int, shard_mib: float) -> int:
-    """Return the number of views. Raises ValueError for arguments of a build that do not fit together."""
+    """Return the number of views. Raises ValueError if arguments of a build are not valid or do not fit together."""
     if data.num_views is None:
-        raise ValueError("views: num_views must be a number; new views in each epoch cannot be stored")
+        raise ValueError("views: num_views is None (new views in each epoch), which cannot be stored; set a number of views")
     if batch_size < 1 or shard_mib <= 0:
-        raise ValueError(f"batch_size and shard_mib must be positive, not {batch_size} and {shard_mib}")
+        raise ValueError(f"batch_size and shard_mib must be positive, got {batch_size} and {shard_mib}")
     if teacher.class_names is not None and teacher.class_names != tuple(data.label_names):
-        raise ValueError("teacher: its class_names must be those of views, in the same order")
+        raise ValueError("teacher: class_names differ from the classes of views; both need the same classes in the same order")
     return data.num_views
 
 
 def _single_view(view: int | Tensor) -> int:
     numbers = sorted(set(torch.as_tensor(view).flatten().tolist()))
     if len(numbers) != 1:
-        raise ValueError(f"view: all samples of a read must have the same view, not {numbers}")
+        raise ValueError(f"view: all samples of a read must have the same view, got {numbers}")
     return int(numbers[0])
 
 
@@ -238,5 +254,5 @@ def _precision(accelerator: Accelerator) -> Precision:
 def _refuse(directory: Path, holds: str, different: Sequence[str]) -> None:
     if different:
         raise UserError(
-            f"{directory}: holds {holds}: {'; '.join(different)}; open another cache, or build one in another directory"
+            f"{directory}: holds {holds}: {'; '.join(different)}. Open another cache, or build one in another directory"
         )

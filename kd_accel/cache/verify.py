@@ -35,17 +35,18 @@ def check_shards(
     accelerator: Accelerator | None = None,
     group: Any = None,
 ) -> tuple[dict[str, str], list[Shard]]:
-    """Read every byte of all shards, each process a share of the files.
+    """Check every byte of all shards; each process reads a share of the files.
 
     Args:
         directory: Directory of the cache.
-        cache_spec: Its spec.
+        cache_spec: Spec of the cache.
         checksums: Checksums of the manifest, by file name.
-        accelerator: The processes that share the work, all of which must call this; None = this process alone.
+        accelerator: The launch's `Accelerator`, whose processes share the work and must all call this function; None = this
+            process alone.
         group: Process group for the exchange, as `patient_group` returns it.
 
     Returns:
-        ({name of an intact file: its checksum}, shards that are not intact), equal on all processes.
+        ({name of an intact file: checksum}, shards that are missing or damaged), equal on all processes.
     """
     shards = list(cache_spec.all_shards())
     sizes = [shard.samples * cache_spec.tensors[shard.tensor].sample_bytes for shard in shards]
@@ -60,24 +61,27 @@ def check_shards(
 
 
 def own_share(sizes: Sequence[int], accelerator: Accelerator | None) -> list[int]:
-    """Return the numbers of the pieces of work that this process takes; all of them without an accelerator."""
+    """Return the numbers of the pieces of work of this process; without an accelerator, of all pieces."""
     if accelerator is None:
         return list(range(len(sizes)))
     return balanced_share(sizes, rank=accelerator.process_index, world_size=accelerator.num_processes)
 
 
 def balanced_share(sizes: Sequence[int], *, rank: int, world_size: int) -> list[int]:
-    """Divide pieces of work so that all processes have about as much: the largest first, each to the least loaded process.
+    """Divide pieces of work evenly over processes: the largest piece first, each to the least loaded process.
 
-    A view is often one full file and a short one; assigned in turns, one of two processes would get all full files.
+    A view is often one full file and one short file. Assigned in turns, one of two processes would get all full files.
 
     Args:
         sizes: Size of each piece.
-        rank: This process.
+        rank: Rank of this process.
         world_size: Number of processes.
 
     Returns:
         Numbers of the pieces of this process, ascending.
+
+    References:
+        Graham, "Bounds on Multiprocessing Timing Anomalies", SIAM Journal on Applied Mathematics, 1969 (LPT rule).
     """
     loads = [0] * world_size
     own = []
@@ -92,13 +96,19 @@ def balanced_share(sizes: Sequence[int], *, rank: int, world_size: int) -> list[
 def find_damaged_files(
     directory: Path, cache_spec: CacheSpec, *, accelerator: Accelerator | None = None, group: Any = None
 ) -> dict[str, str]:
-    """Check every byte of a cache. Arguments as those of `check_shards`.
+    """Check every byte of a cache: samples, target functions and shards.
+
+    Args:
+        directory: Directory of the cache.
+        cache_spec: Spec of the cache.
+        accelerator: As in `check_shards`.
+        group: As in `check_shards`.
 
     Returns:
-        {name of a file that is missing, damaged or not listed: what is wrong with it}.
+        {name of a file that is missing, damaged or not listed in the manifest: what is wrong with the file}.
 
     Raises:
-        UserError: manifest.json is damaged.
+        UserError: If manifest.json is damaged.
     """
     files = read_manifest(directory, cache_spec)
     wrong = {}
@@ -110,7 +120,7 @@ def find_damaged_files(
     _, missing = check_shards(directory, cache_spec, files, accelerator=accelerator, group=group)
     wrong |= {shard.name: find_damage(directory, cache_spec, shard, checksum=files.get(shard.name)) or "" for shard in missing}
     unlisted = (shard.name for shard in cache_spec.all_shards() if shard.name not in files)
-    return wrong | {name: "is not in manifest.json: its build is not complete" for name in unlisted if name not in wrong}
+    return wrong | {name: "is not listed in manifest.json, which a build writes last" for name in unlisted if name not in wrong}
 
 
 def refuse_other_outputs(
@@ -127,18 +137,18 @@ def refuse_other_outputs(
 
     Args:
         cache: The cache.
-        live: Its teacher on the device, with the target functions of `cache.layers`.
+        live: Teacher of the cache on the device, with the target functions of `cache.layers`.
         data: Data whose training samples the cache covers.
-        epochs: Epochs of the training, which bound the number of views in use.
+        epochs: Epochs of the training, which limit the number of views in use.
         precision: Precision of the teacher's forward.
         rank: Rank of this process; each rank recomputes other samples.
         device: Device of the teacher.
 
     Returns:
-        The largest difference, relative to the largest magnitude of its tensor.
+        The largest difference, relative to the largest magnitude of the tensor.
 
     Raises:
-        UserError: It is larger than rounding explains.
+        UserError: If a difference is larger than rounding explains.
     """
     indices = drawn_samples(data.splits.train, rank=rank)
     source, worst = cache.source("train"), 0.0
@@ -148,16 +158,17 @@ def refuse_other_outputs(
         allowed = tolerance(cache.cache_spec.tensors[name].dtype, precision)
         if not difference <= allowed:
             raise UserError(
-                f"teacher.cache.dir: {cache.directory} does not hold what the teacher computes: {name} of samples "
-                f"{indices.tolist()} in view {view} differs by {difference:.2g} of its largest value (rounding explains "
-                f"{allowed:.2g}). Run `kd-accel cache verify` with this config, or build another cache"
+                f"teacher.cache.dir: the cache in {cache.directory} differs from the teacher's outputs: {name} of samples "
+                f"{indices.tolist()} in view {view} differs by {difference:.2g} of its largest value, and rounding explains at "
+                f"most {allowed:.2g}. Check the files with `kd-accel cache verify`; if they are intact, build the cache again "
+                "in another teacher.cache.dir"
             )
         worst = max(worst, difference)
     return worst
 
 
 def drawn_samples(indices: np.ndarray, *, rank: int) -> np.ndarray:
-    """Return the few of these indices that a rank recomputes, ascending."""
+    """Draw the few of these indices that a rank recomputes, ascending."""
     return np.sort(hashed_order((_PURPOSE, rank), indices)[:_RECOMPUTED_SAMPLES])
 
 
@@ -167,10 +178,11 @@ def largest_difference(cached: TeacherOutput, live: TeacherOutput, ranges: Mappi
     Args:
         cached: Output read from a cache.
         live: Output of the live teacher.
-        ranges: Magnitudes by layer to divide by where they are larger than those of the live output.
+        ranges: Smallest divisor by layer: a larger magnitude of the live tensor replaces it.
 
     Returns:
-        (tensor, largest difference relative to the largest magnitude of the live tensor; infinite where one is NaN).
+        (name of the tensor, largest difference relative to the largest magnitude of the live tensor). The difference is
+        infinite for NaN and for other shapes.
     """
     assert cached.logits is not None and live.logits is not None
     pairs = {LOGITS: (cached.logits, live.logits)}
@@ -181,7 +193,7 @@ def largest_difference(cached: TeacherOutput, live: TeacherOutput, ranges: Mappi
 
 
 def tolerance(dtype: str, precision: str) -> float:
-    """Return the largest `largest_difference` between a cache and a forward in another batch shape or on another device."""
+    """Return the limit of `largest_difference` between a cache and a forward in another batch shape or on another device."""
     return 2 * RELATIVE_ERROR[dtype] + {"float32": 5e-3, "fp16": 2e-2, "bf16": 6e-2}[precision]
 
 

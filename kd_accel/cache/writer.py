@@ -1,9 +1,9 @@
-"""Building a cache: one pass of the teacher over everything that is missing, by all processes.
+"""Build of a cache: one pass of the teacher over all missing files, shared by all processes.
 
-The work is divided into blocks, each the samples of one file of every tensor. A process that is killed loses its current block;
-the next build keeps every complete file. The content of a file does not depend on the process that writes it: batches are taken
-from the block and always have the batch size of the spec (the last one is padded with the block's last sample), so every kernel
-runs on the same shape.
+The work is divided into blocks. A block has the samples of one file, and the missing files of all tensors for these samples. A
+process that is killed loses its current block; the next build keeps every complete file. The content of a file does not depend
+on the process that writes it: batches are taken from one block and always have the batch size of the spec (the last batch is
+padded with the block's last sample), so every kernel runs on the same shapes.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from kd_accel.types import Batch, TeacherOutput, TeacherSource
 _TIMED_BATCHES = 2
 
 Batches = Callable[[Split, Sequence[tuple[np.ndarray, int]]], Iterator[Batch]]
-"""(split, [(indices, view), ...]) -> the batches, on the teacher's device."""
+"""Function (split, [(indices, view), ...]) -> one batch for each pair, on the teacher's device."""
 
 OpenProgress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
-"""Number of samples of this process -> context of a function that is called with the number of samples just done."""
+"""Function (number of samples of this process) -> context of a function that is called with the number of samples just done."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Samples of one split and view, and their missing files: one forward of the teacher serves all of them."""
+    """Samples of one split and view, and their missing files, which are filled from the same forwards of the teacher."""
 
     shards: tuple[Shard, ...]
 
@@ -68,7 +68,7 @@ def locked_for_building(directory: Path, accelerator: Accelerator) -> Iterator[N
     """Hold the lock of a cache on every process, rank 0 first.
 
     Raises:
-        UserError: Another build is running, or the directory cannot be created or modified; on every process.
+        UserError: If another build is running, or the directory cannot be created or modified; on every process.
     """
     held: list[int] = []
     on_main_process(accelerator, lambda: held.append(lock_for_building(directory, 0)))
@@ -87,16 +87,16 @@ def no_progress(total_samples: int) -> Iterator[Callable[[int], None]]:
 
 
 def build_cache(build: CacheBuild, *, progress: OpenProgress = no_progress) -> None:
-    """Write what a cache lacks: all of it, further views or layers, or files that are damaged.
+    """Write what a cache lacks: all files, further views or layers, or damaged files.
 
-    Every process must call it, and hold the lock.
+    Every process must call this function, and hold the lock.
 
     Args:
-        build: The parts of the build.
-        progress: Shows the progress of this process.
+        build: Parts of the build.
+        progress: Display of the progress of this process.
 
     Raises:
-        UserError: The directory holds another cache, or the disk refuses; complete files are kept.
+        UserError: If the directory holds another cache, or a file cannot be written; complete files are kept.
     """
     accelerator, directory = build.accelerator, build.directory
     found = on_main_process(accelerator, lambda: find_own_spec(build))
@@ -110,7 +110,7 @@ def build_cache(build: CacheBuild, *, progress: OpenProgress = no_progress) -> N
         on_main_process(accelerator, lambda: remove_leftovers(directory))
         intact |= _write_missing(build, cache_spec, samples, missing, targets, progress, group=group)
     else:
-        remark = "nothing to do" if manifest.keys() == intact.keys() else "manifest.json created again"
+        remark = "nothing to do" if manifest.keys() == intact.keys() else "manifest.json written again"
         accelerator.print(f"{directory}: complete, {len(intact)} files checked; {remark}")
     on_main_process(accelerator, lambda: _write_manifest(build, cache_spec, samples["test"], intact))
 
@@ -125,7 +125,7 @@ def _write_missing(
     *,
     group: Any,
 ) -> dict[str, str]:
-    """Run the teacher over this process's share of the missing blocks; return the checksums of all processes."""
+    """Run the teacher over this process's share of the missing blocks, and return the checksums of all processes."""
     accelerator, blocks = build.accelerator, blocks_of(missing)
     own = [blocks[number] for number in own_share([block.samples for block in blocks], accelerator)]
     layers = {shard.tensor for shard in missing} - {LOGITS}
@@ -170,7 +170,7 @@ def _write_manifest(build: CacheBuild, cache_spec: CacheSpec, test: CachedSample
 
 
 def blocks_of(shards: Iterable[Shard]) -> list[Block]:
-    """Group missing files by their samples."""
+    """Group files by their samples."""
     groups: dict[tuple[str, int, int], list[Shard]] = {}
     for shard in shards:
         groups.setdefault((shard.split, shard.view, shard.first), []).append(shard)
@@ -192,17 +192,17 @@ def write_blocks(
     Args:
         blocks: The blocks.
         directory: Directory of the cache.
-        cache_spec: Its spec.
-        samples: Samples that it covers.
+        cache_spec: Spec of the cache.
+        samples: Samples that the cache covers, by split.
         teacher: Source of the outputs, with the features of all missing layers.
-        batches: Creates the batches.
-        advance: Called with the number of samples just done.
+        batches: Function that creates the batches.
+        advance: Function that is called with the number of samples just done.
 
     Returns:
-        {file name: checksum of its data}.
+        {file name: checksum of the data}.
 
     Raises:
-        UserError: The disk refuses, or an output cannot be stored; complete files are kept.
+        UserError: If a file cannot be written, or an output cannot be stored; complete files are kept.
     """
     checksums: dict[str, str] = {}
     for split in dict.fromkeys(block.split for block in blocks):
@@ -245,7 +245,7 @@ def _write_block(directory: Path, cache_spec: CacheSpec, block: Block, parts: di
         except OSError as error:
             raise UserError(
                 f"teacher.cache.dir: cannot write {directory / shard.name} ({error.strerror}); free disk space or check "
-                "permissions, and start the build again, which keeps the complete files"
+                "permissions, then run `kd-accel cache build` again, which keeps the complete files"
             ) from None
     return checksums
 
@@ -257,15 +257,15 @@ def _batches(build: CacheBuild, split: Split, shares: Sequence[tuple[np.ndarray,
 
 
 def _announce(build: CacheBuild, cache_spec: CacheSpec, train: np.ndarray, missing: Sequence[Shard], live: LiveTeacher) -> None:
-    """Print, before the work starts, how much will be stored and an estimate of the time."""
+    """Print the size of the files to write and an estimate of the time, before the work starts."""
     drawn = train[: cache_spec.batch_samples]
     ends = []
     for batch in _batches(build, "train", [(drawn, 0)] * (1 + _TIMED_BATCHES)):
         output = live(batch)
         assert output.logits is not None
-        output.logits.cpu()  # waits for the device
+        output.logits.cpu()  # synchronizes the device
         ends.append(time.perf_counter())
-    batch_s = (ends[-1] - ends[0]) / _TIMED_BATCHES  # the first batch warms up
+    batch_s = (ends[-1] - ends[0]) / _TIMED_BATCHES  # the first batch is a warm-up
     total = sum(block.samples for block in blocks_of(missing))
     needed = sum(shard.samples * cache_spec.tensors[shard.tensor].sample_bytes for shard in missing)
     estimate_s = batch_s / max(1, len(drawn)) * total / build.accelerator.num_processes
@@ -279,7 +279,7 @@ def _announce(build: CacheBuild, cache_spec: CacheSpec, train: np.ndarray, missi
 
 
 def _unlisted(intact: Mapping[str, str], manifest: Mapping[str, str], accelerator: Accelerator) -> list[str]:
-    """Return this process's share of the files of a killed build, which may not be flushed to the disk."""
+    """Return this process's share of the files of a killed build, which may not have been flushed to the disk."""
     return [name for name in intact if name not in manifest][accelerator.process_index :: accelerator.num_processes]
 
 
@@ -288,5 +288,6 @@ def _flush(directory: Path, names: list[str]) -> None:
         flush_shards(directory, names)
     except OSError as error:
         raise UserError(
-            f"teacher.cache.dir: cannot write to {directory} ({error.strerror}); free disk space, then retry"
+            f"teacher.cache.dir: cannot write to {directory} ({error.strerror}); free disk space, then run `kd-accel cache "
+            "build` again"
         ) from None

@@ -1,1 +1,1 @@
-"""What each command does: the only place where the parts are wired together. Reached from cli.py, which knows no torch."""
+"""Commands of `kd-accel`: one module each, a thin layer between the command line and the builders."""

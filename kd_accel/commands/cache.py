@@ -1,4 +1,4 @@
-"""`kd-accel cache build`, `verify` and `info`: start the processes, call the builders, print."""
+"""`kd-accel cache build`, `verify` and `info`: creation, check and description of a cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kd_accel.models.inference import choose_kernels
 
 
 def run_cache_build(config: RunConfig) -> None:
-    """Write what the cache of a config lacks: all of it, further views or layers, or files that are damaged."""
+    """Write the files that the cache of a config lacks: all, those of further views or layers, or damaged files."""
     accelerator = _start(config)
     with peers_needed(accelerator, lambda: "during the build of a cache"):
         build_cache_of(config, accelerator)
@@ -25,20 +25,28 @@ def run_cache_build(config: RunConfig) -> None:
 
 
 def run_cache_verify(config: RunConfig, *, as_json: bool) -> None:
-    """Check every byte of a cache, and recompute a few samples with the teacher. Raises UserError if anything is wrong."""
+    """Check every byte of a cache, and recompute a few samples with the teacher.
+
+    Args:
+        config: Config of a distillation with a cache.
+        as_json: Whether the result is printed as JSON.
+
+    Raises:
+        UserError: If a file is damaged, or the cache does not fit the config.
+    """
     accelerator = _start(config)
     result = verify_cache_of(config, accelerator)
     accelerator.print(json.dumps(_verify_report(result)) if as_json else _verify_text(result))
     leave_processes(accelerator)
     if result.wrong:
         raise UserError(
-            f"teacher.cache.dir: {len(result.wrong)} of the files of {result.directory} are damaged; run `kd-accel cache "
-            "build` with the same config, which writes only those again"
+            f"teacher.cache.dir: {len(result.wrong)} files of {result.directory} are damaged; run `kd-accel cache build` with "
+            "the same config, which rewrites only these files"
         )
 
 
 def run_cache_info(config: RunConfig, *, as_json: bool) -> None:
-    """Print what a cache holds. Reads nothing but the files of the cache."""
+    """Print the contents of a cache. Only the files of the cache are read."""
     directory = cache_directory(config)
     info = cache_info(directory)
     print(json.dumps(info, indent=2) if as_json else info_text(info, read_spec(directory)))

@@ -1,4 +1,4 @@
-"""`kd-accel evaluate RUN`: accuracy, loss and agreement of a finished run, from its files, on any number of processes."""
+"""`kd-accel evaluate`: accuracy, loss and agreement of a finished run, in any number of processes."""
 
 from __future__ import annotations
 
@@ -25,18 +25,29 @@ from kd_accel.training.evaluation import evaluate
 
 
 def run_evaluation(directory: Path, *, split: HeldOutSplit) -> None:
-    """Print one line of JSON: run, split, samples, loss, accuracy and, for a distilled run, agreement."""
+    """Evaluate a finished run, and print the result with `run` and `split` as one line of JSON."""
     result = evaluate_run(directory, split=split)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps({"run": str(directory), "split": split, **result}))
 
 
 def evaluate_run(directory: Path, *, split: HeldOutSplit) -> dict[str, float]:
-    """Evaluate a finished run on a held-out split: samples, loss, accuracy and, for a distilled run, agreement."""
+    """Evaluate a finished run on a held-out split.
+
+    Args:
+        directory: Run directory.
+        split: Held-out split.
+
+    Returns:
+        `samples`, `loss`, `accuracy` and, for a distilled run, `agreement` with the teacher; fractions in 0..1.
+
+    Raises:
+        UserError: If the directory has no finished run, or its data or teacher is not found.
+    """
     network, card = load_run_model(directory, field="evaluate")
     config_file = directory / "config.yaml"
     if not config_file.is_file():
-        raise UserError(f"{directory}: no config.yaml, so the data it was trained on is not known; train the run again")
+        raise UserError(f"{directory}: no config.yaml, so the data of the run is not known; train the run again")
     config = load_config_file(RunConfig, config_file)
     choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     accelerator = start_processes(config.train.precision)

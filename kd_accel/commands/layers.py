@@ -17,13 +17,13 @@ def run_layers(network: str, *, image_size: int | None, stem: Stem, is_deep: boo
     """Print a line for each layer: its name and the shape of its feature map, D x H x W.
 
     Args:
-        network: run directory or architecture.
-        image_size: side of the images in pixels; None = that of the run, or 32.
-        stem: stem of an architecture.
-        is_deep: whether layers inside other layers are listed.
+        network: Run directory or architecture.
+        image_size: Side of the images in pixels; None = that of the run, or 32.
+        stem: First layers of an architecture that is a ResNet.
+        is_deep: Whether layers inside other layers are listed.
 
     Raises:
-        UserError: the network is not found, or does not accept images of this size.
+        UserError: If the network is not found, or does not accept images of this size.
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"--image_size: {image_size} must be at least 1")
@@ -36,7 +36,7 @@ def run_layers(network: str, *, image_size: int | None, stem: Stem, is_deep: boo
     shapes = {name: shape for name, shape in feature_maps(model, image_size=size).items() if is_deep or "." not in name}
     if not shapes:
         raise UserError(
-            f"{network}: no layer has a feature map [batch, channels, height, width]; use --all to see inner layers"
+            f"{network}: no layer has a feature map [batch, channels, height, width]; add --all to list inner layers"
         )
     width = max(map(len, shapes))
     print(f"{network}, images of {size}x{size} pixels:")

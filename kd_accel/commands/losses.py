@@ -1,4 +1,4 @@
-"""`kd-accel losses`: the losses that a config can name."""
+"""`kd-accel losses`: the registered losses and their settings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def run_losses(name: str | None) -> None:
     """Print the table of losses, or one loss with its settings.
 
     Args:
-        name: registered name, or `import:package.module:Class`; None = the table.
+        name: Registered name, or `import:package.module:Class`; None = the table.
 
     Raises:
-        UserError: the name is not known.
+        UserError: If the name is not that of a loss.
     """
     if name is None:
         print(losses_table())

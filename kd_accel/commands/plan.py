@@ -1,4 +1,4 @@
-"""`kd-accel plan`: an estimate of what a live and a cached teacher cost on this machine, from a short measurement."""
+"""`kd-accel plan`: estimate of the cost of a live and of a cached teacher on this machine, from a short measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from kd_accel.models.inference import choose_kernels
 
 
 def run_plan(config: RunConfig, *, as_json: bool) -> None:
-    """Print the costs of both, and a recommendation. Measures for some seconds with one temporary file."""
+    """Print the cost of a live and of a cached teacher, and a recommendation.
+
+    Args:
+        config: Config of a distillation.
+        as_json: Whether the result is printed as JSON.
+
+    Raises:
+        UserError: If the config has no teacher, or its data or a model is not found.
+    """
     if config.teacher is None:
         raise UserError("teacher: not set, so there is nothing to plan; use the config of a distillation")
     choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)

@@ -1,4 +1,4 @@
-"""`kd-accel report`: the table of results and the pictures, from what runs and bench left on disk."""
+"""`kd-accel report`: table of results and plots, from the files of finished runs and of `kd-accel bench`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from kd_accel.report.tables import write_report
 
 
 def run_report(runs: Sequence[Path], *, out: Path, bench_file: Path | None) -> None:
-    """Write results.md, results.json and the pictures to `out`, and print the table."""
+    """Write results.md, results.json and the plots to `out`, and print the table."""
     print(write_report(runs, out=out, bench_file=bench_file))
     print(f"\nWritten to {out}")

@@ -1,7 +1,7 @@
-"""The command `reproduce`: caches and trainings of a chain, each in its own launch, then bench and report.
+"""`kd-accel reproduce`: the caches and trainings of a chain, each in its own launch, then bench and report.
 
-Completed steps are skipped. The configs of all trainings are parsed and checked before the first launch, so that a mistake in
-the last one is not found after hours. Imports no torch.
+Completed steps are skipped. The configs of all trainings are checked before the first launch, so that no mistake is found after
+hours of training. This process does not import torch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
     """Run a chain.
 
     Args:
-        config: the chain.
-        overrides: flags that are added to every training.
+        config: The chain.
+        overrides: Flags that are added to every training.
 
     Raises:
-        UserError: A config is wrong (before anything starts), or a step of the chain fails.
+        UserError: If a config is wrong, before the first launch, or if a step of the chain fails.
     """
     runs = _checked_runs(config, overrides)
     report_dir = Path(config.report_dir)
@@ -38,7 +38,7 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
             _launch(["cache", "build", *flags], launch=config.launch, what=f"cache of {run.name}")
         _launch(["train", *flags], launch=config.launch, what=f"training of {run.name}")
         if not (run.directory / "summary.json").is_file():
-            raise UserError(f"{run.name}: paused (checkpoint.stop_after_steps); start the chain again without it to continue")
+            raise UserError(f"{run.name}: paused by checkpoint.stop_after_steps; run the chain again without it to continue")
     directories = [str(run.directory) for run in runs]
     bench_file = report_dir / "bench.json"
     if not is_measured(bench_file, [run.directory for run in runs], config.bench):
@@ -49,7 +49,7 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
 def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConfig]:
     if not Path(config.launch).is_file():
         raise UserError(
-            f"launch: file {config.launch!r} not found; use one of launch/ (paths are relative to the working directory)"
+            f"launch: file {config.launch!r} not found; use a file of launch/ (paths are relative to the working directory)"
         )
     mistakes = [f"after --: {mistake}" for mistake in flag_mistakes(RunConfig, overrides)]
     read_yaml(config.launch, mistakes, field="launch")
@@ -65,14 +65,14 @@ def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConf
             mistakes.append(f"{file}: {error}")
     directories = [run.directory for run in runs]
     if not config.runs or len(set(directories)) < len(directories):
-        mistakes.append("runs: must list at least one config, each with a name (run directory) of its own")
+        mistakes.append("runs: must list at least one config, and no two with the same run directory")
     if mistakes:
         raise UserError("\n".join(mistakes))
     return runs
 
 
 def _needs_its_cache(run: RunConfig) -> bool:
-    """Return whether an unfinished training reads a cache. A build writes what the cache lacks, and checks the rest."""
+    """Return whether a run is unfinished and reads a cache, which a build then completes and checks."""
     is_finished = (run.directory / "summary.json").is_file()
     return run.teacher is not None and run.teacher.outputs != "live" and not is_finished
 
@@ -92,7 +92,7 @@ def _run(command: list[str], *, what: str) -> None:
     status = subprocess.run(command, env=os.environ, check=False).returncode
     if status:
         raise UserError(
-            f"the {what} ended with code {status}; its messages are above. Start the same command again once that is fixed: "
+            f"the {what} exited with code {status}; its messages are above. Fix the cause and run the same command again: "
             "completed steps are skipped, and an interrupted training resumes from its last checkpoint"
         )
 

@@ -1,7 +1,7 @@
-"""The command `train`: one training, from the config to the results.
+"""`kd-accel train`: one training, from the config to the results.
 
-Out: the run directory with config.yaml, metrics.jsonl, checkpoints/, model.safetensors, model.json and summary.json, which is
-written last: its presence means that the run is finished.
+Output: the run directory with config.yaml, metrics.jsonl, checkpoints/, model.safetensors, model.json and summary.json.
+summary.json is written last: a run directory with it is a finished run.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def run_training(config: RunConfig) -> None:
     """Train as configured, or resume from the latest checkpoint.
 
     Raises:
-        UserError: a mistake that the user can fix.
-        Preempted: a signal has stopped the training, after a checkpoint.
+        UserError: If a setting, the data or a file is not valid.
+        Preempted: If a signal has stopped the training, after a checkpoint.
     """
     choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     tracker, timeout_s = tracker_name(config.tracking), config.train.timeout_s
@@ -50,7 +50,7 @@ def _place(run: Run) -> str:
 
 
 def _announce(run: Run, accelerator: Accelerator) -> dict[str, float]:
-    """Keep the config, print the notices. Returns the teacher's accuracy, empty without a teacher."""
+    """Write config.yaml and print the notices. Returns the teacher's accuracy; empty without a teacher."""
     name, known = run.config.name, {}
     if run.teacher:
         known["teacher_accuracy"] = accuracy = teacher_accuracy(run.test, accelerator=accelerator)
@@ -65,7 +65,7 @@ def _finish(run: Run, known: dict[str, float]) -> None:
     """Evaluate on the test split and save the results, unless the training is only paused."""
     trainer = run.trainer
     if not trainer.is_done:
-        trainer.progress.say(f"{run.config.name}: paused {_place(run)}; start it again to resume")
+        trainer.progress.say(f"{run.config.name}: paused {_place(run)}; run the same command again to resume")
         return
     if run.teacher:
         run.teacher.check_unchanged()

@@ -1,4 +1,4 @@
-"""Lookup in the schema: the type behind a dotted name, its description in words, and the nearest known name."""
+"""Lookup in the schema: the type of a setting by its dotted name, its values in words, and the nearest known name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from kd_accel.config.schema import Argument
 Keys = tuple[str, ...]
 """The parts of a setting's dotted name."""
 NAME = "NAME"
-"""Stands for any key of a mapping of sections."""
+"""Placeholder for the free keys of a mapping of sections."""
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
-_CLOSE = 0.9
+_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
 def options(annotation: Any) -> tuple[Any, ...]:
@@ -33,25 +32,32 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def is_number(annotation: Any) -> bool:
-    """Return whether a number is a value of this type, as it is for `float | Schedule`."""
+    """Return whether a float is a value of this type, as it is for `float | Schedule`."""
     return float in options(annotation)
 
 
 def entry_of(annotation: Any) -> Any:
-    """Return X of a mapping `dict[str, X]` (perhaps one of several alternatives), or None."""
+    """Return X of a mapping `dict[str, X]`, which may be one of several alternatives, or None."""
     return next((typing.get_args(option)[1] for option in options(annotation) if typing.get_origin(option) is dict), None)
 
 
 def child(annotation: Any, key: str) -> Any:
-    """Return the type of the setting `key` below `annotation`, or None where there is no such setting."""
+    """Return the type of the setting `key` below `annotation`, or None if it does not exist."""
     section = section_of(annotation)
     if section is not None:
         return section.model_fields[key].annotation if key in section.model_fields else None
     return entry_of(annotation)
 
 
+def exists(annotation: Any, keys: Keys) -> bool:
+    """Return whether a setting or section of this name exists below `annotation`."""
+    for key in keys:
+        annotation = child(annotation, key)
+    return annotation is not None
+
+
 def leaves(annotation: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Yield name and type of every setting that is not a section. Schedules, written as numbers too, count as settings."""
+    """Yield name and type of every setting that is not a section. Schedules, which may be written as numbers, are settings."""
     section = section_of(annotation)
     if section is None or is_number(annotation):
         inner = entry_of(annotation)
@@ -80,8 +86,13 @@ def takes_text(annotation: Any) -> bool:
     return any(option in (str, list[str], dict[str, str]) for option in options(annotation))
 
 
+def is_text(annotation: Any) -> bool:
+    """Return whether the values of this type are texts, any or one of a few, and perhaps null."""
+    return all(option in (str, types.NoneType) or typing.get_origin(option) is Literal for option in options(annotation))
+
+
 def match(name: str, known: Sequence[str]) -> str | None:
-    """Return the known name that is most similar, if one is."""
+    """Return the known name that is most similar, or None if none is similar enough."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
@@ -89,36 +100,6 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """Return '; did you mean X?' or the empty string."""
     found = match(name, known)
     return f"; did you mean {found}?" if found else ""
-
-
-def meant(config_class: type[BaseModel], keys: Keys, value: Any) -> Keys | None:
-    """Return the setting that an unknown name most likely stands for: a sibling, the same key elsewhere, or a similar name."""
-    parent: Any = config_class
-    for key in keys[:-1]:
-        parent = child(parent, key)
-    section = section_of(parent)
-    fields = section.model_fields if section else {}
-    takes_value = {key: is_number(field.annotation) or not section_of(field.annotation) for key, field in fields.items()}
-    siblings = [key for key in fields if takes_value[key] or isinstance(value, dict)]
-    if sibling := match(keys[-1], siblings):
-        return (*keys[:-1], sibling)
-    known = [leaf for leaf, _ in leaves(config_class) if NAME not in leaf]
-    same_key = [leaf for leaf in known if leaf[-1] == keys[-1]]
-    if len(same_key) == 1:
-        return same_key[0]
-    similar = difflib.get_close_matches(".".join(keys), [".".join(leaf) for leaf in known], n=1, cutoff=_CLOSE)
-    return tuple(similar[0].split(".")) if similar else None
-
-
-def type_of(config_class: type[BaseModel], keys: Keys) -> Any:
-    """Return the type of a setting, or of the one that an unknown name stands for; None where there is neither."""
-    annotation: Any = config_class
-    for end, key in enumerate(keys, start=1):
-        above, annotation = annotation, child(annotation, key)
-        if annotation is None and section_of(above):
-            guess = meant(config_class, keys[:end], {} if keys[end:] else None)
-            return type_of(config_class, guess + keys[end:]) if guess else None
-    return annotation
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

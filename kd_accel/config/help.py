@@ -1,4 +1,4 @@
-"""The settings of a config class with type, default and description, as `--help` prints them.
+"""Help text of the settings of a config class: type, default and description of each.
 
 Descriptions come from the "Args:" of the classes in schema.py.
 """
@@ -23,8 +23,8 @@ from kd_accel.io.safe_yaml import dump_yaml
 _WIDTH = 120
 _LABELS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", types.NoneType: "null", Schedule: "SCHEDULE"}
 _RULES = (
-    "settings: --a.b VALUE, or a: {b: VALUE} in a YAML file. Files are merged in their order, then the flags: a mapping adds\n"
-    "to what was there before, and null removes an entry of a mapping {NAME: ...} or {KEY: ...}."
+    "settings: --a.b VALUE, or a: {b: VALUE} in a YAML file. Files are merged in their order, then the flags: a mapping is\n"
+    "merged key by key, and null removes an entry of a mapping {NAME: ...} or {KEY: ...}."
 )
 
 

@@ -1,13 +1,14 @@
-"""From files and flags to a validated config, with all mistakes in one message.
+"""Config parser: merges files and flags, validates the settings, and reports all mistakes in one message.
 
-pydantic validates the merged settings. A misspelled setting then counts as its nearest name and a wrong value as absent, so
-that validation and the rules of validation.py go on with the rest, and one slip is reported once.
+pydantic validates the merged settings. A misspelled setting is then validated under its nearest name and a wrong value is
+dropped, so that the remaining settings and the rules of validation.py are still checked, and each mistake is reported once.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,17 +17,19 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from kd_accel.config.command_line import CommandParser
-from kd_accel.config.fields import Keys, child, flatten, match, meant, options, takes_text, words
+from kd_accel.config.fields import Keys, child, flatten, options, takes_text, words
 from kd_accel.config.schema import ReproduceConfig, RunConfig
 from kd_accel.config.settings import CALL, COMMAND_LINE, Settings, nested, texts
+from kd_accel.config.suggestions import Form, Suggestion, listed, main_setting, meant, suggestions
 from kd_accel.config.validation import problems
 from kd_accel.errors import UserError
 from kd_accel.io.safe_yaml import dump_yaml
 from kd_accel.io.user_code import allow, import_problem
 
 Config = TypeVar("Config", bound=BaseModel)
-_LISTED = 20
-_SHOWN = 200
+_MAX_LISTED = 20
+_MAX_VALUE_CHARACTERS = 200
+_CLOSE_OPTION = 0.75
 
 
 def parse_config(
@@ -38,15 +41,16 @@ def parse_config(
     """Parse and check a command line; with `--print_config` print the config and exit.
 
     Args:
-        config_class: schema of the settings.
-        argv: flags, among them `--config FILE`; files are merged in their order, then the other flags.
-        parser: parser of the command's own arguments; names of losses are checked if it has some.
+        config_class: Schema of the settings.
+        argv: Config files and flags. Files are merged in their order, then the flags.
+        parser: Parser of the command's own arguments; the names of losses are checked if it has a list of them.
 
     Returns:
         The config, and the values of the command's own arguments.
 
     Raises:
-        UserError: Lists every mistake: unknown settings with the nearest name, wrong types, broken rules.
+        UserError: If a setting is not valid. The message lists every mistake: unknown settings with the settings that may be
+            meant, wrong types and broken rules.
     """
     parser = parser or CommandParser("train", "", "", config_class=config_class)
     settings, arguments = _read(config_class, argv, parser)
@@ -67,19 +71,23 @@ def build_config(
     """Build and check a config from Python.
 
     Args:
-        config_class: schema of the settings.
+        config_class: Schema of the settings.
         source: YAML file, nested settings or a config.
-        overrides: values by dotted name, merged like flags; a value is taken as it is, not as text.
-        losses: names of the registered losses by kind; empty = names are not checked.
+        overrides: Values by dotted name, merged like flags; a text is not parsed.
+        losses: Names of the registered losses by kind; empty = names are not checked.
+
+    Returns:
+        The config.
 
     Raises:
-        UserError: Lists every mistake.
+        UserError: If a setting is not valid. The message lists every mistake.
     """
     settings = Settings(config_class)
     if isinstance(source, Path | str):
         settings.add_file(str(source))
     else:
-        settings.add(source.model_dump() if isinstance(source, BaseModel) else source, CALL)
+        # Without the defaults, because the default name depends on settings that may be overridden.
+        settings.add(source.model_dump(exclude_unset=True) if isinstance(source, BaseModel) else source, CALL)
     for name, value in overrides.items():
         settings.add(nested(tuple(name.split(".")), value), CALL)
     config: Config = _checked(settings, losses)
@@ -92,12 +100,12 @@ def load_config_file(config_class: type[Config], path: Path) -> Config:
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    """Write the complete config as YAML that `--config` reads."""
+    """Write the complete config as a YAML config file."""
     path.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
 
 
 def flag_mistakes(config_class: type[BaseModel], argv: Sequence[str]) -> list[str]:
-    """Return the mistakes in flags by themselves, before the files to which they are added are known."""
+    """Return the mistakes in flags alone, without the config files to which they will be added."""
     parser = CommandParser("train", "", "", config_class=config_class)
     try:
         settings, _ = _read(config_class, argv, parser)
@@ -123,7 +131,7 @@ def _checked(settings: Settings, losses: Mapping[str, Sequence[str]], command_op
     broken = problems(config, losses) if config is not None else []
     found = [
         *settings.mistakes,
-        *(f"{rule}{_where(settings, rule.partition(':')[0])}" for rule in broken if not _names(rule, refused)),
+        *(f"{rule}{_where(settings, rule.partition(':')[0])}" for rule in broken if not _mentions(rule, refused)),
         *_foreign_code(settings, given),
     ]
     if found:
@@ -135,12 +143,12 @@ def _validate(settings: Settings, command_options: Sequence[str], *, is_partial:
     """Validate the settings and add to their mistakes.
 
     Args:
-        settings: merged settings; wrong ones are taken out of `values`.
-        command_options: options of the command, which a misspelled flag may mean.
-        is_partial: a file is missing, so that settings without a default may be missing too.
+        settings: Merged settings; wrong ones are taken out of `values`.
+        command_options: Options of the command, which a misspelled flag may mean.
+        is_partial: Whether settings without a default may be missing, because a file could not be read.
 
     Returns:
-        The config, or None where it cannot be built, and the names of the settings that were refused.
+        The config, or None if it cannot be built, and the names of the refused settings.
     """
     refused: set[str] = set()
     while True:
@@ -152,24 +160,21 @@ def _validate(settings: Settings, command_options: Sequence[str], *, is_partial:
         wrong = {keys: kind for keys, kind in found.items() if kind != "missing" and not _has_deeper(keys, found)}
         if not wrong:
             if missing and not is_partial:
-                message = f"{', '.join(missing)}: missing, and without a default; set it in a file (--config FILE) or as a flag"
+                message = f"{', '.join(missing)}: missing, and without a default; set it in a config file or as a flag"
                 settings.mistakes.append(message)
             return None, refused
         for keys, kind in wrong.items():
-            name = ".".join(keys)
             value, annotation = _pop(settings, keys)
             if kind == "extra_forbidden":
-                guess = meant(settings.config_class, keys, value)
-                message = _unknown(settings, keys, value, guess, command_options)
-                _count_as(settings, guess, value)
+                _refuse_unknown(settings, keys, value, command_options)
             else:
-                message = f"{name}: {_refusal(annotation, value)}"
+                name = ".".join(keys)
+                settings.mistakes.append(f"{name}: {_refusal(settings, keys, annotation, value)}{_where(settings, name)}")
                 refused.add(name)
-            settings.mistakes.append(f"{message}{_where(settings, name)}")
 
 
 def _keys(config_class: type[BaseModel], location: tuple[int | str, ...], kind: str) -> Keys:
-    """Return the setting of an error. pydantic's location also has the branches of unions, and ends with items of lists."""
+    """Return the setting of an error from pydantic's location, which also has branches of unions and items of lists."""
     annotation: Any = config_class
     keys: Keys = ()
     is_union = False
@@ -185,7 +190,7 @@ def _keys(config_class: type[BaseModel], location: tuple[int | str, ...], kind: 
 
 
 def _has_deeper(keys: Keys, found: Mapping[Keys, str]) -> bool:
-    """Return whether an error within this setting is known; then the setting as a whole is only the wrong branch of a union."""
+    """Return whether another error is within this setting; the error of the setting itself is then a branch of its union."""
     return any(len(other) > len(keys) and other[: len(keys)] == keys for other in found)
 
 
@@ -198,8 +203,22 @@ def _pop(settings: Settings, keys: Keys) -> tuple[Any, Any]:
     return parent.pop(keys[-1]), child(annotation, keys[-1])
 
 
-def _count_as(settings: Settings, keys: Keys | None, value: Any) -> None:
-    """Set a misspelled setting under the name that is meant, except where that is set already."""
+def _refuse_unknown(settings: Settings, keys: Keys, value: Any, command_options: Sequence[str]) -> None:
+    """Add a mistake for an unknown setting, and validate its value under the name that is meant."""
+    typed = _typed_leaves(settings, keys, value)
+    for name, inner in typed or [(keys, value)]:
+        settings.mistakes.append(_unknown(settings, name, inner, command_options))
+        _set_as(settings, meant(settings.config_class, name, inner), inner, origin=settings.origin(name))
+
+
+def _typed_leaves(settings: Settings, keys: Keys, value: Any) -> list[tuple[Keys, Any]]:
+    """Return the flags that an unknown section was typed as, such as `--trian.epochs`; none if a file has part of it."""
+    leaves = [((*keys, *name.split(".")), inner) for name, inner in flatten(value).items()] if isinstance(value, dict) else []
+    return leaves if all(settings.origin(name) == COMMAND_LINE for name, _ in leaves) else []
+
+
+def _set_as(settings: Settings, keys: Keys | None, value: Any, *, origin: str | None) -> None:
+    """Set a misspelled setting under the name that is meant, unless that is set already."""
     parent: Any = settings.values
     for key in (keys or ())[:-1]:
         parent = parent.setdefault(key, {}) if isinstance(parent, dict) else None
@@ -208,41 +227,71 @@ def _count_as(settings: Settings, keys: Keys | None, value: Any) -> None:
     present = parent.setdefault(keys[-1], value)
     if isinstance(present, dict) and isinstance(value, dict):
         parent[keys[-1]] = {**value, **present}
+    if origin:
+        settings.origins.setdefault(keys, origin)
 
 
-def _unknown(settings: Settings, keys: Keys, value: Any, guess: Keys | None, command_options: Sequence[str]) -> str:
-    name, is_typed = ".".join(keys), settings.origin(keys) == COMMAND_LINE
-    if settings.config_class is ReproduceConfig and keys[0] in RunConfig.model_fields:
-        if not is_typed:
-            return f"{name}: is a setting of a training, not of the chain; move it into the files that runs lists"
-        flags = " ".join(f"--{key}={given}" for key, given in flatten({name: value}).items())
-        return f"{name}: is a setting of the trainings, not of the chain; write it after --, as in: -- {flags}"
-    if is_typed and len(keys) == 1 and (option := match(name, [known.lstrip("-") for known in command_options])):
-        return f"--{name}: no such option; did you mean --{option}?"
-    return f"{name}: no such setting" + (f"; did you mean {'.'.join(guess)}?" if guess else "")
+def _unknown(settings: Settings, keys: Keys, value: Any, command_options: Sequence[str]) -> str:
+    name, origin = ".".join(keys), settings.origin(keys)
+    found = suggestions(settings.config_class, keys, value)
+    is_typed = origin == COMMAND_LINE
+    if settings.config_class is ReproduceConfig and (message := _of_a_training(keys, value, origin, found)):
+        return message if is_typed else f"{message} (in {origin})"
+    if is_typed and (close := difflib.get_close_matches(f"--{name}", command_options, n=1, cutoff=_CLOSE_OPTION)):
+        return f"--{name}: no such option; did you mean {close[0]}?"
+    remedy = _did_you_mean(found, keys, origin)
+    return f"--{name}: no such setting{remedy}" if is_typed else f"{name}: no such setting{remedy} (in {origin})"
 
 
-def _refusal(annotation: Any, value: Any) -> str:
+def _of_a_training(keys: Keys, value: Any, origin: str | None, found: Sequence[Suggestion]) -> str:
+    """Return the message for a setting of the trainings that was given to a chain; empty for another."""
+    if keys[0] in RunConfig.model_fields:
+        found_there = [Suggestion(keys)]
+    else:
+        found_there = [] if found else suggestions(RunConfig, keys, value)
+    if not found_there:
+        return ""
+    name = ".".join(keys)
+    if origin != COMMAND_LINE:
+        return f"{name}: is a setting of a training, not of the chain; move it into the files that `runs` lists"
+    flag = f"--{'.'.join(found_there[0].keys)}={found_there[0].value or value}"
+    return f"--{name}: is a setting of the trainings, not of the chain; write it after --, as in: -- {flag}"
+
+
+def _did_you_mean(found: Sequence[Suggestion], keys: Keys, origin: str | None) -> str:
+    """Return the suggestions in the form that can be typed where the setting was."""
+    if origin == COMMAND_LINE:
+        return listed(found, "--") or "; --help lists all settings"
+    is_elsewhere = any(each.keys[:-1] != keys[:-1] or each.value for each in found)
+    is_nested = is_elsewhere if origin != CALL else ".".join(keys) in [".".join(each.keys) for each in found]
+    return listed(found, "yaml" if is_nested else "") or ("" if origin == CALL else "; --help lists all settings")
+
+
+def _refusal(settings: Settings, keys: Keys, annotation: Any, value: Any) -> str:
     shown = "null" if value is None else repr(value)
-    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    shown = shown if len(shown) <= _MAX_VALUE_CHARACTERS else f"{shown[:_MAX_VALUE_CHARACTERS]}..."
     items = value if isinstance(value, list) else [value]
     is_misread = takes_text(annotation) and any(not isinstance(item, str | list | dict | None) for item in items)
-    return f"must be {words(annotation)}, not {shown}{'; put it in quotes' if is_misread else ''}"
+    remedy = "; put it in quotes" if is_misread else ""
+    if isinstance(value, str) and (inner := main_setting(annotation)):
+        form: Form = "--" if settings.origin(keys) == COMMAND_LINE else "yaml"
+        remedy = listed([Suggestion((*keys, inner))], form)
+    return f"must be {words(annotation)}, not {shown}{remedy}"
 
 
-def _names(rule: str, refused: set[str]) -> bool:
-    """Return whether a broken rule may be due to a setting that was refused."""
+def _mentions(rule: str, refused: set[str]) -> bool:
+    """Return whether the message of a broken rule names a setting that was refused."""
     head = rule.partition(":")[0]
     return any(name.startswith(f"{head}.") or re.search(rf"(?<![\w.]){re.escape(name)}\b", rule) for name in refused)
 
 
 def _where(settings: Settings, name: str) -> str:
     origin = settings.origin(tuple(name.split(".")))
-    return f" (in {origin})" if origin else ""
+    return f" ({'on' if origin == COMMAND_LINE else 'in'} {origin})" if origin else ""
 
 
 def _foreign_code(settings: Settings, given: Mapping[str, Any]) -> list[str]:
-    """Return a message for each name of user code that is in a file and that the user neither typed nor allowed."""
+    """Return a message for each name of user code that a file contains and that the user neither typed nor allowed."""
     allow(settings.typed)
     named = ((".".join(keys), settings.origin(keys) or COMMAND_LINE, text) for keys, text in texts(given))
     found = (import_problem(text, field=name, where=where) for name, where, text in named)
@@ -251,6 +300,6 @@ def _foreign_code(settings: Settings, given: Mapping[str, Any]) -> list[str]:
 
 def _listed(mistakes: Sequence[str]) -> str:
     unique = list(dict.fromkeys(mistakes))
-    more = [f"  and {len(unique) - _LISTED} more"] if len(unique) > _LISTED else []
-    listed = [f"  {item}" for item in unique[:_LISTED]]
+    more = [f"  and {len(unique) - _MAX_LISTED} more"] if len(unique) > _MAX_LISTED else []
+    listed = [f"  {item}" for item in unique[:_MAX_LISTED]]
     return unique[0] if len(unique) == 1 else "\n".join([f"{len(unique)} mistakes:", *listed, *more])

@@ -1,15 +1,16 @@
 """Run configuration as frozen pydantic models: each setting is declared, typed and described once.
 
-The "Args:" of a class is the `--help` of its settings. Types are strict (`true` is not a number, `1.5` is not a whole number),
-and an unknown setting is an error at every level. Rules that need more than a type are in validation.py. No torch is imported.
+The "Args:" of a class is the `--help` of its settings. Rules that need more than a type are in validation.py.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kd_accel.config.run_name import AUTO, run_name
 
 MAX_IMAGE_SIZE = 4096
 
@@ -18,11 +19,11 @@ Stem = Literal["imagenet", "no_pool", "cifar"]
 Precision = Literal["float32", "bf16", "fp16"]
 StorageType = Literal["float32", "float16", "bfloat16", "int8"]
 Argument = bool | int | float | str | list[bool | int | float | str | None]
-"""Plain data for a builder or a loss; an entry of null is removed before (see parsing.py)."""
+"""Argument of a model builder or a loss; an entry of null is removed while the settings are merged (settings.py)."""
 
 
 class Section(BaseModel):
-    """A group of settings: frozen, strict, and without room for unknown keys."""
+    """A group of settings: frozen, strictly typed (`true` is not a number, `1.5` is not an integer), without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -31,23 +32,23 @@ class DataConfig(Section):
     """Images, splits and views.
 
     Args:
-        source: hub:NAME[@revision], parquet:DIR, imagefolder:DIR, digits, or import:package.module:function.
-        image_column: column of the images (hub, parquet).
-        label_column: column of the labels (hub, parquet).
-        train_split: name of the split to train on.
-        test_split: name of the held-out split.
-        image_size: side of the square to which every image is resized, in pixels.
-        augment: random transform that turns an image into a view.
-        crop_padding: zero padding before a random crop, in pixels (crop, crop_flip, trivial_augment).
-        views: number of different views of each sample, used in turn (view = epoch mod views); null = new views each epoch.
-        view_seed: seed of the views, independent of the run's seed, so that runs of any seed see the same views.
-        val_fraction: fraction of the training samples held out for validation; the choice depends on their number alone.
-        limit_train: number of training samples to use (validation shrinks in proportion); null = all.
-        limit_test: number of test samples to use; null = all.
-        mean: per-channel mean in 0..1; null = measured on the training samples.
-        std: per-channel standard deviation in 0..1; null = measured on the training samples.
-        memory_limit_mib: decoded sets up to this size are held in memory; workers decode larger ones.
-        num_workers: worker processes that prepare batches; 0 = in the training process.
+        source: Data set: hub:NAME[@revision], parquet:DIR, imagefolder:DIR, digits, or import:package.module:function.
+        image_column: Column of the images (hub, parquet).
+        label_column: Column of the labels (hub, parquet).
+        train_split: Name of the split to train on.
+        test_split: Name of the held-out split.
+        image_size: Side of the square to which every image is resized, in pixels.
+        augment: Random transform that turns an image into a view.
+        crop_padding: Zero padding before a random crop, in pixels (crop, crop_flip, trivial_augment).
+        views: Number of different views of each sample, used in turn (view = epoch mod views); null = new views each epoch.
+        view_seed: Seed of the views, independent of the run's seed, so that runs of any seed see the same views.
+        val_fraction: Fraction of the training samples held out for validation; the choice depends on their number alone.
+        limit_train: Number of training samples to use (validation shrinks in proportion); null = all.
+        limit_test: Number of test samples to use; null = all.
+        mean: Per-channel mean in 0..1; null = measured on the training samples.
+        std: Per-channel standard deviation in 0..1; null = measured on the training samples.
+        memory_limit_mib: Size up to which a decoded data set is held in memory, in MiB; workers decode larger ones.
+        num_workers: Number of worker processes that prepare batches; 0 = in the training process.
     """
 
     source: str = "digits"
@@ -73,10 +74,10 @@ class ModelConfig(Section):
     """The trained model.
 
     Args:
-        arch: torchvision/NAME, timm/NAME or import:package.module:function.
-        stem: first layers of a ResNet: imagenet (7x7 stride 2, max-pool), no_pool (without the max-pool), cifar (3x3 stride 1).
-        weights: run directory, .safetensors file, or the library's name of pretrained weights (downloaded); null = random.
-        arch_args: further arguments of the library's builder, such as {zero_init_residual: true}.
+        arch: Architecture: torchvision/NAME, timm/NAME or import:package.module:function.
+        stem: First layers of a ResNet: imagenet (7x7 stride 2, max-pool), no_pool (without the max-pool), cifar (3x3 stride 1).
+        weights: Run directory, .safetensors file, or the library's name of pretrained weights (downloaded); null = random.
+        arch_args: Further arguments of the library's builder, such as {zero_init_residual: true}.
     """
 
     arch: str = "torchvision/resnet18"
@@ -89,10 +90,10 @@ class CacheConfig(Section):
     """The stored outputs of the teacher.
 
     Args:
-        dir: directory of the cache; a cache is recognized by its contents, not by its path.
-        dtype: storage type; int8 for features only (logits are float16 then); null = float16 for a new cache.
-        shard_mib: size of the largest tensor's files in a new cache, in MiB.
-        batch_size: samples per forward of the teacher in a new cache; null = train.batch_size / train.grad_accum_steps.
+        dir: Directory of the cache; a cache is identified by its contents, not by its path.
+        dtype: Storage type; int8 for features only (logits are float16 then); null = float16 for a new cache.
+        shard_mib: Size of the largest tensor's files in a new cache, in MiB.
+        batch_size: Samples per forward of the teacher in a new cache; null = train.batch_size / train.grad_accum_steps.
     """
 
     dir: str | None = None
@@ -102,19 +103,19 @@ class CacheConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The teacher: a finished run, or an architecture with weights of its own.
+    """The teacher: a finished run, or an architecture with weights.
 
     Args:
-        run: run directory of the teacher; excludes arch, stem, weights, arch_args, mean and std.
-        arch: architecture, as model.arch.
-        stem: first layers of a ResNet, as model.stem.
-        weights: weights, as model.weights; they must fit exactly, the classifier included.
-        arch_args: arguments of the builder, as model.arch_args.
-        mean: per-channel mean in 0..1 with which the teacher was trained.
-        std: per-channel standard deviation in 0..1 with which the teacher was trained.
-        outputs: live = computed for each batch; cached = read from the files of `kd-accel cache build`; mixed = logits from
-            the files, features live.
-        cache: the stored outputs.
+        run: Run directory of the teacher; excludes arch, stem, weights, arch_args, mean and std.
+        arch: Architecture, as model.arch.
+        stem: First layers of a ResNet, as model.stem.
+        weights: Weights, as model.weights; they must fit exactly, the classifier included.
+        arch_args: Arguments of the builder, as model.arch_args.
+        mean: Per-channel mean in 0..1 with which the teacher was trained.
+        std: Per-channel standard deviation in 0..1 with which the teacher was trained.
+        outputs: Source of the outputs: live = computed for each batch; cached = read from the files of `kd-accel cache build`;
+            mixed = logits from the files, features live.
+        cache: The stored outputs.
     """
 
     run: str | None = None
@@ -132,13 +133,13 @@ class Schedule(Section):
     """A number that changes during training: a pure function of the epochs (or steps) done.
 
     Args:
-        start: value at the beginning.
-        kind: exponential = max(floor, start * decay ** t); linear and cosine go from start to end; constant = start.
-        floor: lowest value (exponential).
-        decay: factor per unit (exponential).
-        end: value from `length` on (linear, cosine).
-        length: number of units from start to end (linear, cosine); null = the whole training.
-        unit: unit of t: epochs completed, or optimizer steps done.
+        start: Value at the beginning.
+        kind: Shape: exponential = max(floor, start * decay ** t); linear and cosine go from start to end; constant = start.
+        floor: Lowest value (exponential).
+        decay: Factor per unit (exponential).
+        end: Value from `length` on (linear, cosine).
+        length: Number of units from start to end (linear, cosine); null = the entire training.
+        unit: Unit of t: epochs completed, or optimizer steps done.
     """
 
     start: float
@@ -154,8 +155,8 @@ class LogitLossConfig(Section):
     """The loss between the logits of student and teacher.
 
     Args:
-        loss: name of a registered loss, or import:package.module:Class.
-        args: settings of the loss itself.
+        loss: Name of a registered loss, or import:package.module:Class.
+        args: Settings of the loss itself.
     """
 
     loss: str = "kl"
@@ -163,15 +164,13 @@ class LogitLossConfig(Section):
 
 
 class FeatureLossConfig(Section):
-    """A loss between features of student and teacher, summed over the layers.
-
-    Its NAME in distill.features is free; it names the term in the metrics, and the loss unless `loss` is set.
+    """A loss between features of student and teacher, summed over the layers. Its NAME is its term in the metrics.
 
     Args:
-        loss: name of a registered loss, or import:package.module:Class; null = NAME.
-        weight: factor of the sum.
-        layers: names of modules that both networks have, or {student's module: teacher's module}.
-        args: settings of the loss itself.
+        loss: Name of a registered loss, or import:package.module:Class; null = NAME.
+        weight: Factor of the sum.
+        layers: Names of modules that both networks have, or {student's module: teacher's module}.
+        args: Settings of the loss itself.
     """
 
     loss: str | None = None
@@ -185,10 +184,10 @@ class DistillConfig(Section):
 
     Args:
         temperature: T, by which the logits of student and teacher are divided in the logit loss.
-        alpha: weight of the logit loss.
-        label_weight: weight of the cross-entropy with the labels; null = 1 - alpha.
-        logits: the logit loss; null = none.
-        features: feature losses by name.
+        alpha: Weight of the logit loss.
+        label_weight: Weight of the cross-entropy with the labels; null = 1 - alpha.
+        logits: The logit loss; null = none.
+        features: Feature losses by name.
     """
 
     temperature: float | Schedule = 4.0
@@ -202,17 +201,17 @@ class OptimConfig(Section):
     """The optimizer and its learning rate.
 
     Args:
-        name: algorithm.
-        lr: peak learning rate.
-        momentum: momentum (sgd).
+        name: Algorithm.
+        lr: Peak learning rate.
+        momentum: Momentum (sgd).
         nesterov: Nesterov momentum (sgd).
-        betas: decay rates of the moment estimates (adamw).
-        weight_decay: weight decay of all trained parameters.
-        schedule: learning rate over the steps of the run.
-        warmup_fraction: share of the steps in which the rate rises to its peak; null = 0.3 for onecycle, else 0.
-        step_epochs: epochs after which the rate is multiplied by step_gamma (step).
-        step_gamma: factor at these epochs (step).
-        clip_norm: largest norm of the gradient of all parameters together; null = no clipping.
+        betas: Decay rates of the moment estimates (adamw).
+        weight_decay: Weight decay of all trained parameters.
+        schedule: Learning rate over the steps of the run.
+        warmup_fraction: Fraction of the steps in which the rate rises to its peak; null = 0.3 for onecycle, else 0.
+        step_epochs: Epochs after which the rate is multiplied by step_gamma (step).
+        step_gamma: Factor at these epochs (step).
+        clip_norm: Largest norm of the gradient of all parameters together; null = no clipping.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -232,23 +231,22 @@ class TrainConfig(Section):
     """The training loop.
 
     Args:
-        epochs: passes over the training samples.
-        max_steps: end after this many optimizer steps, schedules included; null = all epochs.
-        batch_size: samples of one optimizer step, over all processes and accumulation steps.
-        grad_accum_steps: forward passes per process in one optimizer step.
-        precision: float32, or bf16 or fp16 (autocast).
-        compile: compile student and teacher with torch.compile.
-        channels_last: channels_last memory format of images, feature maps and, on GPUs, weights; null = on GPUs.
-        cpu_kernels: own CPU kernels of this program in place of PyTorch's; auto = on CPUs.
-        label_smoothing: label smoothing of the cross-entropy.
-        ema_decay: decay per step of an exponential moving average of the weights, which is evaluated and saved; null = none.
-        eval_batch_size: samples per process in one forward of an evaluation.
-        eval_every_epochs: epochs between evaluations on the validation samples.
-        log_every_steps: steps between lines of metrics.
-        deterministic: deterministic GPU kernels only; slower.
+        epochs: Number of passes over the training samples.
+        max_steps: Number of optimizer steps after which the training and its schedules end; null = all epochs.
+        batch_size: Samples of one optimizer step, over all processes and accumulation steps.
+        grad_accum_steps: Forward passes per process in one optimizer step.
+        precision: Numeric precision: float32, or bf16 or fp16 (autocast).
+        compile: Compile student and teacher with torch.compile.
+        channels_last: Memory format channels_last of images, feature maps and, on GPUs, weights; null = on GPUs.
+        cpu_kernels: This package's CPU kernels in place of PyTorch's; auto = on CPUs.
+        label_smoothing: Label smoothing of the cross-entropy.
+        ema_decay: Decay per step of an exponential moving average of the weights, which is evaluated and saved; null = none.
+        eval_batch_size: Samples per process in one forward of an evaluation.
+        eval_every_epochs: Epochs between evaluations on the validation samples.
+        log_every_steps: Steps between lines of metrics.
+        deterministic: Use deterministic GPU kernels only; slower.
         tf32: TF32 in float32 convolutions and matrix products (GPUs); false = full float32.
-        timeout_s: seconds without contact after which another process counts as lost; must exceed what one process does alone
-            (a download, a checkpoint). null = 600 with GPUs and 1800 without.
+        timeout_s: Seconds until a silent process counts as lost; more than a download takes; null = 600 (GPUs) or 1800 (CPUs).
         sync_batchnorm: BatchNorm statistics over all processes (GPUs); each layer then synchronizes the device in each forward.
     """
 
@@ -275,11 +273,11 @@ class CheckpointConfig(Section):
     """Checkpoints, and resuming from them.
 
     Args:
-        every_epochs: epochs between checkpoints; null = only at the end.
-        every_steps: optimizer steps between further checkpoints; null = none.
-        keep: number of latest checkpoints that are kept.
-        resume: auto = resume if there is a checkpoint; never = refuse a run directory in use; must = refuse an empty one.
-        stop_after_steps: write a checkpoint after this step and stop, to be resumed later (time-limited jobs).
+        every_epochs: Epochs between checkpoints; null = only at the end.
+        every_steps: Optimizer steps between further checkpoints; null = none.
+        keep: Number of latest checkpoints that are kept.
+        resume: Policy: auto = resume if a checkpoint exists; never = refuse a run directory in use; must = refuse an empty one.
+        stop_after_steps: Step after which the training writes a checkpoint and stops, to be resumed later (time-limited jobs).
     """
 
     every_epochs: int | None = 1
@@ -293,12 +291,12 @@ class TrackingConfig(Section):
     """Weights & Biases, in addition to metrics.jsonl, which is always written.
 
     Args:
-        wandb: auto = online with an API key, else offline; nothing where wandb is not installed.
+        wandb: Mode: auto = online with an API key, else offline, and disabled where wandb is not installed.
         project: W&B project.
         entity: W&B team or user; null = the account's default.
         group: W&B group.
         tags: W&B tags.
-        timeout_s: seconds until a run whose W&B service does not respond is tracked offline.
+        timeout_s: Seconds until a run whose W&B service does not respond is tracked offline.
     """
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -313,23 +311,23 @@ class RunConfig(Section):
     """One training.
 
     Args:
-        name: name of the run; its directory is runs/NAME unless run_dir is set.
-        run_dir: directory of the run.
-        role: label of a run without a teacher in tables; a run with one is `distilled`.
-        seed: seed of initial weights, sample order and dropout.
-        data: images, splits and views.
-        model: the trained model.
-        teacher: the teacher; null = plain training.
-        distill: the distillation objective; null = its defaults, where there is a teacher.
-        optim: the optimizer and its learning rate.
-        train: the training loop.
-        checkpoint: checkpoints, and resuming from them.
+        name: Name of the run; auto = ARCH-DATA-ROLE, such as resnet18-cifar10-distilled.
+        run_dir: Directory of the run; null = runs/NAME, with the name of the run.
+        role: Label in tables of a run without a teacher; a run with a teacher is `distilled`.
+        seed: Seed of initial weights, sample order and dropout.
+        data: Images, splits and views.
+        model: The trained model.
+        teacher: The teacher; null = plain training.
+        distill: The distillation objective; null = its defaults if a teacher is set.
+        optim: The optimizer and its learning rate.
+        train: The training loop.
+        checkpoint: Checkpoints, and resuming from them.
         tracking: Weights & Biases.
-        profile: number of steps, after the first ones, to record with torch.profiler: a trace for ui.perfetto.dev in
-            profile/ of the run directory, and the share of each part of a step; null = none.
+        profile: Number of steps to record with torch.profiler: traces for ui.perfetto.dev in profile/ of the run directory, and
+            the share of each part of a step in its time; null = none.
     """
 
-    name: str = "digits-student"
+    name: str = AUTO
     run_dir: str | None = None
     role: Literal["teacher", "student"] = "student"
     seed: int = 0
@@ -343,9 +341,14 @@ class RunConfig(Section):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     profile: int | None = None
 
+    @model_validator(mode="after")
+    def _name_the_run(self) -> Self:
+        object.__setattr__(self, "name", run_name(self))  # not self.name = ..., because the model is frozen
+        return self
+
     @property
     def directory(self) -> Path:
-        """Directory of the run: run_dir, or runs/NAME."""
+        """Directory of the run."""
         return Path(self.run_dir) if self.run_dir else Path("runs") / self.name
 
 
@@ -353,18 +356,18 @@ class BenchConfig(Section):
     """A measurement of models.
 
     Args:
-        batch_sizes: images per forward.
-        image_size: side of the images in pixels; null = the run's own (32 for an architecture).
-        num_classes: classes of an architecture that is not a run.
-        device: auto, cpu, cuda or cuda:N.
-        precision: float32, or bf16 or fp16 (autocast).
-        channels_last: channels_last memory format; null = on GPUs, as in a training.
-        compile: compile the model with torch.compile.
+        batch_sizes: Images per forward.
+        image_size: Side of the images in pixels; null = the run's own (32 for an architecture).
+        num_classes: Number of classes of an architecture that is not a run.
+        device: Device: auto, cpu, cuda or cuda:N.
+        precision: Numeric precision: float32, or bf16 or fp16 (autocast).
+        channels_last: Memory format channels_last; null = on GPUs, as in a training.
+        compile: Compile the model with torch.compile.
         threads: CPU threads; null = torch's default.
-        min_iterations: smallest number of timed forwards per model and batch size.
-        min_time_s: shortest time per model and batch size, in seconds.
+        min_iterations: Smallest number of timed forwards per model and batch size.
+        min_time_s: Shortest time per model and batch size, in seconds.
         tf32: TF32 in float32 convolutions and matrix products (GPUs), as train.tf32.
-        cuda_graph: time a CUDA graph of each forward as well (GPUs).
+        cuda_graph: Also time a CUDA graph of each forward (GPUs).
     """
 
     batch_sizes: list[int] = Field(default_factory=lambda: [1, 32])
@@ -382,13 +385,13 @@ class BenchConfig(Section):
 
 
 class ReproduceConfig(Section):
-    """A chain of trainings, each an `accelerate launch` of its own, then bench and report. Paths from the working directory.
+    """A chain of trainings, each in its own launch, then bench and report. Paths are relative to the working directory.
 
     Args:
-        runs: config files of the trainings, in order.
-        launch: accelerate config file of the launches.
-        report_dir: directory of table and pictures.
-        bench: measurement of the trained models.
+        runs: Config files of the trainings, in order.
+        launch: Config file of `accelerate launch`.
+        report_dir: Directory of table and pictures.
+        bench: Measurement of the trained models.
     """
 
     runs: list[str]

@@ -1,18 +1,18 @@
-"""Settings as they are written: YAML files and flags, merged into one nested mapping with the origin of each setting."""
+"""Settings of YAML files and flags, merged into one nested mapping with the origin of each setting."""
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
-from kd_accel.config.fields import Keys, child, entry_of, options, type_of
+from kd_accel.config.fields import Keys, child, entry_of, exists, is_text, options
+from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
+from kd_accel.config.suggestions import main_setting, suggestions, type_of
 from kd_accel.io.safe_yaml import MAX_DEPTH, load_yaml, load_yaml_file, place
 
 COMMAND_LINE, CALL = "the command line", "the call"
@@ -20,14 +20,14 @@ COMMAND_LINE, CALL = "the command line", "the call"
 
 @dataclass
 class Settings:
-    """Merged settings, and what is wrong with their form.
+    """Merged settings, and the mistakes in their form.
 
     Attributes:
-        config_class: schema of the settings.
-        values: nested mapping.
-        origins: file of each setting, COMMAND_LINE or CALL.
-        typed: texts of the command line or call, which allow the user code among them.
-        mistakes: messages.
+        config_class: Schema of the settings.
+        values: Nested mapping.
+        origins: Origin of each setting: its file, COMMAND_LINE or CALL.
+        typed: Texts of the command line or of the call; user code among them is allowed.
+        mistakes: Messages.
     """
 
     config_class: type[BaseModel]
@@ -38,10 +38,12 @@ class Settings:
 
     def add_file(self, path: str) -> None:
         """Merge the settings of a YAML file."""
-        content = read_yaml(path, self.mistakes)
-        if len(content) >= 3 and not self.config_class.model_fields.keys() & content.keys():
+        content = read_yaml(path, self.mistakes, config_class=self.config_class)
+        if _is_of_another_command(self.config_class, content):
             keys = ", ".join(map(str, content))
-            self.mistakes.append(f"config: {path} is written for another command: none of its settings ({keys}) is of this one")
+            self.mistakes.append(
+                f"config: {path} is a file of another command; none of its settings ({keys}) is one of this command"
+            )
         else:
             where = f"./{path}" if path in (COMMAND_LINE, CALL) else path
             self._merge(self.values, content, self.config_class, (), where)
@@ -53,12 +55,12 @@ class Settings:
         self._merge(self.values, plain, self.config_class, (), where)
 
     def add_flags(self, flags: Sequence[tuple[str, str | None]]) -> None:
-        """Merge settings given as (dotted name, text); the text None is that of a flag without a value."""
+        """Merge settings given as (dotted name, text); the text of a flag without a value is None."""
         for name, text in flags:
             keys = tuple(name.split("."))[:MAX_DEPTH]
             annotation = type_of(self.config_class, keys)
-            if text is None and annotation is not None:
-                self.mistakes.append(f"--{name}: has no value; write --{name} VALUE")
+            if text is None and exists(self.config_class, keys):
+                self.mistakes.append(f"--{name}: a value is missing; write {_example(name, annotation)}")
                 continue
             self.add(nested(keys, None if text is None else _value(annotation, text)), COMMAND_LINE)
 
@@ -77,14 +79,29 @@ class Settings:
             elif value is not None or entry_of(annotation) is None:
                 into[key], self.origins[keys] = value, where
             elif into.pop(key, None) is None and where not in (COMMAND_LINE, CALL):
-                rule = f"null removes an entry, but nothing before this has it; for its defaults write {key}: {{}}"
+                rule = f"null removes an entry, but no earlier file has it; for the defaults write {key}: {{}}"
                 self.mistakes.append(f"{'.'.join(keys)}: {rule} (in {where})")
 
 
-def read_yaml(path: str, mistakes: list[str], *, field: str = "config") -> dict[Any, Any]:
-    """Return the settings in a file; empty, with a mistake that begins with `field`, where it has none."""
+def read_yaml(
+    path: str, mistakes: list[str], *, field: str = "config", config_class: type[BaseModel] | None = None
+) -> dict[Any, Any]:
+    """Read the settings in a file.
+
+    Args:
+        path: Path of the file.
+        mistakes: List to which a message is added if the file cannot be read or holds no settings.
+        field: Beginning of the message.
+        config_class: Schema of the settings, by which the name of a setting in place of a path is recognized.
+
+    Returns:
+        The settings; empty after a mistake.
+    """
     try:
         content = load_yaml_file(Path(path))
+    except FileNotFoundError:
+        mistakes.append(f"{field}: file {path!r} not found; {_remedy_of_missing(path, config_class)}")
+        return {}
     except OSError as error:
         mistakes.append(f"{field}: cannot read {path} ({error.strerror}); name a YAML file")
         return {}
@@ -118,6 +135,29 @@ def texts(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, str]]:
         yield keys, value
 
 
+def _is_of_another_command(config_class: type[BaseModel], content: Mapping[Any, Any]) -> bool:
+    """Return whether a file has no setting of this command, few that could be misspelled, and some of another command."""
+    if len(content) < 3 or config_class.model_fields.keys() & content.keys():
+        return False
+    others = (RunConfig, BenchConfig, ReproduceConfig)
+    misspelled = sum(bool(suggestions(config_class, (str(key),), value)) for key, value in content.items())
+    overlap = max(len(other.model_fields.keys() & content.keys()) for other in others)
+    return 2 * misspelled < len(content) or 2 * overlap > len(content)
+
+
+def _remedy_of_missing(path: str, config_class: type[BaseModel] | None) -> str:
+    name, has_value, _ = path.partition("=")
+    if config_class is not None and (has_value or exists(config_class, tuple(name.split(".")))):
+        return f"a setting is given as --{path}{'' if has_value else ' VALUE'}"
+    return "paths are relative to the working directory"
+
+
+def _example(name: str, annotation: Any) -> str:
+    if inner := main_setting(annotation):
+        return f"--{name}.{inner} VALUE"
+    return f"--{name} {'true or false' if bool in options(annotation) else 'VALUE'}"
+
+
 def _plain(value: Any) -> Any:
     """Return nested values with dicts, lists and texts in place of Python's other mappings, tuples and paths."""
     if isinstance(value, Mapping):
@@ -128,20 +168,16 @@ def _plain(value: Any) -> Any:
 
 
 def _value(annotation: Any, text: str) -> Any:
-    """Return the value of a flag: its text where the setting takes text only, else YAML, in which None is null as in Python."""
+    """Return the value of a flag: its text if the setting takes text only, else YAML, in which None is null as in Python."""
     if text in ("null", "None"):
         return None
-    if annotation is not None and all(_is_text(option) for option in options(annotation)):
+    if annotation is not None and is_text(annotation):
         return text
     try:
         value = load_yaml(text)
     except (yaml.YAMLError, ValueError):
         return text
     return text if value is None else _without_python_none(value)
-
-
-def _is_text(annotation: Any) -> bool:
-    return annotation in (str, types.NoneType) or typing.get_origin(annotation) is Literal
 
 
 def _without_python_none(value: Any) -> Any:

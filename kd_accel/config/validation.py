@@ -1,7 +1,7 @@
-"""Rules of a config that need more than a type; `problems(config)` returns all broken ones.
+"""Rules of a config that need more than a type.
 
-Pure functions without torch, so that a mistake is reported in well under a second. Rules about the data or a model (a column, a
-layer) are checked where these are loaded.
+The rules are pure functions without torch, so that a mistake is reported in well under a second. Rules about the content of the
+data or of a model, such as a column or a layer, are checked when these are loaded.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def problems(config: BaseModel, losses: Mapping[str, Sequence[str]] | None = Non
     """Check all rules of a config.
 
     Args:
-        config: a RunConfig, BenchConfig or ReproduceConfig.
-        losses: names of the registered losses by kind, "logits" and "features"; None = names are not checked.
+        config: A RunConfig, BenchConfig or ReproduceConfig.
+        losses: Names of the registered losses by kind, "logits" and "features"; None = names are not checked.
 
     Returns:
-        A message for each broken rule: field, value, rule and remedy. Empty when the config can run.
+        A message for each broken rule: field, value, rule and remedy. Empty for a valid config.
     """
     if isinstance(config, ReproduceConfig):
         return [*_values(config), *(f"bench.{problem}" for problem in _bench(config.bench))]
@@ -53,21 +53,21 @@ def problems(config: BaseModel, losses: Mapping[str, Sequence[str]] | None = Non
 
 
 def _values(config: BaseModel) -> Iterator[str]:
-    """Yield values that no setting can have: infinite numbers, huge integers, control characters."""
+    """Yield a message for each value that is valid for no setting: infinite numbers, huge integers, control characters."""
     for name, value in _leaves("", config.model_dump()):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{name}: {value} must be a finite number"
         elif isinstance(value, int) and not -(2**31) <= value < 2**32:
-            yield f"{name}: {str(value)[:20]} is too large a number"
+            yield f"{name}: {str(value)[:20]} is out of range; integers must be at least -2**31 and below 2**32"
         elif isinstance(value, str) and any(ord(letter) < 32 or 0xD7FF < ord(letter) < 0xE000 for letter in value):
-            yield f"{name}: {ascii(value)[:60]} has control characters, or halves of a character; leave them out"
+            yield f"{name}: {ascii(value)[:60]} has control characters or lone surrogates; remove them"
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, part in value.items():
             yield from _leaves(f"{name}.{key}" if name else key, part)
-            yield f"a key of {name}", key
+            yield f"key of {name}", key
     elif isinstance(value, list):
         for part in value:
             yield from _leaves(name, part)
@@ -92,13 +92,13 @@ def _name(config: RunConfig) -> Iterator[str]:
     if not 0 <= config.seed < 2**32:
         yield f"seed: {config.seed} must be at least 0 and below 2**32"
     if not config.run_dir and (not config.name or "/" in config.name or config.name.startswith(".")):
-        yield f"name: {config.name!r} must be a plain directory name; give run_dir for a path"
+        yield f"name: {config.name!r} must be a single directory name; set run_dir for a path"
     if (config.run_dir or "").startswith("-"):
-        yield f"run_dir: {config.run_dir!r} would be taken for an option; write ./{config.run_dir}"
+        yield f"run_dir: {config.run_dir!r} would be parsed as an option; write ./{config.run_dir}"
     if config.profile is not None and config.profile < 1:
         yield f"profile: {config.profile} must be at least 1"
     if config.role == "teacher" and config.teacher:
-        yield "role: teacher has no effect where there is a teacher (the run is called distilled); leave it out"
+        yield "role: teacher has no effect if a teacher is set (the role of the run is distilled); leave it out"
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -114,7 +114,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.val_fraction: {data.val_fraction} must be at least 0 and below 1"
     yield from _data_without_effect(data)
     if (data.mean is None) != (data.std is None):
-        yield "data.mean and data.std: give both or none"
+        yield "data.mean and data.std: one of them is set; set both or none"
     yield from _pixel_statistics("data", data.mean, data.std)
 
 
@@ -127,7 +127,7 @@ def _data_without_effect(data: DataConfig) -> Iterator[str]:
     if data.augment == "none":
         yield from _no_effect(data, "data", ("view_seed", "crop_padding"), because="with augment none")
         if data.views not in (None, 1):
-            yield "data.views: has no effect (with augment none all views are the image itself); leave it out"
+            yield "data.views: has no effect (with augment none all views are equal); leave it out"
     if data.augment == "resized_crop":
         yield from _no_effect(data, "data", ("crop_padding",), because="with augment resized_crop")
 
@@ -143,7 +143,7 @@ def _teacher(config: RunConfig) -> Iterator[str]:
             yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
         return
     if (teacher.run is None) == (teacher.arch is None):
-        yield "teacher: give either teacher.run (a run directory) or teacher.arch with teacher.weights"
+        yield "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights"
     elif teacher.run is not None:
         yield from _no_effect(
             teacher, "teacher", ("stem", "weights", "arch_args", "mean", "std"), because="teacher.run determines it"
@@ -162,9 +162,9 @@ def _outputs(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
         yield from _no_effect(cache, "teacher.cache", ("dtype", "shard_mib", "batch_size"), because="with teacher.outputs live")
         return
     if cache.dir is None:
-        yield f"teacher.cache.dir: missing; with teacher.outputs {outputs} give the directory of the cache"
+        yield f"teacher.cache.dir: missing; with teacher.outputs {outputs} set the directory of the cache"
     if config.data.views is None and config.data.augment != "none":
-        yield f"data.views: null means new views in each epoch; with teacher.outputs {outputs} give the number that is cached"
+        yield f"data.views: null means new views in each epoch; with teacher.outputs {outputs} set the number of cached views"
     if outputs == "mixed" and (config.distill is None or not config.distill.features):
         yield "teacher.outputs: mixed differs from cached only in the features; without distill.features use cached"
 
@@ -172,9 +172,9 @@ def _outputs(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
 def _own_teacher(teacher: TeacherConfig) -> Iterator[str]:
     yield from _arch("teacher.arch", str(teacher.arch))
     if teacher.weights is None:
-        yield "teacher.weights: null, but a teacher must be trained; give a .safetensors file or the name of pretrained weights"
+        yield "teacher.weights: null, but a teacher must be trained; set a .safetensors file or the name of pretrained weights"
     if teacher.mean is None or teacher.std is None:
-        yield "teacher.mean and teacher.std: missing; with teacher.arch give those with which the teacher was trained, in 0..1"
+        yield "teacher.mean and teacher.std: missing; with teacher.arch set those with which the teacher was trained, in 0..1"
     yield from _pixel_statistics("teacher", teacher.mean, teacher.std)
 
 
@@ -197,7 +197,7 @@ def _distill(config: RunConfig) -> Iterator[str]:
 def _without_logits(distill: DistillConfig) -> Iterator[str]:
     yield from _no_effect(distill, "distill", ("temperature", "alpha"), because="with distill.logits null")
     if distill.label_weight is None:
-        yield "distill.label_weight: null means 1 - alpha, but distill.logits is null; give a number, such as 1"
+        yield "distill.label_weight: null means 1 - alpha, but distill.logits is null; set a number, such as 1"
     if not distill.features:
         yield "distill: logits is null and features is empty, so that nothing is distilled; set one of them, or teacher to null"
 
@@ -205,7 +205,7 @@ def _without_logits(distill: DistillConfig) -> Iterator[str]:
 def _feature(name: str, feature: FeatureLossConfig) -> Iterator[str]:
     yield from _schedule(f"{name}.weight", feature.weight)
     if feature.weight == 0:
-        yield f"{name}.weight: 0, so the term has no effect; remove the term with {name}: null"
+        yield f"{name}.weight: 0, so that the term has no effect; remove it with {name}: null"
     layers = list(feature.layers)
     if not layers or len(set(layers)) < len(layers):
         yield f"{name}.layers: {layers} must name at least one module, each once"
@@ -245,7 +245,7 @@ def _learning_rate_schedule(optim: OptimConfig) -> Iterator[str]:
     if optim.schedule != "step":
         yield from _no_effect(optim, "optim", ("step_epochs", "step_gamma"), because=f"with {optim.schedule}")
     elif not optim.step_epochs:
-        yield "optim.step_epochs: empty; the step schedule needs the epochs after which the rate falls"
+        yield "optim.step_epochs: empty, but the step schedule needs the epochs after which the learning rate falls"
     if optim.warmup_fraction is not None and not 0 <= optim.warmup_fraction < 1:
         yield f"optim.warmup_fraction: {optim.warmup_fraction} must be at least 0 and below 1"
 
@@ -258,15 +258,15 @@ def _train(config: RunConfig) -> Iterator[str]:
     if config.data.val_fraction == 0:
         yield from _no_effect(train, "train", ("eval_every_epochs",), because="with data.val_fraction 0 nothing is evaluated")
     if config.optim.schedule == "step" and any(not 0 < epoch < train.epochs for epoch in config.optim.step_epochs):
-        yield f"optim.step_epochs: {config.optim.step_epochs} must lie above 0 and below train.epochs ({train.epochs})"
+        yield f"optim.step_epochs: {config.optim.step_epochs} must be above 0 and below train.epochs ({train.epochs})"
     if not 0 <= train.label_smoothing < 1:
         yield f"train.label_smoothing: {train.label_smoothing} must be at least 0 and below 1"
     if train.ema_decay is not None and not 0 < train.ema_decay < 1:
-        yield f"train.ema_decay: {train.ema_decay} must lie between 0 and 1, or be null"
+        yield f"train.ema_decay: {train.ema_decay} must be above 0 and below 1, or null"
     if train.grad_accum_steps >= 1 and train.batch_size % train.grad_accum_steps:
         yield (
-            f"train.batch_size: {train.batch_size} does not divide by train.grad_accum_steps ({train.grad_accum_steps});"
-            " it is the samples of one optimizer step, over all processes and accumulation steps"
+            f"train.batch_size: {train.batch_size} must be a multiple of train.grad_accum_steps ({train.grad_accum_steps}), "
+            "because it is the number of samples of one optimizer step, over all processes and accumulation steps"
         )
 
 
@@ -325,7 +325,7 @@ def _at_least(section: object, name: str, least: int, *field_names: str) -> Iter
 
 
 def _no_effect(section: object, name: str, field_names: tuple[str, ...], *, because: str) -> Iterator[str]:
-    """Yield the settings that are changed from their defaults and that nothing reads in this mode."""
+    """Yield a message for each setting that differs from its default and has no effect in this mode."""
     default = type(section)()
     for field_name in field_names:
         if getattr(section, field_name) != getattr(default, field_name):

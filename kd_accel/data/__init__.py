@@ -1,1 +1,1 @@
-"""Image sources, splits, views, and the loaders of training and evaluation batches."""
+"""Image sources, splits, views, and loaders of training and evaluation batches."""

@@ -1,6 +1,6 @@
-"""Data module: source splits, the samples used of each, channel statistics, and the loaders over them.
+"""Data module: source splits, their selected samples, channel statistics, and the loaders over them.
 
-In: the data settings. Out: training and evaluation loaders, batches of any samples and view, digests of the samples.
+Input: the data settings. Output: training and evaluation loaders, batches of given samples and view, and sample digests.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from kd_accel.types import Batch
 
 _COPIED_SAMPLES = 1024
 _FEW_SAMPLES, _SMALL_IMAGE = 128, 32
+"""Forward passes with fewer images of at most this size, in pixels, are bound by a GPU's kernel launches."""
 
 
 @dataclass(frozen=True)
 class DataModule:
-    """Data of a run: images and labels, the samples of each split, and how a view is made of them.
+    """Data of a run: images and labels, the samples of each split, and their augmentation.
 
     Attributes:
         train: Source split of the training and validation samples.
@@ -35,8 +36,8 @@ class DataModule:
         mean: Channel means in 0..1 that the trained model is normalized with.
         std: Channel standard deviations in 0..1.
         transform: Augmentation of the training samples.
-        num_views: Number of different views of each sample; None = new ones each epoch.
-        num_workers: Worker processes that prepare batches; 0 = in the calling process.
+        num_views: Number of different views of each sample; None = a new view in each epoch.
+        num_workers: Number of worker processes that prepare batches; 0 = the calling process prepares them.
     """
 
     train: ImageSet
@@ -54,7 +55,7 @@ class DataModule:
         return self.train.label_names
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Describe the classes and the samples of the run, by which a resumed run recognizes its data at any path."""
+        """Return the classes, sample counts and sample digest that identify the data of a run, independent of its path."""
         return {
             "label_names": list(self.label_names),
             "train_samples": len(self.splits.train),
@@ -64,7 +65,7 @@ class DataModule:
         }
 
     def covered_samples(self) -> dict[Split, tuple[np.ndarray, np.ndarray]]:
-        """Return (indices int64 [n], digests uint64 [n] of image and label) of the samples of each split."""
+        """Return each split's sample indices, int64 [n], and the digests of image and label, uint64 [n]."""
         return {split: (indices, self._images(split).digests(indices)) for split, indices in self.splits.by_name().items()}
 
     def train_loader(
@@ -80,15 +81,15 @@ class DataModule:
         """Create the loader of one rank's augmented training batches.
 
         Args:
-            batch_size: Samples of one optimizer step, over all ranks and accumulation steps.
-            rank: This process.
+            batch_size: Number of samples per optimizer step, over all ranks and accumulation steps.
+            rank: Rank of this process.
             world_size: Number of processes.
-            grad_accum_steps: Micro-batches of one optimizer step.
+            grad_accum_steps: Number of micro-batches per optimizer step.
             seed: Seed of the order of the samples.
-            pin_memory: Whether batches come in page-locked memory.
+            pin_memory: Whether batches are in page-locked memory.
 
         Raises:
-            UserError: The samples do not fill a batch, or a batch does not divide by ranks and accumulation steps.
+            UserError: If the batch size is not divisible by ranks and accumulation steps, or exceeds the number of samples.
         """
         return TrainLoader(
             self.train,
@@ -119,12 +120,12 @@ class DataModule:
         )
 
     def batches(self, split: Split, shares: Sequence[Share], *, pin_memory: bool = False) -> Iterator[Batch]:
-        """Yield one batch for each (indices, view): augmented views of train, plain images of val and test."""
+        """Yield one batch for each (indices, view): augmented views of train, images without augmentation of val and test."""
         transform = self.transform if split == "train" else None
         return load_batches(self._images(split), transform, shares, num_workers=self.num_workers, pin_memory=pin_memory)
 
     def view_batch(self, indices: np.ndarray, view: int) -> Batch:
-        """Return one view of training samples, in host memory. indices: int64 [n], positions in the source split."""
+        """Compute one view of training samples, in host memory. indices: int64 [n], positions in the source split."""
         pixels = self.transform(self.train.pixels(indices), indices, view)
         return make_batch(pixels, self.train.labels[indices], indices, view)
 
@@ -133,10 +134,10 @@ class DataModule:
 
 
 def load_data(config: DataConfig) -> DataModule:
-    """Read the source, split the samples, and measure mean and standard deviation unless the config has them.
+    """Read the source, split the samples, and compute mean and standard deviation unless the config sets them.
 
     Raises:
-        UserError: The source does not fit the settings.
+        UserError: If the source cannot be read or does not match the settings.
     """
     train, test = load_splits(config)
     splits = split_samples(train.num_samples, test.num_samples, config)
@@ -155,14 +156,14 @@ def load_data(config: DataConfig) -> DataModule:
 
 
 def keep_images_on_gpu(loader: TrainLoader, data: DataModule, device: torch.device) -> None:
-    """Keep the training images on a GPU if they fit there and the views can be made there; else do nothing."""
+    """Store the training images on `device` if it is a GPU with enough free memory that can compute the views."""
     needed_bytes = len(data.splits.train) * 3 * data.transform.image_size**2
     if device.type == "cuda" and data.transform.supports_device and fits_on_gpu(needed_bytes, device):
         loader.keep_images(images_on(device, data))
 
 
 def fits_on_gpu(needed_bytes: int, device: torch.device) -> bool:
-    """Return whether `needed_bytes` are at most half of a GPU's free memory; the other half is for the training."""
+    """Return whether `needed_bytes` are at most half of a GPU's free memory; training needs the other half."""
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return 2 * needed_bytes <= free_bytes
 
@@ -171,7 +172,7 @@ def images_on(device: torch.device, data: DataModule) -> torch.Tensor:
     """Copy the training images to a device, in the order of `data.splits.train`.
 
     Returns:
-        uint8 [N, 3, S, S], channels_last.
+        Images, uint8 [N, 3, S, S], channels_last.
     """
     indices, size = data.splits.train, data.transform.image_size
     images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
@@ -185,12 +186,12 @@ def images_on(device: torch.device, data: DataModule) -> torch.Tensor:
 def notices_of_small_batches(
     device: torch.device, *, batch_size: int, image_size: int, processes: int = 1, grad_accum_steps: int = 1
 ) -> list[str]:
-    """Return a notice if a GPU's forward has so few small images that its kernel launches take longer than its work."""
+    """Return a notice if a forward pass on a GPU has too few small images to hide the latency of its kernel launches."""
     samples = batch_size // (processes * grad_accum_steps)
     if device.type != "cuda" or samples >= _FEW_SAMPLES or image_size > _SMALL_IMAGE:
         return []
     return [
         f"train.batch_size: {batch_size} over {processes} processes x {grad_accum_steps} accumulation steps gives {samples} "
-        f"images of {image_size} pixels in a forward, too few to hide a GPU's kernel launches; use {_FEW_SAMPLES} or more per "
-        "process (and scale optim.lr), or fewer processes"
+        f"images of {image_size} pixels in a forward pass, too few to hide the latency of a GPU's kernel launches; use "
+        f"{_FEW_SAMPLES} or more per process (and scale optim.lr), or fewer processes"
     ]

@@ -1,7 +1,7 @@
 """Image decoding: encoded bytes, or an array of another size, to RGB uint8 [S, S, 3].
 
-Gray, palette, CMYK and 16-bit images become RGB; transparent pixels are composited over black; the EXIF orientation is applied.
-An image of another size is center-cropped to a square and resized (bicubic).
+Gray, palette, CMYK and 16-bit images are converted to RGB, transparent pixels are composited over black, and the EXIF
+orientation is applied. An image of another size is center-cropped to a square and resized (bicubic).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""Formats that Pillow may open. It has some forty; EPS would start another program, and many decoders are little tested."""
+"""Accepted image formats. Pillow supports about forty; its EPS reader starts another program, and many of its decoders are
+little tested."""
 
 MAX_PIXELS = 64_000_000
-"""Largest image that is decoded: a small file can claim a size that fills the memory."""
+"""Limit of the pixels of an image: a file of a few bytes can declare a size that exhausts the memory."""
 
 
 def decode(data: bytes, image_size: int) -> np.ndarray:
@@ -27,24 +28,25 @@ def decode(data: bytes, image_size: int) -> np.ndarray:
         image_size: S, in pixels.
 
     Returns:
-        RGB, uint8 [S, S, 3].
+        RGB image, uint8 [S, S, 3].
 
     Raises:
-        ValueError: The image cannot be decoded; the message has the reason.
+        ValueError: If the image cannot be decoded; the message contains the reason.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+                raise ValueError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
             return _square(_rgb(ImageOps.exif_transpose(image)), image_size)
     except UnidentifiedImageError:
         raise ValueError("not an image file of a supported format") from None
-    except Exception as error:  # each decoder of Pillow raises its own exceptions on damaged bytes
+    except Exception as error:
+        # Each decoder of Pillow raises its own exceptions on damaged bytes.
         raise ValueError(str(error) or type(error).__name__) from None
 
 
 def fit_array(image: np.ndarray, image_size: int) -> np.ndarray:
-    """Center-crop and resize an image: uint8 [H, W, 3] to uint8 [S, S, 3]; unchanged if it has that size already."""
+    """Center-crop and resize an image: uint8 [H, W, 3] to uint8 [S, S, 3]; unchanged if it already has that size."""
     if image.shape == (image_size, image_size, 3):
         return image
     return _square(Image.fromarray(image), image_size)
@@ -58,7 +60,8 @@ def fit_image(image: Image.Image, image_size: int) -> np.ndarray:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # 16 bits and more: Pillow's own conversion clips instead of scaling
+    if image.mode.startswith("I"):
+        # 16 bits and more: Pillow's own conversion clips instead of scaling.
         levels = np.asarray(image).astype(np.float64)
         return Image.fromarray(np.clip(np.rint(levels / 257), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -20,12 +20,12 @@ def hash_words(keys: tuple[int, ...], counters: np.ndarray, words: int) -> np.nd
     """Hash each counter to independent 64-bit words.
 
     Args:
-        keys: Whole numbers that identify the use: a constant of the caller, a seed, a view.
-        counters: int64 [n], sample indices for instance.
+        keys: Integers that identify the use: a constant of the caller, a seed, a view.
+        counters: Integers to hash, for example sample indices, int64 [n].
         words: Number of words per counter.
 
     Returns:
-        uint64 [n, words].
+        Hash words, uint64 [n, words].
     """
     state = np.uint64(_fold(keys))
     hashes = _mix(state ^ _mix(counters.astype(np.uint64)))
@@ -34,7 +34,7 @@ def hash_words(keys: tuple[int, ...], counters: np.ndarray, words: int) -> np.nd
 
 
 def hashed_order(keys: tuple[int, ...], indices: np.ndarray) -> np.ndarray:
-    """Return the indices in a pseudorandom order that depends on the keys and the indices alone."""
+    """Return the indices in a pseudorandom order that depends only on the keys and the indices."""
     words = hash_words(keys, indices, 1)[:, 0]
     return indices[np.lexsort((indices, words))]
 

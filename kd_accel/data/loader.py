@@ -1,11 +1,12 @@
-"""Training and evaluation loaders: the order of the samples, its partition into steps, ranks and micro-batches, the batches.
+"""Training and evaluation loaders: the sample order, its partition into steps, ranks and micro-batches, and the batches.
 
-The order is a pure function of (seed, epoch) for any number of processes. Step b takes positions b*G to (b+1)*G of it (G is the
-samples of one optimizer step), each rank a contiguous share of those, each micro-batch a contiguous share of that. So 1 x 4,
-2 x 2 and 4 x 1 processes and accumulation steps see the same samples in the same step, and an epoch can start at any step.
+The order is a pure function of (seed, epoch) for any number of processes. With G samples per optimizer step, step b uses the
+positions from b*G to (b+1)*G of the order. Each rank has a contiguous share of these positions, and each micro-batch a
+contiguous part of its rank's share. So 1 x 4, 2 x 2 and 4 x 1 processes and accumulation steps use the same samples in the same
+step, and an epoch can start at any step.
 
-No global random generator is used: PyTorch's own loaders draw from it at every start, which would shift the dropout of a
-resumed run.
+No global random generator is used. PyTorch's DataLoader draws its seed from the global generator at every start, which would
+change the dropout masks of a resumed run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kd_accel.errors import UserError
 from kd_accel.types import Batch
 
 _ORDER = 21
+"""Hash key of the sample order, different from the keys of all other uses of `hash_words`."""
 
 Share = tuple[np.ndarray, int]
 """(sample indices int64 [n], view): the content of one batch."""
@@ -43,7 +45,7 @@ class TrainLoader:
     Batches are in host memory, or on the device of the images after `keep_images`.
     """
 
-    def __init__(  # noqa: PLR0913  (each decides the order or the share of this rank)
+    def __init__(  # noqa: PLR0913  (each argument decides the order or the share of this rank)
         self,
         images: ImageSet,
         transform: ViewTransform,
@@ -58,50 +60,50 @@ class TrainLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """Check that the batch size fits samples, ranks and accumulation steps.
+        """Create the loader, and check the batch size against samples, ranks and accumulation steps.
 
         Args:
             images: The source split.
-            transform: Makes the views.
+            transform: Augmentation that computes the views.
             samples: Indices of the training samples in `images`, int64 [N], ascending.
-            batch_size: Samples of one optimizer step over all ranks and accumulation steps.
-            rank: This process.
+            batch_size: Number of samples per optimizer step, over all ranks and accumulation steps.
+            rank: Rank of this process.
             world_size: Number of processes.
-            grad_accum_steps: Micro-batches of one optimizer step.
-            seed: Seed of the order.
-            views: Number of different views of each sample (view = epoch mod views); None = new ones each epoch.
-            num_workers: Worker processes; 0 = in the calling process.
-            pin_memory: Whether batches come in page-locked memory.
+            grad_accum_steps: Number of micro-batches per optimizer step.
+            seed: Seed of the sample order.
+            views: Number of different views of each sample (view = epoch mod views); None = a new view in each epoch.
+            num_workers: Number of worker processes; 0 = the calling process prepares the batches.
+            pin_memory: Whether batches are in page-locked memory.
 
         Raises:
-            UserError: The batch size does not divide by ranks and accumulation steps, or is more than the samples.
+            UserError: If the batch size is not divisible by ranks and accumulation steps, or exceeds the number of samples.
         """
         parts = world_size * grad_accum_steps
         if batch_size % parts:
             raise UserError(
-                f"train.batch_size: {batch_size} does not divide by {world_size} processes x {grad_accum_steps} accumulation "
-                f"steps; it is the samples of one optimizer step over all of them: use a multiple of {parts}"
+                f"train.batch_size: {batch_size} must be a multiple of {parts} ({world_size} processes x {grad_accum_steps} "
+                "accumulation steps), because it counts the samples of one optimizer step over all processes"
             )
         if len(samples) < batch_size:
             raise UserError(f"train.batch_size: {batch_size} is more than the {len(samples)} training samples; lower it")
         self._images, self._transform, self._samples = images, transform, samples
-        self._batch_size, self._rank, self._world_size, self._parts = batch_size, rank, world_size, grad_accum_steps
-        self._seed, self._views = seed, views
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._grad_accum_steps, self._seed, self._views = grad_accum_steps, seed, views
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._device_images: Tensor | None = None
 
     def keep_images(self, images: Tensor) -> None:
-        """Make all later views from `images`, on their device.
+        """Compute all later views from `images`, on the device that holds them.
 
         Args:
-            images: uint8 [N, 3, S, S], those of the loader's samples in their order.
+            images: Images of the loader's samples in the same order, uint8 [N, 3, S, S].
         """
         assert self._transform.supports_device and len(images) == len(self._samples)
         self._device_images = images
 
     @property
     def steps_per_epoch(self) -> int:
-        """Complete optimizer steps per epoch; the samples that do not fill one are left out, different ones each epoch."""
+        """Number of complete optimizer steps per epoch; the remaining samples, different in each epoch, are dropped."""
         return len(self._samples) // self._batch_size
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
@@ -119,37 +121,37 @@ class TrainLoader:
                 pin_memory=self._pin_memory,
             )
         for _ in range(start_step, self.steps_per_epoch):
-            yield [next(batches) for _ in range(self._parts)]
+            yield [next(batches) for _ in range(self._grad_accum_steps)]
 
     def _shares(self, epoch: int, start_step: int) -> list[np.ndarray]:
         """Return the sample indices of each of this rank's micro-batches."""
         order = epoch_order(self._samples, seed=self._seed, epoch=epoch)[: self.steps_per_epoch * self._batch_size]
-        # [steps, ranks, micro-batches, samples]: the rank axis before the micro-batch axis makes a rank's share contiguous,
-        # so any factorization of ranks x micro-batches divides a step into the same pieces in the same order.
-        micro_batches = order.reshape(self.steps_per_epoch, self._world_size, self._parts, -1)
+        # Axes [steps, ranks, micro-batches, samples]. With the rank axis before the micro-batch axis a rank's share is
+        # contiguous, so any factorization of ranks x micro-batches divides a step into the same pieces in the same order.
+        micro_batches = order.reshape(self.steps_per_epoch, self._world_size, self._grad_accum_steps, -1)
         return list(micro_batches[start_step:, self._rank].reshape(-1, micro_batches.shape[3]))
 
     def _batch_on_device(self, indices: np.ndarray, view: int) -> Batch:
         assert self._device_images is not None
         arrays = np.searchsorted(self._samples, indices), self._images.labels[indices]
         device = self._device_images.device
-        # non_blocking: a plain copy to a GPU synchronizes with all queued work
-        at, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-        images = self._transform.on_device(self._device_images[at], indices, view)
+        # A blocking copy to a GPU would synchronize with all queued work.
+        positions, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+        images = self._transform.on_device(self._device_images[positions], indices, view)
         return Batch(images, labels, torch.from_numpy(indices), view)
 
 
 class EvalLoader:
-    """Loader of one rank's contiguous share of a split, without augmentation; all ranks together see each sample once.
+    """Loader of one rank's contiguous share of a split, without augmentation. Each sample is in the share of exactly one rank.
 
     Args:
         images: The source split.
         samples: Sample indices in `images`, int64 [N].
-        batch_size: Samples of one batch of one rank; the last one may be smaller.
-        rank: This process.
+        batch_size: Number of samples per batch of one rank; the last batch may be smaller.
+        rank: Rank of this process.
         world_size: Number of processes.
-        num_workers: Worker processes; 0 = in the calling process.
-        pin_memory: Whether batches come in page-locked memory.
+        num_workers: Number of worker processes; 0 = the calling process prepares the batches.
+        pin_memory: Whether batches are in page-locked memory.
     """
 
     def __init__(
@@ -186,17 +188,17 @@ def load_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Yield a batch for each share, in their order.
+    """Yield a batch for each share, in the order of the shares.
 
     Args:
         images: The source split.
-        transform: Makes the views; None = the plain images in every view.
-        shares: (sample indices int64 [n], view) of each batch.
-        num_workers: Worker processes; 0 = in the calling process.
-        pin_memory: Whether batches come in page-locked memory.
+        transform: Augmentation that computes the views; None = the images without augmentation in every view.
+        shares: Sample indices, int64 [n], and view of each batch.
+        num_workers: Number of worker processes; 0 = the calling process prepares the batches.
+        pin_memory: Whether batches are in page-locked memory.
 
     Raises:
-        UserError: An image cannot be decoded.
+        UserError: If an image cannot be decoded.
     """
     dataset = _BatchDataset(images, transform, shares)
     if num_workers == 0 or not shares:
@@ -222,17 +224,17 @@ def make_batch(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray, view
     """Wrap arrays as a batch, without a copy.
 
     Args:
-        pixels: uint8 [n, S, S, 3].
-        labels: int64 [n].
-        indices: int64 [n], positions in the source split.
-        view: The view that the pixels show.
+        pixels: Images, uint8 [n, S, S, 3].
+        labels: Class indices, int64 [n].
+        indices: Positions in the source split, int64 [n].
+        view: Number of the view.
     """
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), view)
 
 
 class _BatchDataset(Dataset[_Arrays]):
-    """Dataset whose items are whole batches, one per share."""
+    """Dataset whose items are complete batches, one per share."""
 
     def __init__(self, images: ImageSet, transform: ViewTransform | None, shares: Sequence[Share]) -> None:
         self._images, self._transform, self._shares = images, transform, shares
@@ -249,7 +251,7 @@ class _BatchDataset(Dataset[_Arrays]):
 
 
 class _WorkerDataset(Dataset[_Arrays | UserError]):
-    """The same dataset for a worker process, with a UserError as an item: raised in a worker, it would become a traceback."""
+    """Dataset for worker processes that returns a UserError as an item; raised in a worker, it would become a traceback."""
 
     def __init__(self, dataset: _BatchDataset) -> None:
         self._dataset = dataset

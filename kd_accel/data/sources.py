@@ -1,8 +1,8 @@
-"""Image sources: the Hugging Face hub, Parquet files, image folders, the digits of scikit-learn, and the user's own code.
+"""Image sources: the Hugging Face Hub, Parquet files, image folders, scikit-learn's digits, and user code.
 
-In: the data settings. Out: two `ImageSet`s, train and test. A set whose decoded images fit in `data.memory_limit_mib` is
-decoded once; a larger one keeps the encoded bytes (memory-mapped Arrow) and is decoded on demand. The classes are those of the
-training split.
+Input: the data settings. Output: two `ImageSet`s, train and test. A split whose decoded images fit in `data.memory_limit_mib`
+is decoded once. A larger split keeps its encoded bytes in memory-mapped Arrow files and is decoded on demand. The classes are
+those of the training split.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kd_accel.io.user_code import PREFIX, call_import
 
 _CHUNK_SAMPLES = 1024
 _MAX_CLASSES = 1_000_000
-"""Limit of labels without class names: a larger one is an identifier in the wrong column, and would need as many names."""
+"""Limit of labels without class names; a larger label is probably an identifier from another column."""
 
 
 def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -35,15 +35,15 @@ def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         (train, test).
 
     Raises:
-        UserError: The source does not fit the settings.
+        UserError: If the source cannot be read or does not match the settings.
     """
-    kind, _, place = config.source.partition(":")
+    kind, _, location = config.source.partition(":")
     if kind == "digits":
         return _digits(config)
     if config.source.startswith(PREFIX):
-        return _own_code(config)
-    train = _load_columns(kind, place, config, config.train_split)
-    test = _load_columns(kind, place, config, config.test_split)
+        return _user_splits(config)
+    train = _load_columns(kind, location, config, config.train_split)
+    test = _load_columns(kind, location, config, config.test_split)
     names = _class_names(train, config)
     return _image_set(train, names, config, config.train_split), _image_set(test, names, config, config.test_split)
 
@@ -55,7 +55,7 @@ def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     except ImportError:
         raise UserError("data.source: digits needs scikit-learn; pip install 'kd-accel[demo]'") from None
     levels, labels = load_digits(return_X_y=True)
-    _refuse_large(len(labels), config)
+    _check_memory_limit(len(labels), config)
     gray = np.rint(levels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     images = np.stack([fit_array(np.repeat(image[:, :, None], 3, axis=2), config.image_size) for image in gray])
     is_test = np.arange(len(labels)) % 5 == 0
@@ -65,26 +65,28 @@ def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     )
 
 
-def _refuse_large(samples: int, config: DataConfig) -> None:
+def _check_memory_limit(samples: int, config: DataConfig) -> None:
     """Raise UserError if a source that is always held in memory exceeds `data.memory_limit_mib`."""
-    if (needed := samples * config.image_size**2 * 3) > config.memory_limit_mib * 2**20:
+    size = config.image_size
+    if (needed_bytes := samples * size**2 * 3) > config.memory_limit_mib * 2**20:
         raise UserError(
-            f"data.image_size: {samples} images of {config.image_size} x {config.image_size} pixels take {needed // 2**20} MiB "
-            f"of memory, more than data.memory_limit_mib: {config.memory_limit_mib}; lower the image size or raise the limit"
+            f"data.image_size: {samples} images of {size}x{size} pixels take {needed_bytes // 2**20} MiB of memory, more than "
+            f"data.memory_limit_mib: {config.memory_limit_mib}; lower data.image_size or raise data.memory_limit_mib"
         )
 
 
-def _own_code(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    train, test = (_own_split(_called(config, name), config, name) for name in (config.train_split, config.test_split))
+def _user_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """Call the user's function once for each split."""
+    train, test = (_user_split(_call(config, name), config, name) for name in (config.train_split, config.test_split))
     if train.label_names != test.label_names:
         raise UserError(
-            f"data.source: {config.source} gives other label_names for the test split than for the training split; both need "
-            "the same, in the same order"
+            f"data.source: {config.source} returns different label_names for the {config.train_split} split and the "
+            f"{config.test_split} split; both must have the same classes in the same order"
         )
     return train, test
 
 
-def _called(config: DataConfig, split: str) -> Any:
+def _call(config: DataConfig, split: str) -> Any:
     return call_import(
         config.source,
         (split, config.image_size),
@@ -94,8 +96,9 @@ def _called(config: DataConfig, split: str) -> Any:
     )
 
 
-def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
-    where = f"data.source: {config.source}, split {split!r}"
+def _user_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
+    """Check what the user's function returned for a split, and resize its images."""
+    function = f"data.source: {config.source}"
     try:
         images, labels, names = (
             np.asarray(content["images"]),
@@ -103,70 +106,80 @@ def _own_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
             [str(name) for name in content["label_names"]],
         )
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{where}: must return a mapping with images, labels and label_names") from None
+        raise UserError(
+            f"{function} must return a mapping with images, labels and label_names for the {split} split; fix the function"
+        ) from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or labels.shape != images.shape[:1]:
         raise UserError(
-            f"{where}: images must be uint8 [N, H, W, 3] and labels [N]; they are {images.dtype} {list(images.shape)} "
-            f"and {list(labels.shape)}"
+            f"{function} returns images {images.dtype} {list(images.shape)} and labels {list(labels.shape)} for the {split} "
+            "split; images must be uint8 [N, H, W, 3] and labels [N]"
         )
-    if not images.size:
-        raise UserError(f"{where}: has no samples, or images without pixels: {list(images.shape)}")
-    _refuse_large(len(images), config)
+    if not images.size or not names:
+        raise UserError(
+            f"{function} returns images {list(images.shape)} and {len(names)} label_names for the {split} split; at least one "
+            "sample, one pixel per image and one class are required"
+        )
+    _check_memory_limit(len(images), config)
     fitted = empty_images(len(images), config.image_size)
     for sample, image in enumerate(images):
         fitted[sample] = fit_array(image, config.image_size)
-    return MemoryImages(fitted, _checked_labels(labels, len(names), where), names)
+    return MemoryImages(fitted, _check_labels(labels, len(names), field="data.source", split=split), names)
 
 
-def _load_columns(kind: str, place: str, config: DataConfig, split: str) -> Any:
+def _load_columns(kind: str, location: str, config: DataConfig, split: str) -> Any:
     """Load a split as a `datasets.Dataset` with the columns `image` (undecoded) and `label`.
 
     Args:
-        kind: hub, parquet or imagefolder.
-        place: Repository or directory, the rest of `data.source`.
+        kind: Kind of the source: hub, parquet or imagefolder.
+        location: Repository or directory, the part of `data.source` after the colon.
         config: The data settings.
         split: Name of the split in the source.
 
     Raises:
-        UserError: The split is not found, cannot be read or has no samples.
+        UserError: If the split is not found, cannot be read or has no samples.
     """
     datasets = _datasets(config)
     datasets.disable_progress_bars()
-    builder, arguments, available = _locate(kind, place, split)
+    builder, arguments, available = _locate(kind, location, split)
     if split not in available:
-        raise UserError(f"data.source: {config.source} has no split {split!r} (available: {', '.join(available) or 'none'})")
+        setting = "data.train_split" if split == config.train_split else "data.test_split"
+        remedy = f"use one of {', '.join(available)}" if available else "the source has no splits; use another source"
+        raise UserError(f"{setting}: {config.source} has no split {split!r}; {remedy}")
     if kind == "parquet":
         arguments = {"data_files": {split: _files_with_samples(arguments["data_files"][split], config, split)}}
     try:
         dataset = datasets.load_dataset(builder, split=split, **arguments)
-    except Exception as error:  # each reader raises its own exceptions on damaged or unreachable files
-        raise UserError(f"data.source: cannot read {config.source} ({describe_error(error.__cause__ or error)})") from None
+    except Exception as error:
+        # Each reader raises its own exceptions on damaged or unreachable files.
+        raise _unreadable(config, error.__cause__ or error) from None
     if not len(dataset):
         raise _no_samples(config, split)
     return _two_columns(dataset, config, split, is_folder=kind == "imagefolder")
 
 
 def _datasets(config: DataConfig) -> Any:
-    """Import Hugging Face `datasets`, which only some sources need. Raises UserError if it is not installed."""
+    """Import Hugging Face `datasets`, which only some sources use. Raises UserError if it is not installed."""
     try:
         import datasets
-        from datasets import load_dataset as load_dataset  # a directory `datasets` can be imported as an empty package
+
+        # Fails for a directory `datasets` in the working directory, which Python imports as an empty package.
+        from datasets import load_dataset as load_dataset
     except ImportError as error:
         raise UserError(
             f"data.source: {config.source} needs the package datasets ({error}); pip install datasets, or use a source "
-            "without it: import:MODULE:FUNCTION"
+            "that works without it (import:MODULE:FUNCTION)"
         ) from None
     return datasets
 
 
-def _locate(kind: str, place: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
-    """Return (builder of `datasets`, its arguments, names of the available splits)."""
+def _locate(kind: str, location: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
+    """Return the builder for `datasets.load_dataset`, its arguments, and the names of the available splits."""
     if kind == "hub":
-        name, _, revision = place.partition("@")
+        name, _, revision = location.partition("@")
         return name, {"revision": revision or None}, _hub_splits(name, revision or None)
-    directory = Path(place).expanduser()
+    directory = Path(location).expanduser()
     if not directory.is_dir():
-        raise UserError(f"data.source: directory {place!r} not found (paths are relative to the working directory)")
+        raise UserError(f"data.source: directory {location!r} not found; check the path, relative to the working directory")
     if kind == "parquet":
         files: dict[str, list[str]] = {}
         for path in sorted(directory.glob("*.parquet")):
@@ -178,45 +191,50 @@ def _locate(kind: str, place: str, split: str) -> tuple[str, dict[str, Any], lis
 
 
 def _files_with_samples(paths: list[str], config: DataConfig, split: str) -> list[str]:
-    """Return glob patterns of the files that have samples: `datasets` fails on a file without any."""
+    """Return glob patterns of the files that have samples; `datasets` raises an error for a file without samples."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         kept = [glob.escape(path) for path in paths if pq.read_metadata(path).num_rows]
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"data.source: cannot read {config.source} ({describe_error(error)})") from None
+        raise _unreadable(config, error) from None
     if not kept:
         raise _no_samples(config, split)
     return kept
 
 
+def _unreadable(config: DataConfig, error: BaseException) -> UserError:
+    return UserError(f"data.source: cannot read {config.source} ({describe_error(error)}); check that its files are intact")
+
+
 def _no_samples(config: DataConfig, split: str) -> UserError:
-    return UserError(f"data.source: the {split} split of {config.source} has no samples; name another split or source")
+    return UserError(f"data.source: the {split} split of {config.source} has no samples; use another split or source")
 
 
 def _hub_splits(name: str, revision: str | None) -> list[str]:
     """Return the names of the available splits.
 
     Raises:
-        UserError: The repository cannot be reached, or the local copy is another revision than the one in the settings:
-            without a network `datasets` takes its newest copy of any revision.
+        UserError: If the repository cannot be reached, or the local copy has another revision than the settings. Without
+            network access `datasets` uses its newest local copy, regardless of the revision.
     """
     import datasets
 
     try:
         splits = datasets.get_dataset_split_names(name, revision=revision)
         builder = datasets.load_dataset_builder(name, revision=revision) if revision else None
-    except Exception as error:  # each client raises its own exceptions without a network or for a wrong name
+    except Exception as error:
+        # Each HTTP client raises its own exceptions without network access or for an unknown name.
         raise UserError(
-            f"data.source: cannot reach hub:{name} ({describe_error(error)}); check name and network, or use a copy: "
-            "parquet:DIR"
+            f"data.source: cannot reach hub:{name} ({describe_error(error)}); check the name and the network access, or use "
+            "a local copy (parquet:DIR)"
         ) from None
-    is_stored_copy = type(builder).__module__.startswith("datasets.packaged_modules.cache.")
-    if builder is not None and is_stored_copy and builder.hash != revision:
+    is_local_copy = type(builder).__module__.startswith("datasets.packaged_modules.cache.")
+    if builder is not None and is_local_copy and builder.hash != revision:
         raise UserError(
             f"data.source: cannot reach hub:{name}, and the newest local copy is revision {builder.hash}, not {revision}; "
-            "check the network, set that revision, or use a copy: parquet:DIR"
+            "check the network access, set that revision, or use another local copy (parquet:DIR)"
         )
     return splits
 
@@ -229,12 +247,13 @@ def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: boo
     )
     if is_folder and "label" not in dataset.column_names:
         raise UserError(
-            f"data.source: {config.source} has no class folders; it must hold {split}/CLASS/IMAGE files, and no metadata files"
+            f"data.source: {config.source} has no class folders; it must contain {split}/CLASS/IMAGE files, and no metadata "
+            "files"
         )
     for role, column in columns.items():
         if column not in dataset.column_names:
             raise UserError(
-                f"data.{role}_column: the {split} split has no column {column!r} (available: {', '.join(dataset.column_names)})"
+                f"data.{role}_column: the {split} split has no column {column!r}; use one of {', '.join(dataset.column_names)}"
             )
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({column: role for role, column in columns.items() if column != role})
@@ -242,25 +261,29 @@ def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: boo
         return dataset.cast_column("image", datasets.Image(decode=False))
     except Exception as error:
         raise UserError(
-            f"data.image_column: {columns['image']!r} of the {split} split holds no images ({describe_error(error)})"
+            f"data.image_column: column {columns['image']!r} of the {split} split does not contain images "
+            f"({describe_error(error)}); use another column"
         ) from None
 
 
 def _class_names(train: Any, config: DataConfig) -> tuple[str, ...]:
-    """Return the class names of the label column's type, else the numbers up to the largest training label."""
+    """Return the class names that the label column defines, else the numbers up to the largest training label."""
     names = getattr(train.features["label"], "names", None)
     if names is not None:
         return tuple(names)
-    labels = _labels(train, f"data.label_column: the {config.train_split} split")
+    labels = _read_labels(train, field=_label_field(config), split=config.train_split)
     return tuple(str(label) for label in range(int(labels.max()) + 1))
 
 
 def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: str) -> ImageSet:
-    where = f"data.label_column: the {split} split"
+    field = _label_field(config)
     own_names = getattr(dataset.features["label"], "names", None)
     if own_names is not None and tuple(own_names) != names:
-        raise UserError(f"{where} has other classes than the {config.train_split} split; both need the same, in the same order")
-    labels = _checked_labels(_labels(dataset, where), len(names), where)
+        raise UserError(
+            f"{field}: the {config.train_split} split and the {split} split have different classes; both must have the same "
+            "classes in the same order"
+        )
+    labels = _check_labels(_read_labels(dataset, field=field, split=split), len(names), field=field, split=split)
     encoded = EncodedImages(
         dataset.select_columns(["image"]), labels, names, split=split, image_size=config.image_size, roots=_roots(config)
     )
@@ -274,32 +297,43 @@ def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: 
     return MemoryImages(images, labels, names, encoded=encoded)
 
 
+def _label_field(config: DataConfig) -> str:
+    """Return the setting that decides the labels; the labels of an image folder are the names of its directories."""
+    return "data.source" if config.source.startswith("imagefolder:") else "data.label_column"
+
+
 def _roots(config: DataConfig) -> list[Path]:
-    """Return the directories in which a source's image files may lie: its own, and the caches of `datasets` and the hub."""
+    """Return the directories that may contain image files: the source's own, and the caches of `datasets` and the Hub."""
     import datasets.config
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    own = Path(config.source.partition(":")[2]).expanduser()
-    kept = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
-    return [Path(os.path.abspath(path)) for path in (own, *kept)]  # noqa: PTH100  (as in EncodedImages)
+    directory = Path(config.source.partition(":")[2]).expanduser()
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
+    return [Path(os.path.abspath(path)) for path in (directory, *caches)]  # noqa: PTH100  (as in EncodedImages)
 
 
-def _labels(dataset: Any, where: str) -> np.ndarray:
+def _read_labels(dataset: Any, *, field: str, split: str) -> np.ndarray:
     column = dataset.data.column("label") if dataset._indices is None else dataset.with_format("arrow")["label"]
     labels = column.to_pylist() if hasattr(column, "to_pylist") else list(column)
-    return _checked_labels(labels, None, where)
+    return _check_labels(labels, None, field=field, split=split)
 
 
-def _checked_labels(labels: Any, num_classes: int | None, where: str) -> np.ndarray:
-    """Return labels as int64 [N], each in 0..num_classes-1.
+def _check_labels(labels: Any, num_classes: int | None, *, field: str, split: str) -> np.ndarray:
+    """Return labels as int64 [N], each at least 0 and below `num_classes` (None = below `_MAX_CLASSES`).
 
     Raises:
-        UserError: A label is not; the message has the index of the first such sample.
+        UserError: If a label is not an integer of this range; the message contains the index of the first such sample.
     """
+    limit = _MAX_CLASSES if num_classes is None else num_classes
     for sample, label in enumerate(labels):
         if not isinstance(label, int | np.integer) or isinstance(label, bool):
-            raise UserError(f"{where}: the label of sample {sample} is {label!r}, not a whole number; labels count from 0")
-        if not 0 <= label < (_MAX_CLASSES if num_classes is None else num_classes):
-            allowed = f"0 or above, below {_MAX_CLASSES}" if num_classes is None else f"0..{num_classes - 1}"
-            raise UserError(f"{where}: the label of sample {sample} is {label}, but classes are {allowed}; fix or remove it")
+            value = f"{label!r} ({type(label).__name__})"
+        elif not 0 <= label < limit:
+            value = str(label)
+        else:
+            continue
+        raise UserError(
+            f"{field}: the label of sample {sample} of the {split} split is {value}, but labels must be integers, at least 0 "
+            f"and below {limit}; fix the label or remove the sample"
+        )
     return np.asarray(labels, dtype=np.int64)

@@ -21,11 +21,11 @@ def trivial_augment(image: np.ndarray, words: np.ndarray) -> np.ndarray:
     """Apply one operation to an image.
 
     Args:
-        image: uint8 [S, S, 3].
+        image: Image, uint8 [S, S, 3].
         words: Three or more uint64 hash words: operation, strength, sign.
 
     Returns:
-        uint8 [S, S, 3].
+        Augmented image, uint8 [S, S, 3].
     """
     operation = _OPERATIONS[int(words[0] >> np.uint64(32)) % len(_OPERATIONS)]
     strength = int(words[1] >> np.uint64(32)) % _STEPS / (_STEPS - 1)
@@ -34,7 +34,7 @@ def trivial_augment(image: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 
 Operation = Callable[[Image.Image, float, float], Image.Image]
-"""(image, strength in 0..1, sign) -> image."""
+"""Function (image, strength in 0..1, sign) -> image."""
 
 
 def _affine(image: Image.Image, *coefficients: float) -> Image.Image:

@@ -1,7 +1,7 @@
-"""Torch datasets of images and of their views, for a plain DataLoader.
+"""PyTorch datasets of images and of their views, for a `torch.utils.data.DataLoader`.
 
-`ImageDataset` reads a source or wraps an existing dataset, `ViewDataset` has one augmented view of each training sample,
-`EpochBatchSampler` has the order in which `kd-accel train` visits them.
+`ImageDataset` reads a source or wraps an existing dataset. `ViewDataset` contains one augmented view of each training sample.
+`EpochBatchSampler` yields the samples in the order of `kd-accel train`.
 """
 
 from __future__ import annotations
@@ -26,35 +26,36 @@ from kd_accel.data.transforms import ViewTransform
 
 Item = dict[str, Any]
 
-_SETTINGS_OF_VIEWS = ("augment", "crop_padding", "views", "view_seed")
-_SETTINGS_OF_SOURCES = ("train_split", "test_split")
+_VIEW_SETTINGS = ("augment", "crop_padding", "views", "view_seed")
+_SOURCE_SETTINGS = ("train_split", "test_split")
 _MAX_CLASSES = 1_000_000
-"""Limit of labels without class names: a larger one is an identifier in place of a label."""
+"""Limit of labels without class names; a larger label is probably an identifier."""
 
 
 class ImageDataset(Dataset[Item]):
-    """Images of a source, split into train, val and test; as a torch dataset the training split, without augmentation.
+    """Images of a source, split into train, val and test.
 
-    An item is {"image": uint8 tensor [3, S, S], "label": int, "index": int}; `index` is the sample's position in its source
-    split, before any subset. The channel statistics, classes and splits equal those of a run with the same settings.
+    The items are the samples of the training split, without augmentation; `split` returns the dataset of any split. An item is
+    {"image": uint8 tensor [3, S, S], "label": int, "index": int}, where `index` is the sample's position in its source split,
+    before any subset. The channel statistics, classes and splits equal those of a run with the same settings.
 
     Args:
         source: `hub:NAME`, `parquet:DIR`, `imagefolder:DIR` or `digits`, as `data.source` of a config; or a dataset with
             `__len__` and `__getitem__` whose items are pairs (image, label) or dicts. Its images are PIL images, or uint8
-            [H, W, 3] or [3, H, W] as arrays or tensors; they are read into memory once.
-        test: Dataset of the test samples, where `source` is a dataset; None for none.
+            arrays or tensors [H, W, 3] or [3, H, W]; they are read into memory once.
+        test: Dataset of the test samples if `source` is a dataset; None = no test samples.
         image_size: S, the side of the square to which every image is resized, in pixels.
-        image_column: Key of the image in a dict, column of a source.
-        label_column: Key of the label in a dict, column of a source.
-        class_names: Class names by label, where `source` is a dataset; None takes its `classes` or the names of its label
-            feature (Hugging Face), else the numbers.
+        image_column: Key of the image in a dict, or column of a source.
+        label_column: Key of the label in a dict, or column of a source.
+        class_names: Class names by label if `source` is a dataset. None = its attribute `classes`, the names of its label
+            feature (Hugging Face), or the label numbers.
         val_fraction: Fraction of the training samples held out for validation.
         settings: Further settings of a config's `data` section: `limit_train`, `limit_test`, `mean`, `std`,
             `memory_limit_mib`, `num_workers` (for the batches of a cache build) and, for a source, `train_split`, `test_split`.
 
     Raises:
-        TypeError: An image or label has another type, or `source` is neither a name nor a dataset.
-        ValueError: A source or setting is not valid (`UserError`).
+        TypeError: If an image or label has another type, or `source` is neither a name nor a dataset.
+        ValueError: If a source or setting is not valid (`UserError`).
     """
 
     def __init__(
@@ -70,22 +71,22 @@ class ImageDataset(Dataset[Item]):
         **settings: Any,
     ) -> None:
         shared: dict[str, Any] = {"image_size": image_size, "val_fraction": val_fraction, **settings}
-        if refused := settings.keys() & set(_SETTINGS_OF_VIEWS):
-            raise ValueError(f"{min(refused)}: is a setting of the views; give it to ViewDataset or to its transform")
+        if refused := settings.keys() & set(_VIEW_SETTINGS):
+            raise ValueError(f"{min(refused)}: is a setting of the views; pass it to ViewDataset or to its transform")
         if isinstance(source, str):
             if test is not None or class_names is not None:
                 name = "test" if test is not None else "class_names"
-                raise ValueError(f"{name}: has no effect with the source {source}, which has its own; leave it out")
+                raise ValueError(f"{name}: has no effect with the source {source!r}, which has its own; leave it out")
             columns = {"image_column": image_column, "label_column": label_column}
-            self.module = load_data(_checked({"source": source, **columns, **shared}))
+            self.module = load_data(_check_settings({"source": source, **columns, **shared}))
         else:
-            if refused := settings.keys() & set(_SETTINGS_OF_SOURCES):
-                raise ValueError(f"{min(refused)}: has no effect with a dataset; give its splits as source and test")
-            self.module = _wrapped_module(source, test, _checked(shared), (image_column, label_column), class_names)
+            if refused := settings.keys() & set(_SOURCE_SETTINGS):
+                raise ValueError(f"{min(refused)}: has no effect with a dataset; pass its splits as source and test")
+            self.module = _wrap_datasets(source, test, _check_settings(shared), (image_column, label_column), class_names)
 
     @classmethod
     def from_module(cls, module: DataModule) -> ImageDataset:
-        """Wrap the data of a config."""
+        """Create the dataset from the data of a config."""
         dataset = cls.__new__(cls)
         dataset.module = module
         return dataset
@@ -106,7 +107,7 @@ class ImageDataset(Dataset[Item]):
         return self.module.std
 
     def split(self, name: Split) -> SplitDataset:
-        """Return the samples of train, val or test, without augmentation. Raises ValueError for another name."""
+        """Return the dataset of train, val or test, without augmentation. Raises ValueError for another name."""
         if name not in get_args(Split):
             raise ValueError(f"name: {name!r} is not a split; use one of {', '.join(get_args(Split))}")
         return SplitDataset(self.module, name)
@@ -123,7 +124,7 @@ class ImageDataset(Dataset[Item]):
 
 
 class SplitDataset(Dataset[Item]):
-    """One split without augmentation; items as those of `ImageDataset`.
+    """Dataset of one split, without augmentation, with items like those of `ImageDataset`.
 
     Args:
         module: The data.
@@ -143,24 +144,24 @@ class SplitDataset(Dataset[Item]):
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
         """Return several items at once, as a DataLoader requests a batch."""
         indices = self._indices[np.asarray(positions, dtype=np.int64)]
-        return _items(self._images.pixels(indices), self._images.labels[indices], indices)
+        return _make_items(self._images.pixels(indices), self._images.labels[indices], indices)
 
 
 class ViewDataset(Dataset[Item]):
-    """One augmented view of each training sample: a pure function of (view_seed, view, index).
+    """Dataset of one augmented view of each training sample, a pure function of (view_seed, view, index).
 
-    An item is {"image": uint8 tensor [3, S, S], "label": int, "index": int, "view": int}. `set_view` chooses the view of all
-    items, also in workers that are already running; call it between two epochs, because a DataLoader prefetches.
+    An item is {"image": uint8 tensor [3, S, S], "label": int, "index": int, "view": int}. `set_view` selects the view of all
+    items, also in workers that are already running. Call it between two epochs, because a DataLoader prefetches.
 
     Args:
         data: The images.
         transform: Augmentation, one of `kd_accel.transforms`.
-        num_views: Number of different views of each sample; None = without limit (1 without augmentation).
+        num_views: Number of different views of each sample; None = no limit (1 without augmentation).
         view_seed: Seed of the views.
 
     Raises:
-        TypeError: `data` or `transform` has another type.
-        ValueError: An argument is not valid.
+        TypeError: If `data` or `transform` has another type.
+        ValueError: If an argument is not valid.
     """
 
     def __init__(
@@ -172,36 +173,37 @@ class ViewDataset(Dataset[Item]):
             raise TypeError(f"transform: must be one of kd_accel.transforms, not {type(transform).__name__}")
         size = data.module.transform.image_size
         if transform.image_size != size:
-            raise ValueError(f"transform: made for images of {transform.image_size} pixels, but data has {size}; use the same")
+            raise ValueError(f"transform: image_size {transform.image_size} must equal that of data ({size})")
         if num_views is not None and num_views < 1:
             raise ValueError(f"num_views: {num_views} must be at least 1, or None")
         if view_seed < 0:
             raise ValueError(f"view_seed: {view_seed} must be at least 0")
         if transform.augment == "none":
             if num_views not in (None, 1):
-                raise ValueError(f"num_views: {num_views} views without augmentation are all equal; leave it out")
+                raise ValueError(f"num_views: {num_views} views are all equal without augmentation; leave it out")
             num_views = 1
         self.module = replace(data.module, transform=replace(transform, view_seed=view_seed), num_views=num_views)
         self._view = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
     def num_views(self) -> int | None:
-        """Number of different views of each sample; None = without limit."""
+        """Number of different views of each sample; None = no limit."""
         return self.module.num_views
 
     @property
     def view(self) -> int:
-        """Number of the view that the items have."""
+        """Number of the current view."""
         return int(self._view)
 
     def set_view(self, view: int) -> None:
-        """Choose the view of the items from now on. Raises ValueError if it is not one of `num_views`."""
+        """Select the view of all following items. Raises ValueError unless 0 <= view < num_views."""
         if view < 0 or (self.num_views is not None and view >= self.num_views):
-            raise ValueError(f"view: {view} must be at least 0 and below num_views ({self.num_views})")
+            limit = "" if self.num_views is None else f" and below num_views ({self.num_views})"
+            raise ValueError(f"view: {view} must be at least 0{limit}")
         self._view.fill_(view)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the view of an epoch as `kd-accel train` does: epoch mod num_views. Raises ValueError if it is negative."""
+        """Select the view of an epoch, as `kd-accel train` does: epoch mod num_views. Raises ValueError if epoch < 0."""
         if epoch < 0:
             raise ValueError(f"epoch: {epoch} must be at least 0")
         self.set_view(epoch if self.num_views is None else epoch % self.num_views)
@@ -216,24 +218,24 @@ class ViewDataset(Dataset[Item]):
         """Return several items at once, as a DataLoader requests a batch."""
         indices, view = self.module.splits.train[np.asarray(positions, dtype=np.int64)], self.view
         pixels = self.module.transform(self.module.train.pixels(indices), indices, view)
-        return [{**item, "view": view} for item in _items(pixels, self.module.train.labels[indices], indices)]
+        return [{**item, "view": view} for item in _make_items(pixels, self.module.train.labels[indices], indices)]
 
 
 class EpochBatchSampler(Sampler[list[int]]):
     """Batches of positions in a `ViewDataset`, in the order of `kd-accel train`: a pure function of (seed, epoch).
 
-    The samples that do not fill a batch are left out, different ones in each epoch.
+    An incomplete last batch is dropped; its samples are different in each epoch.
 
     Args:
         views: The dataset.
-        batch_size: Samples of one optimizer step over all processes.
+        batch_size: Number of samples per optimizer step, over all processes.
         seed: Seed of the order.
-        rank: Number of this process.
+        rank: Rank of this process.
         world_size: Number of processes; each has a contiguous share of every batch.
 
     Raises:
-        TypeError: `views` has another type.
-        ValueError: An argument is not valid.
+        TypeError: If `views` has another type.
+        ValueError: If an argument is not valid.
     """
 
     def __init__(self, views: ViewDataset, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -244,12 +246,12 @@ class EpochBatchSampler(Sampler[list[int]]):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size: {batch_size} must be a positive multiple of world_size ({world_size})")
         if batch_size > len(views):
-            raise ValueError(f"batch_size: {batch_size} is more than the {len(views)} training samples")
+            raise ValueError(f"batch_size: {batch_size} is more than the {len(views)} training samples; lower it")
         self._indices, self._batch_size, self._seed = views.module.splits.train, batch_size, seed
         self._rank, self._world_size, self._epoch = rank, world_size, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is next."""
+        """Set the epoch that determines the order of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -265,22 +267,22 @@ def square_pixels(image: Any, image_size: int, *, where: str) -> np.ndarray:
     """Convert one image to RGB and resize it.
 
     Args:
-        image: PIL image, or uint8 [H, W, 3] or [3, H, W] as array or tensor.
+        image: PIL image, or uint8 array or tensor [H, W, 3] or [3, H, W].
         image_size: S, in pixels.
-        where: Argument and position, for the message.
+        where: Argument and position of the image, for error messages.
 
     Returns:
-        uint8 [S, S, 3].
+        Resized image, uint8 [S, S, 3].
 
     Raises:
-        TypeError: The image has another type or shape.
+        TypeError: If the image has another type or shape.
     """
     if hasattr(image, "convert"):
         return fit_image(image, image_size)
     array = image.numpy(force=True) if isinstance(image, Tensor) else image
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
         kind = f"{array.dtype} array" if isinstance(array, np.ndarray) else type(image).__name__
-        raise TypeError(f"{where}: the image must be a PIL image, or uint8 [H, W, 3] or [3, H, W], not {kind}")
+        raise TypeError(f"{where}: the image must be a PIL image or a uint8 array or tensor, not {kind}")
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
@@ -288,29 +290,29 @@ def square_pixels(image: Any, image_size: int, *, where: str) -> np.ndarray:
     return fit_array(np.ascontiguousarray(array), image_size)
 
 
-def _items(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> list[Item]:
+def _make_items(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> list[Item]:
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
     columns = zip(images, labels.tolist(), indices.tolist(), strict=True)
     return [{"image": image, "label": label, "index": index} for image, label, index in columns]
 
 
-def _checked(settings: Mapping[str, Any]) -> DataConfig:
+def _check_settings(settings: Mapping[str, Any]) -> DataConfig:
     """Check settings by the rules of a run's `data` section. Raises UserError."""
     return build_config(RunConfig, {"data": settings}, {}, losses={}).data
 
 
-def _wrapped_module(
+def _wrap_datasets(
     source: Any, test: Any, config: DataConfig, columns: tuple[str, str], class_names: Sequence[str] | None
 ) -> DataModule:
     """Read datasets of pairs or dicts into memory, and split them as a source."""
-    train = _wrapped(source, config, columns, class_names or _names(source, columns[1]), argument="source")
+    train = _read_dataset(source, config, columns, class_names or _class_names(source, columns[1]), argument="source")
     if test is None:
         held_out = MemoryImages(empty_images(0, config.image_size), np.empty(0, dtype=np.int64), train.label_names)
     else:
-        own = None if class_names else _names(test, columns[1])
+        own = None if class_names else _class_names(test, columns[1])
         if own is not None and tuple(own) != train.label_names:
-            raise ValueError("test: has other classes than source; both need the same, in the same order")
-        held_out = _wrapped(test, config, columns, train.label_names, argument="test")
+            raise ValueError("test: source and test have different classes; both must have the same classes in the same order")
+        held_out = _read_dataset(test, config, columns, train.label_names, argument="test")
     splits = split_samples(train.num_samples, held_out.num_samples, config)
     mean, std = config.mean, config.std
     if mean is None or std is None:
@@ -319,15 +321,15 @@ def _wrapped_module(
     return DataModule(train, held_out, splits, mean, std, transform, 1, config.num_workers)
 
 
-def _names(dataset: Any, label_column: str) -> list[str] | None:
-    """Return the class names of a dataset of torchvision or Hugging Face; None where it has none."""
+def _class_names(dataset: Any, label_column: str) -> list[str] | None:
+    """Return the class names of a torchvision or Hugging Face dataset; None if it does not define them."""
     features = getattr(dataset, "features", None)
     label = features.get(label_column) if isinstance(features, Mapping) else None
     names = getattr(dataset, "classes", None) or getattr(label, "names", None)
     return None if names is None else [str(name) for name in names]
 
 
-def _wrapped(
+def _read_dataset(
     dataset: Any, config: DataConfig, columns: tuple[str, str], class_names: Sequence[str] | None, *, argument: str
 ) -> MemoryImages:
     """Read a dataset of pairs or dicts into memory, resized."""
@@ -336,14 +338,15 @@ def _wrapped(
     labels = np.empty(len(dataset), dtype=np.int64)
     for position in range(len(dataset)):
         where = f"{argument}: item {position}"
-        image, label = _parts(dataset[position], *columns, where)
+        image, label = _split_item(dataset[position], *columns, where)
         images[position] = square_pixels(image, config.image_size, where=where)
-        labels[position] = _label(label, where)
+        labels[position] = _parse_label(label, where)
     names = [str(name) for name in (range(int(labels.max()) + 1) if class_names is None else class_names)]
     if len(set(names)) < len(names):
-        raise ValueError("class_names: two classes have the same name")
+        raise ValueError("class_names: two classes have the same name; rename one of them")
     if labels.max() >= len(names):
-        raise ValueError(f"{argument}: has the label {labels.max()}, but labels must be in 0..{len(names) - 1}")
+        position = int(labels.argmax())
+        raise ValueError(f"{argument}: item {position}: {_label_rule(labels[position], len(names))}")
     return MemoryImages(images, labels, names)
 
 
@@ -351,37 +354,42 @@ def _check_dataset(dataset: Any, config: DataConfig, argument: str) -> None:
     """Raise TypeError for an object without positions, ValueError for an empty dataset or one that exceeds the memory limit."""
     has_positions = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping)
     if not has_positions:
-        remedy = "; give its splits as source and test" if isinstance(dataset, Mapping) else ""
+        remedy = "; pass its splits as source and test" if isinstance(dataset, Mapping) else ""
         name = "the name of a source or " if argument == "source" else ""
         raise TypeError(
             f"{argument}: must be {name}a dataset with __len__ and __getitem__, not {type(dataset).__name__}{remedy}"
         )
     if not len(dataset):
-        raise ValueError(f"{argument}: has no items")
-    if (needed := len(dataset) * config.image_size**2 * 3) > config.memory_limit_mib * 2**20:
+        raise ValueError(f"{argument}: the dataset has no items; at least one is required")
+    size = config.image_size
+    if (needed_bytes := len(dataset) * size**2 * 3) > config.memory_limit_mib * 2**20:
         raise ValueError(
-            f"image_size: {len(dataset)} images of {config.image_size} x {config.image_size} pixels take {needed // 2**20} MiB "
-            f"of memory, more than memory_limit_mib ({config.memory_limit_mib}); raise it, or read a source from disk"
+            f"image_size: {len(dataset)} images of {size}x{size} pixels take {needed_bytes // 2**20} MiB of memory, more than "
+            f"memory_limit_mib: {config.memory_limit_mib}; lower image_size, raise memory_limit_mib, or read a source from disk"
         )
 
 
-def _parts(item: Any, image_column: str, label_column: str, where: str) -> tuple[Any, Any]:
+def _split_item(item: Any, image_column: str, label_column: str, where: str) -> tuple[Any, Any]:
     """Return (image, label) of a pair or a dict."""
     if isinstance(item, Mapping):
         for argument, column in (("image_column", image_column), ("label_column", label_column)):
             if column not in item:
-                raise ValueError(f"{argument}: {where} has no {column!r} (it has {', '.join(map(str, item))})")
+                raise ValueError(f"{argument}: {where} has no key {column!r}; use one of {', '.join(map(str, item))}")
         return item[image_column], item[label_column]
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1]
     raise TypeError(f"{where}: must be a pair (image, label) or a dict, not {type(item).__name__}")
 
 
-def _label(label: Any, where: str) -> int:
-    """Return a whole number, also of an integer tensor or array with one element."""
+def _parse_label(label: Any, where: str) -> int:
+    """Return a label as an int; it may be an integer tensor or array with one element."""
     value = label.item() if isinstance(label, Tensor | np.ndarray) and np.prod(label.shape) == 1 else label
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TypeError(f"{where}: the label must be a whole number, not {value!r} ({type(value).__name__})")
+        raise TypeError(f"{where}: {_label_rule(f'{value!r} ({type(value).__name__})', _MAX_CLASSES)}")
     if not 0 <= value < _MAX_CLASSES:
-        raise ValueError(f"{where}: the label {value} must be at least 0 and below {_MAX_CLASSES}")
+        raise ValueError(f"{where}: {_label_rule(value, _MAX_CLASSES)}")
     return int(value)
+
+
+def _label_rule(value: Any, limit: int) -> str:
+    return f"the label is {value}, but labels must be integers, at least 0 and below {limit}"

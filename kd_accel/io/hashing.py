@@ -1,7 +1,7 @@
 """Content digests of tensors, arrays and settings, independent of paths and times.
 
-The hash is xxh3_128 over names, types, shapes and bytes: fast enough for every start (about 20 GB/s); not cryptographic, so no
-protection against forgery.
+The hash is xxh3_128 over names, types, shapes and bytes. It is fast enough to be computed at every start (about 20 GB/s), but
+not cryptographic: it detects accidental changes, not forgery.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
-    """Compute a digest of settings that JSON can hold, regardless of the order of their keys."""
+    """Compute a digest of JSON-serializable settings, regardless of the order of their keys."""
     return xxhash.xxh3_128(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

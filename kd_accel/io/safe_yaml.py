@@ -1,7 +1,7 @@
-"""Safe YAML loader for untrusted files: plain values, unique keys, and limits of size that are checked before construction.
+"""Safe YAML loader for untrusted files: plain values, unique keys, and size limits that are checked before construction.
 
-In: text or a file. Out: mappings, lists and scalars. Aliases are allowed, and each counts as all values it stands for: nine
-lines of nested aliases can expand to more values than fit in memory.
+Input: text or a file. Output: mappings, lists and scalars. Aliases are allowed. Each alias counts as all values that it expands
+to, because nine lines of nested aliases can expand to more values than fit in memory.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ MAX_BYTES = 256 * 2**10
 MAX_VALUES = 20_000
 MAX_DEPTH = 32
 EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
-"""Floats of YAML 1.2 that YAML 1.1, and so PyYAML, reads as text: `1e-3`, `1.0e3`."""
+"""Floats of YAML 1.2 that YAML 1.1, and therefore PyYAML, parses as text: `1e-3`, `1.0e3`."""
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """YAML loader that raises on a duplicate key in a mapping, where YAML itself keeps the last one."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that raises an error for a duplicate key in a mapping; PyYAML would keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value}", key.start_mark)
+            # pydantic replaces such a letter in the names of its errors, which could not be found then.
+            if any("\ud800" <= letter <= "\udfff" for letter in str(key.value)):
+                raise yaml.constructor.ConstructorError(None, None, "a key has half of a surrogate pair", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML dumper that quotes each text that `load_yaml` would read as a number."""
+    """YAML dumper that quotes text that `load_yaml` would parse as a number."""
 
 
-for _class in (_OnceLoader, _Dumper):
+for _class in (_UniqueKeyLoader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
@@ -48,11 +51,11 @@ def load_yaml(text: str) -> Any:
     """Parse YAML text.
 
     Raises:
-        yaml.YAMLError: The text is not valid YAML, or has a duplicate key or a tag that is not plain.
-        ValueError: It exceeds the limits of values and depth, or a value does not fit its tag.
+        yaml.YAMLError: If the text is not valid YAML, or has a duplicate key or an unsafe tag.
+        ValueError: If the text exceeds the limits of values and depth, or a value does not fit its tag.
     """
     try:
-        loader = _OnceLoader(text)
+        loader = _UniqueKeyLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -60,7 +63,8 @@ def load_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
-    except (KeyError, AttributeError, TypeError, OverflowError) as error:  # `!!bool x`, `!!timestamp x` and similar
+    except (KeyError, AttributeError, TypeError, OverflowError) as error:
+        # PyYAML's own constructors fail in this way for `!!bool x`, `!!timestamp x` and similar.
         raise ValueError(f"a value does not fit its tag ({type(error).__name__})") from None
 
 
@@ -68,9 +72,9 @@ def load_yaml_file(path: Path) -> Any:
     """Parse a YAML file, as `load_yaml` does.
 
     Raises:
-        OSError: The file cannot be read.
+        OSError: If the file cannot be read.
         yaml.YAMLError: See `load_yaml`.
-        ValueError: See `load_yaml`; also for a file that is too long.
+        ValueError: See `load_yaml`; also if the file is too large.
     """
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
@@ -80,7 +84,7 @@ def load_yaml_file(path: Path) -> Any:
 
 
 def place(error: Exception) -> str:
-    """Return position and reason of a YAML error in one line."""
+    """Format the position and reason of a YAML error in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())

@@ -11,15 +11,15 @@ from torch import Tensor
 from kd_accel.errors import describe_error
 
 MAX_HEADER_BYTES = 16 * 2**20
-"""Limit of the header, over a hundred thousand tensors: a longer one is no model's, and parsing takes many times its length."""
+"""Limit of the header, enough for over 100,000 tensors; parsing a header takes many times its size in memory."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file to the CPU, by name.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not a valid safetensors file; the message has the reason.
+        OSError: If the file cannot be read.
+        ValueError: If it is not a valid safetensors file; the message contains the reason.
     """
     if path.exists() and not path.is_file():
         raise ValueError("is not a regular file")
@@ -33,5 +33,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except OSError:
         raise
-    except Exception as error:  # the library raises its own exception, and others for a type that torch does not have
+    except Exception as error:
+        # safetensors raises its own exception, and other exceptions for data types that torch does not have.
         raise ValueError(describe_error(error)) from None

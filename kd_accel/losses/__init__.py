@@ -1,6 +1,6 @@
-"""Losses: pure functions from tensors to scalars, modules around them, and the distiller that combines them.
+"""Distillation losses: functions of tensors, modules with settings, and the distiller that combines them.
 
-`kd_accel.losses.KL`, `kl_loss` and their like are imported on first use; the registry needs no torch.
+Public names such as `kd_accel.losses.KL` are imported on first use, so that the registry can be imported without torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_PLACES = {
+_SUBMODULES = {
     "FeatureLoss": "base",
     "LogitLoss": "base",
     "LossSettings": "base",
@@ -23,7 +23,7 @@ _PLACES = {
     "LossWeights": "distiller",
 }
 
-__all__ = [*_PLACES]
+__all__ = [*_SUBMODULES]
 
 if TYPE_CHECKING:
     from kd_accel.losses.base import FeatureLoss as FeatureLoss
@@ -42,6 +42,6 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    if name in _PLACES:
-        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    if name in _SUBMODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_SUBMODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,9 @@
-"""Base classes of losses: modules with settings, parameters and buffers, built before the shapes are known.
+"""Base classes of losses: modules that are built in two steps, first from their settings, then for feature shapes.
 
-A loss becomes part of the one trained module (`Distiller`), so the DDP wrapper, the optimizer, checkpoints and resume include
-its parameters and buffers. Temperature and weights are arguments of a step, from schedules; they are not settings of a loss.
+A loss is a submodule of the one trained module (`Distiller`), so the DDP wrapper, the optimizer, checkpoints and resume include
+its parameters and buffers. Temperature and weights follow schedules: they are arguments of each step, not settings of a loss.
+
+Shapes: B batch, C classes, D channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ from kd_accel.errors import UserError
 from kd_accel.losses.targets import Identity, TargetFunction
 from kd_accel.models.projectors import Shape
 
-Class = TypeVar("Class", bound="type[_Loss]")
+LossClass = TypeVar("LossClass", bound="type[_Loss]")
 
 
-def register(name: str) -> Callable[[Class], Class]:
-    """Give a loss class the name by which a config finds it. The registry reads the decorator from the source text."""
+def register(name: str) -> Callable[[LossClass], LossClass]:
+    """Register a loss class under the name that configs use.
 
-    def decorate(loss: Class) -> Class:
+    The registry reads the decorator from the source text, so that names are available without importing torch.
+    """
+
+    def decorate(loss: LossClass) -> LossClass:
         loss.name = name
         return loss
 
@@ -31,53 +36,69 @@ def register(name: str) -> Callable[[Class], Class]:
 
 
 class LossSettings(BaseModel):
-    """Base of a loss's settings: strict types, frozen, unknown keys refused.
+    """Base class of a loss's settings: frozen, strictly typed, without unknown keys.
 
-    The "Args:" of the class describe the settings to the user. A rule over several settings is a `model_validator` that raises
-    `ValueError("setting: rule; remedy")`.
+    The "Args:" section of a subclass is the description that users read. A rule that involves several settings is a
+    `model_validator` that raises `ValueError("setting: rule; remedy")`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class _Loss(nn.Module):
-    """Base of both kinds: settings, validated by the class's own `Settings` model.
+    """Common base of logit and feature losses, with settings validated by the nested class `Settings`.
 
-    The docstring of a loss has the sections "Formula:" and "References:", which the table of losses shows. Parameters are
-    trained with the student. Buffers are part of each checkpoint; with several processes those of rank 0 are sent to all before
-    each forward, so a loss that writes to a buffer must write the samples of all processes.
+    The docstring of a loss has the sections "Formula:" and "References:", which the table of losses shows.
+
+    Parameters are trained with the student. Buffers are saved in each checkpoint. With several processes, the buffers of rank 0
+    are broadcast before each forward, so a loss that writes to a buffer must first gather the samples of all processes.
     """
 
     name: ClassVar[str] = ""
     per_sample: ClassVar[bool] = True
-    """Whether the loss is a mean of terms of one sample each, and so equal on any number of processes and accumulation steps.
+    """Whether the loss is a mean over samples, so that it does not depend on the number of processes or accumulation steps.
 
-    Losses over pairs of the batch are not: they are computed over the micro-batch of one process.
+    False for losses that compare the samples of a batch with each other, over the micro-batch of one process.
     """
     uses_index: ClassVar[bool] = False
-    """Whether `index` is needed; it is copied to the device only then."""
+    """Whether `forward` needs `index`, which is copied to the device only then."""
 
     class Settings(LossSettings):
-        """No settings."""
+        """Empty settings."""
 
     def __init__(self, **settings: Any) -> None:
-        """Raises ValueError (pydantic's ValidationError) for unknown or wrong settings."""
+        """Initialize the loss with its settings.
+
+        Args:
+            **settings: Fields of `Settings`.
+
+        Raises:
+            ValueError: If a setting is unknown or not valid (pydantic's `ValidationError`).
+        """
         super().__init__()
         self.settings: Any = type(self).Settings(**settings)
 
     @classmethod
     def checked_settings(cls, args: Mapping[str, Any], *, field: str) -> dict[str, Any]:
-        """Validate settings from a config. Raises UserError that lists every mistake by its dotted name."""
+        """Validate settings from a config, and return them as keyword arguments of the class.
+
+        Args:
+            args: Settings by name.
+            field: Dotted name of the mapping in the config, for messages.
+
+        Raises:
+            UserError: If settings are unknown or not valid. The message lists all of them by dotted name.
+        """
         try:
             cls.Settings(**args)
         except ValidationError as error:
             known = list(cls.Settings.model_fields)
-            raise UserError("; ".join(_explained(mistake, known, field) for mistake in error.errors())) from None
+            raise UserError("; ".join(_describe_mistake(mistake, known, field) for mistake in error.errors())) from None
         return dict(args)
 
 
 class LogitLoss(_Loss):
-    """A distance between the logits of student and teacher."""
+    """Base class of losses that compare the logits of student and teacher."""
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, labels: Tensor, index: Tensor | None = None
@@ -85,47 +106,59 @@ class LogitLoss(_Loss):
         """Compute the loss of a micro-batch.
 
         Args:
-            student_logits: [B, C].
-            teacher_logits: [B, C].
-            temperature: T of this step.
-            labels: int64 [B].
-            index: int64 [B], the samples' positions in their split, on the device; given where `uses_index`.
+            student_logits: Logits of the student, [B, C].
+            teacher_logits: Logits of the teacher, [B, C].
+            temperature: Temperature T of this step, above 0.
+            labels: Class indices, int64 [B].
+            index: Positions of the samples in their source split, int64 [B], on the device; None unless `uses_index`.
 
         Returns:
-            A scalar, finite for finite logits.
+            The loss, a scalar that is finite for finite logits.
         """
         raise NotImplementedError
 
 
 class FeatureLoss(_Loss):
-    """A distance between named feature maps of student and teacher, in two halves.
+    """Base class of losses that compare feature maps of student and teacher, in a frozen and a trained half.
 
-    `target_function` is the frozen half, applied to the teacher's map and stored by a cache. `build` creates the parameters of
-    the other half once the shapes are known, `forward` compares.
+    `target_function` returns the frozen half: a function of the teacher's map alone, whose result a cache can store. `build`
+    creates the parameters of the trained half once the shapes are known. `forward` compares the student's maps with the
+    targets.
     """
 
     def target_function(self, student_shape: Shape, teacher_shape: Shape) -> TargetFunction:
-        """Return the function that is applied to the teacher's map of a layer pair, not fitted."""
+        """Return the function that is applied to the teacher's map of a layer pair, not fitted; by default the identity.
+
+        Args:
+            student_shape: Shape (D, H, W) of the student's map.
+            teacher_shape: Shape (D, H, W) of the teacher's map.
+        """
         return Identity()
 
     def build(self, student_shapes: Mapping[str, Shape], target_shapes: Mapping[str, Shape], *, seed: int) -> None:
-        """Create parameters and buffers. Both mappings have the student's layers as keys; the default has none to create."""
+        """Create parameters and buffers; by default none.
+
+        Args:
+            student_shapes: Shape (D, H, W) of the student's maps by student layer.
+            target_shapes: Shape (D, H, W) of the targets by student layer.
+            seed: Seed of the initial weights, which should depend on nothing else that is random.
+        """
 
     def forward(self, features: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, index: Tensor | None = None) -> Tensor:
         """Compute the loss of a micro-batch.
 
         Args:
-            features: the student's maps [B, D, H, W] by its layer.
-            targets: the teacher's targets by the student's layer.
-            index: int64 [B], the samples' positions in their split, on the device; given where `uses_index`.
+            features: Maps of the student, [B, D, H, W], by student layer.
+            targets: Results of the target functions, [B, D, H, W] with their own D, H and W, by student layer.
+            index: Positions of the samples in their source split, int64 [B], on the device; None unless `uses_index`.
 
         Returns:
-            A scalar.
+            The loss, a scalar.
         """
         raise NotImplementedError
 
 
-def _explained(mistake: Any, known: list[str], field: str) -> str:
+def _describe_mistake(mistake: Any, known: list[str], field: str) -> str:
     """Describe one of pydantic's errors: dotted name, value, rule, remedy."""
     path = [str(part) for part in mistake["loc"]]
     name, kind = ".".join([field, *path]), mistake["type"]
@@ -133,9 +166,11 @@ def _explained(mistake: Any, known: list[str], field: str) -> str:
         return f"{name}: missing, and without a default; set it"
     if kind == "value_error":
         rule = str(mistake["ctx"]["error"])
+        # Errors of a model_validator have no location: their text begins with the name of the setting.
         return f"{name}: {mistake['input']!r} is not valid: {rule}" if path else f"{name}.{rule}"
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(path[-1], known, n=1)
-        advice = f"did you mean {field}.{close[0]}?" if close else f"its settings are {', '.join(known) or 'none'}"
-        return f"{name}: no such setting; {advice}"
+        if close:
+            return f"{name}: no such setting; did you mean {field}.{close[0]}?"
+        return f"{name}: no such setting; " + (f"use one of {', '.join(known)}" if known else "remove it: the loss has none")
     return f"{name}: {mistake['input']!r} is not valid: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}"

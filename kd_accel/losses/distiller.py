@@ -1,9 +1,15 @@
-"""The one module that is trained: the student and every loss with its parameters, under one DDP wrapper.
+"""The trained module: the student and all losses with their parameters, under one DDP wrapper.
 
-    loss = alpha * logit loss + label_weight * cross-entropy + sum over feature losses of weight * loss
+    loss = alpha * logit loss + label_weight * cross-entropy + sum over feature losses of weight * feature loss
 
-With `label_weight` unset it is 1 - alpha. The teacher is not part of the module: it would be saved in each checkpoint, switched
-by train() and broadcast by DDP.
+`label_weight` is 1 - alpha by default. The teacher is not a submodule, because it would then be saved in each checkpoint,
+switched to training mode by `train()`, and broadcast by DDP.
+
+Shapes: B batch, C classes, D channels, H height, W width.
+
+References:
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (logit loss and cross-entropy).
+    Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015 (feature losses).
 """
 
 from __future__ import annotations
@@ -25,18 +31,18 @@ from kd_accel.profiling import profiler_range
 from kd_accel.types import TeacherOutput
 
 Layers = Mapping[str, str]
-"""{student layer: teacher layer}."""
+"""Pairs of compared layers, {student layer: teacher layer}."""
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Temperature and weights of one step.
+    """Temperature and weights of the loss in one step.
 
-    Args:
-        temperature: T of the logit loss.
-        alpha: weight of the logit loss.
-        label_weight: weight of the cross-entropy; None = 1 - alpha, or 1 without a logit loss.
-        features: weight of each feature loss, by its name.
+    Attributes:
+        temperature: Temperature T of the logit loss, above 0.
+        alpha: Weight of the logit loss.
+        label_weight: Weight of the cross-entropy; None = 1 - alpha, or 1 without a logit loss.
+        features: Weight of each feature loss by name; 1 for a name that is missing.
     """
 
     temperature: float = 4.0
@@ -46,12 +52,12 @@ class LossWeights:
 
 
 class DistillerOutput(NamedTuple):
-    """Result of one forward.
+    """Output of `Distiller.forward`.
 
-    Args:
-        loss: the weighted sum, a scalar.
-        terms: each summand before its weight, scalars by term name: `ce`, the logit loss's name, `features/NAME`.
-        logits: of the student, [B, C].
+    Attributes:
+        loss: Weighted sum of the terms, a scalar.
+        terms: Terms before weighting, scalars by name: `ce`, the name of the logit loss, and `features/NAME`.
+        logits: Logits of the student, [B, C], in float32 or float64.
     """
 
     loss: Tensor
@@ -60,27 +66,26 @@ class DistillerOutput(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """A student with the losses by which it learns; without a logit or feature loss it is plain training.
+    """Student and distillation losses in one module; without a logit or feature loss, its loss is the cross-entropy.
+
+    With feature losses, call `start_recording` before the first forward, and `stop_recording` after the last one.
 
     Args:
-        student: plain network, normalized images [B, 3, H, W] -> logits [B, C].
-        mean: per-channel mean in 0..1 for the student.
-        std: per-channel standard deviation in 0..1 for the student.
-        logits: loss on the logits, None for none.
-        features: feature losses by name.
-        layers: {student layer: teacher layer} that are compared: for all feature losses, or by the name of each.
-        target_shapes: (D, H, W) of each target by the teacher's layer, as `TeacherCache.shapes` or the target functions give
-            them.
-        image_size: side of the images in pixels, with which the student's layers are measured.
-        label_smoothing: of the cross-entropy.
-        seed: of the initial weights of learned projectors.
-        memory_format: of the images and all maps; by default the one of the images.
+        student: Network that maps normalized images, float32 [B, 3, H, W], to logits [B, C].
+        mean: Mean per channel for the student's input normalization, as fractions of 1.
+        std: Standard deviation per channel for the student's input normalization, as fractions of 1.
+        logits: Loss on the logits; None = no such term.
+        features: Feature losses by name. The names are also those of their weights and of the terms `features/NAME`.
+        layers: Pairs of compared layers, {student layer: teacher layer}: one mapping for all feature losses, or one per name.
+        target_shapes: Shape (D, H, W) of each target by teacher layer, as in `TeacherCache.shapes`.
+        image_size: Height and width of the images in pixels, for a forward that determines the shapes of the student's layers.
+        label_smoothing: Label smoothing of the cross-entropy, from 0 to 1.
+        seed: Seed of the initial weights of learned projectors.
+        memory_format: Memory format of images and feature maps; `torch.preserve_format` = that of the images.
 
     Raises:
-        UserError: a layer is not found or not a feature map.
-        ValueError: `layers` or `target_shapes` does not fit the feature losses.
-
-    Call `start_recording` before the first forward with feature losses, `stop_recording` at the end.
+        UserError: If a layer of the student is not found, or does not output a feature map.
+        ValueError: If `layers` or `target_shapes` does not match the feature losses.
     """
 
     def __init__(  # noqa: PLR0913  (the parts of a distillation)
@@ -108,29 +113,29 @@ class Distiller(nn.Module):
         shapes = probe_layers(student, recorded, image_size=image_size)
         self.feature_losses = nn.ModuleDict()
         for name, loss in (features or {}).items():
-            own = {layer: shapes[layer] for layer in self._layers[name]}
-            loss.build(own, _shapes_of_targets(self._layers[name], target_shapes or {}), seed=seed)
+            student_shapes = {layer: shapes[layer] for layer in self._layers[name]}
+            loss.build(student_shapes, _target_shapes(self._layers[name], target_shapes or {}), seed=seed)
             self.feature_losses[module_key(name)] = loss
         self._extractor = FeatureExtractor(student, recorded)
 
     @property
     def term_names(self) -> list[str]:
-        """Names of the summands, in the order of `DistillerOutput.terms`."""
+        """Names of the terms, in the order of `DistillerOutput.terms`."""
         logits = [self.logit_loss.name or "logits"] if self.logit_loss is not None else []
         return ["ce", *logits, *(f"features/{name}" for name in self._layers)]
 
     @property
     def uses_index(self) -> bool:
-        """Whether a loss needs the samples' positions."""
+        """True if a loss needs the positions of the samples."""
         losses = [*self.feature_losses.values(), *([self.logit_loss] if self.logit_loss is not None else [])]
         return any(loss.uses_index for loss in losses)
 
     def start_recording(self) -> None:
-        """Register the hooks on the compared layers; `stop_recording` must follow."""
+        """Register forward hooks on the compared layers, until `stop_recording` removes them."""
         self._extractor.open()
 
     def stop_recording(self) -> None:
-        """Remove the hooks."""
+        """Remove the forward hooks."""
         self._extractor.close()
 
     def forward(
@@ -145,18 +150,43 @@ class Distiller(nn.Module):
         """Compute the loss of a micro-batch.
 
         Args:
-            images: uint8 [B, 3, H, W], the pixels of the view.
-            target: output of the teacher for the same view; empty for plain training.
-            labels: int64 [B].
-            weights: temperature and weights of this step.
-            index: int64 [B], the samples' positions in their split, on the device; needed where `uses_index`.
+            images: Pixels of the view, uint8 [B, 3, H, W].
+            target: Output of the teacher for the same view; `TeacherOutput()` without a logit or feature loss.
+            labels: Class indices, int64 [B].
+            weights: Temperature and weights of this step; None = the defaults of `LossWeights`.
+            index: Positions of the samples in their source split, int64 [B], on the device; required if `uses_index`.
+
+        Returns:
+            The loss, its terms, and the student's logits [B, C].
+
+        Raises:
+            ValueError: If `target` lacks logits or features of a loss, or `weights` has the name of no feature loss.
+            RuntimeError: If there are feature losses and `start_recording` was not called.
         """
         weights = weights or LossWeights()
+        self._refuse_mismatch(target, weights)
         with profiler_range("student"):
-            logits = full_precision(self.student(self.normalize(images)))  # cast once, for all losses and their gradients
+            # Cast once: otherwise each loss would cast the logits, and each backward their gradient.
+            logits = full_precision(self.student(self.normalize(images)))
         recorded = self._extractor.take()
         with profiler_range("loss"):
             return self._combine(logits, recorded, target, labels, weights, index)
+
+    def _refuse_mismatch(self, target: TeacherOutput, weights: LossWeights) -> None:
+        """Raise ValueError if the teacher's output or the weights do not match the losses."""
+        if self.logit_loss is not None and target.logits is None:
+            raise ValueError("target: lacks logits, which the logit loss compares; pass TeacherOutput(logits=...)")
+        teacher_layers = [layer for pairs in self._layers.values() for layer in pairs.values()]
+        if missing := [layer for layer in teacher_layers if layer not in target.features]:
+            raise ValueError(
+                f"target: lacks features of the teacher's layers {', '.join(missing)}; pass TeacherOutput(features={{...}}) of "
+                "all compared layers"
+            )
+        if unknown := [name for name in weights.features if name not in self._layers]:
+            raise ValueError(
+                f"weights.features: {', '.join(unknown)} not found among the feature losses "
+                f"({', '.join(self._layers) or 'none'}); use their names as keys"
+            )
 
     def _combine(
         self,
@@ -171,7 +201,7 @@ class Distiller(nn.Module):
         loss = terms["ce"]
         label_weight = weights.label_weight
         if self.logit_loss is not None:
-            assert target.logits is not None, "a logit loss needs the teacher's logits"
+            assert target.logits is not None, "checked by _refuse_mismatch"
             distance = self.logit_loss(logits, target.logits, temperature=weights.temperature, labels=labels, index=index)
             terms[self.term_names[1]] = distance
             label_weight = 1 - weights.alpha if label_weight is None else label_weight
@@ -179,10 +209,10 @@ class Distiller(nn.Module):
         elif label_weight is not None:
             loss = label_weight * loss
         if self._layers and not recorded:
-            raise RuntimeError("no features are recorded: call start_recording() before the first forward")
+            raise RuntimeError("no features were recorded; call start_recording() before the first forward")
         for name, pairs in self._layers.items():
             features = {layer: recorded[layer] for layer in pairs}
-            targets = {layer: target.features[theirs] for layer, theirs in pairs.items()}
+            targets = {layer: target.features[teacher_layer] for layer, teacher_layer in pairs.items()}
             distance = self.feature_losses[module_key(name)](features, targets, index=index)
             terms[f"features/{name}"] = distance
             loss = loss + weights.features.get(name, 1.0) * distance
@@ -190,21 +220,27 @@ class Distiller(nn.Module):
 
 
 def _layers_by_loss(features: Mapping[str, FeatureLoss], layers: Layers | Mapping[str, Layers]) -> dict[str, dict[str, str]]:
-    """Return {feature loss: {student layer: teacher layer}}. Raises ValueError if one has no layers, or layers no loss."""
+    """Return the layer pairs of each feature loss. Raises ValueError for a loss without layers, or layers without a loss."""
     nested = {name: pairs for name, pairs in layers.items() if not isinstance(pairs, str)}
     if unknown := nested.keys() - features.keys():
-        raise ValueError(f"layers: {', '.join(sorted(unknown))} is not one of the feature losses ({', '.join(features)})")
-    shared = {layer: theirs for layer, theirs in layers.items() if isinstance(theirs, str)}
-    found = {name: dict(nested.get(name, shared)) for name in features}
-    if empty := [name for name, pairs in found.items() if not pairs]:
-        raise ValueError(f"layers: none are given for the feature losses {', '.join(empty)}")
-    return found
-
-
-def _shapes_of_targets(pairs: Layers, target_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Return the target's shape by the student's layer. Raises ValueError for a layer of the teacher without a shape."""
-    if missing := [theirs for theirs in pairs.values() if theirs not in target_shapes]:
         raise ValueError(
-            f"target_shapes: missing for the teacher's layers {', '.join(missing)} (given: {', '.join(target_shapes)})"
+            f"layers: {', '.join(sorted(unknown))} not found among the feature losses ({', '.join(features) or 'none'}); use "
+            "their names as keys"
         )
-    return {layer: target_shapes[theirs] for layer, theirs in pairs.items()}
+    shared = {student_layer: teacher_layer for student_layer, teacher_layer in layers.items() if isinstance(teacher_layer, str)}
+    by_loss = {name: dict(nested.get(name, shared)) for name in features}
+    if empty := [name for name, pairs in by_loss.items() if not pairs]:
+        raise ValueError(
+            f"layers: missing for the feature losses {', '.join(empty)}; pass {{student layer: teacher layer}} for each"
+        )
+    return by_loss
+
+
+def _target_shapes(pairs: Layers, target_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the shape of each target by student layer. Raises ValueError if the shape of a teacher layer is missing."""
+    if missing := [layer for layer in pairs.values() if layer not in target_shapes]:
+        raise ValueError(
+            f"target_shapes: missing for the teacher's layers {', '.join(missing)} (given: "
+            f"{', '.join(target_shapes) or 'none'}); pass (D, H, W) of each target, as in TeacherCache.shapes"
+        )
+    return {student_layer: target_shapes[teacher_layer] for student_layer, teacher_layer in pairs.items()}

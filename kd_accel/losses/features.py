@@ -1,6 +1,8 @@
-"""Losses on feature maps [B, D, H, W].
+"""Losses on feature maps.
 
-Half types are computed in float32, float64 stays float64; autocast is off inside.
+Half-precision inputs are computed in float32, float64 inputs in float64; autocast is disabled inside.
+
+Shapes: B batch, D channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -25,37 +27,38 @@ _RESERVED_KEYS = frozenset(dir(nn.ModuleDict()))
 
 
 def mse_loss(student_map: Tensor, target_map: Tensor) -> Tensor:
-    """Compute the mean squared error over all elements.
+    """Compute the mean squared error between two maps with the same channels.
 
-    The larger map is average-pooled to the smaller one's height and width.
+    Maps of different sizes are average-pooled to the smaller height and the smaller width.
 
     Args:
-        student_map: [B, D, H, W].
-        target_map: [B, D, H', W'], same channels.
+        student_map: Map of the student, [B, D, H, W].
+        target_map: Map of the target, [B, D, H', W'].
 
     Returns:
-        A scalar.
+        The mean over all elements, a scalar.
     """
     with torch.autocast(student_map.device.type, enabled=False):
-        student, target = _meet(full_precision(student_map), full_precision(target_map))
+        student, target = _pool_to_common_size(full_precision(student_map), full_precision(target_map))
+        # The dimensions are put in memory order: `_MeanSquare` flattens the maps, which would copy channels_last ones.
         if student.is_contiguous(memory_format=torch.channels_last):
-            student, target = student.movedim(1, -1), target.movedim(1, -1)  # in memory order, so that no copy is made
+            student, target = student.movedim(1, -1), target.movedim(1, -1)
         loss: Tensor = _MeanSquare.apply(student, target)
         return loss
 
 
 @register("mse")
 class MSE(FeatureLoss):
-    """Mean squared error between feature maps in the same channels, summed over the layers.
+    """Mean squared error between feature maps with the same channels, summed over the layers.
 
-    The direction says which side is projected:
+    `direction` selects the side whose channels are projected:
 
-    - `student_to_teacher`: a learned 1x1 convolution brings the student's map to the teacher's channels (FitNets).
-    - `teacher_to_student`: a frozen PCA brings the teacher's map to the student's channels.
-    - `both`: that PCA, and a learned 1x1 convolution of the student's own width.
+    - `student_to_teacher`: a learned 1x1 convolution maps the student's channels to the teacher's (FitNets).
+    - `teacher_to_student`: a frozen PCA maps the teacher's channels to the student's.
+    - `both`: the PCA of `teacher_to_student`, and a learned 1x1 convolution that keeps the number of the student's channels.
 
     Formula:
-        sum over layers of mean((projected student - target)^2)
+        Sum over layers of mean((projected student - target)^2)
 
     References:
         Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015.
@@ -65,8 +68,8 @@ class MSE(FeatureLoss):
         """Settings of `mse`.
 
         Args:
-            direction: which side is projected.
-            pca_images: training images on which the PCA is fitted (view 0).
+            direction: Side whose channels are projected.
+            pca_images: Number of training images, in view 0, on which the PCA is fitted.
         """
 
         direction: Direction = "both"
@@ -83,19 +86,27 @@ class MSE(FeatureLoss):
         self.projectors = nn.ModuleDict()
 
     def target_function(self, student_shape: Shape, teacher_shape: Shape) -> TargetFunction:
-        """Return the identity or a PCA to the student's channels. Raises UserError if the PCA would have to add channels."""
+        """Return the identity, or a PCA to the student's channels.
+
+        Args:
+            student_shape: Shape (D, H, W) of the student's map.
+            teacher_shape: Shape (D, H, W) of the teacher's map.
+
+        Raises:
+            UserError: If a PCA is needed and the teacher's map has fewer channels than the student's.
+        """
         if self.settings.direction == "student_to_teacher":
             return Identity()
-        student, teacher = student_shape[0], teacher_shape[0]
-        if teacher < student:
+        student_channels, teacher_channels = student_shape[0], teacher_shape[0]
+        if teacher_channels < student_channels:
             raise UserError(
-                f"direction: {self.settings.direction} cannot bring the {teacher} channels of the teacher to {student}: "
-                "a PCA only removes channels; use student_to_teacher"
+                f"direction: {self.settings.direction} cannot project the teacher's {teacher_channels} channels to the "
+                f"student's {student_channels}, because a PCA cannot add channels; use student_to_teacher"
             )
-        return PCA(student, images=self.settings.pca_images)
+        return PCA(student_channels, images=self.settings.pca_images)
 
     def build(self, student_shapes: Mapping[str, Shape], target_shapes: Mapping[str, Shape], *, seed: int) -> None:
-        """Create the learned projectors of the student's side."""
+        """Create the learned projectors of the student's layers; see `FeatureLoss.build` for the arguments."""
         if self.settings.direction == "teacher_to_student":
             return
         for layer, shape in student_shapes.items():
@@ -103,7 +114,7 @@ class MSE(FeatureLoss):
             self.projectors[module_key(layer)] = projector
 
     def forward(self, features: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, index: Tensor | None = None) -> Tensor:
-        """Return the sum over layers of `mse_loss`; arguments as in `FeatureLoss.forward`."""
+        """Compute the sum of `mse_loss` over the layers; see `FeatureLoss.forward` for the arguments."""
         if self.projectors:
             with profiler_range("projector"):
                 features = {layer: self.projectors[module_key(layer)](feature) for layer, feature in features.items()}
@@ -111,13 +122,13 @@ class MSE(FeatureLoss):
 
 
 def module_key(name: str) -> str:
-    """Return the name of a layer or loss as a key of a ModuleDict, which takes no dots and none of its attributes' names."""
+    """Convert the name of a layer or loss to a key of `nn.ModuleDict`, which may be neither dotted nor an attribute's name."""
     key = name.replace(".", "/")
     return f"{key}/" if key in _RESERVED_KEYS else key
 
 
 class _MeanSquare(torch.autograd.Function):
-    """Mean of (student - target)^2, keeping their difference alone for the backward; torch's mse_loss keeps both maps."""
+    """Mean of (student - target)^2 that saves only the difference for the backward, where torch's mse_loss saves both maps."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, target: Tensor) -> Tensor:
@@ -129,16 +140,19 @@ class _MeanSquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (difference,) = ctx.saved_tensors
-        own = difference * (gradient * (2 / difference.numel()))
-        return own if ctx.needs_input_grad[0] else None, -own if ctx.needs_input_grad[1] else None
+        student_gradient = difference * (gradient * (2 / difference.numel()))
+        return (
+            student_gradient if ctx.needs_input_grad[0] else None,
+            -student_gradient if ctx.needs_input_grad[1] else None,
+        )
 
 
-def _meet(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _pool_to_common_size(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     size = (min(student.shape[2], target.shape[2]), min(student.shape[3], target.shape[3]))
-    return _pooled(student, size), _pooled(target, size)
+    return _pool(student, size), _pool(target, size)
 
 
-def _pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
+def _pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
     if feature.shape[2:] == size:
         return feature
     if feature.is_cuda and torch.are_deterministic_algorithms_enabled():
@@ -147,17 +161,20 @@ def _pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pooled_by_products(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return `adaptive_avg_pool2d(feature, size)` as two matrix products: [B, D, H, W] -> [B, D, *size].
+    """Compute `adaptive_avg_pool2d(feature, size)` as two matrix products.
 
-    CUDA has no deterministic backward of the pooling itself; its matrix products are deterministic. They are in float64, which
-    TF32 does not touch.
+    The backward of CUDA's pooling is not deterministic, that of its matrix products is. They are computed in float64, to which
+    TF32 does not apply.
+
+    Shape:
+        [B, D, H, W] -> [B, D, *size].
     """
-    samples, columns = (_window_means(n, out, feature.device) for n, out in zip(feature.shape[2:], size, strict=True))
-    return (samples @ feature.double() @ columns.T).to(feature.dtype)
+    rows, columns = (_pooling_weights(n, out, feature.device) for n, out in zip(feature.shape[2:], size, strict=True))
+    return (rows @ feature.double() @ columns.T).to(feature.dtype)
 
 
-def _window_means(length: int, windows: int, device: torch.device) -> Tensor:
-    """Return the weights of the means over the windows of adaptive pooling, float64 [windows, length]."""
-    at, window = torch.arange(length, device=device), torch.arange(windows, device=device)[:, None]
+def _pooling_weights(length: int, windows: int, device: torch.device) -> Tensor:
+    """Return the matrix that averages over the windows of adaptive pooling, float64 [windows, length]."""
+    position, window = torch.arange(length, device=device), torch.arange(windows, device=device)[:, None]
     first, end = window * length // windows, -(-(window + 1) * length // windows)
-    return ((at >= first) & (at < end)).double() / (end - first)
+    return ((position >= first) & (position < end)).double() / (end - first)

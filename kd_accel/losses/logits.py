@@ -1,6 +1,8 @@
-"""Losses on logits: cross-entropy against labels, and distances to the teacher's logits.
+"""Losses on logits: cross-entropy with labels, and KL divergence from the teacher's distribution.
 
-Shapes: logits [B, C]. Half types are computed in float32, float64 stays float64; autocast is off inside.
+Half-precision inputs are computed in float32, float64 inputs in float64; autocast is disabled inside.
+
+Shapes: B batch, C classes.
 """
 
 from __future__ import annotations
@@ -13,36 +15,39 @@ from kd_accel.losses.base import LogitLoss, LossSettings, register
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """Cast half types to float32."""
+    """Cast half-precision tensors to float32; float32 and float64 tensors are returned unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the cross-entropy, mean over the batch.
+    """Compute the cross-entropy with labels.
 
     Args:
-        logits: [B, C].
-        labels: int64 [B], class indices.
-        label_smoothing: share of the target that is spread over all classes.
+        logits: Logits, [B, C].
+        labels: Class indices, int64 [B].
+        label_smoothing: Probability mass of the target that is spread evenly over all classes, from 0 to 1.
+
+    Returns:
+        The mean over the batch, a scalar.
     """
     with torch.autocast(logits.device.type, enabled=False):
         return functional.cross_entropy(full_precision(logits), labels, label_smoothing=label_smoothing)
 
 
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, t_squared: bool = True) -> Tensor:
-    """Compute KL(teacher || student) of both distributions softened by the temperature.
+    """Compute the KL divergence KL(teacher || student) of the distributions softened by a temperature.
 
-    The result is exactly 0 where the two agree; where they nearly agree rounding can leave it below 0 by the order of the
-    dtype's epsilon.
+    The result is exactly 0 for equal logits. For nearly equal logits, rounding can make it negative by about the epsilon of the
+    dtype.
 
     Args:
-        student_logits: [B, C].
-        teacher_logits: [B, C].
-        temperature: T, above 0.
-        t_squared: multiply by T squared, so that the gradient keeps its size as T changes.
+        student_logits: Logits of the student, [B, C].
+        teacher_logits: Logits of the teacher, [B, C].
+        temperature: Temperature T, above 0.
+        t_squared: Whether to multiply by T squared, so that the magnitude of the gradients changes little with T.
 
     Returns:
-        A scalar: summed over classes, mean over the batch.
+        The sum over classes, averaged over the batch, a scalar.
 
     References:
         Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2.
@@ -56,7 +61,7 @@ def kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 
 @register("kl")
 class KL(LogitLoss):
-    """KL divergence between softened distributions: `kl_loss` as a module.
+    """KL divergence of the softened distributions of teacher and student; see `kl_loss`.
 
     Formula:
         T^2 * KL(softmax(teacher / T) || softmax(student / T))
@@ -69,7 +74,7 @@ class KL(LogitLoss):
         """Settings of `kl`.
 
         Args:
-            t_squared: multiply by T squared (Hinton's convention).
+            t_squared: Multiply by T squared, as Hinton et al. do.
         """
 
         t_squared: bool = True
@@ -77,5 +82,5 @@ class KL(LogitLoss):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, labels: Tensor, index: Tensor | None = None
     ) -> Tensor:
-        """Return `kl_loss` of the logits; arguments as in `LogitLoss.forward`."""
+        """Compute `kl_loss`; see `LogitLoss.forward` for the arguments."""
         return kl_loss(student_logits, teacher_logits, temperature=temperature, t_squared=self.settings.t_squared)

@@ -1,7 +1,7 @@
-"""Losses by name: their classes, their settings and the table of all of them.
+"""Registry of losses: lookup by name, validation of settings, and the table of all registered losses.
 
-A loss is a module in a file of this package (or `import:package.module:Class`), with its settings as a pydantic model inside
-the class. Names are read from the source text, so that a config can be checked before torch is imported.
+A loss is a class in a file of this package, or a user's class given as `import:package.module:Class`; its settings are a nested
+pydantic model. Registered names are read from the source text, so that a config can be checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _BASES: dict[str, Kind] = {"LogitLoss": "logits", "FeatureLoss": "features"}
 
 @dataclass(frozen=True)
 class LossDescription:
-    """A loss as its class describes it.
+    """Description of a loss, from the docstring and the attributes of its class.
 
-    Args:
-        kind: logits or features.
-        name: registered name; empty for a class of the user.
-        summary: first line of the docstring.
-        formula: section "Formula:" of the docstring, empty without one.
-        paper: section "References:" of the docstring, empty without one.
-        per_sample: whether the loss is a mean of terms of one sample each.
-        settings: (name, default, description) of each setting; the default is None for one that must be given.
+    Attributes:
+        kind: Kind of the compared tensors, logits or features.
+        name: Registered name; empty for a user's class.
+        summary: First line of the docstring.
+        formula: Section "Formula:" of the docstring; empty if missing.
+        paper: Section "References:" of the docstring; empty if missing.
+        per_sample: Whether the loss is a mean over samples.
+        settings: Tuple (name, default, description) of each setting; the default is None if the setting is required.
     """
 
     kind: Kind
@@ -52,8 +52,8 @@ class LossDescription:
 
 
 @cache
-def _found() -> dict[tuple[str, str], tuple[str, str]]:
-    """Read (kind, name) -> (module, class) of every `@register("name")` in this package."""
+def _registered() -> dict[tuple[str, str], tuple[str, str]]:
+    """Find every `@register("name")` in the source of this package, as {(kind, name): (module, class)}."""
     classes = [
         (node, path.stem)
         for path in sorted(Path(__file__).parent.glob("*.py"))
@@ -71,7 +71,7 @@ def _found() -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def _kind(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> Kind:
-    """Return the kind of a class that derives from a base class, directly or through another loss."""
+    """Return the kind of a class that derives from one of `_BASES`, directly or through another loss."""
     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
     for base in bases:
         if base in _BASES:
@@ -89,25 +89,25 @@ def _registered_name(node: ast.ClassDef) -> str | None:
 
 
 def names(kind: Kind) -> list[str]:
-    """Return the names of the losses of a kind. Imports no torch."""
-    return sorted(name for own, name in _found() if own == kind)
+    """Return the sorted names of the registered losses of a kind, without importing torch."""
+    return sorted(name for own, name in _registered() if own == kind)
 
 
 def load_loss(kind: Kind, name: str, *, field: str = "loss") -> Any:
     """Import the class of a loss.
 
     Args:
-        kind: logits or features.
-        name: a name of `names`, or `import:package.module:Class`.
-        field: the setting that holds the name, for messages.
+        kind: Kind of the loss, logits or features.
+        name: Registered name, or `import:package.module:Class`.
+        field: Setting that holds the name, for messages.
 
     Raises:
-        UserError: the name is not known, or what it imports is not a loss of this kind.
+        UserError: If the name is not registered, or the imported object is not a loss of this kind.
     """
     if name.startswith(PREFIX):
         found: Any = resolve_import(name, field=field)
-    elif (kind, name) in _found():
-        module, class_name = _found()[kind, name]
+    elif (kind, name) in _registered():
+        module, class_name = _registered()[kind, name]
         found = getattr(importlib.import_module(module), class_name)
     else:
         known = ", ".join([*names(kind), f"{PREFIX}package.module:Class"])
@@ -121,7 +121,7 @@ def load_loss(kind: Kind, name: str, *, field: str = "loss") -> Any:
 
 
 def _kind_of(loss: Any) -> Kind | None:
-    """Return the kind of an object that may be the class of a loss."""
+    """Return the kind of a loss class; None for any other object."""
     from kd_accel.losses import base
 
     if not isinstance(loss, type):
@@ -130,20 +130,30 @@ def _kind_of(loss: Any) -> Kind | None:
 
 
 def build_loss(kind: Kind, name: str, args: Mapping[str, Any], *, field: str) -> LogitLoss | FeatureLoss:
-    """Build a loss from its settings. Raises UserError that names each setting that is unknown or wrong."""
+    """Build a loss from its name and settings.
+
+    Args:
+        kind: Kind of the loss, logits or features.
+        name: Registered name, or `import:package.module:Class`.
+        args: Settings of the loss.
+        field: Section of the config that holds the name and settings, for messages.
+
+    Raises:
+        UserError: If the name is not a loss of this kind, or settings are unknown or not valid.
+    """
     loss = load_loss(kind, name, field=f"{field}.loss")
     built: LogitLoss | FeatureLoss = loss(**loss.checked_settings(args, field=f"{field}.args"))
     return built
 
 
 def find_losses(name: str) -> list[LossDescription]:
-    """Describe the losses of a name, one of each kind that has it. Imports torch.
+    """Describe all losses with a name, at most one of each kind. Imports torch.
 
     Args:
-        name: a name of `names`, or `import:package.module:Class`.
+        name: Registered name, or `import:package.module:Class`.
 
     Raises:
-        UserError: the name is not known, or what it imports is not a loss.
+        UserError: If the name is not registered, or the imported object is not a loss.
     """
     if name.startswith(PREFIX):
         found: Any = resolve_import(name, field="losses")
@@ -152,15 +162,15 @@ def find_losses(name: str) -> list[LossDescription]:
         return [_describe(found)]
     kinds = [kind for kind in _BASES.values() if name in names(kind)]
     if not kinds:
-        every = sorted({*names("logits"), *names("features")})
-        raise UserError(f"losses: {name!r} is not the name of a loss{nearest(name, every)} (known: {', '.join(every)})")
+        known = sorted({*names("logits"), *names("features")})
+        raise UserError(f"losses: {name!r} is not the name of a loss{nearest(name, known)} (known: {', '.join(known)})")
     return [_describe(load_loss(kind, name)) for kind in kinds]
 
 
 def losses_table() -> str:
-    """Return a Markdown table of the registered losses. Imports torch."""
+    """Format the registered losses as a Markdown table, which docs/losses.md contains. Imports torch."""
     found = [_describe(load_loss(kind, name)) for kind in _BASES.values() for name in names(kind)]
-    header = ["loss", "between", "formula", "settings", "per sample", "paper"]
+    header = ["loss", "compares", "formula", "settings", "per sample", "paper"]
     rows = [header, ["---"] * len(header), *(_row(loss) for loss in found)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -181,22 +191,22 @@ def _row(loss: LossDescription) -> list[str]:
 def _describe(loss: Any) -> LossDescription:
     kind = _kind_of(loss)
     assert kind is not None, f"{loss} is not a loss"
-    docstring, explained = inspect.cleandoc(loss.__doc__ or ""), descriptions(loss.Settings)
+    docstring, texts = inspect.cleandoc(loss.__doc__ or ""), descriptions(loss.Settings)
     settings = tuple(
-        (name, None if field.is_required() else _plain(field.get_default(call_default_factory=True)), explained.get(name, ""))
+        (name, None if field.is_required() else _yaml_value(field.get_default(call_default_factory=True)), texts.get(name, ""))
         for name, field in loss.Settings.model_fields.items()
     )
     formula, paper = _section(docstring, "Formula"), _section(docstring, "References")
     return LossDescription(kind, loss.name, docstring.partition("\n")[0], formula, paper, loss.per_sample, settings)
 
 
-def _plain(default: Any) -> str:
-    """Write a default as YAML has it."""
+def _yaml_value(default: Any) -> str:
+    """Format a default value as in YAML."""
     return default if isinstance(default, str) else json.dumps(default)
 
 
 def _section(docstring: str, title: str) -> str:
-    """Return a section of a Google-style docstring on one line."""
+    """Return the text of a section of a Google-style docstring, joined to one line."""
     _, _, below = docstring.partition(f"{title}:\n")
     lines = []
     for line in below.splitlines():

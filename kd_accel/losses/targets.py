@@ -1,7 +1,9 @@
-"""Target functions: the frozen half of a feature loss, applied to the teacher's map.
+"""Target functions: the frozen half of a feature loss, applied to the teacher's feature maps.
 
-A live teacher applies them in each step, `cache build` stores their results, and their descriptions are part of a cache's
-fingerprint. They are deterministic and hold no trained parameter.
+A live teacher applies them in each step; `cache build` stores their results. Their descriptions are part of a cache's
+fingerprint. Target functions are deterministic and have no trained parameters.
+
+Shapes: B batch, D channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -17,43 +19,47 @@ from kd_accel.models.projectors import FeatureProjector, Shape
 
 
 class TargetFunction(nn.Module):
-    """A frozen function of a teacher's feature map [B, D, H, W]."""
+    """Base class of frozen functions of a teacher's feature map, [B, D, H, W]."""
 
     explained: float | None = None
-    """Share of the variance that the result keeps, where the function has measured it."""
+    """Fraction of the variance that the result keeps, from 0 to 1; None if it was not measured."""
 
     def description(self) -> dict[str, Any]:
-        """Return the settings that decide the function, as plain values with a `name`."""
+        """Return the function's `name` and settings as plain values, from which `build_target` builds it."""
         raise NotImplementedError
 
     def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of one result for a map of the given shape."""
+        """Return the shape (D, H, W) of the result for a map of shape (D, H, W)."""
         raise NotImplementedError
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the function can be applied; one that must first see samples is fitted by `fit`."""
+        """True if the function can be applied: it needs no fit, or was fitted or loaded."""
         return True
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the fitted tensors by name, as a cache or a checkpoint stores them; empty if there are none."""
+        """Return the fitted tensors by name, as caches and checkpoints store them; empty for a function without a fit."""
         return {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take fitted tensors back. Raises ValueError if they do not fit."""
+        """Load fitted tensors, as `tensors` returned them.
+
+        Raises:
+            ValueError: If their names or shapes do not match the function.
+        """
         if tensors:
-            raise ValueError(f"unexpected tensors {sorted(tensors)}")
+            raise ValueError(f"unexpected tensors {', '.join(sorted(tensors))} for a function without a fit")
 
 
 class Identity(TargetFunction):
-    """The map itself."""
+    """Identity: the target is the teacher's feature map itself."""
 
     def description(self) -> dict[str, Any]:
-        """Return the name `identity`, which has no settings."""
+        """Return the name `identity`, without settings."""
         return {"name": "identity"}
 
     def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the map unchanged."""
+        """Return the shape of the map, unchanged."""
         return shape
 
     def forward(self, feature: Tensor) -> Tensor:
@@ -62,26 +68,34 @@ class Identity(TargetFunction):
 
 
 class PCA(TargetFunction):
-    """A projection on the leading principal directions of the teacher's pixels, with the mean as bias.
+    """Principal component analysis over channels: each pixel [D] of the teacher's map is centered, then projected.
+
+    The projection on the leading components is a frozen 1x1 convolution, whose bias subtracts the mean.
 
     Args:
-        channels: number of directions, the channels of the result.
-        images: number of training images on which the directions are fitted.
+        channels: Number of principal components, which are the channels of the result.
+        images: Number of training images on which the components are fitted.
+
+    Raises:
+        ValueError: If `channels` or `images` is below 1.
 
     Shape:
         [B, D, H, W] -> [B, channels, H, W].
+
+    References:
+        Jolliffe, "Principal Component Analysis", 2nd edition, Springer, 2002.
     """
 
     def __init__(self, channels: int, *, images: int = 2048) -> None:
         super().__init__()
         if channels < 1 or images < 1:
-            raise ValueError(f"channels and images must be at least 1, not {channels} and {images}")
+            raise ValueError(f"channels and images must be at least 1, got channels={channels} and images={images}")
         self.channels, self.images = channels, images
         self.projector: FeatureProjector | None = None
         self._sums: _Covariance | None = None
 
     def description(self) -> dict[str, Any]:
-        """Return the name `pca`, the number of directions and the number of images of the fit."""
+        """Return the name `pca`, the number of components, and the number of images of the fit."""
         return {"name": "pca", "channels": self.channels, "images": self.images}
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -90,59 +104,89 @@ class PCA(TargetFunction):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the directions are known, from `fit` or `load`."""
+        """True if the components were fitted or loaded."""
         return self.projector is not None
 
     def fit(self, features: Iterable[Tensor], *, layer: str = "the layer") -> None:
-        """Fit on maps [B, D, H, W] in one pass: `update` for each, then `finish`."""
+        """Fit the components in one pass: `update` for each batch of maps, then `finish`.
+
+        Args:
+            features: Batches of maps, each [B, D, H, W].
+            layer: Name of the layer, for messages.
+
+        Raises:
+            UserError: If the maps have too few pixels.
+        """
         for feature in features:
             self.update(feature)
         self.finish(layer=layer)
 
     def update(self, feature: Tensor) -> None:
-        """Add the pixels of maps [B, D, H, W] to the fit."""
+        """Add the pixels of a batch of maps, [B, D, H, W], to the fit."""
         self._sums = self._sums or _Covariance(feature.shape[1])
         self._sums.update(feature)
 
     def finish(self, *, layer: str = "the layer") -> None:
-        """Compute the directions from what was added. layer: its name, for the error.
+        """Compute the components from the pixels added by `update`.
+
+        Args:
+            layer: Name of the layer, for messages.
 
         Raises:
-            UserError: fewer pixels than `channels` + 1, which leave the directions arbitrary.
+            UserError: If there are fewer than `channels` + 1 pixels, which leave components arbitrary.
         """
         sums, self._sums = self._sums, None
         count = sums.count if sums else 0
         if sums is None or count <= self.channels:
             raise UserError(
-                f"distill.features: {count} pixels at {layer} are too few to fit {self.channels} principal directions; raise "
-                "pca_images (an image gives height times width pixels)"
+                f"distill.features: {count} pixels of {layer} are too few to fit a PCA with {self.channels} components; raise "
+                "args.pca_images (each image contributes height x width pixels)"
             )
-        self.projector, self.explained = sums.leading_directions(self.channels)
+        self.projector, self.explained = sums.leading_components(self.channels)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the directions `conv.weight` [channels, D, 1, 1] and the bias `conv.bias` [channels]; empty before the fit."""
+        """Return the components `conv.weight` [channels, D, 1, 1] and the bias `conv.bias` [channels]; empty before the fit."""
         return dict(self.projector.state_dict()) if self.projector is not None else {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore a fit from what `tensors` returned. Raises ValueError for other names or shapes."""
+        """Load the components and the bias, as `tensors` returned them.
+
+        Raises:
+            ValueError: If their names or shapes do not match a PCA with `channels` components.
+        """
         if tensors.keys() != {"conv.weight", "conv.bias"}:
-            raise ValueError(f"a PCA has conv.weight and conv.bias, not {sorted(tensors)}")
+            raise ValueError(f"a PCA needs the tensors conv.weight and conv.bias, got {', '.join(sorted(tensors)) or 'none'}")
         weight, bias = tensors["conv.weight"], tensors["conv.bias"]
         if weight.ndim != 4 or weight.shape[2:] != (1, 1) or bias.shape != weight.shape[:1] or len(bias) != self.channels:
-            raise ValueError(f"not a 1x1 convolution to {self.channels} channels: {tuple(weight.shape)}")
+            raise ValueError(
+                f"a PCA with {self.channels} components needs conv.weight of shape ({self.channels}, D, 1, 1) and conv.bias of "
+                f"shape ({self.channels},), got {tuple(weight.shape)} and {tuple(bias.shape)}"
+            )
         projector = FeatureProjector(weight.shape[1], weight.shape[0]).requires_grad_(False)
         projector.load_state_dict(tensors)
         self.projector = projector
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Project maps [B, D, H, W] on the directions, [B, channels, H, W]; the function must be fitted."""
-        assert self.projector is not None, "a PCA must be fitted or loaded before it is applied"
+        """Project maps [B, D, H, W] on the components, to [B, channels, H, W].
+
+        Raises:
+            RuntimeError: If the components were neither fitted nor loaded.
+        """
+        if self.projector is None:
+            raise RuntimeError("the PCA is not fitted; call fit() or load() before the first forward")
         projected: Tensor = self.projector(feature)
         return projected
 
 
 def build_target(description: Mapping[str, Any]) -> TargetFunction:
-    """Build the function of a description, not fitted. Raises ValueError for one that is not known."""
+    """Build a target function from its description, not fitted.
+
+    Args:
+        description: Name and settings, as `TargetFunction.description` returns them.
+
+    Raises:
+        ValueError: If the description is not that of a known function.
+    """
     settings = dict(description)
     name = settings.pop("name", None)
     if name == "identity" and not settings:
@@ -153,9 +197,10 @@ def build_target(description: Mapping[str, Any]) -> TargetFunction:
 
 
 class _Covariance:
-    """Sums in float64 over maps given in a fixed order, on the device of the maps.
+    """Running sums for the covariance of pixels, in float64 on the device of the maps.
 
-    They are taken around the mean of the first batch, so that nothing cancels.
+    Pixels are shifted by the mean of the first batch, because the difference of plain sums of squares loses all digits if the
+    mean is large (Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance", 1983).
     """
 
     def __init__(self, channels: int) -> None:
@@ -174,23 +219,23 @@ class _Covariance:
         self._sum += centered.sum(0)
         self._outer += centered.T @ centered
 
-    def leading_directions(self, channels: int) -> tuple[FeatureProjector, float]:
-        """Return the frozen projector on the leading directions, computed on the CPU, and its share of the variance."""
+    def leading_components(self, channels: int) -> tuple[FeatureProjector, float]:
+        """Compute the frozen projector on the leading components, on the CPU, and the fraction of the variance it keeps."""
         assert self._origin is not None
         mean, origin = self._sum.cpu() / self.count, self._origin.cpu()
         covariance = self._outer.cpu() / self.count - mean.outer(mean)
         values, vectors = torch.linalg.eigh(covariance)
-        directions = _with_fixed_signs(vectors.flip(1)[:, :channels].T)
+        components = _with_fixed_signs(vectors.flip(1)[:, :channels].T)
         values = values.flip(0).clamp(min=0)
         projector = FeatureProjector(len(mean), channels).requires_grad_(False)
         with torch.no_grad():
-            projector.conv.weight.copy_(directions[:, :, None, None])
-            projector.conv.bias.copy_(-directions @ (mean + origin))  # type: ignore[union-attr]
+            projector.conv.weight.copy_(components[:, :, None, None])
+            projector.conv.bias.copy_(-components @ (mean + origin))  # type: ignore[union-attr]
         total = values.sum().item()
         return projector, values[:channels].sum().item() / total if total > 0 else 1.0
 
 
-def _with_fixed_signs(directions: Tensor) -> Tensor:
-    """Make the entry of largest magnitude in each direction positive: otherwise one fit would have 2^D results."""
-    largest = directions.abs().argmax(1, keepdim=True)
-    return directions * directions.gather(1, largest).sign()
+def _with_fixed_signs(components: Tensor) -> Tensor:
+    """Flip components [channels, D] so that their entry of largest magnitude is positive; an eigenvector has no sign."""
+    largest = components.abs().argmax(1, keepdim=True)
+    return components * components.gather(1, largest).sign()

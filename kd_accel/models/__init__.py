@@ -1,1 +1,1 @@
-"""Networks: construction by name, weights, feature extraction, projectors, input normalization, and fast execution."""
+"""Networks: construction by name, weights, feature extraction, projectors, input normalization, and fast inference."""

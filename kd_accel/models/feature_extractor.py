@@ -1,7 +1,7 @@
 """Feature extraction: outputs of named modules, recorded by forward hooks during the model's own forward.
 
-The model itself is not changed, and no second forward is needed. `FeatureExtractor` registers its hooks when it is opened and
-removes all of them when it is closed, after an error too. A model is compiled after its extractor was opened, see
+The model is not changed, and no second forward is needed. `FeatureExtractor` registers its hooks when it is opened and removes
+all of them when it is closed, also after an error. A model must be compiled after its extractor is opened; see
 `compile_with_hooks`.
 
 Shapes: B batch, D channels, H height, W width.
@@ -33,7 +33,7 @@ class FeatureExtractor:
         field: Config key or argument that lists the layers, for error messages.
 
     Raises:
-        UserError: A name is not a module of the model.
+        UserError: If a name is not a module of the model.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], *, field: str = "layers") -> None:
@@ -55,7 +55,7 @@ class FeatureExtractor:
         self._features = {}
 
     def take(self) -> dict[str, Tensor]:
-        """Return the features [B, D, H, W] of the latest forward by layer, and release them."""
+        """Return the features [B, D, H, W] of the latest forward by layer, and drop the references to them."""
         features, self._features = self._features, {}
         return features
 
@@ -73,12 +73,13 @@ class FeatureExtractor:
 
 
 def compile_with_hooks(model: nn.Module) -> None:
-    """Compile a model in place whose feature extractor is open.
+    """Compile a model in place while its feature extractor is open.
 
-    By default torch.compile assumes that hooks never change, and reuses the code compiled for one model for another one of the
-    same class, without the second model's hooks. This function enables the guards on hooks.
+    By default torch.compile assumes that hooks never change. It would reuse the compiled code of one model for another model of
+    the same class, without the second model's hooks. This function enables the guards on hooks.
     """
-    from torch._dynamo import config  # slow to import
+    # Imported late because torch._dynamo is slow to import.
+    from torch._dynamo import config
 
     config.skip_nnmodule_hook_guards = False
     model.compile()
@@ -101,8 +102,8 @@ def probe_layers(
         Feature shape (D, H, W) by layer.
 
     Raises:
-        UserError: A layer does not exist, does not run, does not output a feature map, or its output is overwritten in place by
-            a later module; or the model does not accept images of this size. The message lists layers that can be recorded.
+        UserError: If a layer does not exist, does not run or does not output a feature map, if its output is overwritten in
+            place by a later module, or if the model does not accept images of this size. The message lists valid layers.
     """
     modules = {name: _find(model, name, field) for name in names}
     outputs = _record_outputs(model, modules, image_size)
@@ -113,17 +114,17 @@ def probe_layers(
 
 
 def feature_maps(model: nn.Module, *, image_size: int) -> dict[str, tuple[int, int, int]]:
-    """Determine the layers that can be recorded, with their feature shapes, in the order in which they run.
+    """Determine all layers that can be recorded and their feature shapes, in the order of execution.
 
     Args:
-        model: Network; it stays unchanged.
+        model: Network; it is not changed.
         image_size: Height and width of the images, in pixels.
 
     Returns:
         Feature shape (D, H, W) by layer.
 
     Raises:
-        UserError: The model does not accept images of this size.
+        UserError: If the model does not accept images of this size.
     """
     outputs = _record_outputs(model, _named_submodules(model), image_size)
     return {name: tuple(out.value.shape[1:]) for name, out in outputs.items() if out.is_map and not out.is_overwritten}
@@ -133,12 +134,12 @@ def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None
     """Check with one forward that a model outputs logits [B, num_classes].
 
     Args:
-        model: Network to check; it stays unchanged.
+        model: Network to check; it is not changed.
         num_classes: Expected number of logits.
         image_size: Height and width of the images, in pixels.
 
     Raises:
-        UserError: The model does not accept images of this size, or its output has another type or shape.
+        UserError: If the model does not accept images of this size, or its output has another type or shape.
     """
     output = _record_outputs(model, {"": model}, image_size)[""].value
     expected = (_PROBED_IMAGES, num_classes)
@@ -146,7 +147,7 @@ def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None
         actual = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
             f"model.arch: {type(model).__name__} returns {actual} for {_PROBED_IMAGES} images, expected logits of shape "
-            f"{expected}, one per class; use another arch, or fix the function that builds it"
+            f"{expected}, one per class; use another arch, or fix the function that builds the model"
         )
 
 
@@ -159,9 +160,9 @@ class _Output:
 
     @property
     def is_map(self) -> bool:
-        """Whether the output is a feature map of a square image.
+        """True if the output is a feature map [B, D, H, W] of a square image.
 
-        Channels-last outputs [B, H, W, D] and attention weights have dimensions 2 and 3 of different sizes.
+        Equal sizes of dimensions 2 and 3 exclude channels-last outputs [B, H, W, D], except those with W = D.
         """
         return isinstance(self.value, Tensor) and self.value.dim() == 4 and self.value.shape[2] == self.value.shape[3]
 
@@ -171,10 +172,10 @@ class _Output:
 
     @property
     def description(self) -> str:
-        """Type, or shape, of the output for error messages."""
+        """Type or shape of the output, for error messages."""
         if not isinstance(self.value, Tensor):
             return f"returns {type(self.value).__name__}"
-        kind = {3: ", the tokens of a transformer: not supported", 4: ", channels last: not supported"}
+        kind = {3: ", transformer tokens, which are not supported", 4: ", channels last, which is not supported"}
         return f"returns a tensor of shape {tuple(self.value.shape)}{kind.get(self.value.dim(), '')}"
 
 
@@ -217,8 +218,8 @@ def _find(model: nn.Module, name: str, field: str) -> nn.Module:
     close = difflib.get_close_matches(name, modules, n=3)
     top_level = [key for key in modules if "." not in key]
     raise UserError(
-        f"{field}: {type(model).__name__} has no module {name!r}"
-        f"{'; did you mean ' + ' or '.join(close) + '?' if close else ''} (top level: {_shorten(top_level)})"
+        f"{field}: {type(model).__name__} has no module {name!r}; "
+        f"{'did you mean ' + ' or '.join(close) + '? ' if close else 'use another layer '}(top level: {_abbreviate(top_level)})"
     )
 
 
@@ -227,18 +228,18 @@ def _named_submodules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _explain_unusable(model: nn.Module, name: str, output: _Output | None, image_size: int, field: str) -> str:
-    """Return the error message for a layer that cannot be recorded, with the layers that can."""
+    """Return the error message for a layer that cannot be recorded, with a list of layers that can be recorded."""
     outputs = _record_outputs(model, _named_submodules(model), image_size)
     maps = [key for key, value in outputs.items() if value.is_map and not value.is_overwritten]
     top_level = [key for key in maps if "." not in key] or maps
-    remedy = f"use one of {_shorten(top_level)}" if maps else "this model has no feature maps; use another arch"
+    remedy = f"use one of {_abbreviate(top_level)}" if maps else "this model has no feature maps; use another arch"
     layer = f"{field}: {name!r} of {type(model).__name__}"
     if output is None:
-        return f"{layer} does not run in a forward pass; {remedy}"
+        return f"{layer} is not executed in a forward pass; {remedy}"
     if output.is_map:
-        return f"{layer} is overwritten in place by a later module, so its output is lost; {remedy}"
+        return f"{layer} has an output that a later module overwrites in place; {remedy}"
     return f"{layer} is not a feature map [batch, channels, height, width] (it {output.description}); {remedy}"
 
 
-def _shorten(names: Sequence[str]) -> str:
+def _abbreviate(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_LISTED]) + (f", ... {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else "")

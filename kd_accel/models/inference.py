@@ -1,7 +1,7 @@
 """Faster execution of an unchanged network: conv-bn fusion, memory formats, CPU kernels, and the choice of GPU kernels.
 
-Fusion and CPU kernels compute the same function as the original network; sums may differ in their last bits. docs/profile.md
-holds the measurements.
+Fusion and CPU kernels compute the same function as the original network; sums may differ in their last bits. The measurements
+are in docs/profile.md.
 
 Shapes: B batch, D channels, H height, W width.
 """
@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 _PROBED_IMAGES = 2
 _TOLERANCE = 1e-3
+"""Largest difference of the logits of a fused network, relative to the largest logit."""
 
 CpuKernels = Literal["auto", "always", "never"]
 
@@ -28,18 +29,18 @@ CpuKernels = Literal["auto", "always", "never"]
 def fuse_conv_bn(model: nn.Module, *, layers: Collection[str], image_size: int) -> nn.Module | None:
     """Fuse each BatchNorm into the convolution directly before it, in a copy of the model.
 
-    In evaluation mode BatchNorm is one scale and one shift per channel, which the convolution can apply itself. The order of
-    the modules is read from a `torch.fx` trace; the copy keeps the model's own forward and module names, with `nn.Identity` in
+    In evaluation mode BatchNorm is one scale and one shift per channel, which can be folded into the convolution. The order of
+    the modules is read from a `torch.fx` trace. The copy keeps the model's own forward and module names, with `nn.Identity` in
     place of each fused BatchNorm.
 
     Args:
         model: Network to copy; it is not changed.
         layers: Names of the modules whose outputs are used as features.
-        image_size: Height and width in pixels of the random images on which copy and model are compared.
+        image_size: Height and width, in pixels, of the random images on which copy and model are compared.
 
     Returns:
-        The frozen copy in evaluation mode. None if no pair can be fused, if one of `layers` outputs a convolution before its
-        BatchNorm, if the network cannot be traced, or if the copy's outputs differ from the model's.
+        The frozen copy in evaluation mode. None if no pair can be fused, if the output of one of `layers` is that of a
+        convolution before its BatchNorm, if the network cannot be traced, or if the copy's logits differ from the model's.
 
     References:
         Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
@@ -57,10 +58,10 @@ def fuse_conv_bn(model: nn.Module, *, layers: Collection[str], image_size: int) 
 
 
 def image_memory_format(channels_last: bool | None, device: torch.device) -> torch.memory_format:
-    """Return the memory format of images, which all feature maps then inherit.
+    """Return the memory format of images, which all feature maps inherit.
 
     Args:
-        channels_last: None selects channels_last on GPUs, where half-precision kernels are written for it, and the contiguous
+        channels_last: None selects channels_last on GPUs, whose half-precision kernels are written for it, and the contiguous
             format on CPUs, where channels_last slows down maps of few pixels.
         device: Device of the images.
     """
@@ -71,27 +72,27 @@ def image_memory_format(channels_last: bool | None, device: torch.device) -> tor
 def weight_memory_format(channels_last: bool | None, device: torch.device) -> torch.memory_format:
     """Return the memory format of trained weights: that of the images on GPUs, always contiguous on CPUs.
 
-    CPU kernels return contiguous weight gradients for either format of the maps; weights in another format would have every
-    gradient converted, about 5 % of a ResNet's training step.
+    CPU kernels return contiguous weight gradients for maps of either format. With channels_last weights each gradient would
+    be converted, which takes about 5 % of a ResNet's training step.
     """
     return image_memory_format(channels_last, device) if device.type == "cuda" else torch.contiguous_format
 
 
 def use_cpu_kernels(model: nn.Module, device: torch.device, choice: CpuKernels = "auto") -> None:
-    """Turn convolutions into `OnePixelConv2d` and max-pools into `ChannelsLastMaxPool2d`, in place.
+    """Convert convolutions to `OnePixelConv2d` and max-pools to `ChannelsLastMaxPool2d`, in place.
 
     Args:
-        model: Network to change. Parameters, names and hooks stay. Subclasses of `nn.Conv2d`, and convolutions with groups,
-            dilation or unusual padding, are left alone.
+        model: Network to convert. It keeps its parameters, names and hooks. Subclasses of `nn.Conv2d`, and convolutions with
+            groups, dilation, or a padding other than zeros narrower than the kernel, are not converted.
         device: Device on which the network will run.
-        choice: `auto` changes the network for CPUs only: the effect on GPUs is not measured, and TF32 rounds a convolution and
-            a matrix product differently. `always` changes it for any device, `never` for none.
+        choice: `auto` converts the network for CPUs only: the effect on GPUs is not measured, and TF32 rounds a convolution and
+            a matrix product differently. `always` converts it for any device, `never` for none.
     """
     if choice == "never" or (choice == "auto" and device.type != "cpu"):
         return
     for module in model.modules():
-        # Assigning the class, unlike replacing the module, keeps its hooks and every reference to it. Neither subclass has
-        # attributes of its own.
+        # Assigning the class, unlike replacing the module, keeps its hooks and every reference to it. This is safe because
+        # neither subclass has attributes of its own.
         if type(module) is nn.Conv2d and _is_plain(module):
             module.__class__ = OnePixelConv2d
         elif type(module) is nn.MaxPool2d and not module.return_indices:
@@ -102,7 +103,7 @@ class OnePixelConv2d(nn.Conv2d):
     """`nn.Conv2d` that computes an output of one pixel as a matrix product.
 
     The last stages of an ImageNet network reduce small images to maps of one pixel, where a padded 3x3 convolution multiplies
-    zeros with eight of its nine weights. The matrix product uses only the weights that meet the map.
+    eight of its nine weights by zeros. The matrix product uses only the weights that overlap the map.
 
     Shape:
         Input [B, D_in, H, W]; output [B, D_out, H_out, W_out], as `nn.Conv2d`. The matrix product replaces the convolution
@@ -114,11 +115,11 @@ class OnePixelConv2d(nn.Conv2d):
         top, left = cast(tuple[int, int], self.padding)
         if not self._outputs_one_pixel(input, top, left):
             return super().forward(input)
-        # The kernel has one position, with its corner at (-top, -left): it meets the first rows and columns of the map.
+        # The kernel has one position, with its corner at (-top, -left), so it overlaps the first rows and columns of the map.
         height, width = min(self.kernel_size[0] - top, input.shape[2]), min(self.kernel_size[1] - left, input.shape[3])
-        weight = _crop(self.weight, top, left, height, width)
+        weight = _crop_kernel(self.weight, top, left, height, width)
         output = functional.linear(input[:, :, :height, :width].flatten(1), weight.flatten(1), self.bias)
-        # In place: a view made under no_grad could not be modified in place once gradients are enabled again.
+        # In place, because a view created under no_grad cannot be modified in place after gradients are enabled again.
         return output.unsqueeze_(2).unsqueeze_(3)
 
     def _outputs_one_pixel(self, input: Tensor, top: int, left: int) -> bool:
@@ -130,8 +131,8 @@ class OnePixelConv2d(nn.Conv2d):
 class ChannelsLastMaxPool2d(nn.MaxPool2d):
     """`nn.MaxPool2d` that converts contiguous maps to channels_last, for which PyTorch has a vectorized CPU kernel.
 
-    Outputs equal those of `nn.MaxPool2d` to the bit, in the same memory format. Maps that require a gradient are not converted:
-    converting the gradient back would cost what the forward gains.
+    Outputs are bitwise equal to those of `nn.MaxPool2d`, in the same memory format. Maps that require a gradient are not
+    converted, because converting the gradient back would take as long as the forward saves.
 
     Shape:
         Input [B, D, H, W]; output [B, D, H_out, W_out].
@@ -147,13 +148,13 @@ class ChannelsLastMaxPool2d(nn.MaxPool2d):
 def choose_kernels(*, deterministic: bool = False, tf32: bool = True) -> None:
     """Set PyTorch's process-wide switches for autotuned, deterministic and TF32 kernels.
 
-    Call it before CUDA is initialized: cuBLAS reads its workspace configuration only then.
+    Call this function before CUDA is initialized: cuBLAS reads its workspace configuration only at that time.
 
     Args:
-        deterministic: Allow deterministic algorithms only, on any device; slower. If False, cuDNN times its kernels for each
-            shape and keeps the fastest.
+        deterministic: Allow only deterministic algorithms, on any device, which is slower. If False, cuDNN benchmarks its
+            kernels for each shape and uses the fastest.
         tf32: Allow float32 convolutions and matrix products to round their inputs to TF32 (10 bits of mantissa) on GPUs that
-            support it. PyTorch's defaults mix two precisions: TF32 in convolutions, float32 in matrix products.
+            support it. PyTorch's defaults are TF32 for convolutions and float32 for matrix products.
     """
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = tf32
@@ -164,10 +165,14 @@ def choose_kernels(*, deterministic: bool = False, tf32: bool = True) -> None:
 
 
 def _conv_bn_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the names (convolution, BatchNorm) of all pairs in which each module is called once and feeds nothing else."""
+    """Return the names (convolution, BatchNorm) of all pairs that can be fused.
+
+    Each module of a pair is called once, and no other module uses the output of the convolution.
+    """
     try:
         nodes = list(fx.symbolic_trace(model).graph.nodes)
-    except Exception:  # a model's own code can raise anything when it is traced without values
+    except Exception:
+        # The model's code can raise any exception when it is traced without values.
         return []
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(id(modules[node.target]) for node in nodes if node.op == "call_module")
@@ -187,15 +192,15 @@ def _calls(node: fx.Node, modules: dict[str, nn.Module], kind: type[nn.Module]) 
 
 
 def _separates(layer: str, convolution: str, norm: str) -> bool:
-    """Return whether `layer` is or contains the convolution but not its BatchNorm."""
+    """Return whether `layer` is or contains the convolution but not its BatchNorm, so that fusion would change its output."""
     return f"{convolution}.".startswith(f"{layer}.") and not f"{norm}.".startswith(f"{layer}.")
 
 
 @torch.no_grad()
 def _outputs_agree(model: nn.Module, fused: nn.Module, image_size: int) -> bool:
-    """Return whether both networks compute the same logits.
+    """Return whether both networks compute the same logits on random images.
 
-    They do not where the model's code reads attributes of a module that was fused, which a trace cannot show.
+    The logits differ if the model's code reads attributes of a fused module, which a trace does not record.
     """
     was_training, parameter = model.training, next(model.parameters())
     images = torch.randn(_PROBED_IMAGES, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(parameter)
@@ -203,16 +208,17 @@ def _outputs_agree(model: nn.Module, fused: nn.Module, image_size: int) -> bool:
     try:
         expected, actual = model(images), fused(images)
         return bool((actual - expected).abs().max() <= _TOLERANCE * expected.abs().max())
-    except Exception:  # raised by the model's own forward
+    except Exception:
+        # The fused model's forward can raise any exception, for example for a missing attribute.
         return False
     finally:
         model.train(was_training)
 
 
-def _crop(weight: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """Return weight[:, :, top : top + height, left : left + width] as a packed tensor.
+def _crop_kernel(weight: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """Return weight[:, :, top : top + height, left : left + width] as a contiguous tensor.
 
-    Negative padding writes the gradient once, slicing would write it once per axis.
+    Negative padding writes the gradient once; slicing would write it once per axis.
     """
     bottom, right = weight.shape[2] - top - height, weight.shape[3] - left - width
     return functional.pad(weight, (-left, -right, -top, -bottom)) if top or left or bottom or right else weight

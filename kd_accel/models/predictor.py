@@ -1,4 +1,4 @@
-"""A trained model for use: plain network, classes and preprocessing, from the files of a run."""
+"""Trained model for inference: the network, its classes and its preprocessing, loaded from the files of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Prediction:
 
     Attributes:
         label: Name of the class with the highest probability.
-        score: Its probability, in 0..1.
+        score: Probability of this class, in 0..1.
         probabilities: Probability of every class, by name.
     """
 
@@ -34,15 +34,15 @@ class Prediction:
 
 
 class Model:
-    """A trained classifier.
+    """Trained classifier with its preprocessing.
 
     Args:
-        network: Plain network, normalized images [B, 3, S, S] -> logits [B, C]; put in evaluation mode.
+        network: Network from normalized images [B, 3, S, S] to logits [B, C]; it is set to evaluation mode.
         card: Architecture, classes and preprocessing.
 
     Attributes:
-        network: The network; it may be moved to another device.
-        card: The card.
+        network: The network, which may be moved to another device.
+        card: Architecture, classes and preprocessing.
     """
 
     def __init__(self, network: nn.Module, card: ModelCard) -> None:
@@ -56,16 +56,19 @@ class Model:
 
     @torch.no_grad()
     def predict(self, images: Sequence[Any] | np.ndarray | Tensor, *, batch_size: int = 256) -> list[Prediction]:
-        """Predict the classes of images, resized as those of the training were.
+        """Predict the classes of images, after resizing them as in training.
 
         Args:
-            images: Paths of image files, PIL images, or uint8 arrays or tensors [H, W, 3] or [3, H, W]; several of them, also
-                as one array or tensor with a leading axis.
-            batch_size: Images per forward.
+            images: Sequence of paths of image files, PIL images, or uint8 arrays or tensors [H, W, 3] or [3, H, W]. An array or
+                tensor with a leading batch axis is a sequence of images.
+            batch_size: Number of images per forward.
+
+        Returns:
+            One prediction per image, in the same order.
 
         Raises:
-            TypeError: `images` is not a sequence, or an image has another type.
-            ValueError: A file cannot be read or decoded, or `batch_size` is not positive.
+            TypeError: If `images` is not a sequence, or an image has another type.
+            ValueError: If a file cannot be read or decoded, or `batch_size` is not positive.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} must be at least 1")
@@ -82,15 +85,15 @@ class Model:
         return predictions
 
     def _pixels(self, image: Any) -> np.ndarray:
-        """Return uint8 [S, S, 3]."""
+        """Return the resized image, uint8 [S, S, 3]."""
         if not isinstance(image, str | Path):
             return square_pixels(image, self.card.image_size, where="images")
         try:
             return decode(Path(image).read_bytes(), self.card.image_size)
         except OSError as error:
-            raise ValueError(f"images: cannot read {image} ({error.strerror})") from None
+            raise ValueError(f"images: cannot read {image} ({error.strerror}); check the path") from None
         except ValueError as error:
-            raise ValueError(f"images: cannot decode {image} ({error})") from None
+            raise ValueError(f"images: cannot decode {image} ({error}); use another file") from None
 
     def _prediction(self, probabilities: list[float]) -> Prediction:
         by_name = dict(zip(self.class_names, probabilities, strict=True))
@@ -99,6 +102,6 @@ class Model:
 
 
 def load_model(run: str | Path) -> Model:
-    """Load the model of a finished run. Raises ValueError (`UserError`) if the directory has none, or a damaged one."""
+    """Load the model of a finished run. Raises ValueError (`UserError`) if its files are missing or damaged."""
     network, card = load_run_model(Path(run), field="run")
     return Model(network, card)

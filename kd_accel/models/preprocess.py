@@ -1,4 +1,4 @@
-"""Input normalization of a network. Teacher and student each have their own, with the mean and std they were trained with."""
+"""Input normalization. Teacher and student have separate modules, each with the mean and std of its own training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """Conversion of images to normalized float32: (image / 255 - mean) / std.
+    """Normalization of images to float32: (image / 255 - mean) / std.
 
-    Mean and standard deviation are no part of the state dict, so a model file holds only the network's own keys.
+    Mean and standard deviation are not part of the state dict, so a model file contains only the network's own keys.
 
     Args:
         mean: Mean per channel, as fractions of 1.
         std: Standard deviation per channel, as fractions of 1.
-        memory_format: Memory format of the output, which all feature maps inherit; by default that of the images.
+        memory_format: Memory format of the output, which all feature maps inherit; by default the format of the images.
 
     Shape:
         Images [B, 3, H, W], uint8 or float, in 0..255; output float32 [B, 3, H, W].
@@ -36,7 +36,7 @@ class Normalize(nn.Module):
         self.register_buffer("shift", (-mean_3 / std_3).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalize `images`; float images keep their gradient."""
+        """Normalize `images`; gradients flow through float images."""
         if images.dtype == torch.uint8:
             pixels = images.to(torch.float32, memory_format=self._memory_format)
             return pixels.mul_(_repeat_along_row(self.scale, pixels)).add_(_repeat_along_row(self.shift, pixels))
@@ -47,7 +47,7 @@ class Normalize(nn.Module):
 def _repeat_along_row(values: Tensor, pixels: Tensor) -> Tensor:
     """Repeat [1, 3, 1, 1] to [1, 3, 1, W] for channels_last images on a CPU.
 
-    The inner loop of the CPU kernel then runs over a row of pixels, not over three channels: a sixth of the time.
+    The inner loop of the CPU kernel then runs over a row of pixels instead of three channels, in a sixth of the time.
     """
     if pixels.device.type != "cpu" or not pixels.is_contiguous(memory_format=torch.channels_last):
         return values

@@ -1,4 +1,4 @@
-"""1x1 convolutions that bring feature maps into the same channels (FitNets, Romero et al., ICLR 2015)."""
+"""1x1 convolutions that map features to another number of channels (FitNets, Romero et al., ICLR 2015)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Shape = tuple[int, int, int]
-"""(D, H, W) of a layer's output for one image."""
+"""Shape (D, H, W) of a layer's output for one image."""
 
 
 class FeatureProjector(nn.Module):
-    """A 1x1 convolution with bias.
+    """1x1 convolution with bias.
 
-    The convolution is one matrix product over the channels. It is computed as one where the channels lie innermost; on a CPU,
-    for contiguous maps, as one product per image if no image's weight gradient is larger than its map. `nn.Conv2d` is slower
-    in these cases.
+    A 1x1 convolution is a matrix product over the channels. Channels_last maps use one matrix product. Contiguous maps on a CPU
+    use one product per image, unless the weight gradient of an image would be larger than its map. `nn.Conv2d` is slower in
+    these cases and computes all other cases.
 
     Shape:
         [B, in_channels, H, W] -> [B, out_channels, H, W], in the memory format of the input.
@@ -41,7 +41,7 @@ class FeatureProjector(nn.Module):
 
 
 def seeded_projector(in_channels: int, out_channels: int, *, layer: str, seed: int) -> FeatureProjector:
-    """Build a learned projector whose initial weights depend on (seed, layer) alone; the global generator does not move."""
+    """Build a projector whose initial weights depend only on (seed, layer); the global generator is not advanced."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{seed}/{layer}".encode()))
         return FeatureProjector(in_channels, out_channels)

@@ -1,7 +1,7 @@
-"""Model files of a run, and pretrained weights from files or from the libraries.
+"""Model files of a run, and pretrained weights from files, torchvision or timm.
 
-A saved model is `model.safetensors`, with the state dict keys of torchvision, timm or the user's own code, and `model.json`,
-with its architecture and preprocessing (`ModelCard`). Files given by a user are never unpickled.
+A saved model consists of `model.safetensors`, with the state dict keys of torchvision, timm or user code, and `model.json`,
+with its architecture and preprocessing (`ModelCard`). Files passed by a user are never unpickled.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class ModelCard:
     Attributes:
         arch: Name of the architecture, as for `build_model`.
         stem: Stem of a ResNet.
-        arch_args: Further arguments of the architecture.
+        arch_args: Additional arguments of the architecture.
         label_names: Name of each class, in the order of the logits.
-        mean: Mean per channel that images are normalized with, as fractions of 1.
-        std: Standard deviation per channel, as fractions of 1.
+        mean: Mean per channel for the normalization of images, in 0..1.
+        std: Standard deviation per channel for the normalization, in 0..1.
         image_size: Height and width of the training images, in pixels.
     """
 
@@ -52,12 +52,12 @@ def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
     """Write `model.safetensors` and `model.json`, each atomically.
 
     Args:
-        directory: Existing directory, usually that of a run.
+        directory: Existing directory, usually a run directory.
         model: Network whose state dict is written.
         card: Description of the network.
 
     Raises:
-        UserError: A file cannot be written; the previous one is then kept.
+        UserError: If a file cannot be written; the previous file is then kept.
     """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     text = json.dumps(asdict(card), indent=2) + "\n"
@@ -67,7 +67,7 @@ def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write the model to {directory} ({error}); check that the directory exists, is writable and has free "
-            "space, then start again"
+            "space, then run the command again"
         ) from None
 
 
@@ -75,7 +75,7 @@ def load_card(directory: Path) -> ModelCard:
     """Load `model.json` from a run directory.
 
     Raises:
-        UserError: The file is missing, empty or damaged.
+        UserError: If the file is missing, empty or damaged.
     """
     path = directory / "model.json"
     content = read_json(path, remedy="no finished run in this directory; train it first, or choose another directory")
@@ -86,7 +86,7 @@ def load_card(directory: Path) -> ModelCard:
 
 
 def _is_per_channel(values: Any, *, above: float) -> bool:
-    """Return whether `values` are three finite numbers greater than `above`."""
+    """Return whether `values` is a list of three finite numbers greater than `above`."""
     return isinstance(values, list) and len(values) == 3 and all(_is_number(v) and above < v < float("inf") for v in values)
 
 
@@ -116,7 +116,7 @@ def load_run_model(directory: Path, *, field: str = "model") -> tuple[nn.Module,
         The network, in evaluation mode on the CPU, and its card.
 
     Raises:
-        UserError: The run is not finished, its files are damaged, or it uses code of a user that is not allowed to run.
+        UserError: If the run is not finished, its files are damaged, or it uses user code that is not allowed to run.
     """
     card = load_card(directory)
     if problem := import_problem(card.arch, field=field, where=str(directory / "model.json")):
@@ -127,24 +127,24 @@ def load_run_model(directory: Path, *, field: str = "model") -> tuple[nn.Module,
 
 
 def load_weights(model: nn.Module, weights: str, *, arch: str, is_exact: bool, field: str = "model") -> list[str]:
-    """Load weights into a model, from a run directory, a `.safetensors` file or a library.
+    """Load weights into a model, from a run directory, a `.safetensors` file, torchvision or timm.
 
     Args:
         model: Network to load into, on the CPU.
-        weights: Path, or a name such as `IMAGENET1K_V2` (torchvision) or a pretrained tag (timm).
+        weights: Path, name of torchvision weights such as `IMAGENET1K_V2`, or pretrained tag of timm.
         arch: Name of the network's architecture.
-        is_exact: Whether all tensors must match, as for a teacher. Otherwise a classifier or stem of another shape keeps its
+        is_exact: Whether all tensors must match, as for a teacher. If False, a classifier or stem of another shape keeps its
             random weights, as in fine-tuning on other classes.
-        field: Config section that contains the weights, for error messages.
+        field: Config section of the weights, for error messages.
 
     Returns:
         A notice for each module that keeps its random weights.
 
     Raises:
-        UserError: The weights cannot be read or do not fit the model.
+        UserError: If the weights cannot be read or do not fit the model.
     """
-    read = _read_weights(weights, model, arch=arch, section=field)
-    tensors = {key: tensor for key, tensor in read.items() if not key.startswith(_AUXILIARY_HEADS.get(arch, ()))}
+    loaded = _read_weights(weights, model, arch=arch, section=field)
+    tensors = {key: tensor for key, tensor in loaded.items() if not key.startswith(_AUXILIARY_HEADS.get(arch, ()))}
     state = model.state_dict()
     mismatch = _compare(state, tensors)
     if mismatch == _Mismatch([], [], []):
@@ -157,7 +157,7 @@ def load_weights(model: nn.Module, weights: str, *, arch: str, is_exact: bool, f
 
 @dataclass(frozen=True)
 class _Mismatch:
-    """State dict keys in which weights differ from a model: missing, not expected, or of another shape."""
+    """State dict keys in which weights differ from a model: missing, unexpected, or of another shape."""
 
     missing: list[str]
     unexpected: list[str]
@@ -169,7 +169,7 @@ class _Mismatch:
 
 
 def _compare(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> _Mismatch:
-    """Compare weights with a model's state dict; BatchNorm's batch counters, which many files omit, may be missing."""
+    """Compare weights with a model's state dict. BatchNorm's batch counters may be missing, because many files omit them."""
     return _Mismatch(
         missing=[key for key in state if key not in tensors and not key.endswith("num_batches_tracked")],
         unexpected=[key for key in tensors if key not in state],
@@ -186,7 +186,7 @@ def _read_weights(weights: str, model: nn.Module, *, arch: str, section: str) ->
         return _read_safetensors(path, field)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise UserError(
-            f"{field}: {weights} is a pickle, which can run arbitrary code when it is loaded; convert it with "
+            f"{field}: {weights} is a pickle file, which can run arbitrary code when it is loaded; convert it with "
             "safetensors.torch.save_file(state_dict, 'weights.safetensors')"
         )
     if "/" in weights:
@@ -201,7 +201,7 @@ def _read_weights(weights: str, model: nn.Module, *, arch: str, section: str) ->
 
 
 _AUXILIARY_HEADS = {"torchvision/googlenet": ("aux1.", "aux2."), "torchvision/inception_v3": ("AuxLogits.",)}
-"""Key prefixes of the auxiliary classifiers, which `build_model` leaves out, by architecture."""
+"""Key prefixes of the auxiliary classifiers, which `build_model` omits, by architecture."""
 
 
 def _read_safetensors(path: Path, field: str) -> dict[str, Tensor]:
@@ -233,16 +233,16 @@ def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:
             return timm.create_model(tagged, pretrained=True).state_dict()
     except KeyError:
         known = ", ".join(models.get_model_weights(model_name).__members__)
-        raise UserError(f"{field}: {arch} has no weights {name!r}; choose one of: {known}") from None
-    except Exception as error:  # without a network, or for an unknown name, each HTTP client raises its own exceptions
-        reason = describe_error(error)
+        raise UserError(f"{field}: {arch} has no weights {name!r}; use one of {known}") from None
+    except Exception as error:
+        # Each HTTP client raises its own exceptions without network access or for an unknown name.
         raise UserError(
-            f"{field}: cannot download {name!r} of {arch} ({reason}); without network access use a .safetensors file, or null "
-            "for random initial weights"
+            f"{field}: cannot download {name!r} of {arch} ({describe_error(error)}); without network access use a .safetensors "
+            "file, or null for random initial weights"
         ) from None
     raise UserError(
-        f"{field}: {name!r} is neither a run directory nor a .safetensors file, and {arch} has no weights by name; use one of "
-        "these, or null for random initial weights"
+        f"{field}: {name!r} is neither a run directory nor a .safetensors file, and {arch} has no weights by name; use a run "
+        "directory, a .safetensors file, or null for random initial weights"
     )
 
 
@@ -257,12 +257,12 @@ def _module_of(key: str) -> str:
 
 
 def _copy(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], replaced: list[str]) -> list[str]:
-    """Copy tensors into a state dict except those of the replaced modules, and return a notice for each of these."""
+    """Copy tensors into a state dict, except those of the replaced modules, and return a notice for each replaced module."""
     with torch.no_grad():
         for key, tensor in tensors.items():
             if key in state and _module_of(key) not in replaced:
                 state[key].copy_(tensor)
-    return [f"{name}: starts from random weights, because the given weights do not fit its shape" for name in replaced]
+    return [f"{name}: starts from random weights, because the loaded weights do not match its shape" for name in replaced]
 
 
 def _explain_mismatch(
@@ -286,13 +286,13 @@ def _explain_mismatch(
         if keys
     ]
     return (
-        f"{weights} does not fit {arch}: of its tensors {'; '.join(differences)}. Set arch and stem to those the weights were "
-        f"trained with{_trained_with(Path(weights))}"
+        f"{weights} does not fit {arch}; tensors: {', '.join(differences)}; set arch and stem to those with which the "
+        f"weights were trained{_trained_with(Path(weights))}"
     )
 
 
 def _trained_with(path: Path) -> str:
-    """Return architecture and stem of weights that have a model card, else an empty string."""
+    """Return the architecture and stem of weights with a model card, as the end of a message; else an empty string."""
     directory = path if path.is_dir() else path.parent
     if not path.exists() or not (directory / "model.json").is_file():
         return ""

@@ -1,6 +1,6 @@
 """Figures of a report: learning curves, and accuracy against latency with one marker per model.
 
-In: lines of metrics.jsonl and rows of the table. Out: PNG files. Figures are drawn without pyplot, so no display is needed.
+In: lines of metrics.jsonl and rows of the table. Out: PNG files. Figures are drawn without pyplot, so they need no display.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 _MARKED_POINTS = 50
-_MARKERS = "oxs+^Dv*"  # hollow next to crossing, so that two models in one place are both visible
-_LEAST_SPAN_PERCENT = 2.0
-_HIGHEST_PERCENT = 100.1
+"""Largest number of points of a curve that are marked one by one."""
+_MARKERS = "oxs+^Dv*"
+"""Markers of the models in turn: hollow and crossed ones alternate, so that two models at one point are both visible."""
+_MIN_SPAN_PERCENT = 2.0
+_MAX_PERCENT = 100.1
 
 
 def plot_learning_curves(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
@@ -31,7 +33,7 @@ def plot_learning_curves(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]
     for name, lines in curves:
         _draw(loss, name, lines, split="train", x="step", y="loss", scale=1)
         _draw(accuracy, name, lines, split="val", x="epoch", y="accuracy", scale=100)
-    loss.set(xlabel="optimizer step", ylabel="training loss (each run's own sum)", yscale="log")
+    loss.set(xlabel="optimizer step", ylabel="training loss (weighted sum of a run's terms)", yscale="log")
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("")
@@ -60,27 +62,27 @@ def plot_accuracy_against_latency(points: Sequence[tuple[str, float, float]], pa
     axes.set(xlabel="latency at batch size 1 (ms)", ylabel="test accuracy (%)")
     axes.margins(0.15)
     axes.set_xlim(left=0)
-    _widen(axes)
+    _set_accuracy_limits(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
-def _widen(axes: Axes) -> None:
-    """Widen the accuracy axis to two points or more, not beyond 100 %: tiny differences would look like a ranking."""
+def _set_accuracy_limits(axes: Axes) -> None:
+    """Widen the accuracy axis to at least two percentage points, within 100 %; otherwise noise looks like a ranking."""
     lower, upper = axes.get_ylim()
     middle = (lower + upper) / 2
-    half = max(upper - lower, _LEAST_SPAN_PERCENT) / 2
-    excess = max(0.0, middle + half - _HIGHEST_PERCENT)
+    half = max(upper - lower, _MIN_SPAN_PERCENT) / 2
+    excess = max(0.0, middle + half - _MAX_PERCENT)
     axes.set_ylim(middle - half - excess, middle + half - excess)
 
 
 def _draw(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]], *, split: str, x: str, y: str, scale: float) -> None:
-    chosen = [line for line in lines if line["split"] == split and y in line]
-    marker = "." if len(chosen) <= _MARKED_POINTS else ""
+    points = [line for line in lines if line["split"] == split and y in line]
+    marker = "." if len(points) <= _MARKED_POINTS else ""
     axes.plot(
-        [line[x] for line in chosen],
-        [scale * line[y] for line in chosen],
+        [line[x] for line in points],
+        [scale * line[y] for line in points],
         label=_plain(name),
         marker=marker,
         linewidth=1.2,
@@ -88,5 +90,5 @@ def _draw(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]], *, split: s
 
 
 def _plain(name: str) -> str:
-    """Escape dollars, between which matplotlib would read a formula."""
+    """Escape dollar signs, between which matplotlib would render a formula."""
     return name.replace("$", r"\$")

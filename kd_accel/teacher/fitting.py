@@ -27,14 +27,17 @@ def fit_targets(
     *,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Fit the functions that are not fitted yet, in place, on the device of the teacher.
+    """Fit the target functions that are not fitted yet, in place, on the device of the teacher.
 
     Args:
-        targets: by the teacher's layer.
-        data: view 0 of its training samples is used, drawn by a hash, in the order of their indices.
-        network: the teacher's network on its device.
-        normalize: uint8 images -> input of the network.
-        autocast: the context in which the teacher runs.
+        targets: Target functions by the teacher's layer.
+        data: Data whose training samples are used: a subset drawn by a hash, in the order of their indices, in view 0.
+        network: The teacher's network, on its device.
+        normalize: Module that turns uint8 images [B, 3, H, W] into the input of the network.
+        autocast: Context in which the teacher runs.
+
+    Raises:
+        UserError: If the images give too few pixels for the number of principal directions.
     """
     lacking = {layer: target for layer, target in targets.items() if isinstance(target, PCA) and not target.is_fitted}
     for images in sorted({target.images for target in lacking.values()}):
@@ -43,14 +46,19 @@ def fit_targets(
 
 
 def fit_notices(targets: Mapping[str, TargetFunction], *, num_samples: int) -> list[str]:
-    """Return a line for the user about each fit: the variance that it keeps, and fewer training samples than asked for."""
+    """Return lines for the user: the variance that each fit keeps, and a warning if fewer images than requested exist.
+
+    Args:
+        targets: Target functions by the teacher's layer.
+        num_samples: Number of training samples.
+    """
     fitted = {layer: target for layer, target in targets.items() if isinstance(target, PCA)}
-    notices = [f"PCA at {layer} explains {target.explained:.1%} of the variance" for layer, target in fitted.items()]
+    notices = [f"PCA of {layer} explains {target.explained:.1%} of the variance" for layer, target in fitted.items()]
     requested = max((target.images for target in fitted.values()), default=0)
     if requested > num_samples:
         notices.append(
             f"distill.features: pca_images {requested} is more than the {num_samples} training samples; the PCA is fitted on "
-            "all of them"
+            "all training samples"
         )
     return notices
 

@@ -1,7 +1,7 @@
-"""The teacher: a trained classifier with what it was trained with, and its forward for batches of a training.
+"""The teacher: a trained classifier with its normalization and classes, and its forward for the batches of a training.
 
-It stays outside the trained module, so that it is in no checkpoint and no DDP broadcast touches its buffers. The forward uses
-`no_grad` and not `inference_mode`: tensors of the latter cannot enter a loss together with trained parameters.
+The teacher stays outside the trained module, so no checkpoint contains it and no DDP broadcast changes its buffers. The forward
+uses `no_grad`, because tensors of `inference_mode` cannot enter a loss together with trained parameters.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ from kd_accel.types import Batch, TeacherOutput
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained classifier.
+    """Trained classifier with its normalization and classes.
 
     Args:
-        network: the plain network, normalized images [B, 3, H, W] -> logits [B, C].
-        mean: per-channel mean in 0..1 that it was trained with.
-        std: per-channel standard deviation in 0..1 that it was trained with.
-        class_names: in the order of the logits; None where they are not known.
-        arch: name of the architecture, part of the fingerprint; None for a network that was built elsewhere.
-        stem: stem of a ResNet, part of the fingerprint.
-        arch_args: further arguments of the architecture's builder, part of the fingerprint.
+        network: Plain network, from normalized images [B, 3, H, W] to logits [B, C].
+        mean: Channel means in 0..1 with which the network was trained.
+        std: Channel standard deviations in 0..1 with which the network was trained.
+        class_names: Class names in the order of the logits; None if unknown.
+        arch: Name of the architecture, part of the fingerprint; None for a network that was built elsewhere.
+        stem: Stem of a ResNet, part of the fingerprint.
+        arch_args: Further arguments of the architecture's builder, part of the fingerprint.
+
+    Raises:
+        ValueError: If `mean` or `std` has not three numbers, or `std` is not positive.
     """
 
     network: nn.Module
@@ -48,15 +51,15 @@ class Teacher:
     _fused: dict[tuple[str, ...], nn.Module | None] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless mean and std are three numbers each, and std is positive."""
+        """Check mean and std. Raises ValueError unless each has three numbers, and std is positive."""
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise ValueError(f"{name}: {values} must be three {'positive ' * (name == 'std')}numbers, one for each channel")
+                raise ValueError(f"{name}: {values} must be three {'positive ' * (name == 'std')}numbers, one per channel")
 
     @classmethod
     def from_run(cls, run: str | Path) -> Teacher:
-        """Load the model of a finished run. Raises ValueError (`UserError`) if the directory holds none, or a damaged one."""
-        from kd_accel.teacher.loading import load_run_teacher  # which imports this module
+        """Load the model of a finished run. Raises ValueError (`UserError`) if the directory has no intact model."""
+        from kd_accel.teacher.loading import load_run_teacher  # imported late: loading imports this module
 
         return load_run_teacher(Path(run))
 
@@ -65,16 +68,19 @@ class Teacher:
         """Compute the output for images, in the network's own precision.
 
         Args:
-            images: uint8 [B, 3, H, W], on the device of the network.
-            layers: layers whose maps [B, D, H, W] are recorded.
+            images: Images, uint8 [B, 3, H, W], on the device of the network.
+            layers: Names of the layers whose maps [B, D, H, W] are recorded.
+
+        Returns:
+            Logits, float32 [B, C], and the recorded maps by layer.
 
         Raises:
-            TypeError: `images` is not such a tensor; normalized images would be normalized twice.
-            UserError: A layer is not found.
+            TypeError: If `images` is not a uint8 tensor of four dimensions: normalized images would be normalized twice.
+            UserError: If a layer is not found.
         """
         if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
             kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images: must be a uint8 tensor [B, 3, H, W], not {kind}")
+            raise TypeError(f"images: must be a uint8 tensor [B, 3, H, W], not {kind}; the teacher normalizes images itself")
         self.network.eval()
         normalize = Normalize(self.mean, self.std).to(images.device)
         with FeatureExtractor(self.network, list(layers)) as extractor:
@@ -82,14 +88,23 @@ class Teacher:
             return TeacherOutput(logits.float(), extractor.take())
 
     def fused(self, layers: Iterable[str], *, image_size: int) -> nn.Module | None:
-        """Return a copy with BatchNorm fused into the convolutions, None where that would change a recorded layer."""
+        """Return a copy of the network with BatchNorm fused into the convolutions; see `fuse_conv_bn`.
+
+        Args:
+            layers: Names of the layers that are recorded.
+            image_size: Height and width of the images in pixels.
+
+        Returns:
+            The copy, the same object in each call with these layers. None if the network cannot be fused, or if fusing would
+            change a recorded layer.
+        """
         names = tuple(sorted(layers))
         if names not in self._fused:
             self._fused[names] = fuse_conv_bn(self.network, layers=names, image_size=image_size)
         return self._fused[names]
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Return all that decides the outputs: a digest of weights and buffers, architecture, normalization."""
+        """Return what decides the outputs: a digest of weights and buffers, architecture, normalization."""
         weights = tensors_digest(self.network.state_dict())
         shared = {"arch": self.arch, "stem": self.stem, "arch_args": self.arch_args}
         return {"weights": weights, **shared, "mean": self.mean, "std": self.std}
@@ -111,14 +126,14 @@ class Teacher:
         """Copy the network for inference: BatchNorm fused, kernels and memory format of the device.
 
         Args:
-            device: where the copy runs.
-            layers: layers that will be recorded; they must keep their values.
-            image_size: side of the images in pixels.
-            channels_last: memory format; None = on GPUs.
-            cpu_kernels: auto, always or never, as `use_cpu_kernels` has it.
+            device: Device of the copy.
+            layers: Names of the layers that will be recorded, whose values fusing must not change.
+            image_size: Height and width of the images in pixels.
+            channels_last: Whether maps are in the channels_last memory format; None = on GPUs only.
+            cpu_kernels: Choice of kernels, as in `use_cpu_kernels`.
 
         Returns:
-            The copy, and the normalization in front of it.
+            (copy, normalization of its input), on the device.
         """
         memory_format = image_memory_format(channels_last, device)
         network = copy.deepcopy(self.fused(layers, image_size=image_size) or self.network)
@@ -138,9 +153,20 @@ class Teacher:
         tf32: bool,
         cpu_kernels: CpuKernels = "auto",
     ) -> dict[str, Any]:
-        """Return how the teacher computes on a device, part of a cache's fingerprint.
+        """Describe the numerics of the teacher on a device, a part of a cache's fingerprint.
 
-        Without the key `tf32` it computes in full float32, as always on a CPU.
+        Args:
+            device: Device of the teacher.
+            layers: Names of the layers that are recorded.
+            image_size: Height and width of the images in pixels.
+            precision: Precision of the forward: float32, bf16 or fp16.
+            channels_last: Whether maps are in the channels_last memory format; None = on GPUs only.
+            compiled: Whether the network is compiled.
+            tf32: Whether TF32 is allowed on GPUs.
+            cpu_kernels: Choice of kernels, as in `use_cpu_kernels`.
+
+        Returns:
+            Plain values. `tf32` is missing if TF32 is not used, as on any CPU; `cpu_kernels` is missing for auto.
         """
         is_fused = self.fused(layers, image_size=image_size) is not None
         is_last = image_memory_format(channels_last, device) == torch.channels_last
@@ -153,15 +179,15 @@ class Teacher:
 
 
 class LiveTeacher:
-    """The forward of a teacher for batches on its device, with the targets of the recorded layers.
+    """Forward of a teacher for batches on its device, with the targets of the recorded layers.
+
+    Hooks record the layers until `close` is called.
 
     Args:
-        network: the teacher's network; put in evaluation mode and locked.
-        normalize: uint8 images -> input of the network.
-        targets: target function of each recorded layer, by the teacher's layer name; fitted, on the device.
-        autocast: the context in which the teacher runs; a cached teacher must have been built in the same.
-
-    `close` must be called at the end: hooks record the layers until then.
+        network: The teacher's network, which is set to evaluation mode and needs no gradients from then on.
+        normalize: Module that turns uint8 images [B, 3, H, W] into the input of the network.
+        targets: Target functions of the recorded layers by the teacher's layer, fitted, on the device.
+        autocast: Context in which the teacher runs. A cache holds the same outputs only if it was built in the same context.
     """
 
     def __init__(
@@ -182,8 +208,15 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """Compute logits and targets for uint8 images [B, 3, H, W] on the teacher's device."""
-        if self.network.training:  # a caller has switched it with train()
+        """Compute logits and targets for a batch on the teacher's device.
+
+        Args:
+            batch: Batch of uint8 images [B, 3, H, W].
+
+        Returns:
+            Logits, float32 [B, C], and targets [B, D, H, W] by the teacher's layer.
+        """
+        if self.network.training:  # a caller has called train()
             self.network.eval()
         with self.autocast():
             logits = self.network(self.normalize(batch.images))
@@ -196,7 +229,7 @@ class LiveTeacher:
         return tensors_digest(self.network.state_dict())
 
     def check_unchanged(self) -> None:
-        """Check our own invariant: a training must not have changed the teacher."""
+        """Assert that weights and buffers are the same as at the start."""
         assert self.digest() == self._locked, "the teacher's weights or buffers changed during the training"
 
     def close(self) -> None:
@@ -205,5 +238,5 @@ class LiveTeacher:
 
 
 def raw_targets(layers: Iterable[str]) -> dict[str, TargetFunction]:
-    """Return the identity for each layer."""
+    """Return the identity as target function of each layer."""
     return {layer: Identity() for layer in layers}

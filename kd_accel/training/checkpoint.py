@@ -2,7 +2,7 @@
 
 A checkpoint is a directory `checkpoints/step-00000123` with safetensors files for tensors and one state.json for the rest,
 which also holds size and checksum of each file. It is written under a temporary name and renamed, so a kill at any instant
-leaves the checkpoints before it untouched. Reading takes the newest intact checkpoint, with a warning for each damaged one.
+leaves earlier checkpoints untouched. A resume reads the newest intact checkpoint, with a warning for each damaged one.
 
 state.json: {"version", "files": {name: {"bytes", "xxh3_128"}}, "state": {...}}; training/state.py defines "state".
 """
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ class Checkpoint:
     """Contents of a checkpoint directory.
 
     Attributes:
-        path: of the directory.
-        state: plain values.
-        tensors: tensors on the CPU, by file stem, then by name.
+        path: The directory.
+        state: Plain values.
+        tensors: Tensors on the CPU, by file stem, then by name.
     """
 
     path: Path
@@ -58,17 +59,17 @@ def save_checkpoint(
     """Write `directory/step-N` atomically, then remove superseded checkpoints: older than the latest `keep`, or of later steps.
 
     Args:
-        directory: of the checkpoints.
-        step: optimizer steps done.
-        tensors: contiguous tensors on the CPU, by file stem, then by name.
-        state: plain values for state.json.
-        keep: number of checkpoints to keep.
+        directory: Directory of the checkpoints.
+        step: Optimizer steps done.
+        tensors: Contiguous tensors on the CPU, by file stem, then by name.
+        state: Plain values for state.json.
+        keep: Number of checkpoints to keep.
 
     Returns:
         The path of the checkpoint.
 
     Raises:
-        UserError: the disk is full, read-only or broken; earlier checkpoints are untouched.
+        UserError: If the disk is full, read-only or broken; earlier checkpoints are untouched.
     """
     final = directory / f"{_PREFIX}{step:08d}"
     temporary = directory / f".{final.name}.tmp-{os.getpid()}"
@@ -99,45 +100,60 @@ def save_checkpoint(
     return final
 
 
-class CheckpointWriter:
-    """Writer of checkpoints in a thread, one at a time, so that training continues meanwhile.
+class WriteStatus(IntEnum):
+    """Status of the last write: PENDING (or no write), COMPLETE or FAILED."""
 
-    An error of a write is raised by the next call of `write` or `wait`.
+    PENDING = 0
+    COMPLETE = 1
+    FAILED = 2
+
+
+class CheckpointWriter:
+    """Writer of checkpoints in a thread, one at a time, while the training continues.
+
+    The error of a failed write is raised by the next call of `write` or `wait`; `status` reports it before.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
 
+    @property
+    def status(self) -> WriteStatus:
+        """Status of the last write, read without waiting."""
+        if self._writing is None or not self._writing.done():
+            return WriteStatus.PENDING
+        return WriteStatus.COMPLETE if self._writing.exception() is None else WriteStatus.FAILED
+
     def write(self, directory: Path, **content: Any) -> None:
-        """Start `save_checkpoint` with these arguments, once the write before it has ended.
+        """Wait for the previous write, then start `save_checkpoint` with these arguments.
 
         Args:
-            directory: of the checkpoints.
-            **content: the other arguments of `save_checkpoint`; the caller must not change them afterwards.
+            directory: Directory of the checkpoints.
+            **content: The other arguments of `save_checkpoint`; the caller must not change them afterwards.
 
         Raises:
-            UserError: the write before it has failed.
+            UserError: If the previous write has failed.
         """
         self.wait()
         self._writing = self._thread.submit(save_checkpoint, directory, **content)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk. Raises UserError if its write has failed."""
+        """Wait until the last checkpoint is on the disk. Raises UserError if it could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """End the thread after its last write, without raising: a training may end with another error."""
+        """End the thread after its last write. It raises nothing, because it may be called while another error is handled."""
         self._thread.shutdown(wait=True)
 
 
 def find_checkpoint(directory: Path) -> Path | None:
-    """Return the newest intact checkpoint, None without one; each newer, damaged checkpoint is named in a warning.
+    """Return the newest intact checkpoint, or None, with a warning for each newer checkpoint that is damaged.
 
     Raises:
-        UserError: a checkpoint has been written in another version of the format.
+        UserError: If a checkpoint has another version of the format.
     """
     for path in _step_directories(directory):
         damage = _damage(path)
@@ -148,12 +164,12 @@ def find_checkpoint(directory: Path) -> Path | None:
 
 
 def has_checkpoints(directory: Path) -> bool:
-    """Return whether a directory holds any checkpoint, intact or damaged."""
+    """Return whether a directory contains any checkpoint, intact or damaged."""
     return bool(_step_directories(directory))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that `find_checkpoint` has returned. Raises UserError if a file is not a safetensors file."""
+    """Load a checkpoint that `find_checkpoint` has returned. Raises UserError if a file is not a safetensors file."""
     content = load_json(path / "state.json")
     try:
         tensors = {Path(name).stem: read_tensors(path / name) for name in content["files"]}
@@ -163,12 +179,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Copy the state of a module to the CPU, contiguous, as safetensors requires."""
+    """Copy a module's state dict to the CPU as contiguous tensors, which safetensors requires."""
     return {name: _copied(tensor) for name, tensor in module.state_dict().items()}
 
 
 def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy values into the module's tensors, which keep their device and memory format."""
+    """Copy values into a module's tensors, which keep their device and memory format."""
     own = module.state_dict()
     assert own.keys() == tensors.keys(), own.keys() ^ tensors.keys()
     with torch.no_grad():
@@ -180,7 +196,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     """Copy the optimizer's state to the CPU.
 
     Returns:
-        Tensors and plain numbers, each by "index of the parameter.name".
+        Tensors and plain numbers, both by "INDEX.NAME", where INDEX is that of the parameter.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -211,7 +227,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _step_directories(directory: Path) -> list[Path]:
-    """List the checkpoint directories, newest first, without symbolic links: their targets are not ours to read or remove."""
+    """List the checkpoint directories, newest first, without symbolic links, whose targets may belong to another run."""
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if _STEP.fullmatch(path.name))
@@ -221,14 +237,14 @@ def _step_directories(directory: Path) -> list[Path]:
 def _superseded(directory: Path, newest: Path, *, keep: int) -> list[Path]:
     """List the checkpoints to remove after `newest` was written.
 
-    Those of later steps are damaged: the training has resumed from an earlier one.
+    Checkpoints of later steps are damaged: otherwise the training would have resumed from one of them.
     """
     later = [path for path in _step_directories(directory) if path > newest]
     return later + [path for path in _step_directories(directory) if path <= newest][keep:]
 
 
 def _damage(path: Path) -> str | None:
-    """Describe the damage of a checkpoint, None for an intact one. Raises UserError for another version of the format."""
+    """Describe the damage of a checkpoint; None if it is intact. Raises UserError for another version of the format."""
     try:
         content = load_json(path / "state.json")
         _refuse_other_version(path, content["version"])
@@ -249,13 +265,13 @@ def _refuse_other_version(path: Path, version: Any) -> None:
         raise TypeError(version)
     if version != VERSION:
         raise UserError(
-            f"{path}: is of version {version} of the checkpoint format, this program reads and writes version {VERSION}; start "
-            "from scratch in another run_dir, or resume with the version of kd_accel that wrote it"
+            f"{path}: is of version {version} of the checkpoint format, but this program reads and writes version {VERSION}; "
+            "start from scratch in another run_dir, or resume with the version of kd_accel that wrote it"
         )
 
 
 def _damaged_files(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Yield the damage of each file."""
+    """Yield a description of each damaged file."""
     for name, expected in files.items():
         if Path(name).name != name:
             yield f"state.json names a file outside the directory ({name!r})"
@@ -268,7 +284,7 @@ def _damaged_files(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write and flush a safetensors file. Returns its entry in state.json."""
+    """Write a safetensors file, flush it to the disk, and return its entry in state.json."""
     save_file(tensors, path)
     path.chmod(0o644)
     flush(path)
@@ -284,6 +300,6 @@ def _checksum(path: Path) -> str:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove temporary directories of killed writers; the caller is the only writer of its run."""
+    """Remove the temporary directories of killed processes. The caller must be the only writer in the directory."""
     for path in directory.glob(f".{_PREFIX}*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)

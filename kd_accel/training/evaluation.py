@@ -1,7 +1,7 @@
-"""Accuracy, loss and agreement with the teacher on a held-out split, each sample counted once at any number of processes.
+"""Accuracy, loss and agreement with the teacher on a held-out split, with each sample counted once for any number of processes.
 
-Every rank sums over its share of the samples and the sums are added, so no padding, gathering or trimming of batches is needed,
-and shares may differ in length. An evaluation draws no random numbers.
+Every rank sums over its share of the samples, and the sums are added. So batches need no padding, gathering or trimming, and
+shares may differ in length. An evaluation draws no random numbers.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from kd_accel.errors import UserError
 from kd_accel.types import TeacherSource
 
 Forward = Callable[[Tensor], Tensor]
-"""uint8 images [B, 3, H, W] -> logits [B, C]."""
+"""Function from uint8 images [B, 3, H, W] to logits [B, C]."""
 
 
 class HeldOut:
-    """A held-out split with the teacher's logits on it, computed once and kept in host memory: the split has one view.
+    """A held-out split with the teacher's logits, which are computed once and kept in host memory, as the split has one view.
 
     Args:
-        loader: batches of this rank.
-        teacher: gives the teacher's output for a batch, None without a teacher.
+        loader: Loader of this rank's batches.
+        teacher: Source of the teacher's output for a batch; None without a teacher.
     """
 
     def __init__(self, loader: EvalLoader, *, teacher: TeacherSource | None = None) -> None:
@@ -36,11 +36,11 @@ class HeldOut:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the agreement with a teacher is measured."""
+        """True if the agreement with a teacher is measured."""
         return self._teacher is not None
 
     def teacher_logits(self, accelerator: Accelerator) -> list[Tensor | None]:
-        """Return [B, C] for each batch of this rank, or None for each without a teacher."""
+        """Return the teacher's logits [B, C] for each batch of this rank; None for each batch without a teacher."""
         if self._teacher is None:
             return [None] * len(self.loader)
         if self._teacher_logits is None:
@@ -51,10 +51,18 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate(forward: Forward, held_out: HeldOut, *, accelerator: Accelerator) -> dict[str, float]:
-    """Evaluate a forward on a held-out split. Every rank must call it; the caller puts the model in evaluation mode.
+    """Evaluate a forward on a held-out split. Every rank must call it.
+
+    Args:
+        forward: Function from uint8 images [B, 3, H, W] to logits [B, C]; its model must be in evaluation mode.
+        held_out: The split.
+        accelerator: The launch's `Accelerator`.
 
     Returns:
-        `samples` (their number), `loss` (mean cross-entropy), `accuracy` and, with a teacher, `agreement`: fractions of 1.
+        `samples` (their number), `loss` (mean cross-entropy), `accuracy` and, with a teacher, `agreement`, as fractions of 1.
+
+    Raises:
+        UserError: If the split has no samples.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     for batch, teacher_logits in zip(held_out.loader, held_out.teacher_logits(accelerator), strict=True):
@@ -72,7 +80,7 @@ def evaluate(forward: Forward, held_out: HeldOut, *, accelerator: Accelerator) -
 
 @torch.no_grad()
 def teacher_accuracy(held_out: HeldOut, *, accelerator: Accelerator) -> float:
-    """Compute the teacher's accuracy on the split, from the logits that are kept for the agreement. Every rank must call it."""
+    """Compute the teacher's accuracy on a split, a fraction of 1. Every rank must call it."""
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for batch, logits in zip(held_out.loader, held_out.teacher_logits(accelerator), strict=True):
         assert logits is not None
@@ -82,9 +90,10 @@ def teacher_accuracy(held_out: HeldOut, *, accelerator: Accelerator) -> float:
 
 
 def synchronize_buffers(module: nn.Module, *, accelerator: Accelerator) -> None:
-    """Broadcast the buffers of rank 0, before an evaluation.
+    """Broadcast the buffers of rank 0 before an evaluation.
 
-    BatchNorm statistics differ between the ranks: each would evaluate another model, and only rank 0's is saved.
+    BatchNorm statistics differ between the ranks, and only those of rank 0 are saved. Without the broadcast each rank would
+    evaluate another model.
     """
     if accelerator.num_processes > 1:
         for buffer in module.buffers():

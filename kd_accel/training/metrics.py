@@ -1,7 +1,7 @@
-"""Means of a training between two lines of metrics, and metrics.jsonl.
+"""Training metrics as means since the last line of metrics, and metrics.jsonl.
 
-Sums are float64 on the device and are read only for a line of metrics; one reduction per line adds the ranks. A checkpoint
-between two lines keeps each rank's sums, so that the next line is the same after a resume.
+Sums are float64 on the device and are read only for a line of metrics, with one reduction over the ranks. A checkpoint between
+two lines holds each rank's sums, so that the next line is the same after a resume.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _OVERFLOWED = "overflowed_steps"
 
 
 class Meters:
-    """Running sums over samples since the last line of metrics, packed in one float64 vector on the device.
+    """Running sums over the samples since the last line of metrics, in one float64 vector on the device.
 
     Args:
-        device: of the values to add.
-        terms: names of the loss terms, as `Distiller.term_names`.
-        has_teacher: whether the agreement with a teacher is measured.
-        counts_overflows: whether the steps that a loss scaler leaves out are counted.
+        device: Device of the values to add.
+        terms: Names of the loss terms, as `Distiller.term_names`.
+        has_teacher: Whether the agreement with a teacher is measured.
+        counts_overflows: Whether the steps that a loss scaler skips are counted.
     """
 
     def __init__(
@@ -41,28 +41,34 @@ class Meters:
         self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
 
     def update(self, output: DistillerOutput, labels: Tensor, *, teacher_logits: Tensor | None = None) -> None:
-        """Add one micro-batch, without a synchronization. labels: int64 [B]. teacher_logits: [B, C]."""
+        """Add one micro-batch, without synchronizing the device.
+
+        Args:
+            output: Output of the distiller.
+            labels: Labels, int64 [B].
+            teacher_logits: Logits of the teacher, [B, C]; None without a teacher.
+        """
         predicted = output.logits.detach().argmax(1)
         values = [output.loss.detach(), *(term.detach() for term in output.terms.values()), _share(predicted == labels)]
         if teacher_logits is not None:
             values.append(_share(predicted == teacher_logits.argmax(1)))
-        # One stack and one addition for all meters, not one kernel each: small kernels are the cost of logging on a GPU.
-        # The first entry is 1, so that its sum is the number of samples.
+        # One stack and one addition for all meters: on a GPU the cost of logging is the number of its small kernels.
+        # The first entry is 1, so its sum is the number of samples.
         one = torch.ones((), dtype=torch.float64, device=self._sums.device)
         means = torch.stack([one, *(value.double() for value in values)])
         self._sums[: len(self._means)].add_(means, alpha=len(labels))
 
     def count_overflows(self, number: int) -> None:
-        """Add steps that the loss scaler has left out; a line has their sum over all ranks."""
+        """Add a number of steps that the loss scaler has skipped; a line of metrics has their sum over all ranks."""
         self._sums[-1] += number
 
     @property
     def sums(self) -> Tensor:
-        """A copy of the sums, to be reduced over the ranks."""
+        """Copy of this rank's sums, float64 [len(names)]."""
         return self._sums.clone()
 
     def restore(self, sums: Sequence[float]) -> None:
-        """Load the sums of a checkpoint."""
+        """Load this rank's sums from a checkpoint."""
         self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
     def read(self, reduced_sums: Tensor) -> dict[str, float]:
@@ -74,29 +80,34 @@ class Meters:
 
 
 class Tracker(Protocol):
-    """Protocol of a tracker, which receives metrics in addition to the file (training/wandb_tracker.py)."""
+    """Protocol of an experiment tracker, to which metrics are sent in addition to the file (training/wandb_tracker.py)."""
 
     def log(self, values: dict[str, Any], *, step: int) -> None:
-        """Record numbers at an optimizer step."""
+        """Log metrics at an optimizer step."""
 
 
 class MetricsLog:
-    """metrics.jsonl: a line per event, written by the main process and truncated on resume, so that each step is logged once.
+    """Log of metrics in metrics.jsonl, one JSON object per line, written by the main process.
+
+    A resume truncates the file to the length that the checkpoint has recorded, so each step is logged once.
 
     Args:
-        path: of the file.
-        is_main: whether this is the main process; other ranks write nothing.
-        tracker: receives the same numbers.
+        path: The file.
+        is_main: Whether this is the main process; other ranks write nothing.
+        tracker: Experiment tracker, to which the same metrics are sent; None = no tracker.
     """
 
     def __init__(self, path: Path, *, is_main: bool, tracker: Tracker | None = None) -> None:
         self._path, self._is_main, self._tracker = path, is_main, tracker
 
     def start(self, length_bytes: int) -> None:
-        """Truncate the file to the length that a checkpoint has recorded, 0 for a new run.
+        """Truncate the file before the first step.
+
+        Args:
+            length_bytes: The length that the checkpoint has recorded; 0 for a new run.
 
         Raises:
-            UserError: the file is shorter than the recorded length.
+            UserError: If the file is shorter.
         """
         if not self._is_main:
             return
@@ -109,11 +120,18 @@ class MetricsLog:
             file.truncate(length_bytes)
 
     def length_bytes(self) -> int:
-        """Return the length of the file, 0 on other processes."""
+        """Return the length of the file in bytes; 0 on other ranks than the main process."""
         return self._path.stat().st_size if self._is_main and self._path.exists() else 0
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line: step, epoch, split and plain numbers. Raises UserError for a number that is not finite."""
+        """Append one line.
+
+        Args:
+            values: `step`, `epoch`, `split`, and the metrics by name.
+
+        Raises:
+            UserError: If a metric is not finite, or the file cannot be written.
+        """
         _refuse_not_finite(values)
         if not self._is_main:
             return
@@ -136,7 +154,7 @@ def _axis_name(split: str, key: str) -> str:
 
 
 def _refuse_not_finite(values: dict[str, Any]) -> None:
-    """Raise UserError for a number that is not finite: of an evaluation, as training/nonfinite.py covers training steps."""
+    """Raise UserError for a metric of an evaluation that is not finite; training/nonfinite.py covers the training steps."""
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise diverged(f"{name} is {value} at step {values['step']} ({values['split']})")

@@ -1,11 +1,11 @@
 """Detection of losses and gradients that are not finite, on the device and without synchronization.
 
-A loss term that is not finite makes the whole gradient not finite, and the exchange of gradients carries that to all ranks. The
-optimizer's fused kernel then leaves weights and momentum alone, as it does for a loss scaler. The record of each step stays on
-the device until a line of metrics or a checkpoint is due; a bad step ends the training at that point.
+A loss that is not finite makes every gradient NaN, and the gradient exchange spreads the NaN to all ranks. The optimizer's
+fused kernel then skips the update, as it does for a loss scaler. The record of each step stays on the device until a line of
+metrics or a checkpoint is due. There, a step that was not finite ends the training.
 
-Under fp16 a gradient that is not finite behind finite losses is an overflow: the loss scaler leaves the update out and lowers
-its scale. Such steps are only counted.
+With fp16, finite losses with a gradient that is not finite are an overflow: the loss scaler skips the update and lowers its
+scale. Such steps are only counted.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _GRADIENT = "the gradient"
 
 @dataclass(frozen=True)
 class _Forward:
-    """Finiteness of the numbers of one micro-batch.
+    """Finiteness of the values of one micro-batch.
 
     Attributes:
-        index: int64 [B], the samples' positions, on the host.
-        terms: bool scalars by term name.
-        student: bool [B], of the logits.
-        teacher: bool [B], of the logits; None without a teacher.
+        index: Positions of the samples in their source split, int64 [B], on the host.
+        terms: Whether each loss term is finite, bool scalars by term name.
+        student: Whether the student's logits of each sample are finite, bool [B].
+        teacher: The same for the teacher's logits; None without a teacher.
     """
 
     index: Tensor
@@ -50,9 +50,9 @@ class _Step:
     """Record of one optimizer step.
 
     Attributes:
-        number: of the step, from 1.
-        forwards: one for each micro-batch.
-        norms: norm of each parameter's gradient after the exchange, [number of parameters].
+        number: Number of the step, from 1.
+        forwards: Record of each micro-batch.
+        norms: Norm of each parameter's gradient after the exchange, [number of parameters].
     """
 
     number: int
@@ -61,12 +61,15 @@ class _Step:
 
 
 class NonFiniteGuard:
-    """Guard of each optimizer step: `guarded` per micro-batch, `gradient_norm` before the update, `check` now and then.
+    """Guard against steps that are not finite.
+
+    Call `guarded` for each micro-batch, `gradient_norm` before each update, and `check` before a line of metrics or a
+    checkpoint.
 
     Args:
-        accelerator: of the launch.
-        module: as prepared by Accelerate.
-        optimizer: fused, as prepared by Accelerate.
+        accelerator: The launch's `Accelerator`.
+        module: The module, prepared by Accelerate.
+        optimizer: The optimizer with a fused kernel, prepared by Accelerate.
     """
 
     def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: Any) -> None:
@@ -74,8 +77,8 @@ class NonFiniteGuard:
         self._named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
         self._is_bad = torch.zeros((), device=accelerator.device)
         if accelerator.scaler is None:
-            # The protocol between torch's GradScaler and fused optimizers, borrowed: a fused kernel that finds these attributes
-            # leaves the update out where found_inf is 1. It reads the tensor on the device, so the host need not.
+            # This is the interface between torch's GradScaler and fused optimizers: with these attributes, a fused kernel skips
+            # the update if found_inf is 1. The kernel reads found_inf on the device, so the host does not synchronize.
             optimizer.optimizer.grad_scale, optimizer.optimizer.found_inf = None, self._is_bad
         self._forwards: list[_Forward] = []
         self._steps: list[_Step] = []
@@ -84,12 +87,12 @@ class NonFiniteGuard:
         """Record one micro-batch.
 
         Args:
-            output: of the distiller.
-            target: output of the teacher.
-            index: int64 [B], the samples' positions, on the host.
+            output: Output of the distiller.
+            target: Output of the teacher.
+            index: Positions of the samples in their source split, int64 [B], on the host.
 
         Returns:
-            The loss for the backward pass; its gradient is NaN where the loss is not finite.
+            The loss for the backward pass; its gradient is NaN if the loss is not finite.
         """
         self._forwards.append(
             _Forward(
@@ -99,7 +102,7 @@ class NonFiniteGuard:
                 None if target.logits is None else target.logits.isfinite().all(1),
             )
         )
-        # A loss of inf can have a finite gradient (cross-entropy of logits whose difference overflows), which would be applied.
+        # An infinite loss can have a finite gradient, which would be applied (cross-entropy of logits that are too far apart).
         return output.loss * torch.where(output.loss.detach().isfinite(), 1.0, torch.nan)
 
     def without_gradient(self) -> list[str]:
@@ -107,7 +110,14 @@ class NonFiniteGuard:
         return [own_name(name) for name, weight in self._named if weight.grad is None]
 
     def gradient_norm(self, step: int) -> Tensor:
-        """Compute the norm of all gradients after the exchange; where it is not finite, the update of `step` is left out."""
+        """Compute the norm of all gradients after their exchange; if it is not finite, the update is skipped.
+
+        Args:
+            step: Number of the step, from 1.
+
+        Returns:
+            The norm, a scalar on the device.
+        """
         gradients = [weight.grad for _, weight in self._named if weight.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         norm = torch.linalg.vector_norm(norms)
@@ -117,19 +127,20 @@ class NonFiniteGuard:
         return norm
 
     def check(self) -> int:
-        """Check the steps since the last call, which synchronizes with the device. Every rank must call it.
+        """Check the steps since the last call, which synchronizes the device. Every rank must call it.
 
         Returns:
-            The number of steps that were fp16 overflows.
+            The number of fp16 overflows.
 
         Raises:
-            UserError: on all ranks alike, for the first step that is not finite for another reason; the message names step,
-                loss term or parameter, rank and samples.
+            UserError: If a step was not finite for another reason. It is raised on all ranks, and the message names the first
+                such step, its loss term or parameter, rank and samples.
         """
         steps, self._steps = self._steps, []
         is_finite = torch.stack([step.norms for step in steps]).isfinite().all(1).tolist() if steps else []
         bad = [step for step, is_fine in zip(steps, is_finite, strict=True) if not is_fine]
-        if not bad:  # the norms are the same on all ranks, so an exchange is needed only where something went wrong
+        # The norms are the same on all ranks, so all ranks return here, or none.
+        if not bad:
             return 0
         for step, *causes in zip(bad, *gathered([[self._cause(step) for step in bad]]), strict=True):
             if set(causes) != {_OVERFLOW}:
@@ -137,7 +148,7 @@ class NonFiniteGuard:
         return len(bad)
 
     def _cause(self, step: _Step) -> str:
-        """Describe this rank's record of a step that is not finite."""
+        """Describe what was not finite in a step on this rank."""
         rank = self._accelerator.process_index
         for forward in step.forwards:
             for name, is_finite in forward.terms.items():
@@ -151,7 +162,7 @@ class NonFiniteGuard:
 
 
 def diverged(what: str) -> UserError:
-    """Build the error of a training whose numbers are not finite. what: the number, with step and samples."""
+    """Create the error of a training that has diverged. what: The value that is not finite, with step and samples."""
     return UserError(
         f"{what}: the training has diverged; lower optim.lr, set optim.clip_norm, or use train.precision float32. The last "
         "checkpoint is intact"
@@ -159,18 +170,18 @@ def diverged(what: str) -> UserError:
 
 
 def own_name(name: str) -> str:
-    """Return the name of a parameter in the user's model."""
+    """Return the name of a parameter as in the user's model, without the prefixes of DDP and the distiller."""
     return name.removeprefix("module.").removeprefix("student.")
 
 
 def _first_of(causes: Sequence[str]) -> str:
-    """Join the causes of all ranks; where a loss term of one rank is the cause, the gradients of all ranks only follow."""
+    """Join the causes of all ranks. If a loss term is among them, the gradients are left out: they only follow from it."""
     terms = [cause for cause in causes if not cause.startswith((_OVERFLOW, _GRADIENT))]
     return "; ".join(terms[:_LISTED] or causes[:_LISTED])
 
 
 def _samples_of(forward: _Forward) -> str:
-    """List the samples whose logits are not finite, of the teacher or of the student; all samples if none is found."""
+    """List the samples whose teacher's or student's logits are not finite, or all samples if all logits are finite."""
     for whose, is_finite in (("teacher", forward.teacher), ("student", forward.student)):
         if is_finite is not None and not is_finite.all():
             return f"the {whose}'s logits of {_listed(forward.index[~is_finite.cpu()])}"

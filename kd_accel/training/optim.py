@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
+"""Optimizer, and learning rate as a pure function of the step, so that a checkpoint holds no scheduler state."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ _ONECYCLE_END_FRACTION = 1 / 25 / 1e4
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer with one parameter group and a fused kernel, which is one pass over the parameters.
+    """Build the optimizer with one parameter group and a fused kernel, which makes a single pass over the parameters.
 
     Args:
-        parameters: those without `requires_grad` are left out.
-        optim: settings.
+        parameters: The parameters; those without `requires_grad` are left out.
+        optim: Settings of the optimizer.
 
     Raises:
-        UserError: no parameter can be trained.
+        UserError: If no parameter requires a gradient.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
-        raise UserError("model.arch: the model has no parameter that can be trained; use another, or set requires_grad to True")
+        raise UserError(
+            "model.arch: the model has no parameter that can be trained; use another model, or set requires_grad to True"
+        )
     if optim.name == "adamw":
         first, second = optim.betas
         return torch.optim.AdamW(trained, lr=optim.lr, betas=(first, second), weight_decay=optim.weight_decay, fused=True)
@@ -40,25 +42,25 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> t
         fused=True,
     )
     if optim.momentum:
-        # torch allocates the buffers in the first step and lets the kernel fill them. Where found_inf leaves that update out
-        # (training/nonfinite.py), the next step would continue from uninitialized memory.
+        # torch allocates the momentum buffers in the first step, uninitialized, and its kernel fills them. If that update were
+        # skipped (training/nonfinite.py), the next step would read uninitialized memory.
         for weight in trained:
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
 
 
 def learning_rate(optim: OptimConfig, *, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """Compute the learning rate of the optimizer step that follows `step` steps done.
+    """Compute the learning rate of an optimizer step.
 
     Args:
-        optim: settings.
-        step: 0 to total_steps - 1.
-        total_steps: optimizer steps of the training.
-        steps_per_epoch: optimizer steps of an epoch.
+        optim: Settings of the optimizer.
+        step: Optimizer steps done before, 0 to total_steps - 1.
+        total_steps: Optimizer steps of the training.
+        steps_per_epoch: Optimizer steps of an epoch.
 
     References:
-        onecycle: Smith and Topin, "Super-Convergence", 2018, with cosine flanks: from a 25th of the peak up to it, then down
-        to a 250,000th of it.
+        Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates", 2018 (onecycle);
+        here with cosine annealing, from 1/25 of the peak up to the peak, then down to 1/250,000 of the peak.
     """
     warmup_fraction = optim.warmup_fraction
     if warmup_fraction is None:
@@ -77,7 +79,7 @@ def learning_rate(optim: OptimConfig, *, step: int, total_steps: int, steps_per_
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups of an optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -87,5 +89,5 @@ def _rise(done: float) -> float:
 
 
 def _cosine_fall(done: float) -> float:
-    """Compute half a cosine: 1 at 0, 0 at 1."""
+    """Compute half a period of a cosine: 1 at 0, 0 at 1."""
     return 0.5 * (1 + math.cos(math.pi * done))

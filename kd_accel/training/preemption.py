@@ -1,8 +1,8 @@
 """Preemption: SIGTERM, SIGINT or SIGUSR1 (the warning of a cluster) ends a training after a step and a checkpoint.
 
 Signals reach the ranks at different moments, and a rank that stops alone leaves its peers without its gradients. So after each
-step the ranks exchange one number, the signal that each has received, while the next step runs. All ranks act on the same
-exchange, hence at the same step. The exchange is between CPUs (gloo) and never synchronizes a device.
+step the ranks exchange one number, the signal that each has received, while the next step runs. All ranks act on the result of
+the same exchange, hence at the same step. The exchange runs on CPUs (gloo) and never synchronizes a device.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -27,14 +28,14 @@ _AGREEMENT_S = 20.0
 
 
 class PreemptionHandler:
-    """Handler of the signals that ask a training to stop, with an agreement of all ranks on the step.
+    """Handler of the signals that stop a training, on all ranks after the same step.
 
-    A second signal, more than two seconds after the first, ends the process at once. Every rank must create a handler at the
-    same place.
+    A second signal, more than two seconds after the first, ends the process at once. The constructor creates a process group,
+    so every rank must call it at the same place.
 
     Args:
-        accelerator: of the launch.
-        timeout_s: timeout of the exchange, `train.timeout_s`; None = the default.
+        accelerator: Accelerator of the launch.
+        timeout_s: Timeout of the exchange in seconds, `train.timeout_s`; None = the default.
     """
 
     def __init__(self, accelerator: Accelerator, *, timeout_s: float | None = None) -> None:
@@ -62,7 +63,10 @@ class PreemptionHandler:
                 signal.signal(number, handler)
 
     def requested(self) -> int | None:
-        """Return the signal to act on now, the same on every rank, or None. Every rank must call it after the same steps."""
+        """Return the signal to act on now, the same on every rank, or None.
+
+        Every rank must call this after the same steps. The result is that of the exchange which the previous call has begun.
+        """
         if self._group is None:
             return self._signal or None
         agreed = self._exchanged()
@@ -72,33 +76,41 @@ class PreemptionHandler:
         return agreed or None
 
     def _exchanged(self) -> int:
-        """Return the result of the exchange that the last call of `requested` began, 0 for no signal."""
+        """Return the result of the exchange that the last call of `requested` has begun: a signal, or 0."""
         if self._exchange is None:
             return 0
         work, number = self._exchange
         self._exchange = None
         if self._signal:
-            # A launcher signals all survivors when one rank has died: the exchange would then never end.
+            # A launcher kills this process 30 seconds after the signal: an exchange with a peer that hangs must fail before.
             work.wait(timedelta(seconds=_AGREEMENT_S))
         else:
             work.wait()
         return int(number)
 
     def _block_in_worker(self) -> None:
-        """Block the signals in a process that was forked to load data.
+        """Block the signals in a process that was forked to load data, except for SIGTERM from its parent.
 
-        A launcher signals whole process groups, and the steps until the checkpoint still need the worker's batches.
+        A launcher signals process groups, workers included, and the steps until the checkpoint still need their batches.
         """
         if self._is_installed:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self._signal:
             self._signal, self._signaled_at = number, now
         elif now - self._signaled_at > _SAME_REQUEST_S:
-            # Sooner it is the same request: a launcher repeats the signal that the terminal has sent to the whole group.
+            # An earlier one is the same request: a launcher forwards the signal that a terminal sends to all processes.
             os._exit(128 + number)
+
+
+def _obey_parent(parent: int) -> None:
+    """End a worker on SIGTERM from its parent, which at its own exit sends it and waits for the worker without a timeout."""
+    while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def preempted(number: int, *, step: int) -> Preempted:

@@ -1,4 +1,4 @@
-"""Progress of a training, or of a pass over samples, for a person: a bar on a terminal, plain lines elsewhere."""
+"""Progress display of a training or of a pass over samples: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Progress:
     """Progress of a training in optimizer steps, with the latest metrics. Only the main process prints.
 
     Args:
-        name: name of the run.
-        total_steps: optimizer steps of the training.
-        done_steps: optimizer steps done before this start.
-        is_main: whether this is the main process.
+        name: Name of the run.
+        total_steps: Optimizer steps of the training.
+        done_steps: Optimizer steps done before a resume; 0 for a new run.
+        is_main: Whether this is the main process.
     """
 
     def __init__(self, name: str, *, total_steps: int, done_steps: int, is_main: bool) -> None:
@@ -34,7 +34,12 @@ class Progress:
             self._bar.update()
 
     def note(self, epoch: int, values: dict[str, float]) -> None:
-        """Show the training metrics of the step that is about to be counted. epoch: epochs completed."""
+        """Show the training metrics of the current step, which `advance` counts afterwards.
+
+        Args:
+            epoch: Epochs completed.
+            values: Metrics by name.
+        """
         text = _shown(values)
         if self._bar is not None:
             self._bar.set_postfix_str(f"epoch {epoch + 1}, {text}")
@@ -45,18 +50,23 @@ class Progress:
             )
 
     def note_epoch(self, epochs_done: int, values: dict[str, float]) -> None:
-        """Show the validation metrics after an epoch."""
+        """Show the validation metrics after an epoch.
+
+        Args:
+            epochs_done: Epochs completed.
+            values: Metrics by name.
+        """
         self.say(f"{self._name}: epoch {epochs_done} done, validation: {_shown(values)}")
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._is_main:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar; it stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -66,14 +76,20 @@ class Progress:
         return _minutes(left_s)
 
 
+def print_line(text: str) -> None:
+    """Print a line on stdout, above a bar if the terminal shows one."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 class SampleProgress:
     """Progress of a pass over samples: number done, rate and time left. Only the main process prints.
 
     Args:
-        name: name of the pass.
-        total_samples: number of samples.
-        is_main: whether this is the main process.
-        every_s: seconds between two plain lines.
+        name: Name of the pass.
+        total_samples: Number of samples.
+        is_main: Whether this is the main process.
+        every_s: Seconds between two plain lines.
     """
 
     def __init__(self, name: str, *, total_samples: int, is_main: bool, every_s: float = 5.0) -> None:
@@ -83,7 +99,7 @@ class SampleProgress:
         self._bar = tqdm(total=total_samples, desc=name, unit="sample") if is_main and sys.stderr.isatty() else None
 
     def advance(self, samples: int) -> None:
-        """Count samples."""
+        """Count a number of samples."""
         self._done += samples
         now = time.perf_counter()
         if self._bar is not None:
@@ -97,7 +113,7 @@ class SampleProgress:
             )
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar; it stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -108,7 +124,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _shown(values: dict[str, float]) -> str:
-    """Format the metrics that are shown to a person, of those that are given."""
+    """Format the metrics for display: loss, accuracy, agreement and images per second, if given."""
     parts = []
     if "loss" in values:
         parts.append(f"loss {values['loss']:.4f}")

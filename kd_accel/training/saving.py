@@ -1,4 +1,4 @@
-"""Saving of checkpoints: checks of the state, and its hand-over to the writer thread."""
+"""Saving of checkpoints: checks of the state, its hand-over to the writer thread, and a failed write, which stops all ranks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from kd_accel.distributed import Accelerator, gathered, on_main_process
 from kd_accel.errors import UserError
 from kd_accel.io.hashing import tensors_digest
 from kd_accel.profiling import profiler_range
-from kd_accel.training.checkpoint import CheckpointWriter
+from kd_accel.training.agreement import StepExchange
+from kd_accel.training.checkpoint import CheckpointWriter, WriteStatus
 from kd_accel.training.nonfinite import diverged, own_name
 from kd_accel.training.state import TrainState, capture
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckpointSaver:
     """Checkpoints of one training.
 
     Args:
-        accelerator: of the launch.
-        directory: of the checkpoints.
-        settings: when they are due and how many are kept.
-        extra_state: plain values that every checkpoint holds besides the training's own.
-        extra_tensors: tensors that every checkpoint holds, by file and name.
-        writer: writes in a thread.
+        accelerator: The launch's `Accelerator`.
+        directory: Directory of the checkpoints.
+        settings: When checkpoints are due, and how many are kept.
+        extra_state: Plain values that every checkpoint holds in addition to the state of the training.
+        extra_tensors: Tensors that every checkpoint holds in addition, by file and name.
+        writer: Writer in a thread; only that of the main process writes.
     """
 
     accelerator: Accelerator
@@ -39,23 +40,34 @@ class CheckpointSaver:
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     extra_tensors: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
+    _exchange: StepExchange | None = field(default=None, init=False)
+    _is_writing: bool = field(default=False, init=False)
 
-    def save(self, train_state: TrainState, *, metrics_bytes: int) -> None:
-        """Start to write a checkpoint of this moment. Every rank must call it.
+    def connect(self, *, timeout_s: float | None) -> None:
+        """Create the exchange with the other ranks that `poll` needs. Every rank must call it at the same place.
 
         Args:
-            train_state: what is saved.
-            metrics_bytes: length of metrics.jsonl.
+            timeout_s: Timeout of the exchange, `train.timeout_s`; None = the default.
+        """
+        self._exchange = StepExchange(self.accelerator, timeout_s=timeout_s)
+
+    def save(self, train_state: TrainState, *, metrics_bytes: int) -> None:
+        """Start to write a checkpoint of the present state. Every rank must call it.
+
+        Args:
+            train_state: The state to save.
+            metrics_bytes: Length of metrics.jsonl.
 
         Raises:
-            UserError: a weight is not finite, the ranks' weights differ, or the write of the checkpoint before has failed.
+            UserError: If a weight is not finite, the ranks' weights differ, or the previous checkpoint could not be written.
         """
         step = train_state.position.step
         weights = {name: weight.detach() for name, weight in train_state.module.named_parameters() if weight.requires_grad}
         named = {own_name(name): weight for name, weight in weights.items()}
-        _refuse_broken(named, step=step)
-        _refuse_drifted(named, step=step)
+        _refuse_not_finite(named, step=step)
+        _refuse_unequal(named, step=step)
         tensors, state = capture(train_state, self.accelerator)
+        self.wait()
         on_main_process(
             self.accelerator,
             lambda: self.writer.write(
@@ -66,22 +78,51 @@ class CheckpointSaver:
                 keep=self.settings.keep,
             ),
         )
+        self._is_writing = True
+
+    def poll(self) -> None:
+        """Raise the error of a failed write, if any, on all ranks at the same step. Every rank must call it after each step.
+
+        It waits neither for the write nor for a device. Without it, a full disk would be reported one checkpoint later.
+
+        Raises:
+            UserError: If the checkpoint could not be written.
+        """
+        if not self._is_writing:
+            return
+        assert self._exchange is not None, "connect() must be called before"
+        status = self._exchange.exchange(self.writer.status)
+        if status == WriteStatus.FAILED:
+            self.wait()
+        elif status == WriteStatus.COMPLETE:
+            self._finish_exchange()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk. Every rank must call it. Raises UserError if the disk refused it."""
+        """Wait until the last checkpoint is on the disk. Every rank must call it.
+
+        Raises:
+            UserError: If the checkpoint could not be written.
+        """
+        self._finish_exchange()
         with profiler_range("checkpoint"):
             on_main_process(self.accelerator, self.writer.wait)
 
+    def _finish_exchange(self) -> None:
+        # An exchange that is still pending is about this write; the next write must not read it.
+        if self._exchange is not None:
+            self._exchange.finish()
+        self._is_writing = False
 
-def _refuse_broken(weights: Mapping[str, Tensor], *, step: int) -> None:
-    """Raise UserError for weights that are not finite: an update of finite numbers can overflow."""
+
+def _refuse_not_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
+    """Raise UserError for weights that are not finite: an update with finite gradients can overflow."""
     if not torch.stack([weight.isfinite().all() for weight in weights.values()]).all():
         name = next(name for name, weight in weights.items() if not weight.isfinite().all())
         raise diverged(f"{name} is not finite after step {step}")
 
 
-def _refuse_drifted(weights: Mapping[str, Tensor], *, step: int) -> None:
-    """Raise UserError for ranks whose weights differ, although they start alike and apply the same gradients."""
+def _refuse_unequal(weights: Mapping[str, Tensor], *, step: int) -> None:
+    """Raise UserError for ranks whose weights differ, although all ranks start alike and apply the same gradients."""
     digests = gathered([tensors_digest(weights)])
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:

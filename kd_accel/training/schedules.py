@@ -1,7 +1,8 @@
-"""Schedules: numbers that change during training, as pure functions of the epochs and steps done.
+"""Schedules of temperature and loss weights as pure functions of the epochs and steps done, without a state to save.
 
-The exponential schedule is that of the reference job: max(floor, start * decay ** epochs). linear and cosine go from start to
-end in `length` units and keep the end. A resumed training needs no state of them.
+- exponential: max(floor, start * decay ** t), with t epochs or steps done; that of the reference job.
+- linear, cosine: from start to end in `length` units, then constant.
+- constant: start.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from kd_accel.training.optim import learning_rate
 
 
 def schedule_value(schedule: float | Schedule, *, epoch: int, step: int, total_epochs: int, total_steps: int) -> float:
-    """Compute the value after `epoch` completed epochs and `step` optimizer steps."""
+    """Compute the value of a schedule.
+
+    Args:
+        schedule: A schedule, or a number, which is constant.
+        epoch: Epochs completed.
+        step: Optimizer steps done.
+        total_epochs: Epochs of the training.
+        total_steps: Optimizer steps of the training.
+    """
     if not isinstance(schedule, Schedule):
         return float(schedule)
     done, total = (epoch, total_epochs) if schedule.unit == "epoch" else (step, total_steps)
@@ -32,7 +41,7 @@ def schedule_value(schedule: float | Schedule, *, epoch: int, step: int, total_e
 
 
 def _last_unit(schedule: Schedule, total: int) -> int:
-    """Return where `end` is reached: by default in the last epoch (or step), which begins with total - 1 done."""
+    """Return the unit in which `end` is reached; by default the last epoch or step, which begins with total - 1 done."""
     return schedule.length if schedule.length is not None else total - 1
 
 
@@ -41,10 +50,10 @@ class TrainingSchedule:
     """Learning rate, temperature and loss weights by position.
 
     Args:
-        optim: optimizer settings.
-        steps_per_epoch: optimizer steps of an epoch.
-        total_steps: optimizer steps of the training.
-        distill: distillation settings; None for plain training.
+        optim: Settings of the optimizer.
+        steps_per_epoch: Optimizer steps of an epoch.
+        total_steps: Optimizer steps of the training.
+        distill: Settings of the distillation; None for plain training.
     """
 
     optim: OptimConfig
@@ -53,11 +62,11 @@ class TrainingSchedule:
     distill: DistillConfig | None = None
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of the step that follows `step` steps done."""
+        """Return the learning rate after `step` optimizer steps."""
         return learning_rate(self.optim, step=step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
 
     def weights_at(self, epoch: int, step: int) -> LossWeights:
-        """Return temperature and weights after `epoch` completed epochs and `step` steps."""
+        """Return temperature and loss weights after `epoch` epochs and `step` optimizer steps."""
         distill = self.distill
         if distill is None:
             return LossWeights()
@@ -74,7 +83,7 @@ class TrainingSchedule:
         )
 
     def logged(self, weights: LossWeights) -> dict[str, float]:
-        """Return the numbers for a line of metrics: those that have an effect in this training."""
+        """Return temperature and weights for a line of metrics, without those that have no effect in this training."""
         if self.distill is None:
             return {}
         numbers = {f"features/{name}/weight": weight for name, weight in weights.features.items()}

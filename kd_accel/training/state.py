@@ -1,8 +1,8 @@
-"""The state of a training, and its capture and restoration such that a resumed training equals one never stopped.
+"""State of a training, its capture for a checkpoint, and its restoration, after which the training is as if never stopped.
 
-Saved are weights, buffers, optimizer, moving average, loss scaler, position, best accuracy, the sums behind the next line of
-metrics, and every generator of random numbers on every rank. The learning rate, T, alpha and the order of the samples are
-functions of the position and need no state.
+The state consists of weights, buffers, optimizer, moving average, loss scaler, position, best accuracy, the sums for the next
+line of metrics, and all random number generators of every rank. Learning rate, temperature, alpha and the order of the samples
+are functions of the position and need no state.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Position:
     """Position of a training.
 
     Attributes:
-        epoch: epochs completed.
-        step_in_epoch: optimizer steps done in this epoch.
-        step: optimizer steps done in all.
-        best_val_accuracy: best accuracy so far on the validation samples, a fraction of 1; None without an evaluation.
-        elapsed_s: training time in seconds.
+        epoch: Epochs completed.
+        step_in_epoch: Optimizer steps done in the current epoch.
+        step: Optimizer steps done in total.
+        best_val_accuracy: Best accuracy so far on the validation samples, a fraction of 1; None before the first evaluation.
+        elapsed_s: Training time in seconds.
     """
 
     epoch: int = 0
@@ -52,14 +52,14 @@ class Position:
 
 @dataclass
 class TrainState:
-    """All that an optimizer step changes.
+    """The state that an optimizer step changes.
 
     Attributes:
-        module: the distiller, as prepared by Accelerate.
-        optimizer: as prepared by Accelerate.
-        meters: sums since the last line of metrics.
-        average: moving average of the student, None without one.
-        position: of the training.
+        module: The distiller, prepared by Accelerate.
+        optimizer: The optimizer, prepared by Accelerate.
+        meters: Sums since the last line of metrics.
+        average: Moving average of the student; None without one.
+        position: Position of the training.
     """
 
     module: nn.Module
@@ -73,7 +73,7 @@ def capture(train_state: TrainState, accelerator: Accelerator) -> tuple[dict[str
     """Copy the state to the CPU. Every rank must call it.
 
     Returns:
-        Tensors by file and name, and plain values; both empty on other ranks than the main process.
+        Tensors by file and name, and plain values; both are empty on other ranks than the main process.
     """
     ranks = gather_object([_rank_state(train_state, accelerator)])
     if not accelerator.is_main_process:
@@ -93,7 +93,11 @@ def capture(train_state: TrainState, accelerator: Accelerator) -> tuple[dict[str
 
 
 def restore(train_state: TrainState, checkpoint: Checkpoint, accelerator: Accelerator) -> list[str]:
-    """Load a captured state. Returns a notice for each thing that cannot be the same as before."""
+    """Load a captured state. Every rank must call it.
+
+    Returns:
+        A notice if the resumed training cannot be exact, for another number of processes.
+    """
     state = checkpoint.state
     restore_module(accelerator.unwrap_model(train_state.module), checkpoint.tensors["module"])
     restore_optimizer(train_state.optimizer.optimizer, checkpoint.tensors["optimizer"], state["optimizer"])
@@ -106,7 +110,7 @@ def restore(train_state: TrainState, checkpoint: Checkpoint, accelerator: Accele
 
 
 def _restore_ranks(train_state: TrainState, state: dict[str, Any], accelerator: Accelerator) -> list[str]:
-    """Load the state of this rank; for another number of ranks, only the sums behind the next line of metrics."""
+    """Load the state of this rank; for another number of ranks, only the sums for the next line of metrics."""
     ranks, rank = state["ranks"], accelerator.process_index
     if len(ranks) == accelerator.num_processes:
         train_state.meters.restore(ranks[rank]["meters"])
@@ -126,7 +130,7 @@ def _rank_state(train_state: TrainState, accelerator: Accelerator) -> dict[str, 
 
 
 def _capture_random(accelerator: Accelerator) -> dict[str, Any]:
-    """Capture the global generators, from which a model may draw; the data draws from none of them."""
+    """Capture the states of the global random number generators, which a model may use; the data uses none of them."""
     name, keys, *rest = np.random.get_state(legacy=True)
     device = accelerator.device
     return {
@@ -154,7 +158,7 @@ def _byte_tensor(text: str) -> torch.Tensor:
 def wrap_for_training(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """Prepare module and optimizer with Accelerate; DDP exchanges buffers only where `needs_buffers_exchanged`."""
+    """Prepare module and optimizer with Accelerate; DDP broadcasts buffers only if `needs_buffers_exchanged`."""
     accelerator.ddp_handler.broadcast_buffers = needs_buffers_exchanged(module)
     return accelerator.prepare(module, optimizer)
 
@@ -162,8 +166,8 @@ def wrap_for_training(
 def needs_buffers_exchanged(module: nn.Module) -> bool:
     """Return whether a training forward may read a buffer that differs between ranks.
 
-    DistributedDataParallel can broadcast rank 0's buffers before each forward. BatchNorm's running statistics are not read in a
-    training forward, and those that are evaluated and saved are rank 0's either way.
+    If so, DistributedDataParallel must broadcast rank 0's buffers before each forward. BatchNorm does not read its running
+    statistics in a training forward, and evaluation and checkpoints use rank 0's statistics in any case.
     """
     owners = [own for own in module.modules() if any(buffer is not None for buffer in own._buffers.values())]
     return not all(isinstance(own, _BatchNorm | Normalize) for own in owners)

@@ -1,7 +1,7 @@
-"""The training loop: teacher, plain student and every distillation run through it and differ only in their parts.
+"""The training loop of every run: of a teacher, a plain student and a distillation, which differ only in the parts passed in.
 
-In: batches, teacher outputs, a distiller, schedules. Out: the trained weights inside the distiller, lines in metrics.jsonl,
-checkpoints. A step never synchronizes the device; values are read where a line of metrics is written.
+In: batches, teacher outputs, a distiller, schedules. Out: the trained weights in the distiller, lines in metrics.jsonl,
+checkpoints. A step never synchronizes the device; values are read only for a line of metrics.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from kd_accel.training.preemption import PreemptionHandler, preempted
 from kd_accel.training.progress import Progress
 from kd_accel.training.saving import CheckpointSaver
 from kd_accel.training.schedules import TrainingSchedule
-from kd_accel.training.state import TrainState
+from kd_accel.training.state import Position, TrainState
 from kd_accel.types import Batch, TeacherOutput, TeacherSource
 
 
 @dataclass
 class Trainer:
-    """One training, from its present position to its end.
+    """Trainer of one run, from its present position to the end of the schedule. Every rank must create it.
 
     Args:
-        accelerator: of the launch.
-        train_state: all that a step changes; its module is a distiller as prepared by Accelerate.
-        loader: training batches of this rank.
-        teacher: gives the teacher's output for a batch.
-        schedule: learning rate, temperature and weights by position.
-        settings: of the loop.
-        checkpoints: saves the state.
-        metrics_log: receives the lines of metrics.
-        progress: shows them to a person.
-        profiler: records a few steps if the run's `profile` is set.
-        preemption: detects a request to stop.
-        guard: detects losses and gradients that are not finite.
-        validation: the split that is evaluated after epochs, None for none.
+        accelerator: The launch's `Accelerator`.
+        train_state: The state that a step changes; its module is a distiller prepared by Accelerate.
+        loader: Loader of this rank's training batches.
+        teacher: Source of the teacher's output for a batch.
+        schedule: Learning rate, temperature and loss weights by position.
+        settings: Settings of the loop.
+        checkpoints: Saver of the state.
+        metrics_log: Log of the lines of metrics.
+        progress: Progress display.
+        profiler: Profiler of a few steps, if the run's `profile` is set.
+        preemption: Handler of the signals that stop the training.
+        guard: Detection of losses and gradients that are not finite.
+        validation: The split that is evaluated after epochs; None = no evaluation.
     """
 
     accelerator: Accelerator
@@ -68,44 +68,45 @@ class Trainer:
     _distiller: Distiller = field(init=False)
 
     def __post_init__(self) -> None:
-        # Once: each call of Accelerate's unwrap_model looks for installed packages, which takes about a millisecond.
+        # Only once: each call of Accelerate's unwrap_model searches the installed packages, which takes about a millisecond.
         self._distiller = self.accelerator.unwrap_model(self.train_state.module)
+        self.checkpoints.connect(timeout_s=self.settings.timeout_s)
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps of the schedule are done."""
+        """True if all steps of the schedule are done."""
         return self.train_state.position.step >= self.schedule.total_steps
 
     @property
     def must_stop(self) -> bool:
-        """Whether all steps are done, or `checkpoint.stop_after_steps` is reached."""
+        """True if all steps are done, or `checkpoint.stop_after_steps` is reached."""
         return self.is_done or self.train_state.position.step == self.checkpoints.settings.stop_after_steps
 
     def fit(self) -> None:
         """Train to the end of the schedule, or to `checkpoint.stop_after_steps`.
 
         Raises:
-            UserError: the numbers are not finite, a parameter has no gradient, or the disk refuses a checkpoint.
-            Preempted: a signal has been received; a checkpoint is written first.
+            UserError: If a value is not finite, a parameter has no gradient, or a checkpoint cannot be written.
+            Preempted: If a signal has been received, after a checkpoint.
         """
         self._refuse_single_samples()
         position = self.train_state.position
         while not self.must_stop:
-            with refused_by_determinism():
+            with determinism_errors_explained():
                 self.fit_epoch()
             if self.must_stop:
                 self.profiler.close()
             if position.step_in_epoch == self.schedule.steps_per_epoch or self.is_done:
                 self.finish_epoch()
                 if not self.is_done:
-                    self._stop_if_preempted()
+                    self._stop_if_due()
         self.checkpoints.wait()
 
     def fit_epoch(self) -> None:
         """Run steps to the end of the epoch or of the schedule, or to `checkpoint.stop_after_steps`."""
         position, train_state = self.train_state.position, self.train_state
         train_state.module.train()
-        clock = _Clock(position.elapsed_s)
+        clock = _Clock(position)
         steps = self.loader.epoch(position.epoch, start_step=position.step_in_epoch)
         for micro_batches in profiled("loader", steps):
             weights, lr = self.schedule.weights_at(position.epoch, position.step), self.schedule.lr_at(position.step)
@@ -125,11 +126,20 @@ class Trainer:
                 self.save()
             if self.must_stop:
                 break
-            self._stop_if_preempted()
+            self._stop_if_due()
         position.elapsed_s = clock.elapsed_s
 
     def step(self, micro_batches: Sequence[Batch], weights: LossWeights, lr: float) -> None:
-        """Make one update from all micro-batches; the ranks exchange gradients in the last backward pass only."""
+        """Make one update from all micro-batches; the ranks exchange gradients only in the last backward pass.
+
+        Args:
+            micro_batches: The batches of this rank, in host memory or on the device.
+            weights: Temperature and loss weights of this step.
+            lr: Learning rate of this step.
+
+        Raises:
+            UserError: If a trained parameter has no gradient.
+        """
         accelerator, module = self.accelerator, self.train_state.module
         for number, batch in enumerate(micro_batches, 1):
             on_device = batch.to(accelerator.device, non_blocking=True)
@@ -144,15 +154,19 @@ class Trainer:
             self._update(lr)
 
     def forward(self, batch: Batch, weights: LossWeights) -> tuple[DistillerOutput, TeacherOutput]:
-        """Run teacher and distiller for one micro-batch on the device, under the caller's autocast."""
+        """Run the teacher and the distiller for one micro-batch on the device, under the caller's autocast.
+
+        Returns:
+            The outputs of the distiller and of the teacher.
+        """
         with profiler_range("teacher"):
             target = self.teacher(batch)
-        # A Batch keeps `index` on the host for the cache; it is copied only for a loss that needs it.
+        # A Batch keeps `index` on the host, where the cache reads it; it is copied only for a loss that needs it.
         index = batch.index.to(batch.images.device, non_blocking=True) if self._distiller.uses_index else None
         return self.train_state.module(batch.images, target, batch.labels, weights, index=index), target
 
     def finish_epoch(self) -> None:
-        """Evaluate on the validation samples and save a checkpoint, each where it is due, and move on to the next epoch."""
+        """Evaluate on the validation samples and save a checkpoint, each if it is due, and advance to the next epoch."""
         position, saving = self.train_state.position, self.checkpoints.settings
         position.epoch, position.step_in_epoch = position.epoch + 1, 0
         if self.validation is not None and (self.is_done or _is_due(position.epoch, self.settings.eval_every_epochs)):
@@ -166,7 +180,13 @@ class Trainer:
             self.save()
 
     def evaluate(self, held_out: HeldOut) -> dict[str, float]:
-        """Evaluate the student, or its moving average, on a split; the module is in training mode afterwards."""
+        """Evaluate the student, or its moving average if there is one, on a split. Every rank must call it.
+
+        The module is in training mode afterwards.
+
+        Returns:
+            The metrics of `training.evaluation.evaluate`.
+        """
         train_state = self.train_state
         for module in filter(None, (train_state.module, train_state.average)):
             synchronize_buffers(module, accelerator=self.accelerator)
@@ -176,13 +196,20 @@ class Trainer:
         return result
 
     def student_logits(self) -> Callable[[Tensor], Tensor]:
-        """Return the forward that is evaluated: the moving average where it is kept, outside of the DDP wrapper."""
+        """Return the forward for evaluations, uint8 images [B, 3, H, W] -> logits [B, C], outside of the DDP wrapper.
+
+        It runs the moving average if there is one, else the student.
+        """
         distiller, average = self._distiller, self.train_state.average
         network = distiller.student if average is None else average
         return lambda images: network(distiller.normalize(images))
 
     def save(self) -> None:
-        """Start to write a checkpoint. Every rank must call it. Raises UserError for numbers that are not finite."""
+        """Start to write a checkpoint. Every rank must call it.
+
+        Raises:
+            UserError: If a loss, gradient or weight is not finite, or the previous checkpoint could not be written.
+        """
         with profiler_range("checkpoint"):
             self._read_guard()
             self.checkpoints.save(self.train_state, metrics_bytes=self.metrics_log.length_bytes())
@@ -208,20 +235,22 @@ class Trainer:
         sums = self.accelerator.reduce(meters.sums, "sum")
         assert isinstance(sums, Tensor)
         means: dict[str, float] = meters.read(sums)
-        rate = {"images_per_second": float(sums[0]) / clock.lap_s()} if clock.has_lap else {}
+        # Not from the sums: after a resume they include the samples since the last line of the stopped training.
+        rate = {"images_per_second": self.settings.batch_size * clock.steps_per_second(position.step)}
         self.metrics_log.write(
             {"step": position.step, "epoch": position.epoch, "split": "train", **means, **values, **rate},
         )
         self.progress.note(position.epoch, {**means, **rate})
 
     def _read_guard(self) -> None:
-        """Count the fp16 overflows since the last call. Raises UserError, on all ranks alike, for a step that has diverged."""
+        """Count the fp16 overflows since the last call. Raises UserError, on all ranks, if a step was not finite."""
         overflowed = self.guard.check()
         if self.accelerator.scaler is not None and self.accelerator.is_main_process:
             self.train_state.meters.count_overflows(overflowed)
 
-    def _stop_if_preempted(self) -> None:
-        """Raise Preempted, after a checkpoint, on all ranks at the same step."""
+    def _stop_if_due(self) -> None:
+        """Raise UserError for a failed write, or Preempted after a checkpoint, on all ranks at the same step."""
+        self.checkpoints.poll()
         number = self.preemption.requested()
         if number is not None:
             self.save()
@@ -229,7 +258,7 @@ class Trainer:
             raise preempted(number, step=self.train_state.position.step)
 
     def _refuse_single_samples(self) -> None:
-        """Raise UserError where BatchNorm would see one sample: its statistics are those of one forward of one process."""
+        """Raise UserError if BatchNorm would get a single sample: it computes statistics per forward and process."""
         processes, batch_size = self.accelerator.num_processes, self.settings.batch_size
         parts = processes * self.settings.grad_accum_steps
         if batch_size == parts and any(isinstance(module, _BatchNorm) for module in self.train_state.module.modules()):
@@ -240,8 +269,8 @@ class Trainer:
 
 
 @contextmanager
-def refused_by_determinism() -> Iterator[None]:
-    """Inside the `with` block, turn torch's error for an operator without a deterministic kernel into UserError."""
+def determinism_errors_explained() -> Iterator[None]:
+    """Inside the `with` block, turn PyTorch's error for an operator without a deterministic kernel into UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -249,8 +278,8 @@ def refused_by_determinism() -> Iterator[None]:
         if not found:
             raise
         raise UserError(
-            f"train.deterministic: {name.split()[-1]} of the model has no deterministic GPU kernel; use another layer in its "
-            "place, or set train.deterministic to false"
+            f"train.deterministic: {name.split()[-1]} of the model has no deterministic GPU kernel; replace the layer, or set "
+            "train.deterministic to false"
         ) from None
 
 
@@ -259,7 +288,10 @@ def _is_due(count: int, every: int | None) -> bool:
 
 
 def _refuse_idle_parameters(idle: Sequence[str]) -> None:
-    """Raise UserError for parameters without a gradient: DDP's exchange would hang, or they would differ between ranks."""
+    """Raise UserError for parameters without a gradient.
+
+    With them, DDP's gradient exchange would hang, or the ranks' weights would differ.
+    """
     if idle:
         more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
         field = "distill" if all(name.startswith(("logit_loss.", "feature_losses.")) for name in idle) else "model.arch"
@@ -270,21 +302,19 @@ def _refuse_idle_parameters(idle: Sequence[str]) -> None:
 
 
 class _Clock:
-    """Clock of the training time: in all, and since the last line of metrics."""
+    """Clock of the training time, and of the rate since the last line of metrics."""
 
-    def __init__(self, elapsed_before_s: float) -> None:
+    def __init__(self, position: Position) -> None:
         self._started_at = self._lap_at = time.perf_counter()
-        self._before_s = elapsed_before_s
-
-    @property
-    def has_lap(self) -> bool:
-        return time.perf_counter() > self._lap_at
+        self._before_s, self._lap_step = position.elapsed_s, position.step
 
     @property
     def elapsed_s(self) -> float:
         return self._before_s + time.perf_counter() - self._started_at
 
-    def lap_s(self) -> float:
+    def steps_per_second(self, step: int) -> float:
+        """Compute the rate since the last call, or since the start, and start the next interval at `step`."""
         now = time.perf_counter()
-        lap_s, self._lap_at = now - self._lap_at, now
-        return lap_s
+        rate = (step - self._lap_step) / max(now - self._lap_at, 1e-9)
+        self._lap_at, self._lap_step = now, step
+        return rate

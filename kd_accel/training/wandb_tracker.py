@@ -1,7 +1,7 @@
-"""Weights & Biases, online or offline; no failure of it stops a training.
+"""Tracking with Weights & Biases, online or offline; a failure of W&B never stops a training.
 
-A run is started through Accelerate's tracker. An online start that fails or times out is tried once more offline, and the first
-failure after the start ends the tracking with a warning. wandb is imported only for a run that is tracked.
+A W&B run is started through Accelerate's tracker. If an online start fails or times out, the run is tracked offline. The first
+failure after the start ends the tracking with a warning. wandb is imported only if a run is tracked.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Mode = Literal["online", "offline", "disabled"]
 
 
 class WandbTracker:
-    """One W&B run. Create it on every rank and `start` it on the main process; elsewhere logging does nothing.
+    """Tracker of one W&B run. Create it on every rank and `start` it on the main process; other ranks log nothing.
 
     Args:
-        config: settings.
-        run_dir: directory of the training, in which W&B writes `wandb/`.
-        name: display name.
-        role: W&B's job_type: teacher, student or distilled.
-        run_id: id of a W&B run to resume; None = a new id.
+        config: Settings of the tracking.
+        run_dir: Run directory, in which W&B writes `wandb/`.
+        name: Display name.
+        role: Job type of the W&B run: teacher, student or distilled.
+        run_id: Id of a W&B run to resume; None = a new id.
     """
 
     def __init__(self, config: TrackingConfig, *, run_dir: Path, name: str, role: str, run_id: str | None = None) -> None:
@@ -44,14 +44,14 @@ class WandbTracker:
 
     @property
     def is_enabled(self) -> bool:
-        """Whether metrics are tracked by this process."""
+        """True if this process tracks metrics."""
         return self._run is not None
 
     def start(self, init: Callable[[dict[str, Any]], Any]) -> None:
-        """Start the run: online or offline as configured; on failure offline, then untracked, with a warning each.
+        """Start the W&B run, online or offline as configured; after a failure offline, then not at all, each with a warning.
 
         Args:
-            init: starts a W&B run with these keyword arguments of `wandb.init`, and returns it.
+            init: Function that starts a W&B run with the given keyword arguments of `wandb.init`, and returns it.
         """
         mode = choose_mode(self._config)
         if mode == "disabled":
@@ -66,7 +66,7 @@ class WandbTracker:
                 _tear_down()
 
     def init_arguments(self, mode: str) -> dict[str, Any]:
-        """Return the arguments of wandb.init besides project and config, which Accelerate adds."""
+        """Return the arguments of `wandb.init` except project and config, which Accelerate adds."""
         import wandb
 
         return {
@@ -83,7 +83,7 @@ class WandbTracker:
         }
 
     def log(self, values: dict[str, Any], *, step: int) -> None:
-        """Log numbers at an optimizer step."""
+        """Log metrics at an optimizer step."""
         self._try(lambda: self._run.log({**values, "step": step}, step=step))
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -97,12 +97,12 @@ class WandbTracker:
         self._try(send)
 
     def finish(self) -> None:
-        """End the run."""
+        """End the W&B run."""
         self._try(lambda: self._run.finish())
         self._run = None
 
     def _define_axes(self) -> None:
-        """Plot training metrics against the step, and those of evaluations against the epoch."""
+        """Set the x-axis of plots: the step for training metrics, the epoch for those of evaluations."""
         self._run.define_metric("step")
         self._run.define_metric("epoch")
         self._run.define_metric("train/*", step_metric="step")
@@ -123,7 +123,7 @@ class WandbTracker:
 
 
 def _tear_down() -> None:
-    """End W&B's service process: it keeps the id of a run that could not start, and refuses another start with that id."""
+    """End W&B's service process, which refuses a second start with the id of a run that could not start."""
     with suppress(Exception):
         import wandb
 
@@ -131,7 +131,7 @@ def _tear_down() -> None:
 
 
 def refuse_missing_package(config: TrackingConfig) -> None:
-    """Raise UserError if the config names a mode of tracking and wandb is not installed."""
+    """Raise UserError if `tracking.wandb` is online or offline and wandb is not installed."""
     if config.wandb in ("online", "offline") and not _is_installed():
         raise UserError(
             f"tracking.wandb: {config.wandb} needs wandb, which is not installed; pip install wandb, or set tracking.wandb to "
@@ -140,24 +140,24 @@ def refuse_missing_package(config: TrackingConfig) -> None:
 
 
 def missing_package_notices(config: TrackingConfig) -> list[str]:
-    """Return a line for the user if a run would be tracked and wandb is not installed, else nothing."""
+    """Return a notice if the run would be tracked but wandb is not installed, else an empty list."""
     if _is_installed() or _requested_mode(config) == "disabled":
         return []
     return ["wandb is not installed; metrics go to metrics.jsonl only"]
 
 
 def tracker_name(config: TrackingConfig) -> str | None:
-    """Return the tracker to request from Accelerate, None for none: Accelerate warns about one that is not installed."""
+    """Return the tracker to request from Accelerate, or None, as Accelerate warns about a tracker that is not installed."""
     return None if choose_mode(config) == "disabled" else "wandb"
 
 
 def choose_mode(config: TrackingConfig) -> Mode:
-    """Return the mode in which a run is tracked: the requested mode, or disabled if wandb is not installed."""
+    """Return the tracking mode: the requested mode, or disabled if wandb is not installed."""
     return _requested_mode(config) if _is_installed() else "disabled"
 
 
 def _requested_mode(config: TrackingConfig) -> Mode:
-    """Return the requested mode. `auto` is WANDB_MODE if set, else online with an API key and offline without; no prompt."""
+    """Return the requested mode; auto is WANDB_MODE if set, else online with an API key and offline without, never a prompt."""
     if config.wandb != "auto":
         return config.wandb
     setup = os.environ.get("WANDB_MODE", "").lower()
@@ -167,7 +167,8 @@ def _requested_mode(config: TrackingConfig) -> Mode:
 
 
 def _is_installed() -> bool:
-    """Return whether the distribution is installed: a directory `wandb/` of earlier runs is importable as an empty package."""
+    """Return whether the wandb distribution is installed."""
+    # An import is not a test: a directory `wandb/` of earlier runs can be imported as a namespace package.
     try:
         version("wandb")
     except PackageNotFoundError:
@@ -176,7 +177,7 @@ def _is_installed() -> bool:
 
 
 def _has_key() -> bool:
-    """Return whether an API key is in the environment or, as `wandb login` leaves it, in the netrc file."""
+    """Return whether an API key is in the environment or in the netrc file, where `wandb login` stores it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

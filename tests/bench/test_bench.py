@@ -1,4 +1,4 @@
-"""What a model weighs and how long it takes, against counts by hand and a model whose time is known."""
+"""The benchmark: counts against values computed by hand, and latencies of modules with a known duration."""
 
 import json
 import time
@@ -29,7 +29,7 @@ QUICK = BenchConfig(batch_sizes=[1, 3], device="cpu", min_iterations=20, min_tim
 
 
 class Sleeper(nn.Module):
-    """Takes a known time; says in what mode it was called."""
+    """Module whose forward has a known duration, and logs the modes in which it runs."""
 
     def __init__(self, seconds, log):
         super().__init__()
@@ -43,7 +43,7 @@ class Sleeper(nn.Module):
 
 @pytest.fixture(autouse=True)
 def kernels():
-    """What a bench sets in its process."""
+    """Restore the global settings that a benchmark changes."""
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     yield
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
@@ -51,7 +51,7 @@ def kernels():
 
 @pytest.fixture
 def second_gpu(monkeypatch):
-    """(calls in their order, an input on cuda:1), with recorders in place of CUDA's devices and events: our own order alone."""
+    """Fake GPU cuda:1: a log of calls and an input. It tests the order of calls, not CUDA itself."""
     calls = []
 
     class Device:
@@ -89,7 +89,7 @@ def threads():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A directory with what a finished run leaves to be deployed, for images of 24 x 24 pixels."""
+    """Directory with the files for deployment of a finished run, for images of 24x24 pixels."""
     directory = tmp_path / "run"
     directory.mkdir()
     card = ModelCard(TEACHER, "imagenet", {}, ["a", "b", "c", "d"], [0.5] * 3, [0.2] * 3, 24)
@@ -97,7 +97,7 @@ def saved(tmp_path):
     return directory
 
 
-def test_parameters_and_bytes_by_hand():
+def test_parameters_and_bytes():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(5, 2).half())
     model[0].bias.requires_grad_(False)
     parameters = (3 * 9 * 8 + 8) + 16 + 12
@@ -106,17 +106,17 @@ def test_parameters_and_bytes_by_hand():
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_multiply_adds_by_hand_per_image(batch):
+def test_multiply_adds_per_image(batch):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 10))
     assert count_macs(model, torch.randn(batch, 3, 32, 32)) == 16 * 16 * 8 * 27 + 8 * 16 * 16 * 10
 
 
-def test_multiply_adds_of_a_known_network():
+def test_multiply_adds_of_resnet18():
     model = build_model("torchvision/resnet18", num_classes=1000).eval()
     assert count_macs(model, torch.randn(1, 3, 224, 224)) == pytest.approx(1.814e9, rel=1e-3)
 
 
-def test_latency_is_the_time_that_a_forward_takes():
+def test_latency_is_the_time_of_a_forward():
     log = []
     models = {"slow": Sleeper(0.002, log), "fast": Sleeper(0.0005, log)}
     images = {name: torch.zeros(1, 3, 4, 4) for name in models}
@@ -134,7 +134,7 @@ def test_latency_is_the_time_that_a_forward_takes():
     assert not any(is_autocast for _, _, is_autocast in log)
 
 
-def test_models_are_warm_and_take_turns():
+def test_models_are_warmed_up_and_interleaved():
     log = []
     models = {"slow": Sleeper(0.0002, log), "fast": Sleeper(0.0001, log)}
     measure_latency(models, {name: torch.zeros(1, 3, 4, 4) for name in models}, min_iterations=40, min_time_s=0.0)
@@ -145,8 +145,8 @@ def test_models_are_warm_and_take_turns():
     assert changes == 2 * 10 - 1  # ten rounds of four forwards each
 
 
-def test_long_forwards_are_warm_after_fewer(monkeypatch):
-    monkeypatch.setattr("kd_accel.bench.latency._LONGEST_WARM_UP_S", 0.005)
+def test_warm_up_of_slow_forwards_is_limited_in_time(monkeypatch):
+    monkeypatch.setattr("kd_accel.bench.latency._MAX_WARM_UP_S", 0.005)
     log = []
     measure_latency({"x": Sleeper(0.002, log)}, {"x": torch.zeros(1)}, min_iterations=10, min_time_s=0.0)
     assert 2 <= len(log) - 10 <= 5
@@ -154,32 +154,32 @@ def test_long_forwards_are_warm_after_fewer(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_models_are_compiled_for_every_batch_size():
-    """torch's own limit is eight compilations of a class; beyond it a model would run eagerly, without a word."""
+    """torch compiles a class eight times at most by default; further models run eagerly, without a warning."""
     from torch._dynamo import config
 
     models = [nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)]) for layers in (1, 2, 3)]
     with config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2), torch.inference_mode():
         compile_for_latency(models, batch_sizes=3)
-        answers = [model(torch.ones(batch_size, 4)) for model in models for batch_size in (1, 2, 8)]
+        outputs = [model(torch.ones(batch_size, 4)) for model in models for batch_size in (1, 2, 8)]
     expected = [model.forward(torch.ones(batch_size, 4)) for model in models for batch_size in (1, 2, 8)]
-    torch.testing.assert_close(answers, expected)
+    torch.testing.assert_close(outputs, expected)
     assert all(model._compiled_call_impl is not None for model in models)
 
 
-def test_the_tail_is_told_where_there_are_enough_forwards():
+def test_p99_is_reported_with_enough_iterations():
     model = {"x": Sleeper(0.0, [])}
     figures = measure_latency(model, {"x": torch.zeros(1)}, min_iterations=1000, min_time_s=0.0)["x"]
     assert figures["iterations"] >= 1000
     assert figures["p90_ms"] <= figures["p99_ms"]
 
 
-def test_the_least_time_is_filled():
+def test_minimum_time_is_reached():
     model = {"x": Sleeper(0.001, [])}
     figures = measure_latency(model, {"x": torch.zeros(1)}, min_iterations=1, min_time_s=0.2)["x"]
     assert figures["iterations"] * figures["mean_ms"] >= 0.5 * 200
 
 
-def test_precision_reaches_the_forward():
+def test_forward_runs_under_autocast():
     log = []
     measure_latency({"x": Sleeper(0.0, log)}, {"x": torch.zeros(1)}, min_iterations=1, min_time_s=0.0, precision="bf16")
     assert all(is_autocast for _, _, is_autocast in log)
@@ -200,7 +200,7 @@ def test_autocast_is_entered_once_per_forward(monkeypatch):
     assert entered == [torch.bfloat16] * len(log) and len(log) >= 2 * 30
 
 
-def test_another_gpu_is_the_current_device_while_it_is_measured(second_gpu):
+def test_measured_gpu_is_the_current_device(second_gpu):
     calls, images = second_gpu
     figures = measure_latency({"x": lambda _: calls.append("forward")}, {"x": images}, min_iterations=10, min_time_s=0.0)["x"]
     assert (calls[0], calls[-1]) == ("enter cuda:1", "leave cuda:1")
@@ -210,32 +210,33 @@ def test_another_gpu_is_the_current_device_while_it_is_measured(second_gpu):
     assert figures["graph_median_ms"] is None and "graph_error" not in figures
 
 
-def test_a_cuda_graph_is_replayed_where_asked_for(second_gpu, monkeypatch):
+def test_cuda_graph_is_replayed_when_enabled(second_gpu, monkeypatch):
     calls, images = second_gpu
     monkeypatch.setattr("kd_accel.bench.latency.capture", lambda forward, device: lambda: calls.append(f"replay on {device}"))
-    numbers = {"min_iterations": 10, "min_time_s": 0.0}
-    figures = measure_latency({"x": lambda _: calls.append("forward")}, {"x": images}, **numbers, cuda_graph=True)["x"]
+    limits = {"min_iterations": 10, "min_time_s": 0.0}
+    figures = measure_latency({"x": lambda _: calls.append("forward")}, {"x": images}, **limits, cuda_graph=True)["x"]
     assert figures["graph_median_ms"] == 1.0
     assert "record replay on cuda:1 record" in " ".join(calls) and calls[-1] == "leave cuda:1"
     assert "forward" not in calls[calls.index("replay on cuda:1") :]
 
 
-def test_a_forward_that_cannot_be_captured_is_measured_otherwise(second_gpu, monkeypatch):
+def test_failed_capture_is_reported_with_the_eager_latency(second_gpu, monkeypatch):
     def fail(forward, device):
         try:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         finally:
-            raise RuntimeError("the end of the capture")  # as torch.cuda.graph leaves a failed capture
+            # torch.cuda.graph raises a second error at the end of a failed capture.
+            raise RuntimeError("the end of the capture")
 
     monkeypatch.setattr("kd_accel.bench.latency.capture", fail)
-    numbers = {"min_iterations": 10, "min_time_s": 0.0}
-    figures = measure_latency({"x": lambda _: None}, {"x": second_gpu[1]}, **numbers, cuda_graph=True)["x"]
+    limits = {"min_iterations": 10, "min_time_s": 0.0}
+    figures = measure_latency({"x": lambda _: None}, {"x": second_gpu[1]}, **limits, cuda_graph=True)["x"]
     assert figures["graph_median_ms"] is None
     assert figures["graph_error"] == "operation not permitted when stream is capturing"
     assert figures["median_ms"] == 1.0
 
 
-def test_runs_and_archs_by_name(saved, tmp_path, threads):
+def test_runs_and_architectures_by_name(saved, tmp_path, threads):
     figures = bench_models([f"{saved}/", STUDENT], QUICK.model_copy(update={"threads": 1}))
     assert (figures["device"], figures["dtype"], figures["threads"]) == ("cpu", "float32", 1)
     assert figures["versions"]["torch"] == torch.__version__
@@ -255,7 +256,7 @@ def test_runs_and_archs_by_name(saved, tmp_path, threads):
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_kernels_are_those_of_a_training(monkeypatch, tf32):
+def test_benchmark_uses_the_kernels_of_a_training(monkeypatch, tf32):
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not tf32
@@ -266,7 +267,7 @@ def test_kernels_are_those_of_a_training(monkeypatch, tf32):
     assert runner._tf32(torch.device("cuda")) == {"convolutions": tf32, "matmul": tf32}
 
 
-def test_tf32_of_convolutions_and_matrix_products_apart(monkeypatch):
+def test_tf32_is_reported_separately_for_convolutions_and_matrix_products(monkeypatch):
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
     assert runner._tf32(torch.device("cuda")) == {"convolutions": True, "matmul": False}
@@ -274,7 +275,7 @@ def test_tf32_of_convolutions_and_matrix_products_apart(monkeypatch):
     assert runner._tf32(torch.device("cuda")) == {"convolutions": False, "matmul": False}
 
 
-def test_an_evaluation_has_the_kernels_of_its_training(tmp_path):
+def test_evaluation_uses_the_kernels_of_its_training(tmp_path):
     train(tmp_path / "run", "--train.max_steps=1", "--train.tf32=false")
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
@@ -284,20 +285,20 @@ def test_an_evaluation_has_the_kernels_of_its_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("graph", "told"),
+    ("graph", "ending"),
     [
-        ({"graph_median_ms": None}, "apart)"),
-        ({"graph_median_ms": 0.126}, "apart), CUDA graph 0.13 ms"),
-        ({"graph_median_ms": None, "graph_error": "it waits"}, "apart), CUDA graph not captured (it waits)"),
+        ({"graph_median_ms": None}, "interquartile range 2.00 ms"),
+        ({"graph_median_ms": 0.126}, "interquartile range 2.00 ms, CUDA graph 0.13 ms"),
+        ({"graph_median_ms": None, "graph_error": "it synchronizes"}, "2.00 ms, CUDA graph not captured (it synchronizes)"),
     ],
 )
-def test_the_line_shows_the_graph_next_to_eager(monkeypatch, graph, told):
+def test_printed_line_shows_the_cuda_graph(monkeypatch, graph, ending):
     monkeypatch.setattr(runner, "measure_latency", lambda *_, **__: {"0": {**dict.fromkeys(MEDIANS, 2.0), **graph}})
     line = say("bench", STUDENT, "--batch_sizes=[1]", "--device=cpu").splitlines()[0]
-    assert "batch    1: median 2.00 ms, p90 2.00 ms" in line and line.endswith(told)
+    assert "batch    1: median 2.00 ms, p90 2.00 ms" in line and line.endswith(ending)
 
 
-def test_a_file_of_figures_knows_what_it_was_made_from(saved, tmp_path):
+def test_bench_file_identifies_runs_models_and_settings(saved, tmp_path):
     path = tmp_path / "bench.json"
     assert not is_measured(path, [saved], QUICK)
     write_json(bench_models([str(saved)], QUICK), path)
@@ -312,7 +313,7 @@ def test_a_file_of_figures_knows_what_it_was_made_from(saved, tmp_path):
     assert not is_measured(path, [saved], QUICK)
 
 
-def test_an_image_size_of_ones_own(saved):
+def test_image_size_replaces_that_of_the_run(saved):
     small, large = (bench_models([str(saved)], QUICK.model_copy(update={"image_size": size}))["models"][0] for size in (16, 64))
     assert (small["image_size"], large["image_size"]) == (16, 64)
     assert (large["macs"] - 128) == 16 * (small["macs"] - 128)
@@ -320,25 +321,31 @@ def test_an_image_size_of_ones_own(saved):
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "message"),
     [
         ("runs/nowhere", {}, "run directory 'runs/nowhere' not found"),
-        ("resnet18", {}, "run directory 'resnet18' not found; architectures are torchvision/NAME"),
+        ("resnet18", {}, "run directory 'resnet18' not found; give a run directory, or an architecture as torchvision/"),
         ("torchvision/resnet19", {}, "did you mean torchvision/resnet"),
-        ("torchvision/vit_b_16", {}, "image_size: torchvision/vit_b_16 does not accept images of 32x32 .*--image_size"),
+        (
+            "torchvision/vit_b_16",
+            {},
+            "image_size: torchvision/vit_b_16 does not accept images of 32x32 .*; set another --image_size",
+        ),
         (STUDENT, {"device": "gpu0"}, "device: 'gpu0' is not a valid device"),
         (STUDENT, {"device": "meta"}, "device: 'meta' is not a valid device; use auto, cpu"),
         (STUDENT, {"device": "cuda:99"}, "device: cuda:99 not found"),
+        (STUDENT, {"batch_sizes": [10**9]}, "^batch_sizes: 1000000000 images of 32x32 do not fit in memory; lower batch_sizes"),
+        (STUDENT, {"image_size": 10**7}, "^batch_sizes: 1 images of 10000000x10000000 do not fit in memory; .* or image_size"),
         (STUDENT, {"precision": "fp16"}, "precision: fp16 needs a GPU"),
         (STUDENT, {"cuda_graph": True}, "cuda_graph: true needs a GPU; leave it out"),
     ],
 )
-def test_what_cannot_be_measured_is_told(name, changes, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_models_and_settings_are_refused(name, changes, message):
+    with pytest.raises(UserError, match=message):
         bench_models([name], QUICK.model_copy(update=changes))
 
 
-def test_a_directory_without_a_whole_run(saved, tmp_path):
+def test_unfinished_or_damaged_run_is_refused(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no finished run"):
         bench_models([str(tmp_path / "empty")], QUICK)
@@ -348,55 +355,56 @@ def test_a_directory_without_a_whole_run(saved, tmp_path):
         bench_models([str(saved)], QUICK)
 
 
-def test_a_file_that_cannot_be_written(tmp_path):
+def test_unwritable_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write .*bench.json"):
         write_json({}, tmp_path / "file" / "bench.json")
 
 
-@pytest.mark.slow
-def test_from_the_command_line(saved, tmp_path):
+def test_command_line(saved, tmp_path):
     out = tmp_path / "bench.json"
     flags = ["--device=cpu", "--threads=1", "--min_iterations=20", "--min_time_s=0", "--batch_sizes=[1]"]
     done = run("bench", saved, f"--out={out}", *flags)
     assert f"{saved}: 0.01 M parameters" in done.stdout
     assert json.loads(out.read_text())["models"][0]["name"] == str(saved)
     assert f"run directory '{tmp_path}/nowhere' not found" in run("bench", tmp_path / "nowhere", code=2).stderr
-    assert "is a directory; name a JSON file" in run("bench", saved, f"--out={tmp_path}", code=2).stderr
+    assert "is a directory; give the path of a JSON file" in run("bench", saved, f"--out={tmp_path}", code=2).stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_events_and_the_hosts_clock_agree():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
+def test_gpu_events_agree_with_the_host_clock():
     figures = bench_models(["torchvision/resnet18"], BenchConfig(batch_sizes=[64], device="cuda", min_time_s=0.2))
     (latency,) = figures["models"][0]["latency"]
     assert 0 < latency["median_ms"] <= 1.5 * latency["host_median_ms"]
     assert figures["device"] == torch.cuda.get_device_name()
 
 
-class Waiting(nn.Linear):
+class Synchronizing(nn.Linear):
+    """Layer whose forward reads a value back from the device."""
+
     def forward(self, images):
         return super().forward(images) * images.sum().item()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_on_a_gpu_a_graph_gives_what_the_forward_gives_and_is_faster(precision):
+def test_gpu_graph_equals_the_forward_and_is_faster(precision):
     model = build_model("torchvision/resnet18", num_classes=10).eval().cuda()
     images = torch.randn(1, 3, 32, 32, device="cuda")
     with torch.inference_mode():
         eager = model(images)
         replayed = capture(lambda: model(images), images.device)()
         torch.testing.assert_close(replayed, eager, rtol=1e-3, atol=1e-3)
-    numbers = {"min_iterations": 100, "min_time_s": 0.1, "precision": precision, "cuda_graph": True}
-    figures = measure_latency({"model": model}, {"model": images}, **numbers)["model"]
+    settings = {"min_iterations": 100, "min_time_s": 0.1, "precision": precision, "cuda_graph": True}
+    figures = measure_latency({"model": model}, {"model": images}, **settings)["model"]
     assert 0 < figures["graph_median_ms"] < figures["median_ms"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_a_forward_that_waits_is_not_captured():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
+def test_gpu_forward_that_synchronizes_is_not_captured():
     images = torch.ones(1, 4, device="cuda")
-    models = {"waiting": Waiting(4, 4).cuda(), "plain": nn.Linear(4, 4).cuda()}
-    numbers = {"min_iterations": 10, "min_time_s": 0.0, "cuda_graph": True}
-    figures = measure_latency(models, dict.fromkeys(models, images), **numbers)
-    assert "synchronizing" in figures["waiting"]["graph_error"]
-    assert figures["waiting"]["graph_median_ms"] is None and figures["plain"]["graph_median_ms"] > 0
+    models = {"synchronizing": Synchronizing(4, 4).cuda(), "plain": nn.Linear(4, 4).cuda()}
+    settings = {"min_iterations": 10, "min_time_s": 0.0, "cuda_graph": True}
+    figures = measure_latency(models, dict.fromkeys(models, images), **settings)
+    assert "synchronizing" in figures["synchronizing"]["graph_error"]
+    assert figures["synchronizing"]["graph_median_ms"] is None and figures["plain"]["graph_median_ms"] > 0

@@ -1,4 +1,4 @@
-"""Acceptance of a GPU, all of it in small on a CPU; cases that fail, crash, hang or find no time."""
+"""Acceptance test of a GPU: a trial on a CPU, and cases that fail, crash, hang or exceed the budget."""
 
 import json
 import subprocess
@@ -17,12 +17,13 @@ from benchmarks.acceptance.runs import relative_difference
 from benchmarks.acceptance.starting import Started, Starter
 from benchmarks.gpu_acceptance import run
 from benchmarks.harness import has_compiler
+from benchmarks.synthetic import NAN_POSITION, faulty_student
 from tests.support.hidden_packages import hidden_environment, imports_of_hidden
 from tests.support.launching import ROOT, environment
 
 
 def acceptance(out, *flags, env=None):
-    """Run the program in a process of its own."""
+    """Run the acceptance test in a new process."""
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_acceptance", f"--out={out}", *flags],
         cwd=ROOT,
@@ -42,7 +43,11 @@ def lines_of(out):
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    """Where wandb, datasets, matplotlib, scikit-learn, timm and git are absent, as they can be on a machine with a GPU."""
+    """Run a trial without wandb, datasets, matplotlib, scikit-learn, timm and git, all of which are optional.
+
+    Returns:
+        ({item/case: line}, closing line).
+    """
     out, hidden = tmp_path_factory.mktemp("acceptance"), tmp_path_factory.mktemp("hidden")
     done = acceptance(out, "--trial", "--budget_s=480", env=hidden_environment(hidden, CUDA_VISIBLE_DEVICES=""))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -52,21 +57,21 @@ def trial(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_all_cases_are_in_the_record_and_ok(trial):
+def test_every_case_is_recorded_and_passes(trial):
     lines, closing = trial
     names = [f"{part.item}/{part.label(case)}" for part in planned(is_trial=True) for case in part.cases]
-    left_out = {} if has_compiler() else {"g/plain": "no compiler", "g/live_hybrid": "no compiler"}
-    assert sorted([*lines, *left_out]) == sorted(names)
+    not_run = {} if has_compiler() else {"g/plain": "no compiler", "g/live_hybrid": "no compiler"}
+    assert sorted([*lines, *not_run]) == sorted(names)
     assert {name.partition("/")[0] for name in names} == set(ITEMS)
     assert closing["benchmark"] == "gpu-acceptance" and {"commit", "hardware", "versions"} <= closing.keys()
     notes = closing["notes"]
-    assert sorted(notes["ok"]) == sorted(lines) and notes["failed"] == [] and notes["not_run"] == left_out
+    assert sorted(notes["ok"]) == sorted(lines) and notes["failed"] == [] and notes["not_run"] == not_run
     assert all({"ok", "seconds", "commit", "card", "versions"} <= line.keys() for line in lines.values())
     assert closing["commit"] is None and closing["versions"]["datasets"] is None and closing["versions"]["torch"]
 
 
 @pytest.mark.slow
-def test_the_steps_of_each_variant_were_checked(trial):
+def test_steps_of_each_variant_are_checked(trial):
     lines = [line for name, line in trial[0].items() if name.startswith("a/")]
     assert len(lines) == 2 * len(steps.VARIANTS)
     assert {line["checked_steps"] for line in lines} == {2}
@@ -74,7 +79,7 @@ def test_the_steps_of_each_variant_were_checked(trial):
 
 
 @pytest.mark.slow
-def test_figures_of_the_program_and_its_limits(trial):
+def test_speed_figures_of_trainings_and_limits(trial):
     for case in ("float32/128", "float32/1024", "bf16/128", "bf16/1024"):
         line = trial[0][f"b/{case}"]
         assert line["cases"].keys() == set(speed.NAMES)
@@ -86,7 +91,7 @@ def test_figures_of_the_program_and_its_limits(trial):
 
 
 @pytest.mark.slow
-def test_what_must_agree_agrees(trial):
+def test_losses_views_and_caches_agree(trial):
     lines = trial[0]
     for name in ("c/losses/float32", "c/losses/tf32"):
         assert lines[name]["largest_relative_difference"] == 0 and lines[name]["steps"] == 10
@@ -102,7 +107,7 @@ def test_what_must_agree_agrees(trial):
 
 
 @pytest.mark.slow
-def test_signals_resumes_and_numbers_that_go_wrong(trial):
+def test_signal_resume_and_nan(trial):
     lines = trial[0]
     assert lines["d/sigterm"]["exit_code"] == 143 and lines["d/sigterm"]["same_bytes"]
     assert 10 <= lines["d/sigterm"]["steps_before"] <= 12
@@ -125,18 +130,18 @@ def test_caches_and_compiled_trainings(trial):
 
 
 @pytest.mark.slow
-def test_items_by_name(tmp_path):
+def test_only_runs_the_named_items(tmp_path):
     done = acceptance(tmp_path, "--trial", "--only=f")
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(lines_of(tmp_path)[0]) == ["f/build", "f/verify", "f/rebuild"]
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert len(left) == 3 and left[1:] == ["gpu_acceptance.jsonl", "gpu_acceptance.log"], "few files, no directory of logs"
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) == 3 and files[1:] == ["gpu_acceptance.jsonl", "gpu_acceptance.log"], "the directory of logs is removed"
     assert "== f-verify" in (tmp_path / "gpu_acceptance.log").read_text()
     done = acceptance(tmp_path, "--trial", "--only=f,h")
     assert done.returncode == 2 and "--only: h is not a valid item; choose from a, b, c, d, e, f, g" in done.stderr
 
 
-def test_the_page_has_a_row_for_each_item():
+def test_gpu_page_has_a_row_for_each_item():
     page = (ROOT / "docs/gpu.md").read_text()
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith(("| gpu_", "| kd-accel bench"))]
     assert [row[1] for row in rows if row[0] == "| gpu_acceptance"] == list(ITEMS)
@@ -145,14 +150,14 @@ def test_the_page_has_a_row_for_each_item():
 
 
 @pytest.mark.slow
-def test_without_a_gpu(tmp_path):
+def test_nothing_is_measured_without_a_gpu(tmp_path):
     done = acceptance(tmp_path)
-    assert (done.returncode, done.stdout) == (0, "no GPU was found: nothing was measured\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "no GPU was found; nothing was measured\n"), done.stderr
     assert not (tmp_path / "gpu_acceptance.jsonl").exists()
 
 
 @pytest.mark.slow
-def test_a_signal_ends_it_with_the_closing_line(tmp_path):
+def test_closing_line_is_written_after_sigterm(tmp_path):
     argv = [sys.executable, "-m", "benchmarks.gpu_acceptance", f"--out={tmp_path}", "--trial", "--only=b"]
     process = subprocess.Popen(argv, cwd=ROOT, env=environment(CUDA_VISIBLE_DEVICES=""), stdout=subprocess.PIPE, text=True)
     try:
@@ -172,76 +177,76 @@ def test_a_signal_ends_it_with_the_closing_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_case_that_fails_leaves_the_others_alone(tmp_path):
-    """The limit of a case is longer than what it takes to start a process."""
-    faulty = "tests.support.faulty_cases:build"
+def test_failing_case_does_not_affect_other_cases(tmp_path):
     cases = [
-        *("fine", "wrong_figures", "raises", "raises_in_the_program", "leaves"),
-        *("poisons", "dies", "hangs", "after"),
+        *("passes", "wrong_figures", "raises", "raises_in_kd_accel", "exits"),
+        *("cuda_error", "crashes", "hangs", "passes_later"),
     ]
+    # The time limit of a case must be longer than the start of a process.
     parts = [
-        Part("a", "x", cases, faulty, in_child=True, limit_s=15),
-        Part("b", "", ["one", "other"], "tests.support.faulty_cases:broken_build", in_child=True, is_timed=True),
-        Part("c", "", ["command", "refused"], "tests.support.faulty_cases:build_here", is_timed=True),
-        Part("d", "", ["absent"], "tests.support.faulty_cases:build_here", is_timed=True),
+        Part("a", "x", cases, "tests.support.faulty_cases:build", in_child=True, limit_s=15),
+        Part("b", "", ["one", "other"], "tests.support.faulty_cases:failing_build", in_child=True, is_timed=True),
+        Part("c", "", ["command", "refused"], "tests.support.faulty_cases:build_commands", is_timed=True),
+        Part("d", "", ["absent"], "tests.support.faulty_cases:build_commands", is_timed=True),
     ]
     with Starter(tmp_path / "logs", budget_s=200) as starter:
         assert run(parts, tmp_path, starter) is False
     lines, closing = lines_of(tmp_path)
-    assert closing["notes"]["ok"] == ["a/x/fine", "a/x/after", "c/command"] and closing["notes"]["not_run"] == {}
-    assert sorted(closing["notes"]["failed"]) == sorted(lines.keys() - {"a/x/fine", "a/x/after", "c/command"})
+    assert closing["notes"]["ok"] == ["a/x/passes", "a/x/passes_later", "c/command"] and closing["notes"]["not_run"] == {}
+    assert sorted(closing["notes"]["failed"]) == sorted(lines.keys() - {"a/x/passes", "a/x/passes_later", "c/command"})
     assert lines["a/x/wrong_figures"]["difference"] == 1.5
     assert lines["a/x/raises"]["error"] == "ValueError: first line\nsecond line\n0\n1" and lines["a/x/raises"]["where"] is None
-    assert lines["a/x/raises_in_the_program"]["where"].startswith("kd_accel/models/feature_extractor.py:")
-    assert lines["a/x/leaves"]["error"] == "SystemExit: 4"
-    assert lines["a/x/poisons"]["error"].startswith("RuntimeError: CUDA error: an illegal memory access")
-    assert lines["a/x/dies"]["error"].startswith("its process ended with -9")
-    assert lines["a/x/hangs"]["error"].startswith("a-x-3 has not ended within 15 s")
-    assert lines["a/x/after"]["pid"] != lines["a/x/fine"]["pid"]
+    assert lines["a/x/raises_in_kd_accel"]["where"].startswith("kd_accel/models/feature_extractor.py:")
+    assert lines["a/x/exits"]["error"] == "SystemExit: 4"
+    assert lines["a/x/cuda_error"]["error"].startswith("RuntimeError: CUDA error: an illegal memory access")
+    assert lines["a/x/crashes"]["error"].startswith("the process ended with exit code -9")
+    assert lines["a/x/hangs"]["error"].startswith("a-x-3 did not end within 15 s")
+    assert lines["a/x/passes_later"]["pid"] != lines["a/x/passes"]["pid"]
     assert "the network cannot be built" in lines["b/one"]["error"] and lines["b/one"]["error"] == lines["b/other"]["error"]
     assert (
-        lines["c/refused"]["error"].startswith("RuntimeError: refused ended with 2, not 0")
+        lines["c/refused"]["error"].startswith("RuntimeError: refused ended with exit code 2, expected 0")
         and "trane" in lines["c/refused"]["error"]
     )
     assert lines["d/absent"]["error"] == "KeyError: 'absent'"
 
 
 @pytest.mark.slow
-def test_what_the_budget_does_not_allow_is_named(tmp_path):
+def test_cases_beyond_the_budget_are_recorded_as_not_run(tmp_path):
     parts = [
-        Part("a", "x", ["fine", "hangs", "after"], "tests.support.faulty_cases:build", in_child=True),
-        Part("b", "", ["hangs", "never"], "tests.support.faulty_cases:build_here", is_timed=True),
+        Part("a", "x", ["passes", "hangs", "passes_later"], "tests.support.faulty_cases:build", in_child=True),
+        Part("b", "", ["hangs", "never_started"], "tests.support.faulty_cases:build_commands", is_timed=True),
     ]
     with Starter(tmp_path / "logs", budget_s=1e9) as starter:
         starter.choose_method()
         starter._ends_at = starter._ends_at - starter.left_s + 8
         assert run(parts, tmp_path, starter) is True
     lines, closing = lines_of(tmp_path)
-    assert list(lines) == closing["notes"]["ok"] == ["a/x/fine"]
-    assert closing["notes"]["not_run"] == dict.fromkeys(["a/x/hangs", "a/x/after", "b/hangs", "b/never"], "budget")
+    assert list(lines) == closing["notes"]["ok"] == ["a/x/passes"]
+    not_run = ["a/x/hangs", "a/x/passes_later", "b/hangs", "b/never_started"]
+    assert closing["notes"]["not_run"] == dict.fromkeys(not_run, "budget")
 
 
-def test_synchronizing_is_forbidden_in_the_checked_steps_alone(tmp_path, monkeypatch):
+def test_synchronization_is_forbidden_only_in_checked_steps(tmp_path, monkeypatch):
     modes = []
-    monkeypatch.setattr(steps, "_set_mode", modes.append)
+    monkeypatch.setattr(steps, "_set_sync_debug_mode", modes.append)
     guard = steps.SyncGuard(tmp_path, first=3, steps=10)
-    seen = []
+    modes_of_steps = []
     for _ in range(14):
-        seen.append(modes[-1] if modes else "default")
+        modes_of_steps.append(modes[-1] if modes else "default")
         guard.step()
-    assert seen == 3 * ["default"] + 10 * ["error"] + ["default"]
+    assert modes_of_steps == 3 * ["default"] + 10 * ["error"] + ["default"]
     assert guard.checked == 10 and modes[-1] == "default"
 
 
-def test_figures_from_the_events_of_a_profile():
-    def event(name, us, *, device=DeviceType.CUDA, is_mark=False):
+def test_device_figures_of_profiler_events():
+    def event(name, us, *, device=DeviceType.CUDA, is_annotation=False):
         time_range = SimpleNamespace(elapsed_us=lambda: us)
-        return SimpleNamespace(name=name, device_type=device, is_user_annotation=is_mark, time_range=time_range)
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=is_annotation, time_range=time_range)
 
     events = [
         *(event("gemm", 100.0) for _ in range(6)),
         *(event("Memcpy HtoD", 50.0), event("Memset (Device)", 10.0)),
-        *(event("backward", 900.0, is_mark=True), event("cudaLaunchKernel", 5.0, device=DeviceType.CPU)),
+        *(event("backward", 900.0, is_annotation=True), event("cudaLaunchKernel", 5.0, device=DeviceType.CPU)),
     ]
     figures = speed.device_figures(events, steps=2, block_s=0.0012)
     assert figures == {"operators_per_step": 3.0, "copies_per_step": 1.0, "busy_share": 0.5}
@@ -249,40 +254,38 @@ def test_figures_from_the_events_of_a_profile():
 
 
 def test_comparisons_can_fail(tmp_path):
-    for ranks_of, content in ((1, b"same"), (2, b"same")):
-        directory = tmp_path / f"cache-{ranks_of}"
+    for num_ranks in (1, 2):
+        directory = tmp_path / f"cache-{num_ranks}"
         directory.mkdir()
-        (directory / "spec.json").write_text(json.dumps({"views": 2, "recorded": ranks_of, "checksum": str(ranks_of)}))
-        (directory / "train-0.safetensors").write_bytes(content)
+        (directory / "spec.json").write_text(json.dumps({"views": 2, "recorded": num_ranks, "checksum": str(num_ranks)}))
+        (directory / "train-0.safetensors").write_bytes(b"same")
     finished = {name: [] for name in ("cache-1", "cache-2")}
-    assert ranks.same_cache(finished, tmp_path) == {"ok": True, "files": 2, "differing_files": []}
+    assert ranks.compare_caches(finished, tmp_path) == {"ok": True, "files": 2, "differing_files": []}
     (tmp_path / "cache-2/train-0.safetensors").write_bytes(b"sane")
     (tmp_path / "cache-2/train-1.safetensors").write_bytes(b"")
-    assert ranks.same_cache(finished, tmp_path)["differing_files"] == ["train-0.safetensors", "train-1.safetensors"]
+    assert ranks.compare_caches(finished, tmp_path)["differing_files"] == ["train-0.safetensors", "train-1.safetensors"]
     assert relative_difference([1.0, 2.0], [1.0, 4.0]) == 0.5
     with pytest.raises(ValueError, match="longer"):
         relative_difference([1.0], [1.0, 2.0])
 
 
-def test_a_process_that_ends_otherwise_than_it_must(tmp_path):
+def test_unexpected_exit_code_raises_with_the_output(tmp_path):
     log = tmp_path / "log"
-    log.write_text("what it printed")
+    log.write_text("printed text")
     started = Started("name", 0, log, lambda: 1, lambda: 100.0)
-    with pytest.raises(RuntimeError, match="name ended with 1, not 0\nwhat it printed"):
+    with pytest.raises(RuntimeError, match="name ended with exit code 1, expected 0\nprinted text"):
         started.finish(1)
-    assert started.finish(1, code=1) == "what it printed"
+    assert started.finish(1, code=1) == "printed text"
 
 
-def test_the_networks_of_the_acceptance_break_when_asked(monkeypatch):
-    from benchmarks.acceptance.own import BROKEN_PLACE, disturbed
-
-    images, outcome = torch.rand(4, 3, 32, 32), {}
-    for what in ("logits:2", "gradient:2", ""):
-        monkeypatch.setenv("KD_ACCEPTANCE_BREAKS", what)
-        network = disturbed(10).train()
-        network(images)
+def test_faulty_student_injects_nan_in_the_given_step(monkeypatch):
+    images, are_finite = torch.rand(4, 3, 32, 32), {}
+    for fault in ("logits:2", "gradient:2", ""):
+        monkeypatch.setenv("KD_FAULT_NAN_AT", fault)
+        network = faulty_student(10).train()
+        assert network(images).isfinite().all()
         logits = network(images)
         logits.sum().backward()
-        outcome[what] = (logits.isfinite().all(1).tolist(), bool(network.fc.weight.grad.isfinite().all()))
-    unbroken = [place != BROKEN_PLACE for place in range(4)]
-    assert outcome == {"logits:2": (unbroken, True), "gradient:2": ([True] * 4, False), "": ([True] * 4, True)}
+        are_finite[fault] = (logits.isfinite().all(1).tolist(), bool(network.fc.weight.grad.isfinite().all()))
+    one_is_nan = [position != NAN_POSITION for position in range(4)]
+    assert are_finite == {"logits:2": (one_is_nan, True), "gradient:2": ([True] * 4, False), "": ([True] * 4, True)}

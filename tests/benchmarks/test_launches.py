@@ -1,4 +1,4 @@
-"""Operators per step: the tables in docs/gpu.md, the distances to the limits, and the counter itself."""
+"""Operators per step: the tables in docs/gpu.md, the distances to the limits, and the counter."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ from benchmarks import launches
 from benchmarks.bare import LIMITS
 from benchmarks.jobs import Size, open_bench
 from benchmarks.operators import OperatorCounter, StepCounts, counted, is_free
-from benchmarks.training_case import PROGRAMS, Programs
+from benchmarks.training_case import TRAININGS, CaseBuilder
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.profiling import observed, profiler_range
@@ -33,12 +33,12 @@ DISTANCES = {
     "cached_logits": {"float32": 73, "bf16": 73},
     "cached_hybrid": {"float32": 98, "bf16": 98},
 }
-"""{case: by precision, how many operators a step may have beyond its limit}. Lower them with the program, never raise them."""
+"""{case: {precision: largest number of operators of a step above its limit}}. Lower these numbers, never raise them."""
 
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Reset Accelerate, which keeps the precision of the first bench in a process."""
+    """Reset Accelerate, which keeps the precision of the first `Accelerator` in a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -47,7 +47,7 @@ def _fresh_state():
 @pytest.fixture(scope="module")
 def counts():
     """Count a step of every case: {precision: {case: counts}}."""
-    return {name: launches.count_cases([*LIMITS, *PROGRAMS], name, batch_size=2) for name in launches.PRECISIONS}
+    return {name: launches.count_cases([*LIMITS, *TRAININGS], name, batch_size=2) for name in launches.PRECISIONS}
 
 
 def documented_rows(precision):
@@ -59,19 +59,20 @@ def documented_rows(precision):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", launches.PRECISIONS)
-def test_the_documented_table_is_what_the_program_counts(counts, precision):
+def test_documented_table_matches_the_counts(counts, precision):
     assert documented_rows(precision) == launches.table(counts[precision]).splitlines()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", launches.PRECISIONS)
-def test_the_distance_to_the_limits_does_not_grow(counts, precision):
+def test_distance_to_the_limits_does_not_grow(counts, precision):
     totals = {name: step.launches.total() for name, step in counts[precision].items()}
     distances = {name: totals[name] - totals[launches.LIMIT_OF[name]] for name in DISTANCES}
-    assert {name: found for name, found in distances.items() if found > DISTANCES[name][precision]} == {}
+    assert {name: distance for name, distance in distances.items() if distance > DISTANCES[name][precision]} == {}
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_no_step_reads_a_value_back_from_the_device(counts):
     readers = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
     for cases in counts.values():
@@ -80,27 +81,27 @@ def test_no_step_reads_a_value_back_from_the_device(counts):
 
 
 @pytest.mark.slow
-def test_the_batch_size_makes_no_difference(counts):
+def test_counts_do_not_depend_on_the_batch_size(counts):
     names = ["bare", "plain", "cached_hybrid"]
     assert launches.count_cases(names, "bf16", batch_size=7) == {name: counts["bf16"][name] for name in names}
 
 
 @pytest.mark.slow
-def test_one_operator_more_is_seen(counts, monkeypatch):
+def test_additional_operator_is_counted(counts, monkeypatch):
     update = Meters.update
 
-    def update_and_more(self, output, *args, **kwargs):
+    def update_with_tanh(self, output, *args, **kwargs):
         update(self, output, *args, **kwargs)
         output.logits.detach().tanh()
 
-    monkeypatch.setattr(Meters, "update", update_and_more)
-    (found,) = launches.count_cases(["plain"], "float32", batch_size=2).values()
-    assert found.launches - counts["float32"]["plain"].launches == Counter({("logging", "tanh"): 1})
-    assert found.by_part["logging"] == counts["float32"]["plain"].by_part["logging"] + 1
+    monkeypatch.setattr(Meters, "update", update_with_tanh)
+    (step,) = launches.count_cases(["plain"], "float32", batch_size=2).values()
+    assert step.launches - counts["float32"]["plain"].launches == Counter({("logging", "tanh"): 1})
+    assert step.by_part["logging"] == counts["float32"]["plain"].by_part["logging"] + 1
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path):
+def test_command_line(tmp_path):
     line = last_line(tmp_path, "benchmarks.launches", "--cases", "bare", "plain", "--precisions", "float32", "--batch_size=3")
     assert line["medians"].keys() == {"bare@float32", "plain@float32"} and line["unit"] == "operators"
     by_part = line["notes"]["by_part"]["plain@float32"]
@@ -109,52 +110,55 @@ def test_the_command(tmp_path):
     assert line["ratios"] == {"plain@float32/bare@float32": line["medians"]["plain@float32"] / line["medians"]["bare@float32"]}
 
 
-def count(*work):
-    """Count a step that does this."""
+def count(*functions):
+    """Count the operators of a step that calls some functions."""
     with counted(OperatorCounter()) as counter:
-        for one in work:
-            one()
+        for function in functions:
+            function()
         with profiler_range("optimizer"):
             pass
     (step,) = counter.steps
     return step
 
 
-def test_views_and_allocations_are_no_launches():
-    map_BDHW = torch.ones(2, 3, 4, 4)
+def test_views_and_allocations_do_not_count_as_launches():
+    feature_BDHW = torch.ones(2, 3, 4, 4)
     step = count(
-        lambda: map_BDHW.permute(0, 2, 3, 1)[0].transpose(0, 1).unsqueeze(0).expand(2, -1, -1, -1),
-        lambda: (map_BDHW.view(-1).detach(), map_BDHW.flatten(1).split(2), map_BDHW.unbind()),
-        lambda: (torch.empty_like(map_BDHW), map_BDHW.new_empty(3), map_BDHW.to(torch.float32), map_BDHW.contiguous()),
+        lambda: feature_BDHW.permute(0, 2, 3, 1)[0].transpose(0, 1).unsqueeze(0).expand(2, -1, -1, -1),
+        lambda: (feature_BDHW.view(-1).detach(), feature_BDHW.flatten(1).split(2), feature_BDHW.unbind()),
+        lambda: (torch.empty_like(feature_BDHW), feature_BDHW.new_empty(3), feature_BDHW.to(torch.float32)),
+        lambda: feature_BDHW.contiguous(),
     )
     assert step.launches == Counter() and step.free.total() == 12
-    fills = count(lambda: (torch.zeros_like(map_BDHW), map_BDHW.new_ones(3), map_BDHW.clone(), map_BDHW.double()))
+    fills = count(
+        lambda: (torch.zeros_like(feature_BDHW), feature_BDHW.new_ones(3), feature_BDHW.clone(), feature_BDHW.double())
+    )
     assert sum(fills.launches.values()) == 4
 
 
-def test_a_foreach_operator_is_one_launch():
+def test_foreach_operator_counts_as_one_launch():
     weights = [torch.ones(2) for _ in range(9)]
     step = count(lambda: torch._foreach_mul_(weights, 2.0))
     assert step.launches == Counter({("rest", "_foreach_mul_"): 1})
 
 
-def test_work_on_the_host_is_free_and_a_copy_from_it_is_not():
+def test_copies_from_the_host_count_and_work_on_the_host_does_not():
     table, device = torch.arange(10.0), torch.device("cpu")
-    made = []
+    results = []
 
-    def work():
+    def gather():
         indices = torch.from_numpy(np.array([1, 2])).flip(0) + torch.zeros(2, dtype=torch.int64)
-        made.append(table[indices.to(device, non_blocking=True)] + torch.ones(2, device=device))
+        results.append(table[indices.to(device, non_blocking=True)] + torch.ones(2, device=device))
 
-    step = count(work)
+    step = count(gather)
     assert step.launches == Counter({("rest", name): 1 for name in ("_to_copy", "index", "ones", "add")})
-    assert made[0].tolist() == [3.0, 2.0]
-    assert count(lambda: table.to(device)).launches == Counter(), "a tensor that is on the device already"
+    assert results[0].tolist() == [3.0, 2.0]
+    assert count(lambda: table.to(device)).launches == Counter(), "the tensor is on the device"
     with pytest.raises(RuntimeError, match=r"aten::index mixes host and device: \(10,\) on the device, \(2,\) on the host"):
         count(lambda: table[torch.from_numpy(np.array([1, 2]))])
 
 
-def test_parts_of_a_step_and_the_backward():
+def test_operators_are_attributed_to_parts():
     weight = torch.ones(3, requires_grad=True)
 
     def step():
@@ -168,7 +172,7 @@ def test_parts_of_a_step_and_the_backward():
     assert count(step).by_part == {"student": 1, "projector": 1, "backward": 2}
 
 
-def test_two_steps_that_differ_are_refused():
+def test_steps_that_differ_raise():
     numbers = iter(range(3))
 
     def block():
@@ -185,12 +189,12 @@ def test_two_steps_that_differ_are_refused():
 
 def test_profiler_ranges_are_unchanged_after_a_count():
     count(lambda: None)
-    with profiler_range("loss") as mark:
-        assert mark is None
+    with profiler_range("loss") as entered:
+        assert entered is None
 
 
 class FakeCudaCounter(TorchDispatchMode):
-    """Counter {(part, operator): launches} of operators on fake tensors, which have a device of their own."""
+    """Counter {(part, operator): launches} of operators on fake tensors, by the device of their result."""
 
     def __init__(self):
         super().__init__()
@@ -211,8 +215,8 @@ class FakeCudaCounter(TorchDispatchMode):
 
 
 def to_fake_cuda(module, mode):
-    """Replace the parameters and buffers of a module by fake ones on a GPU."""
-    for tensors in (tensors for own in module.modules() for tensors in (own._parameters, own._buffers)):
+    """Replace the parameters and buffers of a module by fake tensors on a GPU."""
+    for tensors in (tensors for child in module.modules() for tensors in (child._parameters, child._buffers)):
         for name, tensor in tensors.items():
             if tensor is not None:
                 fake = mode.from_tensor(tensor.detach())
@@ -223,10 +227,10 @@ def to_fake_cuda(module, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", launches.PRECISIONS)
-def test_fake_cuda_tensors_give_the_same_counts(counts, precision, tmp_path):
-    """Count all but backward and optimizer, which do not run on fake tensors, independently: by the tensors' own devices."""
+def test_counts_match_those_with_fake_cuda_tensors(counts, precision, tmp_path):
+    """Compare with counts by the device of fake CUDA tensors, which support all parts but backward and optimizer."""
     bench = open_bench(Size(2, launches.STEPS), precision=precision, as_gpu=True)
-    trainer = Programs(bench, tmp_path).training("live_hybrid", tmp_path / "run", blocks=1)
+    trainer = CaseBuilder(bench, tmp_path).training("live_hybrid", tmp_path / "run", blocks=1)
     teacher = trainer.teacher
     mode = FakeTensorMode()
     for network in (trainer.train_state.module, teacher.network, teacher.normalize, *teacher.targets.values()):
@@ -247,8 +251,9 @@ def test_fake_cuda_tensors_give_the_same_counts(counts, precision, tmp_path):
                 meters.update(output, batch.labels, teacher_logits=target.logits)
     expected = counts[precision]["live_hybrid"]
     if precision == "float32":
-        found = {(part, name.replace("cudnn_", "native_")): number for (part, name), number in counter.launches.items()}
-        assert found == {key: number for key, number in expected.launches.items() if key[0] not in ("backward", "optimizer")}
-    # without a GPU, bf16 convolutions get no cuDNN and so no channels_last maps: 1x1 products go by another operator
+        launched = {(part, name.replace("cudnn_", "native_")): number for (part, name), number in counter.launches.items()}
+        supported = {key: number for key, number in expected.launches.items() if key[0] not in ("backward", "optimizer")}
+        assert launched == supported
+    # In bf16 only totals are compared: without cuDNN features are not channels_last, and 1x1 products use another operator.
     by_part = StepCounts(counter.launches).by_part
     assert by_part == {part: expected.by_part[part] for part in by_part} and len(by_part) == 6

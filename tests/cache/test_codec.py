@@ -1,4 +1,4 @@
-"""Storage types: a value that is not finite is refused at any position."""
+"""Storage types: values that are not finite or too large are refused at any position."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ INFINITE = float("inf")
 def test_a_value_that_is_not_finite_is_refused(dtype, value, place):
     values = torch.linspace(-1, 1, 48)
     values[place] = value
-    with pytest.raises(UserError, match="layer1 is not finite, or too large for"):
+    with pytest.raises(UserError, match="layer1 has a value that is not finite, or too large for"):
         encode(values.view(4, 3, 2, 2), dtype, name="layer1")
 
 

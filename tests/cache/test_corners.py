@@ -1,4 +1,4 @@
-"""Caches of unusual shape: odd file sizes, odd layers, outliers, links, and a config that requests more than exists."""
+"""Unusual caches: file sizes, layers, outliers, symbolic links, and a config that requests more than a cache holds."""
 
 import json
 import shutil
@@ -15,13 +15,12 @@ CACHED = "--teacher.outputs=cached"
 
 @pytest.fixture(scope="module")
 def plain_teacher_run(tmp_path_factory):
-    """A teacher without BatchNorm."""
+    """Train a teacher without BatchNorm."""
     run_dir = tmp_path_factory.mktemp("teachers") / "plain"
     train(run_dir, "--role=teacher", "--model.arch=import:tests.support.models:wide_student", "--train.max_steps=8")
     return run_dir
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("teacher", "case"),
     [
@@ -51,9 +50,8 @@ def test_cached_equals_live(tmp_path, request, teacher, case):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.slow
 def test_file_and_batch_sizes_do_not_change_what_is_learned(tmp_path, teacher_run):
-    """One sample in a file, the usual, and a batch of the teacher that is longer than any split."""
+    """The sizes are one sample, the usual size, and a teacher's batch that is larger than any split."""
     few = ["--data.limit_train=32", "--data.limit_test=5", FEATURE.replace("64", "32")]
     found = []
     for batch_samples, files in ((1, 2 * 32 * 3 + 8 + 5), (16, 8), (1000, 8)):
@@ -68,33 +66,38 @@ def test_file_and_batch_sizes_do_not_change_what_is_learned(tmp_path, teacher_ru
     assert found[2] == pytest.approx(found[1], rel=1e-4)
 
 
-def test_verify_names_what_a_config_requests_beyond_the_cache(tmp_path, teacher_run):
+def test_verify_names_what_the_cache_lacks(tmp_path, teacher_run):
     flags = flags_of(teacher_run, tmp_path / "cache", FEATURE.replace("layer1, layer2", "layer2"))
     cache("build", *flags)
-    assert "lacks tensor layer1. Run" in cache("verify", *flags_of(teacher_run, tmp_path / "cache"), code=2)
-    assert "lacks views 2 to 2 (data.views: 2 stored, 3 requested)" in cache("verify", *flags, "--data.views=3", code=2)
-    cache("verify", *flags, "--data.views=3", "--train.epochs=2")
+    both = flags_of(teacher_run, tmp_path / "cache")
+    lacks_layer = "lacks the features of layer1 (distill.features.mse.layers)"
+    assert f"{lacks_layer}. Run" in cache("verify", *both, code=2)
+    lacks_views = "views 2 to 3 (data.views: 2 in the cache, 4 needed). Run"
+    four = ["--data.views=4", "--train.epochs=5"]
+    assert f"lacks {lacks_views}" in cache("verify", *flags, *four, code=2)
+    assert f"{lacks_layer} and {lacks_views}" in cache("verify", *both, *four, code=2)
+    cache("verify", *flags, "--data.views=4", "--train.epochs=2")
 
 
-def test_held_out_samples_that_a_cache_lacks_are_named(tmp_path, teacher_run):
+def test_missing_validation_samples_are_named(tmp_path, teacher_run):
     flags = flags_of(teacher_run, tmp_path / "cache")
     cache("build", *flags, "--data.val_fraction=0")
     text = " ".join(train(tmp_path / "run", *flags, code=2).split())
-    assert "lacks 32 of 32 requested val samples" in text and "data.val_fraction" in text
+    assert "lacks 32 of 32 validation samples" in text and "with another data.limit_train or data.val_fraction" in text
 
 
-def test_a_wrong_file_of_a_later_view_is_named_before_the_first_step(tmp_path, teacher_run):
-    """Of a view that is neither the first nor the last: those are read at the start in any case."""
+def test_a_damaged_file_of_a_later_view_is_named_before_the_first_step(tmp_path, teacher_run):
+    """The view is neither the first nor the last, which are read at the start in any case."""
     flags = [*flags_of(teacher_run, tmp_path / "cache"), "--data.views=3"]
     cache("build", *flags)
     file = next((tmp_path / "cache").glob("train/view-0001/layer2-*"))
     file.write_bytes(file.read_bytes()[:-1])
     text = train(tmp_path / "run", *flags, code=2)
-    assert "has 1 damaged files: train/view-0001/layer2-00000-of-00001.safetensors has " in text
+    assert "has missing or damaged files (1 of 11): train/view-0001/layer2-00000-of-00001.safetensors has " in text
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_an_outlier_coarsens_int8_and_is_not_another_teacher(tmp_path, teacher_run):
+def test_an_outlier_makes_int8_coarser_and_passes_the_comparison_with_the_teacher(tmp_path, teacher_run):
     flags = [
         *flags_of(teacher_run, tmp_path / "cache"),
         "--data.source=import:tests.support.models:images_with_an_outlier",
@@ -108,8 +111,7 @@ def test_an_outlier_coarsens_int8_and_is_not_another_teacher(tmp_path, teacher_r
     assert (tmp_path / "run/summary.json").is_file()
 
 
-@pytest.mark.slow
-def test_a_layer_named_logits(tmp_path, teacher_run):
+def test_a_teacher_layer_named_logits_cannot_be_cached(tmp_path, teacher_run):
     arch = "--model.arch=import:tests.support.models:named_logits"
     train(tmp_path / "teacher", "--role=teacher", arch, "--train.max_steps=4")
     teacher_layer = FEATURE.replace("[layer1, layer2]", "{layer1: layer1, layer2: logits}")
@@ -126,8 +128,7 @@ def test_a_layer_named_logits(tmp_path, teacher_run):
     train(tmp_path / "student", *flags, "--train.max_steps=1")
 
 
-@pytest.mark.slow
-def test_a_cache_may_lie_behind_links_and_a_build_writes_through_none_to_a_file(tmp_path, teacher_run):
+def test_a_cache_may_be_behind_links_but_a_build_never_writes_through_a_link_to_a_file(tmp_path, teacher_run):
     flags = flags_of(teacher_run, tmp_path / "link")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")

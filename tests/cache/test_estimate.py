@@ -1,4 +1,4 @@
-"""Estimates of `plan`: they follow from the measured rates, and cover what matters before a build."""
+"""Estimates of `kd-accel plan` from measured rates: sizes, times, break-even and recommendation."""
 
 import json
 
@@ -22,12 +22,12 @@ def test_break_even_is_the_first_epoch_in_which_cached_is_cheaper():
         return found["build_s"] + epochs * found["cached_epoch_s"]
 
     even = found["break_even_epoch"]
-    assert even == 5  # four views, and the price of writing and of making views twice
+    assert even == 5  # four views, and the cost of writing them and of creating views twice
     assert cached(even) < live(even)
     assert cached(even - 1) >= live(even - 1)
 
 
-def test_the_cost_of_students_adds_up():
+def test_costs_are_proportional_to_the_number_of_students():
     found = costs(MEASURED, TRAINING)
     assert found["live_epoch_s"] == pytest.approx(22_500 * 5.01e-3)
     one, two = found["students"][:2]
@@ -48,16 +48,16 @@ def result(*, measured=MEASURED, free=1e12, **training):
     }
 
 
-def test_what_is_recommended():
-    assert recommend(result()).startswith("cached: it pays off after epoch 5 of the 30")
-    assert recommend(result(views=30)).startswith("cached for 2 students or more")
-    assert recommend(result(views=400)).startswith("live: the cache would pay off only after")
+def test_recommendations():
+    assert recommend(result()).startswith("cached: the cache pays off after epoch 5 of 30")
+    assert recommend(result(views=30)).startswith("cached for 2 or more students")
+    assert recommend(result(views=400)).startswith("live: the cache pays off only after")
     assert "are free" in recommend(result(free=1e9))
     slow_disk = Measured(**{**vars(MEASURED), "read_bytes_per_s": 1e6})
     assert recommend(result(measured=slow_disk)).startswith("live: on this machine, reading a sample takes longer")
 
 
-def test_it_measures_here_and_writes_nothing(tmp_path, teacher_run):
+def test_plan_measures_this_machine_and_writes_nothing(tmp_path, teacher_run):
     cache_dir = tmp_path / "deep/cache"
     flags = [
         f"--teacher.run={teacher_run}",

@@ -1,6 +1,7 @@
-"""Builds that are killed, files that are cut, flipped or exchanged, disks that refuse: named by file, repaired by a build."""
+"""Faults of a cache: killed builds, damaged files, full and read-only disks. Files are named, and a build repairs them."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ SMALL_FILES = ["--teacher.cache.batch_size=16", "--teacher.cache.shard_mib=0.04"
 
 @pytest.fixture(scope="module")
 def slow_teacher_run(tmp_path_factory):
-    """A teacher whose forward takes KD_TEST_FORWARD_S seconds."""
+    """Train a teacher whose forward takes KD_TEST_FORWARD_S seconds."""
     run_dir = tmp_path_factory.mktemp("teachers") / "slow"
     in_process.train(run_dir, "--role=teacher", "--model.arch=import:tests.support.models:slow_teacher", "--train.max_steps=4")
     return run_dir
@@ -64,13 +65,13 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_file_is_named_and_repaired_alone(built, copied, tmp_path, kind):
+def test_only_the_damaged_file_is_named_and_repaired(built, copied, tmp_path, kind):
     flags, directory = copied
     DAMAGES[kind](directory / FILE)
     before = files_of(directory)
     report = in_process.cache("verify", *flags, code=2)
     assert f"{FILE}: " in report
-    assert "1 of the files of" in report
+    assert re.search(r"teacher\.cache\.dir: 1 .*damaged.* run `kd-accel cache build`", " ".join(report.split()))
     refused = in_process.train(tmp_path / "run", *flags, code=2)
     assert FILE in refused and "kd-accel cache build" in refused
     assert "1 of 27 files to write" in in_process.cache("build", *flags)
@@ -80,7 +81,7 @@ def test_a_damaged_file_is_named_and_repaired_alone(built, copied, tmp_path, kin
     assert json.loads(in_process.cache("verify", *flags, "--json"))["is_intact"]
 
 
-def test_a_file_of_another_cache_is_noticed(built, copied, tmp_path, teacher_run):
+def test_a_file_of_another_cache_is_detected(built, copied, tmp_path, teacher_run):
     flags, directory = copied
     other = tmp_path / "other"
     in_process.cache("build", *flags_of(teacher_run, other), *SMALL_FILES)
@@ -92,10 +93,10 @@ def test_a_file_of_another_cache_is_noticed(built, copied, tmp_path, teacher_run
 
 @pytest.mark.parametrize("name", ["spec.json", "manifest.json", "samples.safetensors", "targets.safetensors"])
 @pytest.mark.parametrize("kind", ["missing", "truncated", "data"])
-def test_damage_of_what_describes_a_cache(built, copied, tmp_path, name, kind):
+def test_damaged_spec_manifest_samples_and_targets_are_repaired(built, copied, tmp_path, name, kind):
     flags, directory = copied
     content = (directory / name).read_bytes()
-    middle = content.index(b"logits") if name == "manifest.json" else len(content) // 2  # in a name, not in a checksum
+    middle = content.index(b"logits") if name == "manifest.json" else len(content) // 2  # in a file name, not in a checksum
     damages = {
         "missing": lambda path: path.unlink(),
         "truncated": lambda path: path.write_bytes(content[: len(content) // 2]),
@@ -113,7 +114,7 @@ def test_damage_of_what_describes_a_cache(built, copied, tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hosts", "train/../../x.safetensors"])
-def test_a_manifest_that_leads_out_is_refused_with_nothing_touched(copied, tmp_path, name):
+def test_a_manifest_with_paths_outside_the_cache_is_refused_and_nothing_changes(copied, tmp_path, name):
     flags, directory = copied
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["files"][name] = "0" * 32
@@ -126,31 +127,31 @@ def test_a_manifest_that_leads_out_is_refused_with_nothing_touched(copied, tmp_p
         in_process.cache("info", *flags, code=2),
         in_process.train(tmp_path / "run", *flags, code=2),
     ):
-        assert f"names {name!r}, which leads out of the cache" in text
+        assert f"lists {name!r}, a path outside the cache" in text
     after = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     assert after == before
 
 
 @pytest.mark.parametrize("name", ["spec.json", "manifest.json"])
-def test_a_later_version_is_refused_with_nothing_touched(copied, tmp_path, name):
+def test_a_later_version_is_refused_and_nothing_changes(copied, tmp_path, name):
     flags, directory = copied
     content = json.loads((directory / name).read_text())
     (directory / name).write_text(json.dumps({**content, "version": 3}))
     (directory / FILE).unlink()
     before = files_of(directory)
     for action in ("build", "verify", "info"):
-        assert "has version 3, this program reads version 2" in in_process.cache(action, *flags, code=2)
+        assert "has version 3, but this version of kd_accel reads version 2" in in_process.cache(action, *flags, code=2)
     assert files_of(directory) == before
 
 
 @pytest.mark.parametrize("place", ["/proc/kd_accel/cache", "/dev/null/cache"])
-def test_a_place_that_cannot_be_written(slow_teacher_run, place):
+def test_a_directory_that_cannot_be_written_is_refused(slow_teacher_run, place):
     text = in_process.cache("build", *flags_of(slow_teacher_run, place), code=2)
     assert f"cannot write to {place}" in text
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_complete_files_and_a_read_only_one_can_be_read(built, tmp_path, slow_teacher_run):
+def test_a_full_disk_keeps_complete_files_and_a_read_only_disk_can_be_read(built, tmp_path, slow_teacher_run):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True, check=False).returncode:
@@ -159,13 +160,13 @@ def test_a_full_disk_keeps_complete_files_and_a_read_only_one_can_be_read(built,
     try:
         (disk / "ballast").write_bytes(b"x" * 500_000)
         text = in_process.cache("build", *flags, *SMALL_FILES, code=2)
-        assert "would need another" in text and "are free; use" in text
+        assert "needs another" in text and "are free; decrease data.views" in text
         (disk / "ballast").write_bytes(b"x" * 200_000)
         process = start("cache", "build", *SMALL, *flags, *SMALL_FILES, KD_TEST_FORWARD_S="0.3")
         while not (disk / "cache/train/view-0000").is_dir():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
-        (disk / "ballast").write_bytes(b"x" * 450_000)  # somebody else fills the disk while the build is at work
+        (disk / "ballast").write_bytes(b"x" * 450_000)  # another program fills the disk during the build
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 2, stderr
         assert "cannot write" in stderr and "No space left" in stderr and "keeps the complete files" in stderr
@@ -184,8 +185,8 @@ def test_a_full_disk_keeps_complete_files_and_a_read_only_one_can_be_read(built,
 
 
 @pytest.mark.slow
-def test_two_builders_at_once(tmp_path, slow_teacher_run):
-    """Also when only one process of the first build is left."""
+def test_a_second_build_at_the_same_time_is_refused(tmp_path, slow_teacher_run):
+    """The lock also holds while only one process of the first build is left."""
     flags = [*flags_of(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
     first = start_build(flags, processes=2, forward_s=3.0)
     try:
@@ -194,9 +195,9 @@ def test_two_builders_at_once(tmp_path, slow_teacher_run):
             in_process.cache("build", *flags, code=2),
             run("cache", "build", *SMALL, *flags, processes=2, code=None).stderr,
         ):
-            assert text.count("another build is writing to") == 1
+            assert text.count("kd-accel: teacher.cache.dir: another build is writing to") == 1
         ranks = ranks_of(first.pid)
-        first.kill()  # the launcher, then rank 0; rank 1 lives on for a while
+        first.kill()  # the launcher, then rank 0; rank 1 still runs for a while
         ranks[0].kill()
         assert "another build is writing to" in in_process.cache("build", *flags, code=2)
         ranks[1].kill()
@@ -208,7 +209,7 @@ def test_two_builders_at_once(tmp_path, slow_teacher_run):
 
 
 @pytest.mark.slow
-def test_an_interrupted_build_ends_with_one_line(tmp_path, slow_teacher_run):
+def test_an_interrupted_build_prints_one_line(tmp_path, slow_teacher_run):
     flags = [*flags_of(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
     process = start("cache", "build", *SMALL, *flags, KD_TEST_FORWARD_S="0.5")
     wait_for(tmp_path / "cache/train", process)
@@ -238,17 +239,17 @@ def ranks_of(pid):
 
 
 def kill_builds(directory, flags, *, kills, processes, generator):
-    """Kill builds at random instants. For each kill: (complete files before it, and after it, temporary files that it left)."""
+    """Kill builds at random instants. Yields (complete files before a kill, complete files after it, temporary files left)."""
     while kills:
         if (directory / "manifest.json").exists():
             shutil.rmtree(directory)
         before = files_of(directory)
         process = start_build(flags, processes=processes, forward_s=0.1)
         instant = generator.uniform(0, 1.5)
-        if generator.random() < 0.8:  # most of them during the pass of the teacher
+        if generator.random() < 0.8:  # most kills fall into the pass of the teacher
             wait_for(directory / "train", process)
         time.sleep(instant)
-        if process.poll() is not None:  # it was faster
+        if process.poll() is not None:  # the build has already finished
             continue
         kill_all(process)
         kills -= 1

@@ -1,4 +1,4 @@
-"""docs/cache_format.md: a reader that follows it reads what TeacherCache reads; Python and command build the same files."""
+"""Conformance with docs/cache_format.md, checked by an independent reader; command and Python build the same files."""
 
 import json
 from urllib.parse import quote
@@ -27,7 +27,7 @@ def digest_of(content):
 
 
 class PageReader:
-    """A reader of a cache that follows docs/cache_format.md, without any part of kd_accel."""
+    """Reader of a cache that follows docs/cache_format.md and uses no part of kd_accel."""
 
     def __init__(self, directory):
         self.directory = directory
@@ -103,7 +103,7 @@ class PageReader:
 
 
 def check_targets(page):
-    """The digest of fitted tensors is the one that the page describes."""
+    """Check that the digests of fitted tensors follow the page."""
     tensors = load_file(page.directory / "targets.safetensors")
     for layer, spec in page.spec["tensors"].items():
         if spec["target_digest"] is not None:
@@ -134,7 +134,7 @@ def test_the_page_suffices_to_read_a_cache(tmp_path, teacher_run, dtype):
 
 
 def test_python_and_the_command_build_the_same_files(tmp_path, teacher_run):
-    """Byte for byte, spec.json included."""
+    """All files are equal byte for byte, spec.json included."""
     flags = [flag for flag in flags_of(teacher_run, tmp_path / "command") if "channels_last" not in flag]
     cache("build", *flags, "--teacher.cache.dtype=float16", *SMALL_FILES)
     data = load_data(

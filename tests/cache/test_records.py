@@ -1,4 +1,4 @@
-"""spec.json, samples and targets of a cache are intact or refused, and never replaced by another config's."""
+"""Files that describe a cache: damage is detected and repaired, and another config never overwrites them."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def copied(built, tmp_path, teacher_run):
 
 
 def flipped_bits(path):
-    """The file once for each of its bytes, with one bit of it flipped."""
+    """Write the file once for each of its bytes, with one bit of the byte flipped, and restore it at the end."""
     intact = path.read_bytes()
     for place in range(len(intact)):
         data = bytearray(intact)
@@ -72,7 +72,7 @@ def records(directory):
     return cache_spec
 
 
-def test_every_flipped_bit_of_a_spec_is_noticed(tmp_path):
+def test_every_flipped_bit_of_a_spec_is_detected(tmp_path):
     cache_spec = records(tmp_path)
     survived = 0
     for _ in flipped_bits(tmp_path / "spec.json"):
@@ -81,12 +81,12 @@ def test_every_flipped_bit_of_a_spec_is_noticed(tmp_path):
             survived += 1
         except UserError:
             pass
-    assert survived < 10  # a blank that became another
+    assert survived < 10  # flips of one kind of white space to another
     assert read_spec(tmp_path) == cache_spec
 
 
 @pytest.mark.parametrize(("name", "read"), [("samples.safetensors", read_samples), ("targets.safetensors", read_targets)])
-def test_every_flipped_bit_of_samples_and_targets_is_noticed(tmp_path, name, read):
+def test_every_flipped_bit_of_samples_and_targets_is_detected(tmp_path, name, read):
     cache_spec = records(tmp_path)
     read(tmp_path, cache_spec)
     for place in flipped_bits(tmp_path / name):
@@ -125,19 +125,19 @@ def test_a_cache_without_its_spec_is_not_overwritten_by_another_config(copied, c
         (directory / "spec.json").write_text(cache_spec)
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")}
     text = cache("build", *flags, other, code=2)
-    assert "manifest.json next to it belongs to another cache" in text
+    assert "manifest.json next to it belongs to the cache of another config" in text
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*.*")} == before
     cache("build", *flags)
 
 
-@pytest.mark.parametrize("is_file_lost", [False, True])
-def test_lost_targets_are_fitted_again_by_a_config_that_has_all_of_them(built, copied, teacher_run, is_file_lost):
+@pytest.mark.parametrize("is_shard_missing", [False, True])
+def test_missing_targets_are_fitted_again_by_a_config_that_has_all_layers(built, copied, teacher_run, is_shard_missing):
     flags, directory = copied
     (directory / "targets.safetensors").unlink()
-    if is_file_lost:
+    if is_shard_missing:
         next(directory.glob("train/view-0000/layer1-*")).unlink()
     text = cache("build", *flags_of(teacher_run, directory, ONE_LAYER), code=2)
-    assert "does not compare all of its layers (layer1)" in text
+    assert "distill.features of this config lacks some of its layers (layer1)" in text
     assert not (directory / "targets.safetensors").exists()
     cache("build", *flags)
     cache("verify", *flags_of(teacher_run, directory, ONE_LAYER))
@@ -145,9 +145,9 @@ def test_lost_targets_are_fitted_again_by_a_config_that_has_all_of_them(built, c
     assert bytes_of == {path.relative_to(built): content for path, (_, content) in files_of(built).items()}
 
 
-def test_a_lost_manifest_is_created_again(built, copied):
+def test_a_missing_manifest_is_written_again(built, copied):
     flags, directory = copied
     (directory / "manifest.json").unlink()
-    assert "complete, 8 files checked; manifest.json created again" in cache("build", *flags)
+    assert "complete, 8 files checked; manifest.json written again" in cache("build", *flags)
     assert (directory / "manifest.json").read_bytes() == (built / "manifest.json").read_bytes()
     assert "complete, 8 files checked; nothing to do" in cache("build", *flags)

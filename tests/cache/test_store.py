@@ -1,4 +1,4 @@
-"""The files of a cache: readable by safetensors, samples by index, and every flipped bit is noticed."""
+"""Files of a cache: readable by safetensors, samples by index, and every flipped bit is detected."""
 
 import copy
 import multiprocessing
@@ -72,14 +72,14 @@ def test_a_channel_of_zeros_stays_zero():
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (float("nan"), "float32"), (float("inf"), "int8")])
-def test_numbers_that_a_type_cannot_hold_are_refused(value, dtype):
+def test_values_that_a_type_cannot_represent_are_refused(value, dtype):
     values = torch.zeros(2, 3, 1, 1)
     values[1, 2] = value
-    with pytest.raises(UserError, match=f"layer1 is not finite, or too large for {dtype}"):
+    with pytest.raises(UserError, match=f"layer1 has a value that is not finite, or too large for {dtype}"):
         encode(values, dtype, name="layer1")
 
 
-def test_every_flipped_bit_of_a_header_and_of_the_data_is_noticed(tmp_path):
+def test_every_flipped_bit_of_a_header_and_of_the_data_is_detected(tmp_path):
     cache_spec = spec_of("int8", samples_per_shard=2, channels=2)
     shard = cache_spec.shards("train", 0, "layer1")[0]
     write_shard(tmp_path, cache_spec, shard, *encode(teacher_values(cache_spec, shard), "int8", name="layer1"))
@@ -102,7 +102,7 @@ def test_every_flipped_bit_of_a_header_and_of_the_data_is_noticed(tmp_path):
     assert find_damage(tmp_path, cache_spec, shard) == "is missing"
 
 
-def test_a_file_of_another_place_or_cache_is_noticed(tmp_path):
+def test_a_file_of_another_shard_or_cache_is_detected(tmp_path):
     cache_spec = spec_of()
     store(tmp_path, cache_spec)
     request = cache_spec.shards("train", 0, "layer1")[1]
@@ -119,7 +119,7 @@ def test_a_file_of_another_place_or_cache_is_noticed(tmp_path):
         elsewhere = tmp_path / "elsewhere"
         write_shard(elsewhere, other_spec, other, *encode(teacher_values(cache_spec, other), "float16", name="layer1"))
         (elsewhere / other.name).replace(tmp_path / request.name)
-        assert "header of another cache or place" in find_damage(tmp_path, cache_spec, request)
+        assert "header of another cache or another shard" in find_damage(tmp_path, cache_spec, request)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -168,9 +168,8 @@ def _read_elsewhere(reader, queue):
     queue.put(reader.read(1, np.array([7, 99, 7]))["layer1"].values.numpy())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_reader_travels_to_another_process(tmp_path, method):
+def test_a_reader_can_be_pickled_for_another_process(tmp_path, method):
     cache_spec = spec_of()
     store(tmp_path, cache_spec)
     reader = Reader(tmp_path, cache_spec, "train", np.arange(100), ["layer1"])
@@ -185,7 +184,7 @@ def test_a_reader_travels_to_another_process(tmp_path, method):
 
 
 def test_memory_does_not_grow_with_the_cache(tmp_path):
-    """Anonymous memory, in which mapped pages of files do not count."""
+    """Anonymous memory does not include mapped pages of files."""
     cache_spec = spec_of("float32", samples=4096, views=1, samples_per_shard=512, channels=4096)
     for shard in cache_spec.all_shards():
         write_shard(
@@ -242,8 +241,8 @@ def test_names_and_samples_of_files_follow_from_the_spec():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_the_shares_of_a_build_have_about_as_many_samples(world_size):
-    """A full file and a short one in each view: in turns, two processes would get 517 and 135 samples."""
+def test_shares_of_a_build_are_balanced(world_size):
+    """Each view is a full file and a short file; assigned in turns, two processes would get 517 and 135 samples."""
     sizes = [block.samples for block in blocks_of(spec_of(samples=40, views=16, samples_per_shard=32).all_shards())]
     shares = [balanced_share(sizes, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert sorted(index for share in shares for index in share) == list(range(len(sizes)))
@@ -258,7 +257,7 @@ def test_shards_are_complete_batches_of_about_the_requested_size():
     assert samples_in_a_shard(specs, shard_mib=0.001, batch_samples=32) == 32
 
 
-def test_bytes_are_those_of_the_reference_pair():
+def test_sizes_of_the_reference_pair():
     """ResNet-50's four stages at 32x32, projected to ResNet-18's widths, in float16."""
     widths, sizes = (64, 128, 256, 512), (8, 4, 2, 1)
     specs = {"logits": TensorSpec((10,), "float16")} | {
@@ -270,7 +269,7 @@ def test_bytes_are_those_of_the_reference_pair():
     assert sum(spec.raw_sample_bytes for spec in specs.values()) == 61_460
 
 
-def test_a_spec_comes_back_from_json_and_a_wrong_one_does_not():
+def test_a_spec_survives_json_and_an_invalid_spec_is_refused():
     cache_spec = spec_of()
     content = spec_to_json(cache_spec)
     assert asdict(spec_from_json(content)) == asdict(cache_spec)

@@ -1,4 +1,4 @@
-"""TeacherCache, the cache's interface from Python: what is read equals the live teacher, and wrong use is named."""
+"""TeacherCache, the Python interface of a cache: outputs equal the live teacher's, and errors name the argument."""
 
 import json
 
@@ -38,7 +38,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, data):
-    """A cache that no test changes: the raw map of layer1 and 8 channels of layer2, in float32."""
+    """Build a cache that no test changes: the raw map of layer1 and 8 channels of layer2, in float32."""
     directory = tmp_path_factory.mktemp("caches") / "cache"
     layers = {"layer1": Identity(), "layer2": PCA(8, images=64)}
     return TeacherCache.build(directory, teacher_of(), data, layers=layers, dtype="float32", batch_size=32)
@@ -79,29 +79,34 @@ def test_held_out_splits_have_logits_of_plain_images(built, data):
 
 def test_the_teacher_of_an_opened_cache_is_checked(built):
     assert TeacherCache.open(built.directory, teacher_of()).fingerprint == built.fingerprint
-    with pytest.raises(UserError, match=r"another teacher: teacher.weights: [0-9a-f]{32} stored, [0-9a-f]{32} requested"):
+    with pytest.raises(
+        UserError, match=r"another teacher: teacher.run or teacher.weights: [0-9a-f]{32} in the cache, [0-9a-f]{32} now"
+    ):
         TeacherCache.open(built.directory, teacher_of(seed=1))
 
 
-def test_views_are_those_of_the_build(built, data):
+def test_views_equal_those_of_the_build(built, data):
     other = data_of(views=None, view_seed=5, augment="none", limit_train=64)
     views = built.views(ImageDataset.from_module(other))
     assert (views.num_views, views.module.transform) == (2, data.transform)
     assert np.array_equal(views.module.splits.train, other.splits.train)
-    with pytest.raises(UserError, match=r"holds other data: views.image_size: 32 stored, 24 requested"):
+    with pytest.raises(UserError, match=r"for other data or views: data.image_size: 32 in the cache, 24 now. Open another"):
         built.views(ImageDataset.from_module(data_of(image_size=24)))
-    with pytest.raises(UserError, match=r"data.contents.train: 1 of 128 requested samples"):
+    with pytest.raises(UserError, match=r"data.source or data.train_split: 1 of 128 training samples have another image"):
         built.views(ImageDataset.from_module(data_of("touched_images")))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"view": 2}, "view: 2 is not stored; the train split has the views 0 to 1"),
+        ({"view": 2}, "view: 2 is not in the cache; the train split has views 0 to 1"),
         ({"view": torch.tensor([0, 1])}, "view: all samples of a read must have the same view"),
         ({"index": torch.tensor([10**6])}, "index: the cache does not cover"),
         ({"index": torch.tensor([-1])}, "index: the cache does not cover"),
-        ({"view": 1, "split": "test", "index": torch.tensor([0])}, "the test split has the views 0 to 0"),
+        (
+            {"view": 1, "split": "test", "index": torch.tensor([0])},
+            "view: 1 is not in the cache; the test split has only view 0",
+        ),
     ],
 )
 def test_wrong_reads_name_the_argument(built, data, arguments, message):
@@ -117,9 +122,9 @@ def test_a_sample_of_another_split_is_not_covered(built, data):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": {"views": None}}, "views: num_views must be a number"),
+        ({"config": {"views": None}}, "views: num_views is None"),
         ({"batch_size": 0}, "batch_size and shard_mib must be positive"),
-        ({"teacher": Teacher(teacher_network(4), MEAN, STD, ("a", "b", "c", "d"))}, "teacher: its class_names"),
+        ({"teacher": Teacher(teacher_network(4), MEAN, STD, ("a", "b", "c", "d"))}, "teacher: class_names differ"),
     ],
 )
 def test_wrong_builds_name_the_argument(tmp_path, data, changes, message):
@@ -130,7 +135,7 @@ def test_wrong_builds_name_the_argument(tmp_path, data, changes, message):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_build_completes_what_exists(tmp_path, data):
+def test_a_build_completes_an_existing_cache(tmp_path, data):
     directory = tmp_path / "cache"
     TeacherCache.build(directory, teacher_of(), data, layers=["layer2"], dtype="int8", batch_size=32)
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*-of-*")}
@@ -145,16 +150,18 @@ def test_a_build_completes_what_exists(tmp_path, data):
     cache.verify()
     path = next(directory.glob("train/view-0001/layer1-*"))
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(UserError, match=r"1 files are damaged \(train/view-0001/layer1-.*does not match its checksum"):
+    with pytest.raises(
+        UserError, match=r"damaged files \(1\): train/view-0001/layer1-.*does not match its checksum; call TeacherCache.build"
+    ):
         cache.verify()
-    with pytest.raises(UserError, match=r"targets.layer1: identity stored, pca\(channels=4, images=9\) requested"):
+    with pytest.raises(UserError, match=r"layers: identity in the cache, pca now \(target of layer1\)"):
         TeacherCache.build(directory, teacher_of(), data, layers={"layer1": PCA(4, images=9)}, batch_size=32)
 
 
-def test_fitted_targets_must_be_those_of_the_cache(built, data, tmp_path):
+def test_fitted_targets_must_equal_those_of_the_cache(built, data, tmp_path):
     other = PCA(8, images=64)
     other.load({"conv.weight": torch.ones(8, 32, 1, 1), "conv.bias": torch.zeros(8)})
-    with pytest.raises(UserError, match=r"targets.layer2: fitted tensors [0-9a-f]{32} stored, [0-9a-f]{32} requested"):
+    with pytest.raises(UserError, match=r"layers: other fitted tensors, digest [0-9a-f]{32} in the cache, [0-9a-f]{32} now"):
         TeacherCache.build(built.directory, teacher_of(), data, layers={"layer2": other}, dtype="float32", batch_size=32)
     stored = PCA(8, images=64)
     built._cache.load_targets({"layer2": stored})
@@ -167,7 +174,7 @@ def test_fitted_targets_must_be_those_of_the_cache(built, data, tmp_path):
 
 @pytest.mark.parametrize("is_old_spec", [True, False])
 def test_a_cache_of_version_1_is_refused_and_kept(built, data, tmp_path, is_old_spec):
-    """The spec of version 1 was called plan.json."""
+    """The spec of version 1 had the name plan.json."""
     content = json.loads((built.directory / "spec.json").read_text())
     name = "plan.json" if is_old_spec else "spec.json"
     (tmp_path / name).write_text(json.dumps({**content, "version": 1}))
@@ -176,7 +183,9 @@ def test_a_cache_of_version_1_is_refused_and_kept(built, data, tmp_path, is_old_
         lambda: TeacherCache.open(tmp_path),
         lambda: TeacherCache.build(tmp_path, teacher_of(), data, batch_size=32),
     ):
-        with pytest.raises(UserError, match=r"version 1, this program reads version 2; run `kd-accel cache build` with"):
+        with pytest.raises(
+            UserError, match=r"version 1, but this version of kd_accel reads version 2; run `kd-accel cache build` with"
+        ):
             attempt()
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != ".lock"] == before
 

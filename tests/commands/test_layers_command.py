@@ -1,4 +1,4 @@
-"""`kd-accel layers`: names and shapes that a config can use, of architectures and of runs."""
+"""`kd-accel layers`: names and shapes of the layers of architectures and runs."""
 
 import pytest
 
@@ -16,14 +16,14 @@ RESNET18 = """torchvision/resnet18, images of 64x64 pixels:
 """
 
 
-def test_the_layers_of_an_architecture():
-    said = say("layers", "torchvision/resnet18", "--image_size=64")
-    assert said == RESNET18
-    assert "layer1.0.conv1" not in said and "  layer1.0.conv1" in say("layers", "torchvision/resnet18", "--all")
+def test_layers_of_an_architecture():
+    output = say("layers", "torchvision/resnet18", "--image_size=64")
+    assert output == RESNET18
+    assert "layer1.0.conv1" not in output and "  layer1.0.conv1" in say("layers", "torchvision/resnet18", "--all")
     assert "  layer4   512x4x4\n" in say("layers", "torchvision/resnet18", "--stem=cifar")
 
 
-def test_the_layers_of_a_run_can_be_compared(tmp_path):
+def test_printed_layers_of_a_run_can_be_compared(tmp_path):
     train(tmp_path / "run", "--train.max_steps=1")
     lines = say("layers", tmp_path / "run").splitlines()
     assert lines[0].endswith("images of 32x32 pixels:")
@@ -41,5 +41,5 @@ def test_the_layers_of_a_run_can_be_compared(tmp_path):
         (["torchvision/resnet18", "--stem=small"], "--stem"),
     ],
 )
-def test_mistakes(arguments, message):
+def test_wrong_arguments_are_refused(arguments, message):
     assert message in say("layers", *arguments, code=2)

@@ -13,7 +13,7 @@ BENCH = {"batch_sizes": [1], "threads": 1, "min_iterations": 20, "min_time_s": 0
 
 
 def write_chain(directory, runs, *, bench=BENCH):
-    """Write a config file for each of `runs`, name -> settings besides those of a small training, and one of the chain."""
+    """Write the config files of a chain. runs: settings by run name, added to those of a small training."""
     flags = [flag[2:].split("=", 1) for flag in SMALL]
     small = {}
     for key, value in flags:
@@ -28,7 +28,7 @@ def write_chain(directory, runs, *, bench=BENCH):
 
 
 @pytest.mark.slow
-def test_reproduce_runs_the_chain_once_and_skips_what_is_done(tmp_path):
+def test_completed_steps_of_a_chain_are_skipped(tmp_path):
     cached = {"run": str(tmp_path / "teacher"), "outputs": "cached", "cache": {"dir": str(tmp_path / "cache")}}
     runs = {"teacher": {"role": "teacher"}, "student": {"teacher": cached}}
     chain = write_chain(tmp_path, runs)
@@ -44,11 +44,11 @@ def test_reproduce_runs_the_chain_once_and_skips_what_is_done(tmp_path):
     again = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
     assert again == before
     wrong = run("reproduce", "--config", chain, "--", "--train.epoch=1", code=2)
-    assert wrong.stderr.startswith("kd-accel: after --: train.epoch: no such setting; did you mean train.epochs?")
+    assert wrong.stderr.startswith("kd-accel: after --: --train.epoch: no such setting; did you mean --train.epochs?")
     assert len(wrong.stderr.splitlines()) == 1
 
 
-def test_a_launch_file_that_cannot_be_read(tmp_path):
+def test_launch_file_that_is_not_valid_is_refused(tmp_path):
     (tmp_path / "launch.yaml").write_text("a: [")
     done = run("reproduce", "--config", write_chain(tmp_path, {"first": {}}), f"--launch={tmp_path / 'launch.yaml'}", code=2)
     assert done.stderr.startswith(f"kd-accel: launch: {tmp_path / 'launch.yaml'} is not valid YAML (line 1")
@@ -56,9 +56,9 @@ def test_a_launch_file_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.faults
-def test_a_finished_chain_is_measured_again_when_its_bench_or_its_runs_change(tmp_path):
+def test_chain_is_measured_again_if_its_bench_or_runs_change(tmp_path):
     runs = {"first": {}, "second": {"seed": 1}}
-    flags = ["--launch=launch/gpu1.yaml", "--", "--train.max_steps=1"]  # one process, on a CPU where there is no GPU
+    flags = ["--launch=launch/gpu1.yaml", "--", "--train.max_steps=1"]  # one process, on a CPU if no GPU is found
     run("reproduce", "--config", write_chain(tmp_path, {"first": {}}), *flags)
     figures = tmp_path / "report/bench.json"
     os.utime(figures, (2e9, 2e9))  # newer than any run

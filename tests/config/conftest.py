@@ -1,4 +1,4 @@
-"""A config file with given settings."""
+"""Fixture of the config tests: a file with given settings."""
 
 import pytest
 import yaml

@@ -1,23 +1,25 @@
-"""The program's command line: arguments of the commands, and errors at once, without torch and without a traceback."""
+"""Command line of the program: arguments and config files of the commands, fast errors without traceback, a closed stdout."""
 
 import inspect
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import kd_accel.commands
 from kd_accel.cli import main
-from tests.support.launching import environment
+from tests.support.launching import ROOT, SMALL, environment
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "expected"),
     [
         (["report", "run"], "missing: --out (usage: kd-accel report RUN ... --out DIR [--bench FILE])"),
         (["report"], "missing: RUN, --out (usage: kd-accel report RUN ... --out DIR [--bench FILE])"),
-        (["evaluate", "a", "b"], "b: one argument too many (usage: kd-accel evaluate RUN [--split test|val])"),
+        (["evaluate", "a", "b"], "b: unexpected argument (usage: kd-accel evaluate RUN [--split test|val])"),
         (["evaluate", "a", "--splt=val"], "--splt: no such option; did you mean --split? (usage: kd-accel evaluate"),
         (
             ["evaluate", "a", "--split=vall"],
@@ -25,11 +27,11 @@ from tests.support.launching import environment
         ),
         (["evaluate", "a", "--split"], "--split: expected one argument (usage: kd-accel evaluate"),
         (["bench"], "missing: RUN_OR_ARCH (usage: kd-accel bench RUN_OR_ARCH ... [--out FILE] [--config FILE ...]"),
-        (["bench", "x", "--batch_sizes", "many"], "batch_sizes: must be a list (of each item: a whole number), not 'many'"),
+        (["bench", "x", "--batch_sizes", "many"], "batch_sizes: must be a list (of each item: an integer), not 'many'"),
         (["bench", "x", "--ot=y"], "--ot: no such option; did you mean --out?"),
-        (["reproduce", "chain.yaml"], "chain.yaml: stands alone; a config file is given as --config FILE"),
+        (["reproduce", "chain.yaml"], "config: file 'chain.yaml' not found; paths are relative to the working directory"),
         (["plan", "--jsn"], "--jsn: no such option; did you mean --json?"),
-        (["plan", "--json", "--sed=3"], "sed: no such setting; did you mean seed?"),
+        (["plan", "--json", "--sed=3"], "--sed: no such setting; did you mean --seed?"),
         (["cache", "biuld"], "cache 'biuld' is not a command; did you mean build? (build, verify or info)"),
         (["trian"], "'trian' is not a command; did you mean train? (commands: train, cache, plan"),
         (
@@ -39,12 +41,12 @@ from tests.support.launching import environment
         (["train", "--teacher.run=x", "--distill.logits.loss=kll"], "not the name of a loss between logits; did you mean kl?"),
     ],
 )
-def test_arguments_of_a_command(argv, told, capsys):
-    with pytest.raises(SystemExit) as left:
+def test_wrong_arguments_are_refused(argv, expected, capsys):
+    with pytest.raises(SystemExit) as stopped:
         main(argv)
-    assert left.value.code == 2
+    assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("kd-accel: ") and told in line
+    assert line.startswith("kd-accel: ") and expected in line
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_arguments_reach_the_command(monkeypatch, argv, values):
     assert seen == {"run": "a", **values}
 
 
-def test_settings_and_arguments_in_any_order(monkeypatch):
+def test_settings_and_arguments_are_accepted_in_any_order(monkeypatch):
     seen = {}
     module = type(sys)("kd_accel.commands.bench")
     module.run_bench = lambda models, config, out: seen.update(models=models, threads=config.threads, out=str(out))
@@ -73,7 +75,34 @@ def test_settings_and_arguments_in_any_order(monkeypatch):
     assert seen == {"models": ["a", "b"], "threads": 2, "out": "c"}
 
 
-def test_two_calls_lead_from_main_to_the_command(monkeypatch):
+@pytest.fixture
+def called(monkeypatch):
+    """Replace the commands that take a config, and return the config that was passed last."""
+    configs = []
+    module = type(sys)("replaced")
+    for name in ("run_training", "run_plan", "run_cache_build", "run_cache_verify", "run_cache_info", "run_chain"):
+        setattr(module, name, lambda config, **_: configs.append(config))
+    for name in ("train", "plan", "cache", "reproduce"):
+        monkeypatch.setitem(sys.modules, f"kd_accel.commands.{name}", module)
+        monkeypatch.setattr(kd_accel.commands, name, module, raising=False)
+    return configs
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "plan --json", "cache build", "cache verify --json", "cache info"])
+def test_positional_arguments_are_config_files(called, config_file, command):
+    first, second = config_file({"seed": 1, "optim": {"lr": 0.3}}, "a.yaml"), config_file({"seed": 2}, "b.yaml")
+    main([*command.split(), first, second, "--train.epochs", "3"])
+    main([*command.split(), "--config", first, "--config", second, "--train.epochs", "3"])
+    assert called[0] == called[1] and (called[0].seed, called[0].optim.lr, called[0].train.epochs) == (2, 0.3, 3)
+
+
+def test_chain_is_given_as_a_positional_file(called, config_file):
+    chain = config_file({"runs": ["a.yaml"], "launch": "launch/cpu2.yaml", "report_dir": "x"})
+    main(["reproduce", chain, "--report_dir=y", "--", "--train.epochs=1"])
+    assert (called[0].runs, called[0].report_dir) == (["a.yaml"], "y")
+
+
+def test_a_command_is_two_calls_below_main(monkeypatch):
     module = type(sys)("kd_accel.commands.train")
     names = []
     module.run_training = lambda config: names.extend(frame.function for frame in inspect.stack()[1:4])
@@ -84,7 +113,7 @@ def test_two_calls_lead_from_main_to_the_command(monkeypatch):
 
 
 LIMIT_CPU_S = 0.5
-"""Processor time, which is the whole time on an idle machine, and hardly more on a busy one."""
+"""Limit of the processor time, which depends less on the load of the machine than the elapsed time."""
 
 
 def run_program(*argv):
@@ -124,3 +153,86 @@ def test_the_program_ends_at_once_without_a_traceback(argv, code):
     assert not {"torch", "numpy", "accelerate"} & imported and "pydantic" in imported
     assert cpu_s < LIMIT_CPU_S
     assert (errors.startswith("kd-accel: ") and done.stdout == "") if code else done.stdout
+
+
+LIKE_HEAD = """
+import subprocess, sys
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.PIPE)
+sys.stdout.buffer.write(process.stdout.readline())
+process.stdout.close()
+sys.exit(process.wait())
+"""
+"""Program that starts another, reads its first line and closes the pipe, as `head -1` does."""
+
+
+@pytest.mark.parametrize("buffering", ["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--print_config"],
+        ["losses"],
+    ],
+    ids=" ".join,
+)
+def test_closed_stdout_ends_the_program_without_a_message(argv, buffering):
+    reader, writer = os.pipe()
+    os.close(reader)
+    changes = {"PYTHONUNBUFFERED": "1" if buffering == "unbuffered" else ""}
+    command = [sys.executable, "-m", "kd_accel", *argv]
+    with open(writer, "wb") as stdout:
+        done = subprocess.run(
+            command, env=environment(**changes), stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (128 + 13, "")
+
+
+def test_first_line_can_be_read_alone():
+    """The code depends on whether the rest was written before the pipe was closed."""
+    command = [sys.executable, "-c", LIKE_HEAD, "-m", "kd_accel", "train", "--help"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.stdout == "usage: kd-accel train [FILE ...] [--a.b VALUE ...]\n"
+    assert done.returncode in (0, 141) and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_training_ends_when_its_stdout_is_closed(tmp_path):
+    command = [sys.executable, "-c", LIKE_HEAD, "-m", "kd_accel", "train", f"--run_dir={tmp_path / 'run'}", *SMALL]
+    done = subprocess.run(
+        [*command, "--train.epochs=100"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 141 and done.stderr == ""
+    assert "step 1/800" in done.stdout and not (tmp_path / "run/summary.json").exists()
+
+
+def test_mistake_is_reported_with_a_closed_stdout():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "kd_accel", "trian"]
+    with open(writer, "wb") as stdout:
+        done = subprocess.run(command, env=environment(), stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and "did you mean train?" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_under_stdout_is_a_message():
+    command = [sys.executable, "-m", "kd_accel", "--help"]
+    with open("/dev/full", "wb") as stdout:
+        changes = environment(PYTHONUNBUFFERED="")
+        done = subprocess.run(command, env=changes, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("kd-accel: stdout: cannot write (No space left on device)") and done.stderr.count("\n") == 1
+
+
+def test_broken_pipe_elsewhere_is_an_error(monkeypatch, capfd):
+    module = type(sys)("kd_accel.commands.train")
+
+    def fail(config):
+        raise BrokenPipeError("a socket")
+
+    module.run_training = fail
+    monkeypatch.setitem(sys.modules, "kd_accel.commands.train", module)
+    monkeypatch.setattr(kd_accel.commands, "train", module, raising=False)
+    with pytest.raises(BrokenPipeError, match="a socket"):
+        main(["train"])

@@ -1,4 +1,4 @@
-"""Settings that change a training change it as they say: compared with the same step computed here from plain PyTorch."""
+"""Effects of settings on a training, compared with the same step in plain PyTorch."""
 
 import math
 
@@ -20,7 +20,7 @@ STATISTICS = ["--data.mean=[0.1, 0.2, 0.3]", "--data.std=[0.9, 0.8, 0.7]"]
 
 
 def prepared(*flags):
-    """The network of a config, its data and its first batch, in float64 after the normalization."""
+    """Return config, data, network, normalized images in float64, and the first batch of a training with these flags."""
     config, _ = parse_config(RunConfig, [*SMALL, *FIRST_STEP, *flags])
     data = load_data(config.data)
     loader = data.train_loader(batch_size=config.train.batch_size, seed=config.seed)
@@ -35,7 +35,7 @@ def normalized(images, mean, std):
 
 
 def first_loss(config, network, images, labels):
-    """The cross-entropy, its target spread over all classes by hand."""
+    """Compute the cross-entropy with label smoothing from its definition."""
     log = network.double()(images).log_softmax(1)
     smoothing = config.train.label_smoothing
     return -((1 - smoothing) * log[torch.arange(len(labels)), labels] + smoothing * log.mean(1)).mean()
@@ -63,7 +63,7 @@ def plain(tmp_path_factory):
     ],
     ids=str,
 )
-def test_the_first_loss_is_the_one_computed_here(tmp_path, plain, flags):
+def test_first_loss_equals_plain_pytorch(tmp_path, plain, flags):
     train(tmp_path / "run", *FIRST_STEP, *flags)
     config, _, network, images, batch = prepared(*flags)
     found = losses(tmp_path / "run")[0]
@@ -71,7 +71,7 @@ def test_the_first_loss_is_the_one_computed_here(tmp_path, plain, flags):
     assert not flags or abs(found - losses(plain)[0]) > 1e-4
 
 
-def test_the_statistics_of_the_data_are_those_of_the_evaluation(tmp_path):
+def test_evaluation_uses_the_mean_and_std_of_the_config(tmp_path):
     train(tmp_path / "run", *FIRST_STEP, *STATISTICS)
     _, data, network, _, _ = prepared(*STATISTICS)
     network.load_state_dict(load_file(tmp_path / "run/model.safetensors"))
@@ -81,7 +81,7 @@ def test_the_statistics_of_the_data_are_those_of_the_evaluation(tmp_path):
     assert metrics(tmp_path / "run", "test")[0]["loss"] == pytest.approx(expected, abs=2e-6)
 
 
-def test_bf16_is_autocast(tmp_path, plain):
+def test_bf16_loss_equals_that_under_autocast(tmp_path, plain):
     train(tmp_path / "run", *FIRST_STEP, "--train.precision=bf16")
     config, _, network, images, batch = prepared()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -93,12 +93,12 @@ def test_bf16_is_autocast(tmp_path, plain):
 
 
 def updates(run_dir, network):
-    """What the one step has subtracted from each weight, by name."""
+    """Return the update that the only step has subtracted from each weight, by name."""
     after = load_file(run_dir / "model.safetensors")
     return {name: weight.detach() - after[name] for name, weight in network.named_parameters()}
 
 
-def test_clipping_brings_the_gradient_to_the_norm(tmp_path, plain):
+def test_clip_norm_limits_the_norm_of_the_gradient(tmp_path, plain):
     _, _, network, _, _ = prepared()
     free = math.sqrt(sum(change.square().sum().item() for change in updates(plain, network).values())) / 0.05
     train(tmp_path / "run", *FIRST_STEP, "--optim.clip_norm=0.01")
@@ -106,7 +106,7 @@ def test_clipping_brings_the_gradient_to_the_norm(tmp_path, plain):
     assert free > 0.1 and clipped == pytest.approx(0.01, rel=1e-3)
 
 
-def test_weight_decay_shrinks_each_weight_by_its_share(tmp_path, plain):
+def test_weight_decay_adds_its_fraction_of_each_weight_to_the_update(tmp_path, plain):
     _, _, network, _, _ = prepared()
     train(tmp_path / "run", *FIRST_STEP, "--optim.weight_decay=0.5")
     without, with_decay = updates(plain, network), updates(tmp_path / "run", network)
@@ -114,16 +114,15 @@ def test_weight_decay_shrinks_each_weight_by_its_share(tmp_path, plain):
         torch.testing.assert_close(with_decay[name] - without[name], 0.05 * 0.5 * weight.detach(), rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--data.num_workers=1"], ["--train.channels_last=true"], ["--train.compile=true"]], ids=str)
-def test_what_changes_the_speed_alone(tmp_path, flags):
+def test_settings_for_speed_do_not_change_the_losses(tmp_path, flags):
     train(tmp_path / "plain", "--train.max_steps=6")
     train(tmp_path / "run", "--train.max_steps=6", *flags)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
-def test_the_moving_average_is_what_is_evaluated_and_saved(tmp_path):
-    """With one step it is decay * initial + (1 - decay) * trained."""
+def test_saved_weights_are_the_moving_average(tmp_path):
+    """After one step the average is decay * initial + (1 - decay) * trained."""
     train(tmp_path / "plain", *FIRST_STEP)
     train(tmp_path / "run", *FIRST_STEP, "--train.ema_decay=0.75")
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")

@@ -1,5 +1,6 @@
-"""`--help`: every setting with type, default and description, from the one place where it is described."""
+"""`--help`: type, default and description of every setting, from the docstrings of the schema."""
 
+import re
 import typing
 
 import pytest
@@ -13,20 +14,20 @@ from tests.support.parsing import SECTIONS
 
 
 def help_of(capsys, *argv):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stopped:
         main([*argv, "--help"])
-    assert not left.value.code
+    assert not stopped.value.code
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
-def test_each_setting_is_described_and_nothing_else(section):
+def test_descriptions_match_the_settings(section):
     assert list(descriptions(section)) == list(section.model_fields)
-    assert all(text.endswith(".") for text in descriptions(section).values())
+    assert all(text[0] == text[0].upper() and text.endswith(".") for text in descriptions(section).values())
 
 
 @pytest.mark.parametrize("config_class", [RunConfig, BenchConfig, ReproduceConfig])
-def test_the_help_has_each_setting_with_its_description(config_class):
+def test_help_lists_each_setting_with_its_description(config_class):
     text = " ".join(settings_help(config_class, {}).split())
     for keys, _ in leaves(config_class):
         assert f"--{'.'.join(keys)} " in text
@@ -39,17 +40,17 @@ def test_the_help_has_each_setting_with_its_description(config_class):
 def test_help_of_the_commands_that_take_a_run(capsys, argv):
     text = help_of(capsys, *argv)
     for line in (
-        "  --data.image_size INT  (default 32) side of the square",
-        "  --train.compile BOOL  (default false) compile",
+        "  --data.image_size INT  (default 32) Side of the square",
+        "  --train.compile BOOL  (default false) Compile",
         "  --train.precision float32|bf16|fp16  (default float32) ",
         "  --optim.betas [FLOAT, ...]  (default [0.9, 0.999]) ",
-        "  --teacher.run TEXT|null  (default null) run directory of the teacher;",
-        "  --teacher.cache.shard_mib FLOAT  (default 64.0) size",
+        "  --teacher.run TEXT|null  (default null) Run directory of the teacher;",
+        "  --teacher.cache.shard_mib FLOAT  (default 64.0) Size",
         "  --distill.temperature FLOAT|SCHEDULE  (default 4.0) T,",
         "  --distill.logits.args {KEY: VALUE, ...}  (default {}) ",
         "  --distill.features.NAME.layers [TEXT, ...]|{KEY: TEXT, ...}  (default [layer1, layer2, layer3, layer4]) ",
-        "  --a.b.start FLOAT  (required) value at the beginning.",
-        "teacher:  (default null) the teacher; null = plain training.",
+        "  --a.b.start FLOAT  (required) Value at the beginning.",
+        "teacher:  (default null) The teacher; null = plain training.",
         "losses (logits): kl,",
         "losses (features): ",
         "--allow_import",
@@ -59,10 +60,18 @@ def test_help_of_the_commands_that_take_a_run(capsys, argv):
 
 
 def test_help_of_other_commands(capsys):
-    assert "  --batch_sizes [INT, ...]  (default [1, 32]) images per forward." in help_of(capsys, "bench")
-    assert "  --runs [TEXT, ...]  (required) config files" in help_of(capsys, "reproduce")
+    assert "  --batch_sizes [INT, ...]  (default [1, 32]) Images per forward." in help_of(capsys, "bench")
+    assert "  --runs [TEXT, ...]  (required) Config files" in help_of(capsys, "reproduce")
     assert "--split {test,val}" in help_of(capsys, "evaluate")
     assert "--out" in help_of(capsys, "report")
+
+
+@pytest.mark.parametrize("argv", [["train"], ["cache", "verify"], ["plan"], ["evaluate"], ["bench"], ["layers"], ["reproduce"]])
+def test_help_of_arguments_is_in_sentences(capsys, argv):
+    arguments = help_of(capsys, *argv).partition("--allow_import")[0].partition("\n\n")[2]
+    texts = re.findall(r"^  \S.*?  +(\S(?:.|\n {4,})*)$", arguments, re.MULTILINE)
+    assert len(texts) >= 2
+    assert all(text[0] == text[0].upper() and text.endswith(".") for text in texts), texts
 
 
 def literals_of(annotation):
@@ -72,8 +81,8 @@ def literals_of(annotation):
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
-def test_no_choice_is_something_else_in_yaml(section):
-    """`no` without quotes is false in YAML; a choice of that name could not be written as people write it."""
+def test_each_choice_is_text_in_yaml(section):
+    """`no` without quotes, for example, is false in YAML."""
     for name, field in section.model_fields.items():
         for choice in literals_of(field.annotation):
             assert yaml.safe_load(f"{name}: {choice}") == {name: choice}

@@ -1,4 +1,4 @@
-"""No setting is silent: each is read by the program outside of parsing and rules, seen by a recorder around the configs."""
+"""Effect of every setting: each is read by code other than the parser and the rules, as a recorder in the configs shows."""
 
 import sys
 
@@ -12,13 +12,13 @@ from tests.support.in_process import cache, say, train
 from tests.support.launching import metrics, summary
 from tests.support.parsing import SECTIONS
 
-ALIKE = ("validation.py", "parsing.py", "help.py", "fields.py", "settings.py")
-NOT_READERS = (*(f"config/{name}" for name in ALIKE), "pydantic")
+IN_CONFIG = ("validation.py", "parsing.py", "help.py", "fields.py", "settings.py", "run_name.py")
+NOT_READERS = (*(f"config/{name}" for name in IN_CONFIG), "pydantic")
 
 
 @pytest.fixture
 def read(monkeypatch):
-    """(class, field) of each setting that was read, except by the files that treat all settings alike."""
+    """Return the set of (class, field) of each setting that is read, except by pydantic and the config package."""
     found = set()
     plain = Section.__getattribute__
 
@@ -71,13 +71,12 @@ def test_each_setting_is_read(tmp_path, teacher_run, read):
         "--out",
         tmp_path / "bench.json",
     )
-    chain = {"ReproduceConfig"}  # its launches are processes of their own (tests/commands/test_reproduce.py)
+    chain = {"ReproduceConfig"}  # read in other processes, which tests/commands/test_reproduce.py starts
     every = {(each.__name__, name) for each in SECTIONS if each.__name__ not in chain for name in each.model_fields}
     assert every - read == set()
 
 
-@pytest.mark.slow
-def test_a_compiled_distillation_has_the_terms_of_an_eager_one(tmp_path, distilled):
+def test_compiled_distillation_has_the_terms_of_an_eager_one(tmp_path, distilled):
     train(tmp_path / "eager", "--train.max_steps=4", *distilled)
     train(tmp_path / "compiled", "--train.max_steps=4", *distilled, "--train.compile=true")
     for one, two in zip(metrics(tmp_path / "eager", "train"), metrics(tmp_path / "compiled", "train"), strict=True):
@@ -101,7 +100,7 @@ def test_each_direction_trains_in_two_processes(tmp_path, teacher_run, direction
     assert summary(tmp_path / "run")["agreement"] is not None
 
 
-def test_fine_tuning_onto_other_classes_starts_from_the_weights(tmp_path, teacher_run):
+def test_fine_tuning_starts_from_the_given_weights(tmp_path, teacher_run):
     flags = ["--model.arch=import:tests.support.models:teacher", f"--model.weights={teacher_run}", "--train.max_steps=2"]
     same = train(tmp_path / "same", *flags, "--optim.lr=1e-9")
     assert "starts from random weights" not in same

@@ -1,4 +1,4 @@
-"""Files and flags become a config: merging, values as people and sweeps write them, saved configs."""
+"""Parsing of files and flags into a config: merging, values as people and sweep tools write them, saved configs."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def nothing_allowed(monkeypatch):
     monkeypatch.setenv(VARIABLE, "")
 
 
-def test_later_files_and_then_flags_win(config_file):
+def test_later_files_override_earlier_files_and_flags_override_both(config_file):
     first = config_file({"seed": 1, "optim": {"lr": 0.1, "weight_decay": 0.5}, "train": {"epochs": 3}}, "a.yaml")
     second = config_file({"seed": 2, "optim": {"lr": 0.2}}, "b.yaml")
     for argv in (
@@ -31,7 +31,28 @@ def test_later_files_and_then_flags_win(config_file):
         assert (config.seed, config.optim.lr, config.optim.weight_decay, config.train.epochs) == (2, 0.5, 0.5, 3)
 
 
-def test_a_later_file_adds_to_every_mapping(config_file):
+def test_positional_files_are_merged_in_their_order_with_those_of_config(config_file):
+    first, second, third = (config_file({"seed": seed, "name": f"run{seed}"}, f"{seed}.yaml") for seed in (1, 2, 3))
+    assert parse(first, second).seed == 2 and parse(second, first).seed == 1
+    for argv in ([first, "--config", second, third], ["--config", first, "--seed=5", second, f"--config={third}"]):
+        assert parse(*argv, "--seed=3") == parse("--config", first, "--config", second, "--config", third)
+    assert parse("--config", third, first).seed == 1
+    assert parse("--optim.lr", "0.5", first).optim.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("nowhere.yaml", "config: file 'nowhere.yaml' not found; paths are relative to the working directory"),
+        ("optim.lr=0.1", "config: file 'optim.lr=0.1' not found; a setting is given as --optim.lr=0.1"),
+        ("seed", "config: file 'seed' not found; a setting is given as --seed VALUE"),
+    ],
+)
+def test_positional_argument_that_is_not_a_file_is_refused(argument, expected):
+    assert mistakes(argument) == expected
+
+
+def test_later_file_is_merged_into_every_mapping(config_file):
     later = "distill: {features: {second: {loss: mse, weight: 1}, mse: {args: {pca_images: 64}}}}\nmodel: {arch_args: {b: 2}}\n"
     files = [config_file(f"{MSE}\nmodel: {{arch_args: {{a: 1}}}}", "a.yaml"), config_file(later, "b.yaml")]
     config = parse("--config", files[0], "--config", files[1], "--model.arch_args.c=three")
@@ -42,7 +63,7 @@ def test_a_later_file_adds_to_every_mapping(config_file):
     }
 
 
-def test_flags_reach_into_an_entry_and_create_it(config_file):
+def test_flags_change_or_create_an_entry_of_a_mapping(config_file):
     flags = ["--distill.features.mse.args.direction=teacher_to_student", "--distill.features.mse.weight=0.2"]
     created = parse("--teacher.run=x", *flags).distill
     assert created.features == {"mse": FeatureLossConfig(weight=0.2, args={"direction": "teacher_to_student"})}
@@ -51,7 +72,7 @@ def test_flags_reach_into_an_entry_and_create_it(config_file):
     assert (changed.features["mse"].weight, changed.features["mse"].args) == (0.2, {"direction": "teacher_to_student"})
 
 
-def test_layers_by_name_or_in_pairs():
+def test_layers_are_names_or_pairs():
     layers = "--distill.features.mse.layers"
     assert parse("--teacher.run=x", f"{layers}=[a, b]").distill.features["mse"].layers == ["a", "b"]
     assert parse("--teacher.run=x", f"{layers}={{a: c}}", f"{layers}.b=d").distill.features["mse"].layers == {
@@ -67,16 +88,16 @@ def test_null_removes_an_entry(config_file, null):
     assert config.distill.features == {} and config.model.arch_args == {"b": 2}
     later = config_file("distill: {features: {mse: null}}", "later.yaml")
     assert parse("--config", path, "--config", later).distill.features == {}
-    assert parse(f"--distill.features.mse={null}").distill is None, "nothing to remove, and no section begun"
+    assert parse(f"--distill.features.mse={null}").distill is None, "no entry to remove, and no section is created"
 
 
-def test_null_in_a_file_that_removes_nothing_is_a_mistake(config_file):
+def test_null_in_a_file_without_an_entry_to_remove_is_refused(config_file):
     path = config_file("teacher: {run: x}\ndistill: {features: {mse: }}")
-    told = "distill.features.mse: null removes an entry, but nothing before this has it; for its defaults write mse: {}"
-    assert mistakes("--config", path) == f"{told} (in {path})"
+    expected = "distill.features.mse: null removes an entry, but no earlier file has it; for the defaults write mse: {}"
+    assert mistakes("--config", path) == f"{expected} (in {path})"
 
 
-def test_a_dotted_flag_creates_a_section(config_file):
+def test_dotted_flag_creates_a_section(config_file):
     assert parse("--teacher.run", "x").teacher.run == "x"
     path = config_file("teacher: null\ndistill: {logits: null, label_weight: 1.0}")
     config = parse("--config", path, "--teacher.run=x", "--distill.logits.args.t_squared=false")
@@ -84,13 +105,13 @@ def test_a_dotted_flag_creates_a_section(config_file):
     assert config.distill.logits == LogitLossConfig(args={"t_squared": False})
 
 
-def test_null_ends_a_section(config_file):
+def test_null_removes_a_section(config_file):
     path = config_file("teacher: {run: x}\ndistill: {alpha: 0.3}\ndata: {views: 3}")
     config = parse("--config", path, "--teacher=null", "--distill=None", "--data.views=None")
     assert (config.teacher, config.distill, config.data.views) == (None, None, None)
 
 
-def test_a_number_or_a_schedule(config_file):
+def test_number_overrides_a_schedule_and_the_reverse(config_file):
     path = config_file(
         {"teacher": {"run": "x"}, "distill": {"temperature": {"start": 0.5, "floor": 0.3, "decay": 0.95}, "alpha": 0.7}}
     )
@@ -121,7 +142,7 @@ def test_a_number_or_a_schedule(config_file):
         ("--tracking.group=1e3", "tracking.group", "1e3"),
     ],
 )
-def test_values_as_people_and_sweeps_write_them(flag, name, value):
+def test_values_as_people_and_sweep_tools_write_them(flag, name, value):
     mean = ["--data.mean=[0, 0, 0]"] if "std" in flag else []
     found = parse(flag, *mean)
     for key in name.split("."):
@@ -129,7 +150,7 @@ def test_values_as_people_and_sweeps_write_them(flag, name, value):
     assert found == value and type(found) is type(value)
 
 
-def test_a_schedule_as_a_sweep_writes_it():
+def test_schedule_as_a_sweep_tool_writes_it():
     flag = "--distill.alpha={'start': 0.4, 'kind': 'linear', 'end': 0.1, 'length': None}"
     assert parse("--teacher.run=x", flag).distill.alpha == Schedule(start=0.4, kind="linear", end=0.1)
 
@@ -139,7 +160,7 @@ def test_exponents_in_a_file_are_numbers(config_file):
     assert (config.optim.lr, config.data.mean) == (0.001, [0.1, 0.2, 0.3])
 
 
-def test_a_saved_config_reads_back_equal(tmp_path):
+def test_saved_config_is_loaded_unchanged(tmp_path):
     config = parse(
         "--teacher.run=x",
         "--distill.features.mse.weight={start: 1e-3, kind: cosine, end: 0}",
@@ -154,11 +175,11 @@ def test_a_saved_config_reads_back_equal(tmp_path):
     assert load_config_file(RunConfig, tmp_path / "config.yaml") == config
 
 
-def test_print_config_writes_what_config_reads(tmp_path, capsys):
+def test_printed_config_is_loaded_unchanged(tmp_path, capsys):
     flags = ["--teacher.run=x", "--distill.features.mse={}", "--optim.lr=3"]
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stopped:
         parse(*flags, "--print_config")
-    assert left.value.code == 0
+    assert stopped.value.code == 0
     path = tmp_path / "printed.yaml"
     path.write_text(capsys.readouterr().out)
     assert parse("--config", str(path)) == parse(*flags)
@@ -168,7 +189,7 @@ def build(source, config_class=RunConfig, **overrides):
     return build_config(config_class, source, overrides, losses=LOSSES)
 
 
-def test_a_config_from_python(config_file, nothing_allowed):
+def test_config_from_python(config_file, nothing_allowed):
     layers = {"layer1.0": "layer2.0"}
     source = {"teacher": {"run": "null"}, "distill": {"features": {"import:a.b:C": {"layers": layers, "args": {"x": "1e-3"}}}}}
     config = build(source, **{"optim.lr": 0.5, "distill.features.mse.weight": 0.2, "seed": 3})
@@ -187,13 +208,22 @@ def test_mistakes_of_a_config_from_python(nothing_allowed):
     with pytest.raises(UserError) as caught:
         build({"seed": "3", "trian": {"epochs": 1}}, **{"optim.lrr": 1})
     assert str(caught.value) == (
-        "3 mistakes:\n  seed: must be a whole number, not '3' (in the call)\n"
+        "3 mistakes:\n  seed: must be an integer, not '3' (in the call)\n"
         "  optim.lrr: no such setting; did you mean optim.lr? (in the call)\n"
         "  trian: no such setting; did you mean train? (in the call)"
     )
 
 
-def test_the_schema_itself_is_strict_and_frozen():
+def test_suggestions_for_a_config_from_python(nothing_allowed):
+    with pytest.raises(UserError) as caught:
+        build({}, lr=0.1)
+    assert str(caught.value) == "lr: no such setting; did you mean optim.lr? (in the call)"
+    with pytest.raises(UserError) as caught:
+        build({"optim.lr": 0.1})
+    assert str(caught.value) == "optim.lr: no such setting; did you mean optim: {lr: ...}? (in the call)"
+
+
+def test_schema_is_strict_and_frozen():
     with pytest.raises(ValidationError):
         DistillConfig(feature=1)
     with pytest.raises(ValidationError):
@@ -203,15 +233,15 @@ def test_the_schema_itself_is_strict_and_frozen():
     assert RunConfig().model_copy(update={"seed": 3}).seed == 3
 
 
-def test_flatten_gives_the_names_that_a_person_types():
+def test_flatten_returns_dotted_names():
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [1]}) == {"a.b.c": 1, "a.d": {}, "e": [1]}
 
 
-def test_user_code_runs_where_the_name_that_counts_was_typed(config_file, nothing_allowed):
+def test_user_code_is_allowed_only_if_its_name_was_typed(config_file, nothing_allowed):
     path = config_file("data: {source: import:a:b}")
     assert "run.yaml names 'import:a:b'" in mistakes("--config", path)
     assert parse("--config", path, "--data.source=import:c:d").data.source == "import:c:d"
-    assert "run.yaml names 'import:a:b'" in mistakes("--config", path), "the other name is still not allowed"
+    assert "run.yaml names 'import:a:b'" in mistakes("--config", path), "typing another name does not allow this one"
     assert parse("--config", path, "--data.source=import:a:b").data.source == "import:a:b"
 
 
@@ -224,5 +254,5 @@ def test_user_code_runs_where_the_name_that_counts_was_typed(config_file, nothin
         "--distill.logits.loss=import:a:B",
     ],
 )
-def test_a_loss_of_user_code_is_accepted_by_name(config_file, nothing_allowed, flag):
+def test_loss_of_user_code_is_accepted_by_name(config_file, nothing_allowed, flag):
     assert "import:a:B" in str(parse("--teacher.run=x", flag).distill)

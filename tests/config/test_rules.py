@@ -1,4 +1,4 @@
-"""Rules of a config: each names field, value, rule and remedy."""
+"""Rules of a config: the message of each has field, value, rule and remedy."""
 
 import pytest
 
@@ -12,14 +12,14 @@ from tests.support.parsing import mistakes, parse
         (["--data.source", "floppy"], "data.source: 'floppy' must be"),
         (["--data.val_fraction", "1"], "data.val_fraction"),
         (["--data.views", "0"], "data.views: 0 must be at least 1"),
-        (["--data.mean", "[0.5,0.5,0.5]"], "give both or none"),
+        (["--data.mean", "[0.5,0.5,0.5]"], "data.mean and data.std: one of them is set; set both or none"),
         (["--data.mean", "[0.5]", "--data.std", "[1,1,1]"], "three numbers"),
         (["--data.mean", "[0,0,0]", "--data.std", "[0,1,1]"], "must be above 0"),
         (["--data.augment", "flip"], "data.augment"),
         (["--model.arch", "resnet18"], "model.arch: 'resnet18' must start with"),
-        (["--name", "a/b"], "name: 'a/b' must be a plain directory name"),
+        (["--name", "a/b"], "name: 'a/b' must be a single directory name"),
         (["--distill.alpha", "0.5"], "distill: has no effect without a teacher"),
-        (["--teacher.run", "x", "--teacher.arch", "torchvision/resnet50"], "give either teacher.run"),
+        (["--teacher.run", "x", "--teacher.arch", "torchvision/resnet50"], "set either teacher.run"),
         (["--teacher.run", "x", "--teacher.stem", "cifar"], "teacher.stem: has no effect"),
         (["--teacher.arch", "torchvision/resnet50"], "teacher.weights: null, but a teacher must be trained"),
         (["--teacher.run", "x", "--role", "teacher"], "role: teacher has no effect"),
@@ -36,7 +36,7 @@ from tests.support.parsing import mistakes, parse
         ),
         (
             ["--teacher.run", "x", "--distill.features.mse.weight", "0"],
-            "distill.features.mse.weight: 0, so the term has no effect; remove the term with distill.features.mse: null",
+            "distill.features.mse.weight: 0, so that the term has no effect; remove it with distill.features.mse: null",
         ),
         (["--teacher.run", "x", "--distill.features.mse.weight", "-1"], "distill.features.mse.weight: -1.0 must be at least 0"),
         (
@@ -67,7 +67,7 @@ from tests.support.parsing import mistakes, parse
         (["--optim.name", "adamw", "--optim.nesterov", "true"], "optim.nesterov: has no effect (with optimizer adamw)"),
         (["--optim.betas", "[0.9, 0.99]"], "optim.betas: has no effect (with optimizer sgd)"),
         (["--optim.step_epochs", "[3]"], "optim.step_epochs: has no effect (with onecycle)"),
-        (["--optim.schedule", "step", "--optim.step_epochs", "[3, 10]"], "must lie above 0 and below train.epochs (10)"),
+        (["--optim.schedule", "step", "--optim.step_epochs", "[3, 10]"], "must be above 0 and below train.epochs (10)"),
         (["--optim.momentum", "1"], "optim.momentum: 1.0 must be below 1"),
         (["--seed", "-1"], "seed: -1 must be at least 0"),
         (["--data.image_column", "img"], "data.image_column: has no effect (with source digits)"),
@@ -93,7 +93,7 @@ from tests.support.parsing import mistakes, parse
         (["--optim.schedule", "step"], "optim.step_epochs: empty"),
         (["--optim.warmup_fraction", "1"], "optim.warmup_fraction"),
         (["--optim.clip_norm", "0"], "optim.clip_norm"),
-        (["--train.batch_size", "10", "--train.grad_accum_steps", "4"], "does not divide by train.grad_accum_steps"),
+        (["--train.batch_size", "10", "--train.grad_accum_steps", "4"], "10 must be a multiple of train.grad_accum_steps (4)"),
         (["--train.ema_decay", "1"], "train.ema_decay"),
         (["--train.precision", "fp8"], "train.precision"),
         (["--checkpoint.keep", "0"], "checkpoint.keep: 0 must be at least 1"),
@@ -108,15 +108,15 @@ def test_each_rule_names_field_value_and_rule(flags, part):
 def test_alpha_above_one_needs_a_label_weight():
     flags = ["--teacher.run=x", "--distill.alpha=5", "--distill.label_weight=1"]
     assert parse(*flags).distill.alpha == 5.0
-    assert mistakes(*flags[:2]) == "distill.alpha: 5.0 must be at most 1 (in the command line)"
+    assert mistakes(*flags[:2]) == "distill.alpha: 5.0 must be at most 1 (on the command line)"
 
 
-def test_features_alone():
+def test_distillation_of_features_alone_is_valid():
     distill = parse("--teacher.run=x", "--distill.logits=null", "--distill.label_weight=1", "--distill.features.mse={}").distill
     assert distill.logits is None and distill.label_weight == 1.0
 
 
-def test_a_broken_rule_names_the_file(config_file):
+def test_message_of_a_rule_names_the_file(config_file):
     path = config_file("optim: {lr: 0}\ntrain: {epochs: 0}")
     assert mistakes("--config", path) == (
         f"2 mistakes:\n  optim.lr: 0.0 must be above 0 (in {path})\n  train.epochs: 0 must be at least 1 (in {path})"
@@ -130,7 +130,7 @@ def test_a_broken_rule_names_the_file(config_file):
         (ReproduceConfig, "bench.", ["--runs=[a.yaml]", "--launch=x", "--report_dir=y"]),
     ],
 )
-def test_impossible_measurements(kind, prefix, flags):
+def test_rules_of_a_measurement(kind, prefix, flags):
     flags = [
         *flags,
         f"--{prefix}batch_sizes=[1, 0]",

@@ -1,4 +1,4 @@
-"""Every config that ships loads and keeps the rules, and its models can be built."""
+"""Configs of this repository: each is valid, and its model can be built."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ CHAINS = sorted(CONFIGS.glob("*/reproduce.yaml"))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_run_config_loads_and_its_model_is_built(path):
+def test_run_config_is_valid_and_its_model_is_built(path):
     from kd_accel.models.factory import build_model
 
     config = load_config_file(RunConfig, path)
@@ -27,8 +27,7 @@ def test_a_run_config_loads_and_its_model_is_built(path):
     assert parameters == expected
 
 
-@pytest.mark.slow
-def test_the_teacher_of_a_short_run_can_be_the_resnet50_from_scratch():
+def test_teacher_of_a_short_run_can_be_replaced_by_the_resnet50():
     teacher = load_config_file(RunConfig, CONFIGS / "cifar10/teacher_scratch.yaml")
     for path in (CONFIGS / "cifar10_short").glob("hybrid*.yaml"):
         alone = load_config_file(RunConfig, path)
@@ -39,7 +38,7 @@ def test_the_teacher_of_a_short_run_can_be_the_resnet50_from_scratch():
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.parent.name)
-def test_a_chain_names_files_that_ship(path):
+def test_files_of_a_chain_exist(path):
     chain = load_config_file(ReproduceConfig, path)
     runs = [load_config_file(RunConfig, CONFIGS.parent / file) for file in chain.runs]
     assert (CONFIGS.parent / chain.launch).is_file()
@@ -52,7 +51,7 @@ def test_a_chain_names_files_that_ship(path):
     assert {run.teacher.run for run in runs if run.teacher} == {str(runs[0].directory)}
 
 
-def test_the_references_values_to_the_letter():
+def test_cifar10_configs_have_the_values_of_the_reference():
     fixed = load_config_file(RunConfig, CONFIGS / "cifar10/hybrid_fixed.yaml").distill
     scheduled = load_config_file(RunConfig, CONFIGS / "cifar10/hybrid_scheduled.yaml").distill
     assert (fixed.temperature, fixed.alpha) == (0.5, 0.7)
@@ -64,7 +63,7 @@ def test_the_references_values_to_the_letter():
     assert fixed.features == {"mse": FeatureLossConfig(weight=0.1, layers=stages, args={"direction": "both"})}
 
 
-def test_the_students_of_a_chain_differ_in_nothing_but_the_teaching():
+def test_students_of_a_chain_differ_only_in_the_distillation():
     for folder in ("digits", "cifar10"):
         runs = [
             load_config_file(RunConfig, CONFIGS / folder / f"{name}.yaml")

@@ -1,4 +1,4 @@
-"""Data module: loaders and batches with its own splits, transform and workers, and what identifies the samples."""
+"""Tests of the data module: loaders, batches, sample digests, and images on a GPU."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def data() -> DataModule:
 
 
 def plain(images, indices):
-    """[n, 3, S, S] of stored images."""
+    """Return stored images as [n, 3, S, S]."""
     return torch.from_numpy(images.pixels(indices)).permute(0, 3, 1, 2)
 
 
@@ -42,17 +42,17 @@ def test_training_batches_are_views_of_the_training_samples(data):
             assert torch.equal(batch.images, data.view_batch(batch.index.numpy(), batch.view).images)
 
 
-def test_training_batches_by_rank_and_accumulation(data):
-    whole = [step[0].index.tolist() for step in data.train_loader(batch_size=8).epoch(0)]
+def test_ranks_and_accumulation_steps_partition_each_batch(data):
+    expected = [step[0].index.tolist() for step in data.train_loader(batch_size=8).epoch(0)]
     ranks = [data.train_loader(batch_size=8, rank=rank, world_size=2, grad_accum_steps=2) for rank in (0, 1)]
     steps = zip(*(loader.epoch(0) for loader in ranks), strict=True)
-    assert [[i for rank in step for batch in rank for i in batch.index.tolist()] for step in steps] == whole
-    with pytest.raises(UserError, match="train.batch_size: 8 does not divide by 3 processes"):
+    assert [[i for rank in step for batch in rank for i in batch.index.tolist()] for step in steps] == expected
+    with pytest.raises(UserError, match="train.batch_size: 8 must be a multiple of 3 .3 processes x 1 acc"):
         data.train_loader(batch_size=8, world_size=3)
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_held_out_batches_are_plain_and_complete(data, split):
+def test_held_out_batches_are_complete_and_not_augmented(data, split):
     images, indices = (data.train, data.splits.val) if split == "val" else (data.test, data.splits.test)
     shares = [list(data.eval_loader(split, batch_size=2, rank=rank, world_size=2)) for rank in (0, 1)]
     batches = [batch for share in shares for batch in share]
@@ -61,7 +61,7 @@ def test_held_out_batches_are_plain_and_complete(data, split):
     assert torch.cat([batch.labels for batch in batches]).tolist() == images.labels[indices].tolist()
 
 
-def test_batches_of_shares(data):
+def test_batches_have_the_samples_and_the_view_of_their_share(data):
     train, test = data.splits.train[:3], data.splits.test[:3]
     first, second = data.batches("train", [(train, 2), (train, 0)])
     assert (first.view, second.view) == (2, 0) and not torch.equal(first.images, second.images)
@@ -83,7 +83,7 @@ def test_covered_samples_have_the_digests_of_their_images(data):
         assert np.array_equal(digests, images.digests(indices)) and digests.dtype == np.uint64
 
 
-def test_fingerprint_fields_tell_data_apart(data):
+def test_fingerprint_fields_identify_the_samples(data):
     fields = data.fingerprint_fields()
     assert fields["train_samples"] == 24 == len(data.splits.train)
     assert (fields["val_samples"], fields["test_samples"]) == (len(data.splits.val), len(data.splits.test))

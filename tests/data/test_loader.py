@@ -1,4 +1,4 @@
-"""Which samples come when: the same on any number of processes, every sample once, and no draw from a global generator."""
+"""Tests of the loaders: sample order on any number of processes, one visit per sample, and untouched global generators."""
 
 import random
 
@@ -28,22 +28,22 @@ def loader(images=None, samples=None, **settings):
     return TrainLoader(images, ViewTransform("crop_flip", 8, crop_padding=1), samples=samples, **{"batch_size": 16, **settings})
 
 
-def samples_of(batches):
+def indices_of(batches):
     return [batch.index.tolist() for batch in batches]
 
 
 @pytest.mark.parametrize(("world_size", "accum"), [(1, 4), (2, 2), (4, 1), (2, 1)])
-def test_a_step_has_the_same_samples_however_it_is_shared(world_size, accum):
-    whole = [step[0].index.tolist() for step in loader().epoch(3)]
+def test_a_step_has_the_same_samples_for_any_number_of_processes(world_size, accum):
+    expected = [step[0].index.tolist() for step in loader().epoch(3)]
     shares = [loader(rank=rank, world_size=world_size, grad_accum_steps=accum) for rank in range(world_size)]
     steps = zip(*(share.epoch(3) for share in shares), strict=True)
-    assert [sum((sample for rank in ranks for sample in samples_of(rank)), []) for ranks in steps] == whole
+    assert [sum((indices for rank in ranks for indices in indices_of(rank)), []) for ranks in steps] == expected
 
 
-def test_an_epoch_can_be_entered_at_any_step():
-    steps = [samples_of(step) for step in loader().epoch(2)]
+def test_an_epoch_can_start_at_any_step():
+    steps = [indices_of(step) for step in loader().epoch(2)]
     assert len(steps) == 5
-    assert [samples_of(step) for step in loader().epoch(2, start_step=3)] == steps[3:]
+    assert [indices_of(step) for step in loader().epoch(2, start_step=3)] == steps[3:]
     assert list(loader().epoch(2, start_step=5)) == []
 
 
@@ -54,13 +54,13 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert all(sorted(order) == list(samples) for order in orders.values())
 
 
-def test_views_take_turns():
+def test_the_view_is_the_epoch_modulo_the_number_of_views():
     views = [next(loader(views=2).epoch(epoch))[0].view for epoch in range(4)]
     assert views == [0, 1, 0, 1]
     assert [next(loader().epoch(epoch))[0].view for epoch in range(3)] == [0, 1, 2]
 
 
-def test_a_batch_is_the_view_of_its_samples():
+def test_a_batch_contains_the_view_of_its_samples():
     images = image_set()
     batch = next(loader(images).epoch(1))[0]
     samples = batch.index.numpy()
@@ -74,10 +74,10 @@ def test_workers_and_stored_images_give_the_same_batches():
     images = image_set()
     samples = np.arange(10, 90)
     stored = torch.from_numpy(images.pixels(samples)).permute(0, 3, 1, 2)
-    keeping = loader(images)
-    keeping.keep_images(stored)
+    with_stored = loader(images)
+    with_stored.keep_images(stored)
     plain, workers, device = (
-        list(own.epoch(1, start_step=2)) for own in (loader(images), loader(images, num_workers=2), keeping)
+        list(own.epoch(1, start_step=2)) for own in (loader(images), loader(images, num_workers=2), with_stored)
     )
     for one, two, three in zip(plain, workers, device, strict=True):
         for other in (two[0], three[0]):
@@ -87,13 +87,13 @@ def test_workers_and_stored_images_give_the_same_batches():
 
 
 class Encoded(MemoryImages):
-    """A set that is decoded when it is asked for."""
+    """Image set that is decoded on demand."""
 
     is_in_memory = False
 
 
 @pytest.mark.parametrize("kind", [MemoryImages, Encoded])
-def test_the_images_that_a_gpu_keeps_are_those_of_the_samples(kind, monkeypatch):
+def test_images_copied_to_a_device_are_those_of_the_samples(kind, monkeypatch):
     monkeypatch.setattr(datamodule, "_COPIED_SAMPLES", 7)
     own = image_set()
     samples = np.arange(10, 90)
@@ -101,18 +101,18 @@ def test_the_images_that_a_gpu_keeps_are_those_of_the_samples(kind, monkeypatch)
     splits = SplitSamples(samples, samples[:0], samples[:0])
     transform = ViewTransform("crop_flip", 8, crop_padding=1)
     data = DataModule(images, images, splits, [0.5] * 3, [0.5] * 3, transform, num_workers=1)
-    kept = datamodule.images_on(torch.device("cpu"), data)
-    assert kept.is_contiguous(memory_format=torch.channels_last)
-    assert np.array_equal(kept.permute(0, 2, 3, 1).numpy(), images.pixels(samples))
+    copied = datamodule.images_on(torch.device("cpu"), data)
+    assert copied.is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(copied.permute(0, 2, 3, 1).numpy(), images.pixels(samples))
 
 
 @pytest.mark.parametrize(("needed_mib", "fits"), [(100, True), (101, False)])
-def test_images_are_kept_by_what_is_free_on_the_gpu(monkeypatch, needed_mib, fits):
+def test_images_fit_on_a_gpu_in_half_of_its_free_memory(monkeypatch, needed_mib, fits):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200 * 2**20, 80 * 2**30))
     assert datamodule.fits_on_gpu(needed_mib * 2**20, torch.device("cuda")) == fits
 
 
-def test_no_global_generator_moves():
+def test_loaders_do_not_use_global_generators():
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
@@ -124,14 +124,14 @@ def test_no_global_generator_moves():
 
 
 class Unreadable(MemoryImages):
-    """A set of which no sample can be decoded."""
+    """Image set whose samples cannot be decoded."""
 
     def pixels(self, samples):
-        raise UserError(f"data: sample {samples[0]} cannot be decoded; fix or remove it")
+        raise UserError(f"data.source: sample {samples[0]} cannot be decoded; fix or remove the image")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_decoded_is_said_as_plainly_by_a_worker(workers):
+def test_an_unreadable_image_is_a_user_error_with_and_without_workers(workers):
     images = Unreadable(np.zeros((40, 8, 8, 3), dtype=np.uint8), np.zeros(40, dtype=np.int64), ["a"])
     for batches in (
         loader(images, np.arange(40), num_workers=workers).epoch(0),
@@ -139,42 +139,41 @@ def test_an_image_that_cannot_be_decoded_is_said_as_plainly_by_a_worker(workers)
     ):
         with pytest.raises(UserError) as raised:
             list(batches)
-        assert str(raised.value).startswith("data: sample")
+        assert str(raised.value).startswith("data.source: sample")
         assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_evaluation_sees_each_sample_once(world_size):
+def test_evaluation_uses_each_sample_once(world_size):
     samples = np.array([3, 1, 4, 15, 9])
     shares = [EvalLoader(image_set(), samples=samples, batch_size=2, rank=r, world_size=world_size) for r in range(world_size)]
     assert sum((batch.index.tolist() for share in shares for batch in share), []) == samples.tolist()
     assert all(len(list(share)) == len(share) for share in shares)
 
 
-def test_what_does_not_fit_is_refused():
-    with pytest.raises(UserError, match="does not divide by 3 processes x 1"):
+def test_batch_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="16 must be a multiple of 3 .3 processes x 1 acc"):
         loader(world_size=3)
     with pytest.raises(UserError, match="16 is more than the 10 training samples"):
         loader(samples=np.arange(10))
 
 
 def test_validation_samples_do_not_depend_on_limits():
-    whole = split_samples(1000, 100, DataConfig(val_fraction=0.1))
-    part = split_samples(1000, 100, DataConfig(val_fraction=0.1, limit_train=90, limit_test=7))
-    assert (len(whole.train), len(whole.val), len(whole.test)) == (900, 100, 100)
-    assert (len(part.train), len(part.val), len(part.test)) == (90, 10, 7)
-    assert set(part.val) <= set(whole.val)
-    assert set(part.train) <= set(whole.train)
-    assert not set(whole.train) & set(whole.val)
-    assert all(
-        np.array_equal(samples, np.sort(samples)) for samples in (whole.train, whole.val, part.train, part.val, part.test)
-    )
+    complete = split_samples(1000, 100, DataConfig(val_fraction=0.1))
+    limited = split_samples(1000, 100, DataConfig(val_fraction=0.1, limit_train=90, limit_test=7))
+    assert (len(complete.train), len(complete.val), len(complete.test)) == (900, 100, 100)
+    assert (len(limited.train), len(limited.val), len(limited.test)) == (90, 10, 7)
+    assert set(limited.val) <= set(complete.val)
+    assert set(limited.train) <= set(complete.train)
+    assert not set(complete.train) & set(complete.val)
+    for samples in (complete.train, complete.val, limited.train, limited.val, limited.test):
+        assert np.array_equal(samples, np.sort(samples))
     assert len(split_samples(1000, 100, DataConfig(val_fraction=0.0)).val) == 0
-    with pytest.raises(UserError, match="leaves none to train on"):
+    with pytest.raises(UserError, match="leaves none for training"):
         split_samples(1, 1, DataConfig(val_fraction=0.9))
 
 
-def test_statistics_are_those_of_all_pixels():
+def test_channel_statistics_equal_those_of_all_pixels():
     images, samples = image_set(), np.arange(20, 70)
     mean, std = channel_statistics(images, samples)
     values = images.pixels(samples).reshape(-1, 3) / 255

@@ -1,4 +1,4 @@
-"""A view depends on (view_seed, view, sample) and on nothing else; what it gives today is frozen."""
+"""Tests of the views: pure functions of (view_seed, view, index), equal on each device, with golden values."""
 
 import hashlib
 
@@ -14,7 +14,7 @@ SAMPLES = np.arange(100, 164)
 
 
 def pixels(samples=SAMPLES):
-    """Each image depends on its sample alone."""
+    """Return images uint8 [n, 32, 32, 3] that depend only on their sample index."""
     across, down = np.meshgrid(np.arange(32), np.arange(32))
     images = [
         np.stack([across * 7 + sample, down * 5 + 3 * sample, across * down + sample], axis=-1) % 256 for sample in samples
@@ -23,33 +23,33 @@ def pixels(samples=SAMPLES):
 
 
 def channels_first(images):
-    """The same array with other strides, as images in memory have them."""
+    """Return the same array with channels-first strides, as `MemoryImages` stores images."""
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_order_the_company_and_the_time_of_asking_change_nothing(policy):
+def test_views_do_not_depend_on_order_batch_or_global_generators(policy):
     views = ViewTransform(policy, 32)
-    together = views(pixels(), SAMPLES, 3)
+    expected = views(pixels(), SAMPLES, 3)
     torch.manual_seed(1)
     np.random.seed(1)
     shuffled = np.random.permutation(len(SAMPLES))
-    assert np.array_equal(views(pixels(SAMPLES[shuffled]), SAMPLES[shuffled], 3), together[shuffled])
-    assert np.array_equal(views(pixels(SAMPLES[7:8]), SAMPLES[7:8], 3), together[7:8])
-    assert together.shape == (64, 32, 32, 3)
-    assert together.dtype == np.uint8
+    assert np.array_equal(views(pixels(SAMPLES[shuffled]), SAMPLES[shuffled], 3), expected[shuffled])
+    assert np.array_equal(views(pixels(SAMPLES[7:8]), SAMPLES[7:8], 3), expected[7:8])
+    assert expected.shape == (64, 32, 32, 3)
+    assert expected.dtype == np.uint8
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:])
-def test_another_view_seed_or_sample_is_another_view(policy):
+def test_views_depend_on_view_seed_and_sample(policy):
     images = np.repeat(pixels(SAMPLES[:1]), 64, axis=0)
-    here = ViewTransform(policy, 32)(images, SAMPLES, 0)
-    assert len({view.tobytes() for view in here}) > 10
-    assert not np.array_equal(here, ViewTransform(policy, 32)(images, SAMPLES, 1))
-    assert not np.array_equal(here, ViewTransform(policy, 32, view_seed=1)(images, SAMPLES, 0))
+    views = ViewTransform(policy, 32)(images, SAMPLES, 0)
+    assert len({view.tobytes() for view in views}) > 10
+    assert not np.array_equal(views, ViewTransform(policy, 32)(images, SAMPLES, 1))
+    assert not np.array_equal(views, ViewTransform(policy, 32, view_seed=1)(images, SAMPLES, 0))
 
 
-def test_a_view_is_new_memory():
+def test_views_are_copies():
     images = pixels()
     before = images.copy()
     for policy in POLICIES:
@@ -61,7 +61,7 @@ def test_a_view_is_new_memory():
 @pytest.mark.parametrize("policy", ["none", "crop", "crop_flip"])
 @pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("size", [1, 8, 32])
-def test_crops_keep_the_memory_format_and_are_what_the_words_say(policy, padding, size):
+def test_crops_keep_the_memory_format_and_follow_the_hash_words(policy, padding, size):
     images = np.random.default_rng(size).integers(0, 256, (64, size, size, 3), dtype=np.uint8)
     function = ViewTransform(policy, size, crop_padding=padding)
     border = np.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -69,8 +69,8 @@ def test_crops_keep_the_memory_format_and_are_what_the_words_say(policy, padding
     expected = []
     for image, original, word in zip(border, images, words.tolist(), strict=True):
         top, left = ((word[axis] >> 32) % (2 * padding + 1) for axis in (0, 1))
-        cut = original if policy == "none" else image[top : top + size, left : left + size]
-        expected.append(cut[:, ::-1] if policy == "crop_flip" and word[2] >> 63 else cut)
+        crop = original if policy == "none" else image[top : top + size, left : left + size]
+        expected.append(crop[:, ::-1] if policy == "crop_flip" and word[2] >> 63 else crop)
     last, first = function(images, SAMPLES, 3), function(channels_first(images), SAMPLES, 3)
     assert last.flags.c_contiguous
     assert first.transpose(0, 3, 1, 2).flags.c_contiguous
@@ -89,7 +89,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_golden_values(policy):
-    """Whoever changes these changes VIEWS_VERSION with them: caches of teacher answers depend on it."""
+    """Other pixels require a new VIEWS_VERSION: a cached teacher output is valid only for the pixels it was computed on."""
     assert VIEWS_VERSION == 1
     for images in (pixels(), channels_first(pixels())):
         views = ViewTransform(policy, 32, view_seed=5)(images, SAMPLES, 2)
@@ -98,7 +98,7 @@ def test_golden_values(policy):
 
 @pytest.mark.parametrize("policy", ["none", "crop", "crop_flip"])
 @pytest.mark.parametrize("padding", [0, 4])
-def test_the_device_form_is_the_same_function(policy, padding):
+def test_views_on_a_device_equal_those_in_host_memory(policy, padding):
     views = ViewTransform(policy, 32, crop_padding=padding)
     stored = torch.from_numpy(pixels()).permute(0, 3, 1, 2)
     on_device = views.on_device(stored, SAMPLES, 3)
@@ -107,7 +107,7 @@ def test_the_device_form_is_the_same_function(policy, padding):
     assert torch.equal(views.on_device(stored.contiguous(), SAMPLES, 3), on_device)
 
 
-def test_a_crop_is_a_cut_and_all_offsets_come_up():
+def test_crops_have_all_offsets_with_equal_probability():
     image = np.arange(1, 32 * 32 + 1).reshape(32, 32, 1).repeat(3, axis=2).astype(np.uint8)
     samples = np.arange(4000)
     views = ViewTransform("crop", 32, crop_padding=2)(np.repeat(image[None], len(samples), axis=0), samples, 0)
@@ -126,7 +126,7 @@ def test_half_of_the_images_are_mirrored():
     assert 900 < is_mirrored.sum() < 1100
 
 
-def test_the_fingerprint_names_what_decides():
+def test_fingerprint_fields_are_the_settings_with_an_effect():
     a = ViewTransform("crop", 32, crop_padding=4).fingerprint_fields()
     assert a == {"transform": "crop", "version": 1, "image_size": 32, "view_seed": 0, "crop_padding": 4}
     assert (
@@ -135,7 +135,7 @@ def test_the_fingerprint_names_what_decides():
     )
 
 
-def test_hash_words_are_uniform_and_keys_do_not_meet():
+def test_hash_words_are_uniform_and_different_for_each_key():
     words = hash_words((1, 2), np.arange(20000), 2)
     bits = (words[..., None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
     assert np.abs(bits.mean((0, 1)) - 0.5).max() < 0.02

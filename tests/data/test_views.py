@@ -1,4 +1,4 @@
-"""Datasets for a plain DataLoader: items equal those of a run's own loaders, from any kind of dataset; wrong use is named."""
+"""Tests of the datasets for a PyTorch DataLoader: items equal to those of a run, all kinds of source, and invalid arguments."""
 
 import datasets
 import numpy as np
@@ -27,7 +27,7 @@ TRANSFORMS = {
 
 
 class Columns:
-    """A dataset of dicts with the user's own names of columns."""
+    """Dataset of dicts with column names chosen by the user."""
 
     def __len__(self):
         return 20
@@ -98,7 +98,7 @@ def test_sources_equal_the_data_of_a_run(tmp_path, is_parquet):
     ],
     ids=["pil", "arrays", "tensors", "tensor_dataset", "subset", "dicts", "hugging_face"],
 )
-def test_datasets_of_others_are_wrapped_as_they_are(source, columns):
+def test_datasets_of_any_library_can_be_wrapped(source, columns):
     dataset = wrapped(source, test=source, **columns)
     assert (len(dataset), len(dataset.split("val")), len(dataset.split("test"))) == (16, 4, 20)
     assert dataset.class_names == (("a", "b", "c") if isinstance(source, datasets.Dataset) else ("0", "1", "2"))
@@ -109,7 +109,7 @@ def test_datasets_of_others_are_wrapped_as_they_are(source, columns):
     assert np.allclose(dataset.mean, trained_on.mean((0, 1, 2))) and np.allclose(dataset.std, trained_on.std((0, 1, 2)))
 
 
-def test_a_torchvision_dataset_is_resized_as_a_source_is(tmp_path):
+def test_a_torchvision_dataset_is_resized_like_a_source(tmp_path):
     fake = torchvision.datasets.FakeData(size=10, image_size=(3, 20, 16), num_classes=2)
     for split in ("train", "test"):
         write_parquet(tmp_path, split, [encoded(image) for image, _ in fake], [int(label) for _, label in fake])
@@ -131,11 +131,13 @@ def test_settings_and_class_names_of_a_wrapped_dataset(tmp_path):
         Image.fromarray(IMAGES[0]).save(tmp_path / folder / "0.png")
     folder = torchvision.datasets.ImageFolder(tmp_path)
     assert wrapped(folder, val_fraction=0.0).class_names == ("cat", "dog")
-    with pytest.raises(ValueError, match="test: has other classes than source"):
+    with pytest.raises(ValueError, match="test: source and test have different classes"):
         wrapped(pairs(Image.fromarray), test=folder, val_fraction=0.0)
 
 
 class Unbounded(IterableDataset):
+    """Dataset without positions or length."""
+
     def __iter__(self):
         return iter(pairs(Image.fromarray))
 
@@ -148,31 +150,35 @@ IMAGE = Image.fromarray(IMAGES[0])
     [
         (7, TypeError, "source: must be the name of a source or a dataset with __len__ and __getitem__, not int"),
         (Unbounded(), TypeError, "source: must be .*, not Unbounded"),
-        (datasets.DatasetDict(train=hub_dataset()), TypeError, "not DatasetDict; give its splits as source and test"),
-        ([], ValueError, "source: has no items"),
+        (datasets.DatasetDict(train=hub_dataset()), TypeError, "not DatasetDict; pass its splits as source and test"),
+        ([], ValueError, "source: the dataset has no items"),
         ([IMAGE], TypeError, r"source: item 0: must be a pair \(image, label\) or a dict, not Image"),
         ([(IMAGE, 0), (IMAGE, 0, 0)], TypeError, "source: item 1: must be a pair"),
-        (Columns(), ValueError, "image_column: source: item 0 has no 'image' .it has picture, kind, more."),
-        ([{"image": IMAGE}], ValueError, "label_column: source: item 0 has no 'label'"),
+        (Columns(), ValueError, "image_column: source: item 0 has no key 'image'; use one of picture, kind, more"),
+        ([{"image": IMAGE}], ValueError, "label_column: source: item 0 has no key 'label'"),
         (
             [(torch.rand(3, 8, 8), 0)],
             TypeError,
-            "source: item 0: the image must be a PIL image, .*, not float32 array",
+            "source: item 0: the image must be a PIL image or a uint8 array or tensor, not float32 array",
         ),
         ([(IMAGES[0][..., 0], 0)], TypeError, r"source: item 0: the image must have the shape .*, not \[12, 12\]"),
         ([(IMAGES[0][..., :1], 0)], TypeError, r"not \[12, 12, 1\]"),
         ([(IMAGES[0][:0], 0)], TypeError, r"not \[0, 12, 3\]"),
         ([("image.png", 0)], TypeError, "the image must be .*, not str"),
-        ([(IMAGE, True)], TypeError, "source: item 0: the label must be a whole number, not True .bool."),
-        ([(IMAGE, torch.tensor(True))], TypeError, "not True .bool."),
-        ([(IMAGE, torch.tensor(1.7))], TypeError, "a whole number, not 1.7.* .float."),
-        ([(IMAGE, torch.tensor([0, 1]))], TypeError, "a whole number, not tensor.* .Tensor."),
-        ([(IMAGE, "cat")], TypeError, "the label must be a whole number, not 'cat' .str."),
-        ([(IMAGE, -1)], ValueError, "the label -1 must be at least 0"),
-        ([(IMAGE, 10**9)], ValueError, "the label 1000000000 must be at least 0 and below 1000000"),
+        (
+            [(IMAGE, True)],
+            TypeError,
+            "source: item 0: the label is True .bool., but labels must be integers, at least 0 and below 1000000",
+        ),
+        ([(IMAGE, torch.tensor(True))], TypeError, "the label is True .bool."),
+        ([(IMAGE, torch.tensor(1.7))], TypeError, "the label is 1.7.* .float."),
+        ([(IMAGE, torch.tensor([0, 1]))], TypeError, "the label is tensor.* .Tensor."),
+        ([(IMAGE, "cat")], TypeError, "the label is 'cat' .str."),
+        ([(IMAGE, -1)], ValueError, "the label is -1, but labels must be integers, at least 0"),
+        ([(IMAGE, 10**9)], ValueError, "the label is 1000000000, but labels .* at least 0 and below 1000000"),
     ],
 )
-def test_datasets_that_do_not_fit_are_refused(source, error, message):
+def test_invalid_datasets_are_refused(source, error, message):
     with pytest.raises(error, match=message):
         wrapped(source)
 
@@ -180,22 +186,34 @@ def test_datasets_that_do_not_fit_are_refused(source, error, message):
 @pytest.mark.parametrize(
     ("source", "arguments", "message"),
     [
-        ("digits", {"test": []}, "test: has no effect with the source digits"),
+        ("digits", {"test": []}, "test: has no effect with the source 'digits'"),
         ("digits", {"class_names": ["a"]}, "class_names: has no effect"),
-        ("digits", {"augment": "crop"}, "augment: is a setting of the views; give it to ViewDataset"),
+        ("digits", {"augment": "crop"}, "augment: is a setting of the views; pass it to ViewDataset"),
         ("digits", {"image_column": "x"}, "image_column: has no effect"),
         ("digits", {"limit_trian": 5}, "limit_trian: no such setting; did you mean data.limit_train"),
         ("digits", {"image_size": 0}, "image_size: 0 must be at least 1"),
         ("digit", {}, "source: 'digit' must be digits or start with one of hub:"),
-        (pairs(Image.fromarray), {"test_split": "val"}, "test_split: has no effect with a dataset"),
-        (pairs(Image.fromarray), {"test": []}, "test: has no items"),
+        (
+            pairs(Image.fromarray),
+            {"test_split": "val"},
+            "test_split: has no effect with a dataset; pass its splits as source and test",
+        ),
+        (pairs(Image.fromarray), {"test": []}, "test: the dataset has no items"),
         (pairs(Image.fromarray), {"val_fraction": 1.0}, "val_fraction: 1.0 must be at least 0 and below 1"),
-        (pairs(Image.fromarray), {"class_names": ["a", "b"]}, "source: has the label 2, but labels must be in 0..1"),
+        (
+            pairs(Image.fromarray),
+            {"class_names": ["a", "b"]},
+            "source: item 2: the label is 2, but labels must be integers, at least 0 and below 2",
+        ),
         (pairs(Image.fromarray), {"class_names": ["a", "b", "a"]}, "class_names: two classes have the same name"),
-        (pairs(Image.fromarray), {"image_size": 4096, "memory_limit_mib": 1}, "image_size: 20 images .* take 960 MiB"),
+        (
+            pairs(Image.fromarray),
+            {"image_size": 4096, "memory_limit_mib": 1},
+            "image_size: 20 images of 4096x4096 pixels take 960 MiB",
+        ),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(source, arguments, message):
+def test_invalid_settings_are_refused(source, arguments, message):
     with pytest.raises(ValueError, match=message):
         wrapped(source, **arguments)
 
@@ -222,13 +240,13 @@ def test_views_equal_those_of_a_run(digits, augment):
             assert type(item["view"]) is int and item["view"] == view == views.view
 
 
-def test_views_of_epochs(digits):
-    endless = kd.ViewDataset(digits, kd.transforms.Crop(32))
+def test_the_view_of_an_epoch(digits):
+    unlimited = kd.ViewDataset(digits, kd.transforms.Crop(32))
     repeating = kd.ViewDataset(digits, kd.transforms.Crop(32), num_views=3)
     for epoch in (0, 2, 7):
-        endless.set_epoch(epoch)
+        unlimited.set_epoch(epoch)
         repeating.set_epoch(epoch)
-        assert (endless.view, repeating.view) == (epoch, epoch % 3)
+        assert (unlimited.view, repeating.view) == (epoch, epoch % 3)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +254,7 @@ def test_views_of_epochs(digits):
     [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}],
     ids=["in_process", "workers", "persistent_workers"],
 )
-def test_a_plain_dataloader_collates_the_view_that_is_set(digits, workers):
+def test_a_dataloader_collates_the_selected_view(digits, workers):
     views = kd.ViewDataset(digits, kd.transforms.CropFlip(32), num_views=4, view_seed=1)
     loader = DataLoader(views, batch_size=16, **workers)
     for view in (0, 3, 1):
@@ -251,7 +269,7 @@ def test_a_plain_dataloader_collates_the_view_that_is_set(digits, workers):
             assert collated.dtype == torch.int64 and torch.equal(collated, values)
 
 
-def test_a_plain_dataloader_takes_the_images_themselves(digits):
+def test_a_dataloader_collates_images_without_views(digits):
     batches = list(DataLoader(digits, batch_size=16))
     assert torch.equal(torch.cat([batch["image"] for batch in batches]), torch.stack([item["image"] for item in digits]))
     (batch,) = DataLoader(digits.split("test"), batch_size=30)
@@ -264,18 +282,22 @@ def test_a_plain_dataloader_takes_the_images_themselves(digits):
     [
         ({"data": [1]}, TypeError, "data: must be an ImageDataset, not list"),
         ({"transform": torchvision.transforms.ToTensor()}, TypeError, "transform: must be one of .*, not ToTensor"),
-        ({"transform": kd.transforms.Crop(24)}, ValueError, "transform: made for images of 24 pixels, but data has 32"),
+        ({"transform": kd.transforms.Crop(24)}, ValueError, "transform: image_size 24 must equal that of data .32."),
         ({"num_views": 0}, ValueError, "num_views: 0 must be at least 1, or None"),
         ({"view_seed": -1}, ValueError, "view_seed: -1 must be at least 0"),
-        ({"transform": kd.transforms.Identity(32), "num_views": 2}, ValueError, "num_views: 2 views without augmentation"),
+        (
+            {"transform": kd.transforms.Identity(32), "num_views": 2},
+            ValueError,
+            "num_views: 2 views are all equal without augmentation",
+        ),
     ],
 )
-def test_wrong_views_are_refused(digits, arguments, error, message):
+def test_invalid_arguments_of_a_view_dataset_are_refused(digits, arguments, error, message):
     with pytest.raises(error, match=message):
         kd.ViewDataset(**{"data": digits, "transform": kd.transforms.Crop(32), **arguments})
 
 
-def test_wrong_numbers_of_views_are_refused(digits):
+def test_view_and_epoch_out_of_range_are_refused(digits):
     views = kd.ViewDataset(digits, kd.transforms.Crop(32), num_views=2)
     for view in (-1, 2):
         with pytest.raises(ValueError, match=rf"view: {view} must be at least 0 and below num_views \(2\)"):
@@ -283,10 +305,12 @@ def test_wrong_numbers_of_views_are_refused(digits):
     with pytest.raises(ValueError, match="epoch: -1 must be at least 0"):
         views.set_epoch(-1)
     assert views.view == 0
+    with pytest.raises(ValueError, match="view: -1 must be at least 0$"):
+        kd.ViewDataset(digits, kd.transforms.Crop(32)).set_view(-1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_batches_are_those_of_the_training_loader(digits, world_size):
+def test_sampled_batches_equal_those_of_the_training_loader(digits, world_size):
     views = kd.ViewDataset(digits, kd.transforms.Crop(32), num_views=2, view_seed=3)
     visited = []
     for rank in range(world_size):
@@ -315,15 +339,15 @@ def test_batches_are_those_of_the_training_loader(digits, world_size):
         ({"views": [1]}, TypeError, "views: must be a ViewDataset, not list"),
     ],
 )
-def test_wrong_samplers_are_refused(digits, arguments, error, message):
+def test_invalid_arguments_of_a_sampler_are_refused(digits, arguments, error, message):
     views = kd.ViewDataset(digits, kd.transforms.Crop(32))
     with pytest.raises(error, match=message):
         kd.EpochBatchSampler(**{"views": views, "batch_size": 8, **arguments})
 
 
-def test_an_unreadable_image_is_named(tmp_path):
+def test_an_unreadable_image_is_reported_with_its_index(tmp_path):
     cells = [encoded(Image.fromarray(image)) for image in IMAGES]
     for split in ("train", "test"):
         write_parquet(tmp_path, split, [b"damaged", *cells[1:]] if split == "train" else cells, LABELS, "image")
-    with pytest.raises(UserError, match="data: sample 0 of the train split cannot be decoded"):
+    with pytest.raises(UserError, match="data.source: sample 0 of the train split cannot be decoded"):
         kd.ImageDataset(f"parquet:{tmp_path}", image_size=SIZE)

@@ -1,4 +1,4 @@
-"""The commands of docs/experiments.md: each recipe is a config that ships with flags that the program accepts."""
+"""Commands of docs/experiments.md: each recipe is a shipped config, with flags that the program accepts."""
 
 import re
 import shlex
@@ -28,7 +28,7 @@ PAIR = ["--config", str(ROOT / "configs/cifar10_short/by_resnet50.yaml")]
 
 
 @pytest.mark.parametrize(("config", "flags"), [*recipes(FIRST), *recipes(SECOND, *PAIR)], ids=str)
-def test_a_recipe_is_a_valid_config(config, flags):
+def test_recipe_is_a_valid_config(config, flags):
     parsed, _ = parse_config(RunConfig, ["--config", str(ROOT / "configs/cifar10_short" / config), *flags])
     assert parsed.train.epochs * parsed.data.limit_train == 160_000
 
@@ -37,7 +37,7 @@ def test_all_rows_are_found():
     assert len([*recipes(FIRST)]) == 20 and len([*recipes(SECOND)]) == 9
 
 
-def test_a_direction_reaches_the_config():
+def test_direction_reaches_the_config():
     (flags,) = (flags for _, flags in recipes(FIRST) if any("direction" in flag for flag in flags))
     parsed, _ = parse_config(RunConfig, ["--config", str(ROOT / "configs/cifar10_short/hybrid.yaml"), *flags])
     assert parsed.distill.features["mse"].args == {"direction": "teacher_to_student"}

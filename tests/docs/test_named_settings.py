@@ -1,4 +1,4 @@
-"""Settings and files that the pages name exist."""
+"""Names in the documentation: the settings and source files exist."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ FILE = re.compile(
     r"(?<![\w./])((?:kd_accel/)?(?:io|config|data|models|losses|teacher|cache|training|bench|report|builders|commands|tests|benchmarks)"
     r"/[a-z0-9_/]+\.py)\b"
 )
-OF_A_RUN = {"model.safetensors", "model.json"}
+RUN_FILES = {"model.safetensors", "model.json"}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def settings():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_exist(page, settings):
-    named = {name for name in SETTING.findall(page.read_text()) if name not in OF_A_RUN}
+    named = {name for name in SETTING.findall(page.read_text()) if name not in RUN_FILES}
     general = {name: re.sub(r"^(distill\.features)\.\w+(?=\.|$)", r"\1.NAME", name).partition(".args.")[0] for name in named}
     is_known = {name: any(f"{known}.".startswith(f"{key}.") for known in settings) for name, key in general.items()}
     assert [name for name in sorted(named) if not is_known[name]] == []
@@ -36,7 +36,7 @@ def test_source_files_exist(page):
     assert [name for name in named if not any((ROOT / folder / name).is_file() for folder in ("", "kd_accel"))] == []
 
 
-def test_a_setting_that_is_gone_is_found(settings):
+def test_an_unknown_setting_is_noticed(settings):
     assert "distill.features.NAME.weight" in settings and "teacher.cache.dir" in settings
     assert SETTING.findall("`distill.feature.weight` and --teacher.cache_dir x, configs/data.yaml, RUN/model.json") == [
         "distill.feature.weight",

@@ -1,4 +1,4 @@
-"""The README: its length, its links, its commands and its Python run as they stand, on a few small images."""
+"""README: length, links and figures; its commands and its Python code run unchanged on a few small images."""
 
 import json
 import re
@@ -16,7 +16,10 @@ from tests.support.models import SmallNet
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 CLASSES = ("cat", "dog")
 
 
@@ -26,10 +29,10 @@ def block(language: str) -> str:
 
 
 @pytest.fixture
-def photos(tmp_path, monkeypatch):
-    """A working directory with `photos`: 160 training and 32 test images, dark cats and light dogs."""
+def photos(request, tmp_path, monkeypatch):
+    """Working directory with `photos`, dark cats and light dogs; the parameter is the number of training images of each."""
     generator = np.random.default_rng(0)
-    for split, number in (("train", 80), ("test", 16)):
+    for split, number in (("train", request.param), ("test", 16)):
         for label, name in enumerate(CLASSES):
             folder = tmp_path / "photos" / split / name
             folder.mkdir(parents=True)
@@ -40,7 +43,7 @@ def photos(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_it_is_short():
+def test_readme_is_short():
     assert len(README.split()) < 900
 
 
@@ -54,7 +57,7 @@ def test_every_page_is_linked():
     assert [page.name for page in PAGES[1:] if str(page.relative_to(ROOT)) not in README] == []
 
 
-def test_its_figures_are_those_of_the_pages():
+def test_figures_are_those_of_the_pages():
     """Means and standard deviations of experiments.md, ratios of speed.md."""
     accuracies, ratios = README.split("## What you gain")[1].split("## Commands")[0].split("Throughput")
     experiments, speed = ((ROOT / "docs" / name).read_text() for name in ("experiments.md", "speed.md"))
@@ -65,7 +68,7 @@ def test_its_figures_are_those_of_the_pages():
     assert len(re.findall("±", accuracies + ratios)) == 8
 
 
-def test_it_names_every_command():
+def test_every_command_is_named():
     section = README.split("## Commands")[1].split("##")[0]
     commands = re.findall(r"^  (\w+) ", say("--help"), re.MULTILINE)
     assert commands and [name for name in commands if f"`{name}" not in section] == []
@@ -78,8 +81,9 @@ def test_install_targets_exist():
 
 
 @pytest.mark.slow
-def test_the_commands(photos):
-    """One epoch, small steps and batches and a short measurement; all else as the README says."""
+@pytest.mark.parametrize("photos", [80], indirect=True)
+def test_commands_run(photos):
+    """One epoch, small steps and batches and a short measurement; everything else as in the README."""
     (photos / "student.yaml").write_text(block("yaml"))
     commands = [shlex.split(line)[1:] for line in block("sh").splitlines()]
     small = {
@@ -97,7 +101,8 @@ def test_the_commands(photos):
     assert prediction.label in CLASSES
 
 
-def test_the_python(photos):
+@pytest.mark.parametrize("photos", [48], indirect=True)
+def test_python_code_runs(photos):
     torch.manual_seed(0)
     names = {"large": SmallNet(2, width=16), "small": SmallNet(2, width=8)}
     exec(compile(block("python").replace("range(10)", "range(2)"), "README.md", "exec"), names)

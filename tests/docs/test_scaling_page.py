@@ -1,4 +1,4 @@
-"""Arithmetic of docs/scaling.md: every number of its estimate for ImageNet-1k, from the rates that the page assumes."""
+"""Arithmetic of docs/scaling.md: every number of its estimate for ImageNet-1k follows from the rates that the page assumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tables() -> list[list[list[str]]]:
     return [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]] for block in blocks]
 
 
-ASSUMED, KEPT, RESULTS = tables()
+ASSUMED, STORED, RESULTS = tables()
 IMAGES, CLASSES, ON_A_NODE, STUDENT, TEACHER, DECODED, DISK, COPY, NETWORK = (
     float(value.replace(",", "")) for _, value in ASSUMED
 )
@@ -43,7 +43,7 @@ def network(arch: str, layers: list[str]) -> tuple[int, list[torch.Size]]:
     return sum(weight.numel() for weight in model.parameters()), shapes
 
 
-def kept_bytes(layers: list[str]) -> dict[str, int]:
+def stored_bytes(layers: list[str]) -> dict[str, int]:
     """Return the bytes of an image and view in float16 by the contents of a cache; projected is to the student's channels."""
     student, teacher = network(CONFIG.model.arch, layers)[1], network(CONFIG.teacher.arch, layers)[1]
     logits = 2 * int(CLASSES)
@@ -55,25 +55,25 @@ def kept_bytes(layers: list[str]) -> dict[str, int]:
     }
 
 
-def rates(gpus: int, kept: int, *, is_live: bool) -> dict[str, float]:
+def rates(gpus: int, stored: int, *, is_live: bool) -> dict[str, float]:
     """Return the images per second and GPU of each part by the formulas of the page."""
     nodes = -(-gpus // int(ON_A_NODE))
     found = {
         "compute": 1 / (1 / STUDENT + 1 / TEACHER) if is_live else STUDENT,
         "views": DECODED / ON_A_NODE,
-        "copy": COPY * 1e9 / (3 * CONFIG.data.image_size**2 + kept),
+        "copy": COPY * 1e9 / (3 * CONFIG.data.image_size**2 + stored),
     }
-    if kept:
-        found["disk"] = DISK * 1e9 / ON_A_NODE / kept
+    if stored:
+        found["disk"] = DISK * 1e9 / ON_A_NODE / stored
     if nodes > 1:
         exchanged = 4 * network(CONFIG.model.arch, [])[0] * 2 * (nodes - 1) / nodes
         found["network"] = NETWORK * 1e9 / exchanged * CONFIG.train.batch_size / gpus
     return found
 
 
-def row(gpus: int, teacher_output: str, kept: int) -> list[str]:
+def row(gpus: int, teacher_output: str, stored: int) -> list[str]:
     """Return the cells of one row of the results."""
-    found = {name: round(rate) for name, rate in rates(gpus, kept, is_live=teacher_output == "live").items()}
+    found = {name: round(rate) for name, rate in rates(gpus, stored, is_live=teacher_output == "live").items()}
     columns = ("compute", "views", "disk", "copy", "network")
     least = min(found.values())
     limits = ", ".join(name for name in columns if found.get(name) == least)
@@ -81,20 +81,20 @@ def row(gpus: int, teacher_output: str, kept: int) -> list[str]:
     return [str(gpus), teacher_output, f"{least * gpus:,}", f"{IMAGES / least / gpus:.0f}", limits, *cells]
 
 
-def test_the_contents_of_a_cache():
-    kept = kept_bytes(LAYERS)
-    assert kept == {"logits": 2000, "logits and raw features": 202_704, "logits and projected features": 52_176}
-    expected = [[name, f"{size:,}", f"{size * IMAGES / 2**30:.1f}"] for name, size in kept.items()]
-    assert [[name.removesuffix(" (this config)"), *cells] for name, *cells in KEPT] == expected
+def test_bytes_of_a_cache():
+    stored = stored_bytes(LAYERS)
+    assert stored == {"logits": 2000, "logits and raw features": 202_704, "logits and projected features": 52_176}
+    expected = [[name, f"{size:,}", f"{size * IMAGES / 2**30:.1f}"] for name, size in stored.items()]
+    assert [[name.removesuffix(" (this config)"), *cells] for name, *cells in STORED] == expected
 
 
 def test_every_number_of_the_results():
-    ways = {"none (plain training)": 0, "live": 0}
-    ways |= {f"cached {name}": size for name, size in kept_bytes(LAYERS).items()}
-    assert [row(gpus, teacher_output, kept) for gpus in (8, 64) for teacher_output, kept in ways.items()] == RESULTS
+    cases = {"none (plain training)": 0, "live": 0}
+    cases |= {f"cached {name}": size for name, size in stored_bytes(LAYERS).items()}
+    assert [row(gpus, teacher_output, stored) for gpus in (8, 64) for teacher_output, stored in cases.items()] == RESULTS
 
 
-def test_links_by_hand():
+def test_rates_equal_those_computed_by_hand():
     maps = 2 * 512 * 7**2
     found = rates(64, 2000 + maps, is_live=True)
     assert found["compute"] == pytest.approx(1250) and found["views"] == 1250
@@ -104,11 +104,11 @@ def test_links_by_hand():
     assert rates(8, 0, is_live=False).keys() == {"compute", "views", "copy"}
 
 
-def test_numbers_in_the_sentences():
-    all_stages = kept_bytes(ALL_LAYERS)["logits and projected features"]
+def test_numbers_in_the_text():
+    all_stages = stored_bytes(ALL_LAYERS)["logits and projected features"]
     found = rates(64, all_stages, is_live=False)
     numbers = [
-        f"takes {(kept_bytes(['layer4'])['logits and projected features'] - 2 * CLASSES) / 1e3:.0f} kB an image and view",
+        f"takes {(stored_bytes(['layer4'])['logits and projected features'] - 2 * CLASSES) / 1e3:.0f} kB an image and view",
         f"All four stages take {all_stages / 1e3:.0f} kB, {all_stages / 15_380:.0f} times the {15_380 / 1e3:.0f} kB",
         f"{all_stages * IMAGES / 2**30:.0f} GiB a view",
         f"the same drive then feeds each GPU {found['disk']:,.0f} images per second",

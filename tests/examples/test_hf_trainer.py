@@ -1,4 +1,4 @@
-"""The example with the Trainer of transformers: the loss it minimizes, the views it visits, and the program itself."""
+"""The example with the Trainer of transformers: its loss, the views of each epoch, and the program itself."""
 
 import importlib.util
 
@@ -26,14 +26,14 @@ def example():
     return module
 
 
-def test_the_trainer_minimizes_the_loss_of_the_views_that_it_visits(tmp_path, example):
+def test_trainer_minimizes_the_distillation_loss_of_the_current_view(tmp_path, example):
     torch.manual_seed(0)
     data = kd.ImageDataset("digits", limit_train=32, limit_test=16)
     views = kd.ViewDataset(data, kd.transforms.Crop(32), num_views=2)
     teacher = kd.Teacher(teacher_network(10), mean=data.mean, std=data.std)
     cache = kd.TeacherCache.build(tmp_path / "cache", teacher, views, dtype="float32", batch_size=16)
     weights = kd.LossWeights(temperature=3.0, alpha=0.6)
-    visited = []
+    visited = []  # (split, view, index) of every sample
 
     class Recording(example.DistillationTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **options):
@@ -82,7 +82,7 @@ def test_the_trainer_minimizes_the_loss_of_the_views_that_it_visits(tmp_path, ex
     assert [split for split, _, _ in visited[96:]] == ["test"] * 16
 
 
-def test_the_program_trains_a_student(tmp_path):
+def test_program_trains_a_student(tmp_path):
     settings = {"data": {"source": "digits", "limit_train": 64, "limit_test": 16}, "tracking": {"wandb": "disabled"}}
     kd.train(settings, run_dir=tmp_path / "teacher", **{"train.max_steps": 1, "train.batch_size": 32})
     flags = ["--teacher", tmp_path / "teacher", "--out", tmp_path / "out", "--epochs", "1"]

@@ -1,4 +1,4 @@
-"""The notebook: its cells run in their order, with small settings in place of the first one's."""
+"""The notebook: its cells run in order, with smaller settings than those of its first cell."""
 
 import json
 
@@ -20,20 +20,21 @@ LIMITS = {"limit_train": 64, "limit_test": 32}
 """
 
 
-def test_the_notebook_is_stored_without_results():
+def test_notebook_is_stored_without_outputs():
     assert (NOTEBOOK["nbformat"], len({cell["id"] for cell in NOTEBOOK["cells"]})) == (4, len(NOTEBOOK["cells"]))
     code_cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code_cells)
     assert code_cells[0]["metadata"] == {"tags": ["parameters"]}
 
 
-def names_set_by(source):
+def assigned_names(source):
+    """Return the names that the lines of a cell assign."""
     return {line.partition(" =")[0] for line in source.splitlines() if " = " in line}
 
 
 @pytest.mark.slow
-def test_the_cells_run_in_their_order(tmp_path):
-    assert names_set_by(SMALL) == names_set_by(CODE[0])
+def test_cells_run_in_order(tmp_path):
+    assert assigned_names(SMALL) == assigned_names(CODE[0])
     program = "\n".join([SMALL, *CODE[1:]])
     done = python("-c", program, cwd=tmp_path)
     assert "64 training images of 10 classes, 32 test images" in done.stdout

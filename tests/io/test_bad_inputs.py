@@ -1,4 +1,4 @@
-"""Bad input of every kind: exit code 2, one paragraph, no traceback, nothing written, and every file as it was."""
+"""Tests of invalid input of every kind: exit code 2, a message of one paragraph without a traceback, and unchanged files."""
 
 import hashlib
 import os
@@ -17,19 +17,19 @@ from tests.support.launching import SMALL
 KINDS = {
     "config": bad_settings.CONFIGS,
     "weights": bad_settings.FILES_OF_WEIGHTS,
-    "own code": bad_settings.OWN_CODE,
-    "foreign code": bad_settings.FOREIGN,
+    "user code": bad_settings.OWN_CODE,
+    "untrusted code": bad_settings.FOREIGN,
     "run": bad_directories.RUNS,
     "checkpoint": bad_directories.CHECKPOINTS,
     "cache": bad_directories.CACHES,
     "data": bad_directories.SETS,
 }
-TABLE = [(f"{kind}, {case[0]}", *case[1:]) for kind, cases in KINDS.items() for case in cases]
+CASES = [(f"{kind}, {case[0]}", *case[1:]) for kind, cases in KINDS.items() for case in cases]
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, teacher_run):
-    """What a case may have damaged, by the name under which it stands there."""
+    """Return a directory with the inputs that the cases damage: `run`, `paused`, `cache` and `data`."""
     directory = tmp_path_factory.mktemp("bases")
     (directory / "data").mkdir()
     for split in ("train", "test"):
@@ -41,8 +41,8 @@ def bases(tmp_path_factory, teacher_run):
 
 
 @pytest.fixture
-def place(bases, tmp_path, tmp_path_factory, monkeypatch):
-    """The directory of a case, which is the working directory too."""
+def directory(bases, tmp_path, tmp_path_factory, monkeypatch):
+    """Directory of a case, with a copy of the inputs; it is also the working directory."""
     shutil.copytree(bases, tmp_path / "case")
     monkeypatch.chdir(tmp_path / "case")
     monkeypatch.syspath_prepend(tmp_path / "case")
@@ -51,47 +51,50 @@ def place(bases, tmp_path, tmp_path_factory, monkeypatch):
     return tmp_path / "case"
 
 
-def standing(place):
-    """{path: what can be told of it without opening a pipe}; the time of a directory does not count, its names do."""
-    found = {}
-    for path in sorted(place.rglob("*")):
+def snapshot(directory):
+    """Return {path: (mode, time, size, digest, link target)}; a directory has no time or size.
+
+    Only regular files are opened: opening a pipe would block.
+    """
+    states = {}
+    for path in sorted(directory.rglob("*")):
         status = os.lstat(path)
         is_file = path.is_file() and not path.is_symlink() and status.st_size < 2**28
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if is_file else None
-        when = None if path.is_dir() and not path.is_symlink() else status.st_mtime_ns
+        time_ns = None if path.is_dir() and not path.is_symlink() else status.st_mtime_ns
         link = str(path.readlink()) if path.is_symlink() else None
-        found[str(path.relative_to(place))] = (status.st_mode, when, status.st_size if when else None, digest, link)
-    return found
+        states[str(path.relative_to(directory))] = (status.st_mode, time_ns, status.st_size if time_ns else None, digest, link)
+    return states
 
 
-def check(text, said):
-    assert "Traceback" not in text
-    assert len(re.findall("^kd-accel: ", text, re.MULTILINE)) == 1, text
-    paragraph = text[text.index("kd-accel: ") :]
-    assert all(line.startswith(("kd-accel: ", "  ")) for line in paragraph.splitlines()), text
+def check(output, message):
+    """Check that the output has one paragraph with `message`, in which `...` stands for any text."""
+    assert "Traceback" not in output
+    assert len(re.findall("^kd-accel: ", output, re.MULTILINE)) == 1, output
+    paragraph = output[output.index("kd-accel: ") :]
+    assert all(line.startswith(("kd-accel: ", "  ")) for line in paragraph.splitlines()), output
     assert len(paragraph) < 3000
-    at = 0
-    for part in said.split("..."):
-        assert part in paragraph[at:], paragraph
-        at = paragraph.index(part, at)
+    start = 0
+    for part in message.split("..."):
+        assert part in paragraph[start:], paragraph
+        start = paragraph.index(part, start)
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
-@pytest.mark.parametrize(("what", "prepare", "command", "said"), TABLE, ids=[sample[0] for sample in TABLE])
-def test_it_is_told_in_one_paragraph_and_nothing_is_touched(place, monkeypatch, what, prepare, command, said):
+@pytest.mark.parametrize(("name", "prepare", "command", "message"), CASES, ids=[case[0] for case in CASES])
+def test_bad_input_is_reported_in_one_paragraph_and_changes_no_file(directory, monkeypatch, name, prepare, command, message):
     if prepare is not None:
-        prepare(place)
-    if what.startswith(("foreign code", "own code")):
+        prepare(directory)
+    if name.startswith(("untrusted code", "user code")):
         monkeypatch.delenv(VARIABLE)
-    before = standing(place)
-    text = say(*(token.replace("{p}", str(place)) for token in command), code=2)
-    check(text, said)
-    assert standing(place) == before
+    before = snapshot(directory)
+    output = say(*(token.replace("{p}", str(directory)) for token in command), code=2)
+    check(output, message)
+    assert snapshot(directory) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is not a number of processes"),
         ({"WORLD_SIZE": "1", "RANK": "-x"}, "RANK: '-x' is not a number of a process"),
@@ -100,9 +103,9 @@ def test_it_is_told_in_one_paragraph_and_nothing_is_touched(place, monkeypatch, 
     ],
     ids=str,
 )
-def test_a_launch_that_contradicts_itself(place, monkeypatch, changes, said):
-    before = standing(place)
+def test_an_inconsistent_launch_environment_is_refused(directory, monkeypatch, changes, message):
+    before = snapshot(directory)
     monkeypatch.chdir(launching.ROOT)
-    done = launching.run("train", f"--run_dir={place / 'new'}", *SMALL, code=2, **changes)
-    check(done.stderr, said)
-    assert standing(place) == before
+    done = launching.run("train", f"--run_dir={directory / 'new'}", *SMALL, code=2, **changes)
+    check(done.stderr, message)
+    assert snapshot(directory) == before

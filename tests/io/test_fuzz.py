@@ -1,6 +1,6 @@
-"""What strangers may have written, mutated at random: each reader works, or says a UserError; nothing else, no hang, no bomb.
+"""Fuzzing of all readers of untrusted files: a reader succeeds or raises UserError, within limits of time and memory.
 
-A short form runs with all tests; `make faults` runs two minutes of it, from another seed each time, which is printed.
+A short variant runs with all tests. `make faults` runs a longer variant from a new seed each time, which is printed.
 """
 
 import json
@@ -44,7 +44,7 @@ from tests.support.in_process import train
 
 @pytest.fixture
 def cache(tmp_path):
-    """A complete cache."""
+    """Return the directory of a complete cache."""
     directory = tmp_path / "cache"
     directory.mkdir()
     samples = {split: np.arange(count) for split, count in (("train", 100), ("val", 5), ("test", 7))}
@@ -63,15 +63,15 @@ def cache(tmp_path):
     return directory
 
 
-def read_whole(directory):
-    """All that a training reads of a cache."""
+def read_cache(directory):
+    """Read all files of a cache that a training reads."""
     cache_spec = read_spec(directory)
     files = read_manifest(directory, cache_spec)
-    about = {"directory": "x", "is_complete": True, "files": cache_spec.num_files(), "bytes": cache_spec.total_bytes()}
-    about["teacher_accuracy"] = read_teacher_accuracy(directory)
+    info = {"directory": "x", "is_complete": True, "files": cache_spec.num_files(), "bytes": cache_spec.total_bytes()}
+    info["teacher_accuracy"] = read_teacher_accuracy(directory)
     rates = {name: spec.sample_bytes for name, spec in cache_spec.tensors.items()}
     info_text(
-        {**about, "bytes_per_sample_and_view": {**rates, "all": cache_spec.sample_bytes(), "all with raw features": 0}},
+        {**info, "bytes_per_sample_and_view": {**rates, "all": cache_spec.sample_bytes(), "all with raw features": 0}},
         cache_spec,
     )
     samples = read_samples(directory, cache_spec)
@@ -86,7 +86,10 @@ def read_whole(directory):
 
 
 def mutations_of(path, *, reseal=None):
-    """Of a JSON file: as a structure, perhaps with digests to match, and as bytes."""
+    """Return a strategy for mutations of a JSON file, as a structure and as bytes.
+
+    reseal: Function that updates the checksums of a mutated structure; the strategy then includes resealed structures.
+    """
     content = json.loads(path.read_text())
     structures = mutated(content)
     if reseal is not None:
@@ -101,53 +104,51 @@ def _resealed(content, reseal):
         return content
 
 
-@pytest.mark.slow
 @timed
 def test_specs_manifests_and_samples(cache, seconds):
     names = ("spec.json", "manifest.json", "samples.safetensors", "targets.safetensors")
-    whole = {name: (cache / name).read_bytes() for name in names}
-    read_whole(cache)
+    original = {name: (cache / name).read_bytes() for name in names}
+    read_cache(cache)
     changes = st.one_of(
         st.tuples(st.just("spec.json"), mutations_of(cache / "spec.json", reseal=sealed)),
         st.tuples(st.just("manifest.json"), mutations_of(cache / "manifest.json")),
-        *(st.tuples(st.just(name), mutated_bytes(whole[name])) for name in names[2:]),
+        *(st.tuples(st.just(name), mutated_bytes(original[name])) for name in names[2:]),
     )
 
     def check(change):
         (cache / change[0]).write_bytes(change[1])
         try:
             with suppress(UserError):
-                read_whole(cache)
+                read_cache(cache)
         finally:
-            (cache / change[0]).write_bytes(whole[change[0]])
+            (cache / change[0]).write_bytes(original[change[0]])
 
     run(changes, check, seconds)
 
 
-@pytest.mark.slow
 @timed
 def test_shards_and_tensor_files(cache, seconds):
     cache_spec, samples = read_spec(cache), {"train": np.arange(100)}
     shard = cache_spec.shards("train", 0, "layer1")[1]
-    path, whole = cache / shard.name, (cache / shard.name).read_bytes()
+    path, original = cache / shard.name, (cache / shard.name).read_bytes()
 
     def check(data):
         path.write_bytes(data)
         reader = Reader(cache, cache_spec, "train", samples["train"], ("layer1",))
         is_intact = find_damage(cache, cache_spec, shard) is None
-        assert is_intact == (data == whole)
+        assert is_intact == (data == original)
         with suppress(UserError):
             reader.read(0, np.arange(40))
         with suppress(ValueError):
             read_tensors(path)
 
-    run(st.one_of(mutated_bytes(whole), st.binary(max_size=200), _headers()), check, seconds)
+    run(st.one_of(mutated_bytes(original), st.binary(max_size=200), _headers()), check, seconds)
 
 
 def _headers():
-    """A safetensors file with a header that is JSON, but hardly a good one."""
+    """Return a strategy for safetensors files whose header is valid JSON, but rarely a valid header."""
     entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-    whole = {"a": entry, "b": {**entry, "dtype": "I64", "shape": [3], "data_offsets": [24, 48]}, "__metadata__": {"x": "y"}}
+    header = {"a": entry, "b": {**entry, "dtype": "I64", "shape": [3], "data_offsets": [24, 48]}, "__metadata__": {"x": "y"}}
 
     def file_of(content):
         text = json.dumps(content).encode()
@@ -155,7 +156,7 @@ def _headers():
 
     types = st.sampled_from(["F8_E4M3", "F8_E8M0", "F4", "BOOL", "C64", "U16", "U64", "BF16", "F6_E2M3", "X"])
     typed = types.map(lambda name: {"a": {**entry, "dtype": name}})
-    return st.one_of(mutated(whole), typed).map(file_of)
+    return st.one_of(mutated(header), typed).map(file_of)
 
 
 @pytest.fixture(scope="module")
@@ -165,25 +166,24 @@ def paused(tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.slow
 @timed
 @pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
 def test_checkpoints(paused, seconds):
-    """Reading one for a resume, with sizes and checksums that match what was mutated or do not."""
+    """Search the checkpoint to resume from, with and without updated sizes and checksums of the mutated files."""
     config = load_config_file(RunConfig, paused / "config.yaml").model_copy(update={"checkpoint": CheckpointConfig()})
     directory = max((paused / "checkpoints").iterdir())
-    whole = {path.name: path.read_bytes() for path in directory.iterdir()}
+    original = {path.name: path.read_bytes() for path in directory.iterdir()}
     tensors = ("module.safetensors", "optimizer.safetensors")
     changes = st.one_of(
         st.tuples(st.just("state.json"), mutations_of(directory / "state.json"), st.just(False)),
-        *(st.tuples(st.just(name), mutated_bytes(whole[name]), st.booleans()) for name in tensors),
+        *(st.tuples(st.just(name), mutated_bytes(original[name]), st.booleans()) for name in tensors),
     )
 
     def check(change):
-        name, data, is_vouched_for = change
+        name, data, has_valid_checksum = change
         (directory / name).write_bytes(data)
-        if is_vouched_for:
-            content = json.loads(whole["state.json"])
+        if has_valid_checksum:
+            content = json.loads(original["state.json"])
             content["files"][name] = {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
             (directory / "state.json").write_text(json.dumps(content))
         try:
@@ -191,24 +191,25 @@ def test_checkpoints(paused, seconds):
                 run_directory(config).checkpoint_to_resume()
         finally:
             for file in ("state.json", name):
-                (directory / file).write_bytes(whole[file])
+                (directory / file).write_bytes(original[file])
 
     assert run_directory(config).checkpoint_to_resume() == directory
     run(changes, check, seconds)
 
 
-@pytest.mark.slow
 @timed
-def test_what_a_finished_run_leaves(teacher_run, tmp_path, seconds):
-    """Its card for a teacher, its summary and metrics for a report, its config for another start."""
+def test_files_of_a_finished_run(teacher_run, tmp_path, seconds):
+    """Read the model card as a teacher, the summary and metrics for a report, and the config for another start."""
     shutil.copytree(teacher_run, tmp_path / "run")
     directory = tmp_path / "run"
     config = load_config_file(RunConfig, directory / "config.yaml").model_copy(update={"run_dir": str(directory)})
-    whole = {name: (directory / name).read_bytes() for name in ("model.json", "summary.json", "config.yaml", "metrics.jsonl")}
+    original = {
+        name: (directory / name).read_bytes() for name in ("model.json", "summary.json", "config.yaml", "metrics.jsonl")
+    }
     assert run_directory(config).finished_summary() and load_result(directory, None) and load_card(directory)
     changes = st.one_of(
         *(st.tuples(st.just(name), mutations_of(directory / name)) for name in ("model.json", "summary.json")),
-        *(st.tuples(st.just(name), mutated_bytes(whole[name])) for name in ("config.yaml", "metrics.jsonl")),
+        *(st.tuples(st.just(name), mutated_bytes(original[name])) for name in ("config.yaml", "metrics.jsonl")),
     )
 
     def check(change):
@@ -220,6 +221,6 @@ def test_what_a_finished_run_leaves(teacher_run, tmp_path, seconds):
         ):
             with suppress(UserError):
                 read()
-        (directory / change[0]).write_bytes(whole[change[0]])
+        (directory / change[0]).write_bytes(original[change[0]])
 
     run(changes, check, seconds)

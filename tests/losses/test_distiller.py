@@ -1,4 +1,4 @@
-"""The one trained module: its loss bit for bit the formula, its terms, parameters and layers, and the same when compiled."""
+"""The distiller: its loss against the formula bit for bit, terms, weights, state dict, layers, dtypes and compilation."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from kd_accel.losses.logits import KL, cross_entropy, kl_loss
 from kd_accel.models.factory import build_model
 from kd_accel.models.feature_extractor import FeatureExtractor
 from kd_accel.types import TeacherOutput
-from tests.support.float64_references import LABELS, STUDENT, TEACHER, cross_entropy_by_hand, kl_by_hand
+from tests.support.float64_references import LABELS, STUDENT, TEACHER, reference_cross_entropy, reference_kl
 
 STATISTICS = {"mean": [0.5] * 3, "std": [0.2] * 3}
 LAYERS = {"layer1": "layer1", "layer2": "layer2"}
@@ -22,8 +22,8 @@ TARGETS = {"layer1": (12, 8, 8), "layer2": (20, 2, 2)}
 WEIGHTS = LossWeights(temperature=0.5, alpha=0.7, features={"mse": 0.1})
 
 
-class Given(nn.Module):
-    """A student whose logits and feature map are the given numbers, for as many images [B, 3, 1, 1] as there are."""
+class FixedOutput(nn.Module):
+    """Student whose logits and feature map are those of the references, for any images [B, 3, 1, 1]."""
 
     def __init__(self):
         super().__init__()
@@ -54,9 +54,9 @@ def hybrid(**settings):
     return distiller
 
 
-def by_numbers(**settings):
-    """Return a distiller with the logits of the references, and (images, target, labels) for it."""
-    distiller = Distiller(Given().double(), image_size=1, **STATISTICS, **settings)
+def reference_distiller(**settings):
+    """Build a distiller with the logits of the references, and its arguments (images, target, labels)."""
+    distiller = Distiller(FixedOutput().double(), image_size=1, **STATISTICS, **settings)
     distiller.start_recording()
     teacher = torch.tensor(TEACHER)
     target = TeacherOutput(teacher, {"layer": teacher[:, :, None, None]})
@@ -65,7 +65,7 @@ def by_numbers(**settings):
 
 @pytest.mark.parametrize("t_squared", [True, False])
 @pytest.mark.parametrize("direction", ["student_to_teacher", "both"])
-def test_the_loss_is_bit_for_bit_the_formula(direction, t_squared):
+def test_loss_equals_its_formula_bit_for_bit(direction, t_squared):
     shapes = TARGETS if direction == "student_to_teacher" else {"layer1": (8, 8, 8), "layer2": (16, 2, 2)}
     distiller = hybrid(direction=direction, logits=KL(t_squared=t_squared), target_shapes=shapes, label_smoothing=0.1)
     images, target, labels = batch()
@@ -92,13 +92,13 @@ def test_the_loss_is_bit_for_bit_the_formula(direction, t_squared):
     assert torch.equal(output.logits, logits)
 
 
-def test_value_and_gradient_of_the_hybrid_by_hand():
+def test_hybrid_loss_and_gradient_match_the_float64_reference():
     losses = {"logits": KL(), "features": {"mse": MSE(direction="teacher_to_student")}}
-    distiller, arguments = by_numbers(**losses, layers={"layer": "layer"}, target_shapes={"layer": (5, 1, 1)})
+    distiller, arguments = reference_distiller(**losses, layers={"layer": "layer"}, target_shapes={"layer": (5, 1, 1)})
     output = distiller(*arguments, WEIGHTS)
     output.loss.backward()
-    kl, kl_gradient = kl_by_hand(STUDENT, TEACHER, 0.5, True)
-    ce, ce_gradient = cross_entropy_by_hand(STUDENT, LABELS, 0.0)
+    kl, kl_gradient = reference_kl(STUDENT, TEACHER, 0.5, True)
+    ce, ce_gradient = reference_cross_entropy(STUDENT, LABELS, 0.0)
     mse, mse_gradient = ((STUDENT - TEACHER) ** 2).mean(), 2 * (STUDENT - TEACHER) / STUDENT.size
     assert output.loss.item() == pytest.approx(0.7 * kl + 0.3 * ce + 0.1 * mse, rel=1e-12)
     assert [term.item() for term in output.terms.values()] == pytest.approx([ce, kl, mse])
@@ -116,8 +116,8 @@ def test_value_and_gradient_of_the_hybrid_by_hand():
         (None, LossWeights(alpha=0.7), {"ce": 1}),
     ],
 )
-def test_weights_of_the_terms(logits, weights, expected):
-    distiller, arguments = by_numbers(logits=logits)
+def test_loss_is_the_weighted_sum_of_its_terms(logits, weights, expected):
+    distiller, arguments = reference_distiller(logits=logits)
     output = distiller(*arguments, weights)
     assert output.loss.item() == pytest.approx(
         sum(expected[name] * term.item() for name, term in output.terms.items()), rel=1e-12
@@ -125,8 +125,8 @@ def test_weights_of_the_terms(logits, weights, expected):
     assert output.terms.keys() == expected.keys()
 
 
-def test_without_distillation_the_loss_is_the_cross_entropy():
-    distiller, (images, _, labels) = by_numbers(label_smoothing=0.1)
+def test_loss_without_distillation_is_the_cross_entropy():
+    distiller, (images, _, labels) = reference_distiller(label_smoothing=0.1)
     output = distiller(images, TeacherOutput(), labels)
     assert output.loss is output.terms["ce"]
     expected = functional.cross_entropy(torch.tensor(STUDENT), labels, label_smoothing=0.1)
@@ -134,14 +134,14 @@ def test_without_distillation_the_loss_is_the_cross_entropy():
     assert distiller.term_names == ["ce"]
 
 
-def test_a_weight_of_zero_still_reaches_the_projectors():
+def test_projectors_receive_a_gradient_with_weight_zero():
     distiller = hybrid()
     distiller(*batch(), LossWeights(features={"mse": 0.0})).loss.backward()
     gradients = [weight.grad for weight in distiller.feature_losses.parameters()]
     assert len(gradients) == 4 and not any(gradient.any() for gradient in gradients)
 
 
-def test_several_feature_losses_with_layers_and_weights_of_their_own():
+def test_several_feature_losses_with_own_layers_and_weights():
     losses = {"deep": MSE(direction="student_to_teacher"), "crossed": MSE(direction="student_to_teacher")}
     layers = {"deep": {"layer2": "layer2"}, "crossed": {"layer1": "layer2"}}
     distiller = build(features=losses, layers=layers, target_shapes=TARGETS)
@@ -155,45 +155,47 @@ def test_several_feature_losses_with_layers_and_weights_of_their_own():
 
 
 class Recorder(FeatureLoss):
-    """Keeps what it is given."""
+    """Feature loss that keeps its arguments."""
 
     uses_index = True
 
     def forward(self, features, targets, *, index=None):
-        self.given = features, targets, index
+        self.arguments = features, targets, index
         return sum((feature.mean() for feature in features.values()), torch.zeros(()))
 
 
 class LogitRecorder(LogitLoss):
+    """Logit loss that keeps its arguments."""
+
     uses_index = True
 
     def forward(self, student_logits, teacher_logits, *, temperature, labels, index=None):
-        self.given = student_logits, teacher_logits, temperature, labels, index
+        self.arguments = student_logits, teacher_logits, temperature, labels, index
         return student_logits.mean()
 
 
-def test_what_a_loss_receives():
+def test_arguments_of_the_losses():
     logits, feature = LogitRecorder(), Recorder()
-    crossed = {"layer1": "theirs.1", "layer2": "theirs.2"}
+    layers = {"layer1": "theirs.1", "layer2": "theirs.2"}
     distiller = build(
-        logits=logits, features={"own": feature}, layers=crossed, target_shapes={"theirs.1": (1, 2, 2), "theirs.2": (1, 1, 1)}
+        logits=logits, features={"own": feature}, layers=layers, target_shapes={"theirs.1": (1, 2, 2), "theirs.2": (1, 1, 1)}
     )
     distiller.start_recording()
     images, target, labels = batch()
     target = TeacherOutput(target.logits, {"theirs.1": torch.zeros(4, 1, 2, 2), "theirs.2": torch.ones(4, 1, 1, 1)})
     index = torch.tensor([9, 3, 5, 1])
     output = distiller(images, target, labels, LossWeights(temperature=3.0), index=index)
-    own, theirs, given_index = feature.given
-    assert {layer: tuple(value.shape) for layer, value in own.items()} == {"layer1": (4, 8, 8, 8), "layer2": (4, 16, 2, 2)}
-    assert theirs["layer1"] is target.features["theirs.1"] and theirs["layer2"] is target.features["theirs.2"]
-    assert given_index is index and logits.given[4] is index
-    assert logits.given[0] is output.logits and logits.given[1] is target.logits
-    assert logits.given[2] == 3.0 and logits.given[3] is labels
+    maps, targets, given_index = feature.arguments
+    assert {layer: tuple(value.shape) for layer, value in maps.items()} == {"layer1": (4, 8, 8, 8), "layer2": (4, 16, 2, 2)}
+    assert targets["layer1"] is target.features["theirs.1"] and targets["layer2"] is target.features["theirs.2"]
+    assert given_index is index and logits.arguments[4] is index
+    assert logits.arguments[0] is output.logits and logits.arguments[1] is target.logits
+    assert logits.arguments[2] == 3.0 and logits.arguments[3] is labels
     assert distiller.term_names == ["ce", "logits", "features/own"]
     assert distiller.uses_index and not hybrid().uses_index
 
 
-def test_the_state_is_that_of_student_and_losses():
+def test_state_dict_has_student_and_losses():
     names = set(hybrid(arch="student_with_everything").state_dict())
     student = {
         f"student.{name}"
@@ -203,7 +205,7 @@ def test_the_state_is_that_of_student_and_losses():
     assert names == student | own
 
 
-def test_hooks_are_there_only_while_it_records():
+def test_hooks_are_registered_only_while_recording():
     distiller = hybrid()
     assert distiller.student.layer1._forward_hooks
     distiller.stop_recording()
@@ -215,19 +217,46 @@ def test_hooks_are_there_only_while_it_records():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"layers": {}}, ValueError, "layers: none are given for the feature losses mse"),
-        ({"layers": {"mes": LAYERS}}, ValueError, r"layers: mes is not one of the feature losses \(mse\)"),
+        (
+            {"layers": {}},
+            ValueError,
+            "layers: missing for the feature losses mse; pass {student layer: teacher layer} for each",
+        ),
+        (
+            {"layers": {"mes": LAYERS}},
+            ValueError,
+            r"layers: mes not found among the feature losses \(mse\); use their names as keys",
+        ),
         ({"layers": {"layer9": "layer1"}}, UserError, "has no module 'layer9'"),
-        ({"target_shapes": {"layer1": (12, 8, 8)}}, ValueError, r"target_shapes: missing for .* layer2 \(given: layer1\)"),
+        (
+            {"target_shapes": {"layer1": (12, 8, 8)}},
+            ValueError,
+            r"target_shapes: missing for .* layer2 \(given: layer1\); pass \(D, H, W\)",
+        ),
         ({"target_shapes": None}, ValueError, "target_shapes: missing for .* layer1, layer2"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(settings, error, message):
+def test_mismatched_layers_and_shapes_are_refused(settings, error, message):
     with pytest.raises(error, match=message):
         hybrid(**settings)
 
 
-def test_a_layer_with_dots_in_its_name():
+@pytest.mark.parametrize(
+    ("logits", "layers", "weights", "message"),
+    [
+        (False, LAYERS, {}, "target: lacks logits, which the logit loss compares; pass TeacherOutput"),
+        (True, ["layer1"], {}, "target: lacks features of the teacher's layers layer2; pass TeacherOutput"),
+        (True, LAYERS, {"mes": 0.1}, r"weights.features: mes not found among the feature losses \(mse\); use their names"),
+    ],
+)
+def test_teacher_outputs_and_weights_that_do_not_match_the_losses_are_refused(logits, layers, weights, message):
+    images, target, labels = batch()
+    target = TeacherOutput(target.logits if logits else None, {layer: target.features[layer] for layer in layers})
+    with pytest.raises(ValueError, match=message):
+        hybrid()(images, target, labels, LossWeights(features=weights))
+
+
+def test_layer_and_loss_names_with_dots():
     network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 1)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     shapes = {"layers": {"0.0": "a.b"}, "target_shapes": {"a.b": (7, 4, 4)}, "image_size": 4}
     distiller = Distiller(network, **STATISTICS, features={"own.mse": MSE(direction="student_to_teacher")}, **shapes)
@@ -239,12 +268,12 @@ def test_a_layer_with_dots_in_its_name():
     assert distiller.feature_losses["own/mse"].projectors["0/0"].conv.weight.grad.any()
 
 
-def test_under_autocast_losses_are_float32():
+def test_losses_are_float32_under_autocast():
     distiller = hybrid()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = distiller(*batch(), WEIGHTS)
     assert {output.loss.dtype, output.logits.dtype, *(term.dtype for term in output.terms.values())} == {torch.float32}
-    assert torch.equal(output.logits, output.logits.bfloat16().float()), "they were computed in bfloat16"
+    assert torch.equal(output.logits, output.logits.bfloat16().float()), "the logits were not computed in bfloat16"
     images, target, labels = batch()
     assert torch.equal(output.terms["kl"], kl_loss(output.logits, target.logits, temperature=0.5))
 
@@ -257,12 +286,11 @@ def test_maps_have_the_memory_format_of_the_module(memory_format):
     expected = build(features={"own": Recorder()}, layers=LAYERS, target_shapes=TARGETS)
     expected.start_recording()
     output = distiller(*batch())
-    assert all(feature.is_contiguous(memory_format=memory_format) for feature in recorder.given[0].values())
+    assert all(feature.is_contiguous(memory_format=memory_format) for feature in recorder.arguments[0].values())
     torch.testing.assert_close(output.logits, expected(*batch()).logits)
 
 
-@pytest.mark.slow
-def test_the_whole_module_compiled_gives_the_same_gradients():
+def test_compiled_distiller_has_the_same_gradients():
     images, target, labels = batch()
     plain, compiled = hybrid(), hybrid()
     compiled.compile(backend="aot_eager", fullgraph=True)

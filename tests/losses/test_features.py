@@ -1,4 +1,4 @@
-"""Losses on feature maps against independent float64 references in numpy, gradients by hand, and the directions of `mse`."""
+"""Losses on feature maps, against independent float64 references with gradients, and the directions of `mse`."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ NARROW, WIDE = (4, 8, 8), (16, 8, 8)
 
 
 def built(loss, student, teacher, *, seed=0):
-    """Build a loss for shapes by layer, with the targets of its own target functions."""
+    """Build the parameters of a loss for shapes (D, H, W) by layer, with its own target functions."""
     targets = {layer: loss.target_function(shape, teacher[layer]) for layer, shape in student.items()}
     loss.build(student, {layer: target.output_shape(teacher[layer]) for layer, target in targets.items()}, seed=seed)
     return loss
@@ -29,7 +29,7 @@ def pooled(feature, factor):
 
 
 @pytest.mark.parametrize(("student_size", "target_size"), [(4, 4), (4, 2), (2, 4)])
-def test_mse(student_size, target_size):
+def test_mse_value_and_gradient(student_size, target_size):
     student = GENERATOR.standard_normal((2, 3, student_size, student_size))
     target = GENERATOR.standard_normal((2, 3, target_size, target_size))
     size = min(student_size, target_size)
@@ -43,8 +43,8 @@ def test_mse(student_size, target_size):
 
 
 @pytest.mark.parametrize(("size", "pooled"), [((8, 8), (4, 4)), ((7, 5), (3, 4)), ((6, 6), (1, 1)), ((5, 5), (5, 2))])
-def test_deterministic_pooling_is_adaptive_pooling(size, pooled):
-    """For CUDA's deterministic mode; in float32 too, where TF32 matrix products would differ by a thousandth."""
+def test_deterministic_pooling_equals_adaptive_pooling(size, pooled):
+    # In float32 too: the tolerance is far below the error of TF32 matrix products, about a thousandth.
     for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
         feature = torch.randn(3, 2, *size, dtype=dtype, requires_grad=True)
         own, expected = pooled_by_products(feature, pooled), nn.functional.adaptive_avg_pool2d(feature, pooled)
@@ -55,36 +55,37 @@ def test_deterministic_pooling_is_adaptive_pooling(size, pooled):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_gradient_has_the_memory_format_of_the_map(memory_format):
-    """Otherwise each backward would convert it, at the cost of the loss itself."""
+def test_gradient_has_the_memory_format_of_the_map(memory_format):
+    """A gradient of another format would be converted in each backward, which takes as long as the loss itself."""
     student, target = (torch.randn(2, 3, 4, 4).contiguous(memory_format=memory_format) for _ in range(2))
-    given = []
+    gradients = []
     leaf = student.requires_grad_()
-    feature = leaf * 1  # a leaf's gradient is stored in the leaf's own format: look at one further on
-    feature.register_hook(given.append)
+    # The gradient of a leaf is stored in the format of the leaf, so that of an intermediate tensor is recorded.
+    feature = leaf * 1
+    feature.register_hook(gradients.append)
     value = mse_loss(feature, target)
     value.backward()
-    assert given[0].is_contiguous(memory_format=memory_format)
+    assert gradients[0].is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(value, functional.mse_loss(student, target))
-    torch.testing.assert_close(given[0], torch.autograd.grad(functional.mse_loss(leaf, target), leaf)[0])
+    torch.testing.assert_close(gradients[0], torch.autograd.grad(functional.mse_loss(leaf, target), leaf)[0])
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_of_two_maps_only_their_difference_is_kept(memory_format):
+def test_only_the_difference_is_saved_for_the_backward(memory_format):
     student, target = (torch.randn(2, 3, 4, 4).contiguous(memory_format=memory_format).requires_grad_() for _ in range(2))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         mse_loss(student, target)
-    (difference,) = [tensor for tensor in kept if tensor.numel() == student.numel()]
+    (difference,) = [tensor for tensor in saved if tensor.numel() == student.numel()]
     assert torch.equal(difference.flatten().sort()[0], (student - target).flatten().sort()[0])
 
 
-def test_a_target_gets_the_opposite_gradient():
+def test_gradients_of_student_and_target():
     student, target = (torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(mse_loss, (student, target))
 
 
-def test_half_types_are_computed_in_float32():
+def test_half_precision_is_computed_in_float32():
     student, teacher = (torch.tensor(each, dtype=torch.bfloat16)[:, :, None, None] for each in (STUDENT, TEACHER))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = mse_loss(student, teacher)
@@ -106,7 +107,7 @@ def test_layers_are_summed():
         ("teacher_to_student", [], {"name": "pca", "channels": 4, "images": 2048}),
     ],
 )
-def test_the_three_directions(direction, learned, target):
+def test_projectors_and_target_function_of_each_direction(direction, learned, target):
     loss = built(MSE(direction=direction), {"a.b": NARROW}, {"a.b": WIDE})
     widths = [(projector.conv.in_channels, projector.conv.out_channels) for projector in loss.projectors.values()]
     assert widths == learned
@@ -116,15 +117,16 @@ def test_the_three_directions(direction, learned, target):
 
 
 @pytest.mark.parametrize("direction", ["both", "teacher_to_student"])
-def test_a_pca_cannot_add_channels(direction):
+def test_pca_that_would_add_channels_is_refused(direction):
     with pytest.raises(
-        UserError, match=f"direction: {direction} cannot bring the 4 channels of the teacher to 16: .*; use student_to_teacher"
+        UserError,
+        match=f"direction: {direction} cannot project the teacher's 4 channels to the student's 16, .*; use student_to_teacher",
     ):
         MSE(direction=direction).target_function(WIDE, NARROW)
 
 
-def test_multiply_adds_of_the_learned_projectors():
-    """What student_to_teacher and both add to ResNet-18's 37 M at 32x32: about 4.2 M and 1 M."""
+def test_multiply_adds_of_learned_projectors():
+    """At 32x32, ResNet-18 has 37 M multiply-adds; the projectors add about 4.2 M (student_to_teacher) or 1 M (both)."""
     sizes = (8, 4, 2, 1)
     student = {layer: (d, s, s) for layer, d, s in zip(LAYERS, (64, 128, 256, 512), sizes, strict=True)}
     teacher = {layer: (d, s, s) for layer, d, s in zip(LAYERS, (256, 512, 1024, 2048), sizes, strict=True)}
@@ -134,7 +136,7 @@ def test_multiply_adds_of_the_learned_projectors():
 
 
 @pytest.mark.parametrize("direction", ["both", "student_to_teacher"])
-def test_learned_projectors_start_from_seed_and_layer_alone(direction):
+def test_initial_projectors_depend_on_seed_and_layer_only(direction):
     def weight(seed, layers):
         torch.manual_seed(seed * 77)
         before = torch.get_rng_state()
@@ -150,7 +152,7 @@ def test_learned_projectors_start_from_seed_and_layer_alone(direction):
     assert not torch.equal(both["a"].conv.weight, both["b"].conv.weight)
 
 
-def test_a_learned_projectors_gradient():
+def test_gradient_of_a_learned_projector():
     torch.manual_seed(0)
     loss = built(MSE(direction="student_to_teacher"), {"layer": (3, 4, 4)}, {"layer": (5, 4, 4)}).double()
     feature, target = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 5, 4, 4, dtype=torch.float64)
@@ -163,7 +165,7 @@ def test_a_learned_projectors_gradient():
     np.testing.assert_allclose(conv.bias.grad.numpy(), 2 / difference.size * difference.sum(0), atol=1e-14)
 
 
-def test_layers_may_have_the_names_of_a_modules_attributes():
+def test_layers_named_like_attributes_of_a_module():
     layers = ["keys", "values", "type", "training", "a.b"]
     loss = built(MSE(), {layer: NARROW for layer in layers}, {layer: WIDE for layer in layers})
     maps = {layer: torch.randn(2, *NARROW) for layer in layers}

@@ -1,4 +1,4 @@
-"""A user's losses, by name alone: a trained parameter and a memory bank through real processes, a pause and a resume."""
+"""User-defined losses by import name, with a trained parameter and a memory bank, in real processes and over a resume."""
 
 import json
 import re
@@ -31,20 +31,19 @@ def flags(teacher_run):
 
 
 def state(run_dir):
-    """Return the trained module in the last checkpoint."""
+    """Load the trained module of the last checkpoint."""
     last = max((Path(run_dir) / "checkpoints").glob("step-*"))
     return load_file(last / "module.safetensors")
 
 
 def files(run_dir):
-    """Return the bytes of the student, and of the trained module in the last checkpoint."""
+    """Read the files of the deployed student and of the trained module in the last checkpoint."""
     last = max((Path(run_dir) / "checkpoints").glob("step-*"))
     return [path.read_bytes() for path in (Path(run_dir) / "model.safetensors", last / "module.safetensors")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_loss_with_a_bank_is_the_same_twice_and_after_a_pause(tmp_path, teacher_run, processes):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_loss_with_memory_bank_is_deterministic_and_resumes_exactly(tmp_path, teacher_run, processes):
     one, again, paused = tmp_path / "one", tmp_path / "again", tmp_path / "paused"
     train(one, *flags(teacher_run), processes=processes)
     train(again, *flags(teacher_run), processes=processes)
@@ -61,14 +60,14 @@ def test_a_loss_with_a_bank_is_the_same_twice_and_after_a_pause(tmp_path, teache
     assert all(not before[name].equal(after[name]) for name in (BANK, SCALE, HEAD))
     used = after[BANK].norm(dim=1)
     assert after[BANK].shape == (SAMPLES, 32)
-    assert (used > 0).sum() == 128, "the bank holds the training samples of all processes, not those of validation"
+    assert (used > 0).sum() == 128, "the bank must have the training samples of all processes, and no validation samples"
     assert used[used > 0].sub(1).abs().max() < 1e-5
 
     student = build_model("import:tests.support.models:student", num_classes=4).state_dict()
     assert load_file(one / "model.safetensors").keys() == student.keys()
 
 
-def test_terms_and_settings_of_own_losses_are_recorded(tmp_path, teacher_run):
+def test_terms_of_user_losses_are_logged(tmp_path, teacher_run):
     run_dir = tmp_path / "run"
     train(run_dir, *flags(teacher_run), "--train.epochs=1")
     lines = metrics(run_dir, "train")
@@ -80,7 +79,7 @@ def test_terms_and_settings_of_own_losses_are_recorded(tmp_path, teacher_run):
     assert json.loads((run_dir / "summary.json").read_text())["role"] == "distilled"
 
 
-def test_settings_of_own_losses_are_checked(tmp_path, teacher_run):
+def test_settings_of_user_losses_are_checked(tmp_path, teacher_run):
     wrong = ["--distill.features.own.args={sample: 160}", "--distill.logits.args.power=high"]
     message = train(tmp_path / "run", *flags(teacher_run), *wrong[1:], code=2).stderr
     assert "distill.logits.args.power: 'high' is not valid: input should be a valid number" in message
@@ -89,7 +88,7 @@ def test_settings_of_own_losses_are_checked(tmp_path, teacher_run):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_loss_of_the_page_trains_as_it_stands(tmp_path, teacher_run, monkeypatch):
+def test_example_loss_of_the_documentation_trains(tmp_path, teacher_run, monkeypatch):
     (code,) = re.findall(r"```python\n# my_losses.py\n(.*?)```", (ROOT / "docs/losses.md").read_text(), re.DOTALL)
     (tmp_path / "my_losses.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

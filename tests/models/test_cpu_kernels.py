@@ -17,7 +17,8 @@ ONE_PIXEL = [
     (3, 1, 1, (1, 1)),
     (3, 2, 1, (2, 2)),
     (3, 2, 1, (1, 2)),
-    (3, 4, 1, (4, 4)),  # rows and columns beyond the kernel
+    # rows and columns beyond the kernel
+    (3, 4, 1, (4, 4)),
     (1, 1, 0, (1, 1)),
     (1, 2, 0, (2, 2)),
     (2, 2, 0, (2, 2)),
@@ -28,7 +29,7 @@ ONE_PIXEL = [
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Return a function after whose call PyTorch's own convolution fails."""
+    """Return a function that makes PyTorch's own convolution fail from its call on."""
 
     def fail(self, input, weight, bias):
         raise AssertionError("not a matrix product")
@@ -51,7 +52,8 @@ def test_values_and_gradients_are_those_of_a_convolution(kernel, stride, padding
     fast()
     for actual, wanted in zip(run(own, images, weights), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
-    assert own.weight.grad.stride() == own.weight.stride()  # otherwise DistributedDataParallel copies it
+    # DistributedDataParallel copies gradients whose strides differ from those of the weight.
+    assert own.weight.grad.stride() == own.weight.stride()
 
 
 def run(module, images, weights):
@@ -95,8 +97,8 @@ def test_other_convolutions_are_not_changed(module):
 @pytest.mark.parametrize(
     "pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 1, 1, dilation=2)], ids=str
 )
-def test_max_pool_is_equal_to_the_bit(pool, memory_format, monkeypatch):
-    """Compare with and without gradients; of equal values in a window, as after a ReLU, the same one receives the gradient."""
+def test_max_pool_is_bitwise_equal(pool, memory_format, monkeypatch):
+    """Compare with and without gradients; of equal values in a window, as after a ReLU, the same element has the gradient."""
     torch.manual_seed(0)
     reference, own = copy.deepcopy(pool), copy.deepcopy(pool)
     use_cpu_kernels(own, CPU)
@@ -149,13 +151,13 @@ def test_a_network_is_the_same_function(arch):
         ("never", GPU, nn.Conv2d),
     ],
 )
-def test_the_choice_decides_for_which_devices_modules_change(choice, device, kind):
+def test_modules_are_converted_for_the_chosen_devices(choice, device, kind):
     module = nn.Conv2d(4, 4, 3)
     use_cpu_kernels(module, device, choice)
     assert type(module) is kind
 
 
-def test_hooks_and_references_survive_the_change():
+def test_hooks_and_references_are_kept():
     block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
     convolution, outputs = block[0], []
     convolution.register_forward_hook(lambda module, inputs, output: outputs.append(output))
@@ -164,7 +166,7 @@ def test_hooks_and_references_survive_the_change():
     assert torch.equal(block(torch.ones(2, 3, 1, 1)), outputs[0])
 
 
-def test_an_output_made_without_gradients_can_be_modified_in_place():
+def test_an_output_computed_without_gradients_can_be_modified_in_place():
     module, parameter = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.ones(1))
     use_cpu_kernels(module, CPU)
     with torch.no_grad():
@@ -174,7 +176,6 @@ def test_an_output_made_without_gradients_can_be_modified_in_place():
     assert parameter.grad == 8
 
 
-@pytest.mark.slow
 def test_a_compiled_network_is_the_same_function():
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))

@@ -73,13 +73,16 @@ def test_an_output_that_is_overwritten_in_place_is_refused():
     with torch.no_grad(), FeatureExtractor(model, ["bn1"]) as extractor:
         model(images)
         assert extractor.take()["bn1"].min() >= 0 > model.bn1(model.conv1(images)).min()  # the recorded tensor was overwritten
-    with pytest.raises(UserError, match="'bn1' of ResNet is overwritten in place .*use one of conv1, relu, maxpool, layer1"):
+    with pytest.raises(
+        UserError,
+        match="'bn1' of ResNet has an output that a later module overwrites in place; use one of conv1, relu, maxpool, layer1",
+    ):
         probe_layers(model, ["layer1", "bn1"], image_size=32)
 
 
-def test_tokens_of_a_transformer_are_refused():
+def test_transformer_tokens_are_refused():
     model = build_model("timm/vit_tiny_patch16_224", num_classes=4, arch_args={"img_size": 32})
-    with pytest.raises(UserError, match="tokens of a transformer: not supported.*use one of patch_embed.proj$"):
+    with pytest.raises(UserError, match="transformer tokens, which are not supported.*use one of patch_embed.proj$"):
         probe_layers(model, ["blocks.2"], image_size=32)
 
 
@@ -101,9 +104,9 @@ class ChannelsLast(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ("stage", "shape .2, 8, 8, 6., channels last: not supported.; use one of conv$"),
+        ("stage", "shape .2, 8, 8, 6., channels last, which is not supported.; use one of conv$"),
         ("both", "returns tuple.; use one of conv$"),
-        ("idle", "'idle' of ChannelsLast does not run in a forward pass; use one of conv$"),
+        ("idle", "'idle' of ChannelsLast is not executed in a forward pass; use one of conv$"),
         ("stages", "^teacher.layers: ChannelsLast has no module 'stages'; did you mean stage"),
     ],
 )
@@ -114,12 +117,12 @@ def test_outputs_that_are_not_feature_maps_are_refused(layer, message):
     assert hooks(model) == 0
 
 
-def test_a_model_without_feature_maps():
+def test_a_model_without_feature_maps_is_refused():
     with pytest.raises(UserError, match="this model has no feature maps; use another arch"):
         probe_layers(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), ["1"], image_size=2)
 
 
-def test_images_too_small_for_the_model():
+def test_images_too_small_for_the_model_are_refused():
     model = build_model("torchvision/alexnet", num_classes=4).train()
     with pytest.raises(UserError, match="data.image_size: AlexNet does not accept images of 32x32 .*choose another size"):
         probe_layers(model, ["features.0"], image_size=32)
@@ -127,7 +130,7 @@ def test_images_too_small_for_the_model():
     assert model.training
 
 
-def test_layers_of_a_compiled_model():
+def test_features_of_a_compiled_model_are_recorded():
     model = small().eval()
     with FeatureExtractor(model, ["layer1"]) as extractor:
         model.compile(backend="eager")

@@ -19,7 +19,7 @@ class Block(nn.Module):
         self.conv = nn.Conv2d(3, 6, 3, bias=False)
         self.norm = nn.BatchNorm2d(6)
         self.head = nn.Linear(6, 4)
-        _train(self.norm)
+        _set_statistics(self.norm)
 
     def forward(self, images):
         return self.head(torch.relu(self.norm(self.conv(images))).mean((2, 3)))
@@ -51,14 +51,14 @@ class Branching(Block):
         return super().forward(images if images.sum() > 0 else -images)
 
 
-class Reaching(Block):
+class ReadsWeight(Block):
     """Block that reads a weight of its norm in its own forward."""
 
     def forward(self, images):
         return super().forward(images) * self.norm.weight.mean()
 
 
-class OfTheBatch(Block):
+class BatchStatistics(Block):
     """Block whose norm always uses the statistics of the batch."""
 
     def __init__(self):
@@ -66,7 +66,8 @@ class OfTheBatch(Block):
         self.norm = nn.BatchNorm2d(6, track_running_stats=False)
 
 
-def _train(module):
+def _set_statistics(module):
+    """Set the parameters and running statistics of all BatchNorms to random values, as after a training."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
             for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
@@ -78,11 +79,10 @@ def _norms(module):
     return sum(isinstance(layer, nn.BatchNorm2d) for layer in module.modules())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet50", "resnet18", "mobilenet_v2"])
-def test_the_same_function_in_float64(arch):
+def test_a_fused_network_is_the_same_function_in_float64(arch):
     model = build_model(f"torchvision/{arch}", num_classes=7, seed=1)
-    _train(model)
+    _set_statistics(model)
     model.double().eval()
     fused = fuse_conv_bn(model, layers=[], image_size=32)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_the_same_function_in_float64(arch):
 
 def test_layers_keep_their_names_and_values():
     model = build_model("torchvision/resnet18", num_classes=7).double().eval()
-    _train(model)
+    _set_statistics(model)
     fused = fuse_conv_bn(model, layers=STAGES, image_size=32)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     features = []
@@ -118,10 +118,10 @@ def test_only_a_layer_before_the_norm_prevents_fusion(layer):
     assert (fuse_conv_bn(Block(), layers=[layer], image_size=8) is None) == (layer == "conv")
 
 
-@pytest.mark.parametrize("kind", [Twice, Shared, Branching, Reaching, OfTheBatch])
+@pytest.mark.parametrize("kind", [Twice, Shared, Branching, ReadsWeight, BatchStatistics])
 def test_unsafe_fusions_are_refused(kind):
     assert fuse_conv_bn(kind(), layers=[], image_size=8) is None
 
 
-def test_a_network_without_batch_norm():
+def test_a_network_without_batch_norm_is_not_fused():
     assert fuse_conv_bn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), layers=[], image_size=8) is None

@@ -8,7 +8,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 
 
-def test_images_follow_the_setting_and_by_default_the_device():
+def test_image_format_is_the_setting_or_the_default_of_the_device():
     assert [image_memory_format(None, device) for device in (CPU, GPU)] == [CONTIGUOUS, LAST]
     for device in (CPU, GPU):
         assert [image_memory_format(setting, device) for setting in (True, False)] == [LAST, CONTIGUOUS]

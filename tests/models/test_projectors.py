@@ -1,41 +1,42 @@
-"""1x1 convolutions: equal to nn.Conv2d in every form in which they are computed, and seeded on their own."""
+"""Tests of the 1x1 convolutions: equal to nn.Conv2d in each implementation, and initialized by their own seed."""
 
 import pytest
 import torch
 
 from kd_accel.models.projectors import FeatureProjector, seeded_projector
 
-FORMS = {
-    "channels innermost": (4, 2, 5, torch.channels_last),
+CASES = {
+    # number of pixels, input channels, output channels, memory format
+    "channels_last": (4, 2, 5, torch.channels_last),
     "no fewer pixels than channels": (20, 3, 16, torch.contiguous_format),
     "fewer pixels than channels": (20, 3, 17, torch.contiguous_format),
     "one pixel": (1, 3, 5, torch.contiguous_format),
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_projector_is_the_convolution_in_every_form(form, dtype):
-    """pixels x in_channels -> out_channels. Values, memory format and gradients, in float64 and under autocast."""
-    pixels, in_channels, out_channels, memory_format = FORMS[form]
+def test_a_projector_equals_the_convolution(case, dtype):
+    """Compare values, memory format and gradients, in float64 and under autocast."""
+    pixels, in_channels, out_channels, memory_format = CASES[case]
     torch.manual_seed(0)
     height = 4 if pixels % 4 == 0 else 1
     shape = (3, in_channels, height, pixels // height)
     projector = FeatureProjector(in_channels, out_channels).to(torch.float64 if dtype == torch.float64 else torch.float32)
     feature = torch.randn(shape, dtype=projector.conv.weight.dtype).contiguous(memory_format=memory_format).requires_grad_()
-    found = []
+    results = []
     for module in (projector, projector.conv):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             output = module(feature)
         assert output.dtype == dtype and output.is_contiguous(memory_format=memory_format)
         gradients = torch.autograd.grad(output.square().sum(), [feature, *projector.parameters()])
-        found.append([output.detach().to(torch.float64), *(gradient.to(torch.float64) for gradient in gradients)])
+        results.append([output.detach().to(torch.float64), *(gradient.to(torch.float64) for gradient in gradients)])
     tolerance = 1e-12 if dtype == torch.float64 else 0.05
-    for own, expected in zip(*found, strict=True):
+    for own, expected in zip(*results, strict=True):
         torch.testing.assert_close(own, expected, atol=tolerance * expected.abs().max().item(), rtol=0)
 
 
-def test_initial_weights_depend_on_seed_and_layer_alone():
+def test_initial_weights_depend_only_on_seed_and_layer():
     def weights(layer, seed, before):
         torch.manual_seed(before)
         state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Tests of model files: a saved model loads unchanged, and weights that do not fit are refused with the difference."""
+"""Tests of model files and weights: a saved model loads unchanged, and weights that do not fit are refused."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_shared_tensors_are_saved_under_both_names(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["1.weight"], model[0].weight)
 
 
-def test_other_classes_replace_a_students_classifier_and_are_refused_for_a_teacher(tmp_path):
+def test_a_classifier_of_other_classes_is_reset_in_a_student_and_refused_in_a_teacher(tmp_path):
     save_file(small(num_classes=7).state_dict(), tmp_path / "w.safetensors")
     target = small(num_classes=4, seed=9)
     head = target.fc.weight.clone()
@@ -56,7 +56,7 @@ def test_other_classes_replace_a_students_classifier_and_are_refused_for_a_teach
         load_weights(small(), str(tmp_path / "w.safetensors"), arch="x", is_exact=True, field="teacher")
 
 
-def test_another_stem_replaces_the_stem(tmp_path):
+def test_a_stem_of_another_shape_keeps_its_random_weights(tmp_path):
     save_file(build_model("torchvision/resnet18", num_classes=10).state_dict(), tmp_path / "w.safetensors")
     target = build_model("torchvision/resnet18", num_classes=10, stem="cifar")
     assert [
@@ -64,7 +64,7 @@ def test_another_stem_replaces_the_stem(tmp_path):
     ] == ["conv1"]
 
 
-def test_a_teachers_stem_must_fit_and_is_not_reported_as_classes(tmp_path):
+def test_a_stem_of_another_shape_is_refused_in_a_teacher(tmp_path):
     save_file(build_model("torchvision/resnet18", num_classes=10).state_dict(), tmp_path / "w.safetensors")
     model = build_model("torchvision/resnet18", num_classes=10, stem="cifar")
     with pytest.raises(UserError, match="teacher.weights: .* 1 of another shape .conv1.weight"):
@@ -92,7 +92,7 @@ def test_batch_counters_may_be_missing(tmp_path):
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     save_file(build_model("torchvision/resnet50", num_classes=10).state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="does not fit torchvision/resnet18.*unexpected.*Set arch and stem"):
+    with pytest.raises(UserError, match="does not fit torchvision/resnet18.*; tensors: .* unexpected .*; set arch and stem"):
         load_weights(
             build_model("torchvision/resnet18", num_classes=10),
             str(tmp_path / "w.safetensors"),
@@ -118,21 +118,21 @@ def test_the_architecture_of_another_run_is_reported(tmp_path):
         ("nowhere.safetensors", "model.weights: file nowhere.safetensors not found; check the path"),
         ("model.pth", "model.weights: model.pth is a pickle.*safetensors.torch.save_file"),
         ("runs/nowhere", "model.weights: run directory 'runs/nowhere' not found; train it first"),
-        ("IMAGENET1K_V9", "has no weights 'IMAGENET1K_V9'; choose one of: IMAGENET1K_V1"),
+        ("IMAGENET1K_V9", "has no weights 'IMAGENET1K_V9'; use one of IMAGENET1K_V1"),
     ],
 )
-def test_weights_that_are_not_found(weights, message):
+def test_missing_weights_are_refused(weights, message):
     with pytest.raises(UserError, match=message):
         load_weights(build_model("torchvision/resnet18", num_classes=10), weights, arch="torchvision/resnet18", is_exact=False)
 
 
-def test_own_code_has_no_weights_by_name():
+def test_user_code_has_no_weights_by_name():
     with pytest.raises(UserError, match="model.weights: 'best' is neither a run directory nor a .safetensors file"):
         load_weights(small(), "best", arch=CARD.arch, is_exact=False)
 
 
 @pytest.fixture
-def downloaded(tmp_path, monkeypatch):
+def put_download(tmp_path, monkeypatch):
     """Return a function that puts a state dict into torchvision's download directory."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
@@ -144,19 +144,18 @@ def downloaded(tmp_path, monkeypatch):
     return put
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_weights_with_auxiliary_heads_by_name(name, downloaded, tmp_path):
+def test_weights_with_auxiliary_heads_by_name(name, put_download, tmp_path):
     arch, needed = f"torchvision/{name}", {"transform_input": True}
-    whole = models.get_model(name, weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
-    downloaded(name, whole.state_dict())
+    complete = models.get_model(name, weights=None, init_weights=False, aux_logits=True, transform_input=True).eval()
+    put_download(name, complete.state_dict())
     model = build_model(arch, num_classes=1000, arch_args=needed).eval()
     state = torch.get_rng_state()
     assert load_weights(model, "DEFAULT", arch=arch, is_exact=True) == []
     assert torch.equal(torch.get_rng_state(), state)
     images = torch.randn(1, 3, 96, 96)
-    assert torch.equal(model(images), whole(images))
-    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    assert torch.equal(model(images), complete(images))
+    save_file(complete.state_dict(), tmp_path / "w.safetensors")
     other = build_model(arch, num_classes=4)
     (notice,) = load_weights(other, str(tmp_path / "w.safetensors"), arch=arch, is_exact=False)
     assert notice.startswith("fc: starts from random weights")
@@ -164,14 +163,13 @@ def test_weights_with_auxiliary_heads_by_name(name, downloaded, tmp_path):
         load_weights(other, "DEFAULT", arch=arch, is_exact=False)
 
 
-@pytest.mark.slow
-def test_weights_by_name_under_the_keys_of_older_files(downloaded):
-    whole = {name: tensor for name, tensor in models.densenet121().state_dict().items() if "tracked" not in name}
+def test_weights_by_name_with_keys_of_older_files(put_download):
+    tensors = {name: tensor for name, tensor in models.densenet121().state_dict().items() if "tracked" not in name}
     old_key = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")
-    downloaded("densenet121", {old_key.sub(r"\1.\2", name): tensor for name, tensor in whole.items()})
+    put_download("densenet121", {old_key.sub(r"\1.\2", name): tensor for name, tensor in tensors.items()})
     model = build_model("torchvision/densenet121", num_classes=1000, seed=1)
     assert load_weights(model, "DEFAULT", arch="torchvision/densenet121", is_exact=True) == []
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.items())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
 def test_damaged_files_are_reported(tmp_path):
@@ -188,6 +186,14 @@ def test_damaged_files_are_reported(tmp_path):
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(UserError, match="model.json: is damaged"):
         load_card(tmp_path)
+
+
+def test_the_tensor_with_values_that_are_not_finite_is_named(tmp_path):
+    tensors = small().state_dict()
+    tensors["fc.bias"][2] = float("nan")
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"model.weights: fc\.bias in .*w\.safetensors contains values that are not finite"):
+        load_weights(small(), str(tmp_path / "w.safetensors"), arch="x", is_exact=False)
 
 
 @pytest.mark.parametrize(
@@ -213,13 +219,13 @@ def test_damaged_values_of_a_card_are_reported(tmp_path, change):
         load_card(tmp_path)
 
 
-def test_a_card_that_is_not_a_mapping(tmp_path):
+def test_a_card_that_is_not_a_mapping_is_refused(tmp_path):
     (tmp_path / "model.json").write_text("[]")
     with pytest.raises(UserError, match="model.json: is damaged"):
         load_card(tmp_path)
 
 
-def test_a_run_without_its_weights(tmp_path):
+def test_a_run_without_weights_is_refused(tmp_path):
     save_model(tmp_path, small(), card=CARD)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(
@@ -228,7 +234,7 @@ def test_a_run_without_its_weights(tmp_path):
         load_run_model(tmp_path)
 
 
-def test_a_failed_write_keeps_the_old_files_and_no_temporary_ones(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_files_and_leaves_no_temporary_files(tmp_path, monkeypatch):
     save_model(tmp_path, small(seed=1), card=CARD)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -254,6 +260,6 @@ def test_both_files_and_the_directory_are_flushed_to_disk(tmp_path, monkeypatch)
     assert flushed == [".model.safetensors", tmp_path.name, ".model.json", tmp_path.name]
 
 
-def test_a_missing_directory(tmp_path):
+def test_a_missing_directory_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot write the model"):
         save_model(tmp_path / "nowhere", small(), card=CARD)

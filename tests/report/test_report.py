@@ -1,4 +1,4 @@
-"""Table and pictures from run directories and a bench file, with the reference's own figures beside rows of CIFAR-10 only."""
+"""The report: table and figures from run directories and a bench file, with reference figures for CIFAR-10 only."""
 
 import json
 import sys
@@ -16,8 +16,8 @@ RESNET50, RESNET18 = "torchvision/resnet50", "torchvision/resnet18"
 HEADER = ["Model", "Architecture", "Accuracy (%)", "Parameters (M)", "MACs (M)", "Latency (ms)"]
 
 
-def finished(root, name, **changes):
-    """A run directory as a training leaves it, without the weights."""
+def finished_run(root, name, **changes):
+    """Create the directory of a finished run, without the weights."""
     directory = root / name
     directory.mkdir()
     summary = {
@@ -36,8 +36,8 @@ def finished(root, name, **changes):
     return directory
 
 
-def benched(root, *runs):
-    """A bench file: `runs` are (directory, median in milliseconds)."""
+def bench_file(root, *runs):
+    """Create a bench file of runs, each (directory, median in milliseconds)."""
     models = [
         {
             "name": str(directory),
@@ -55,12 +55,12 @@ def cells(table):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def test_the_table_of_a_set_that_is_not_cifar10(tmp_path):
+def test_table_without_reference_for_other_data_than_cifar10(tmp_path):
     runs = [
-        finished(tmp_path, "large", role="teacher", arch=RESNET50, accuracy=0.99444, parameters=23_528_522),
-        finished(tmp_path, "small", role="distilled"),
+        finished_run(tmp_path, "large", role="teacher", arch=RESNET50, accuracy=0.99444, parameters=23_528_522),
+        finished_run(tmp_path, "small", role="distilled"),
     ]
-    table = write_report(runs, out=tmp_path / "out", bench_file=benched(tmp_path, (runs[0], 12.345), (runs[1], 4.5)))
+    table = write_report(runs, out=tmp_path / "out", bench_file=bench_file(tmp_path, (runs[0], 12.345), (runs[1], 4.5)))
     assert cells(table) == [
         HEADER,
         ["---", "---", "---:", "---:", "---:", "---:"],
@@ -72,13 +72,13 @@ def test_the_table_of_a_set_that_is_not_cifar10(tmp_path):
     assert [list(row) for row in rows] == [["name", "role", "arch", "accuracy", "parameters", "macs", "latency_ms"]] * 2
     assert list(rows[0].values()) == ["large", "teacher", RESNET50, 0.99444, 23_528_522, 37_017_600, 12.345]
     for name in ("learning_curves.png", "accuracy_latency.png"):
-        with Image.open(tmp_path / "out" / name) as picture:
-            assert picture.format == "PNG" and min(picture.size) >= 400
+        with Image.open(tmp_path / "out" / name) as image:
+            assert image.format == "PNG" and min(image.size) >= 400
 
 
-def test_a_column_for_cuda_graphs_where_they_were_measured(tmp_path):
-    runs = [finished(tmp_path, "large"), finished(tmp_path, "small")]
-    path = benched(tmp_path, (runs[0], 3.0), (runs[1], 2.0))
+def test_column_for_cuda_graphs_if_measured(tmp_path):
+    runs = [finished_run(tmp_path, "large"), finished_run(tmp_path, "small")]
+    path = bench_file(tmp_path, (runs[0], 3.0), (runs[1], 2.0))
     content = json.loads(path.read_text())
     content["models"][0]["latency"][1]["graph_median_ms"] = 0.5
     content["models"][1]["latency"][1]["graph_median_ms"] = None
@@ -90,15 +90,15 @@ def test_a_column_for_cuda_graphs_where_they_were_measured(tmp_path):
     assert found[0]["graph_latency_ms"] == 0.5 and "graph_latency_ms" not in found[1]
 
 
-def test_the_references_figures_beside_cifar10_only(tmp_path):
+def test_reference_figures_for_cifar10_only(tmp_path):
     cifar10 = {"data": {"label_names": CIFAR10_CLASSES}}
     runs = [
-        finished(tmp_path, "t", role="teacher", arch=RESNET50, **cifar10),
-        finished(tmp_path, "s", **cifar10),
-        finished(tmp_path, "f", role="distilled", **cifar10),
-        finished(tmp_path, "v", role="distilled", is_scheduled=True, **cifar10),
-        finished(tmp_path, "other_arch", role="distilled", arch="timm/vit", **cifar10),
-        finished(tmp_path, "other_data"),
+        finished_run(tmp_path, "t", role="teacher", arch=RESNET50, **cifar10),
+        finished_run(tmp_path, "s", **cifar10),
+        finished_run(tmp_path, "f", role="distilled", **cifar10),
+        finished_run(tmp_path, "v", role="distilled", is_scheduled=True, **cifar10),
+        finished_run(tmp_path, "other_arch", role="distilled", arch="timm/vit", **cifar10),
+        finished_run(tmp_path, "other_data"),
     ]
     header, _, *rows = cells(write_report(runs, out=tmp_path / "out"))
     assert header == [*HEADER, "Reference: accuracy / parameters / latency"]
@@ -112,10 +112,9 @@ def test_the_references_figures_beside_cifar10_only(tmp_path):
     ]
 
 
-@pytest.mark.slow
-def test_without_a_bench_file_there_is_no_latency_and_no_old_picture(tmp_path):
-    directory = finished(tmp_path, "r")
-    write_report([directory], out=tmp_path / "out", bench_file=benched(tmp_path, (directory, 1.0)))
+def test_without_bench_file_latency_is_empty_and_old_figures_are_removed(tmp_path):
+    directory = finished_run(tmp_path, "r")
+    write_report([directory], out=tmp_path / "out", bench_file=bench_file(tmp_path, (directory, 1.0)))
     assert (tmp_path / "out/accuracy_latency.png").exists()
     table = write_report([directory], out=tmp_path / "out")
     assert cells(table)[2][4:] == ["", ""]
@@ -125,33 +124,33 @@ def test_without_a_bench_file_there_is_no_latency_and_no_old_picture(tmp_path):
     assert (tmp_path / "out/learning_curves.png").exists()
 
 
-def test_without_batch_size_1_there_is_no_latency(tmp_path):
-    directory = finished(tmp_path, "r")
+def test_without_batch_size_1_latency_is_empty(tmp_path):
+    directory = finished_run(tmp_path, "r")
     bench = tmp_path / "bench.json"
     models = [{"name": str(directory), "macs": 1, "latency": [{"batch_size": 8, "median_ms": 3.0}]}]
     bench.write_text(json.dumps({"models": models}))
     assert cells(write_report([directory], out=tmp_path / "out", bench_file=bench))[2][5] == ""
 
 
-def test_without_matplotlib_the_table_is_written_and_old_pictures_go(tmp_path, monkeypatch, capsys):
-    directory = finished(tmp_path, "r")
-    bench = benched(tmp_path, (directory, 1.0))
+def test_without_matplotlib_the_table_is_written_and_old_figures_are_removed(tmp_path, monkeypatch, capsys):
+    directory = finished_run(tmp_path, "r")
+    bench = bench_file(tmp_path, (directory, 1.0))
     table = write_report([directory], out=tmp_path / "out", bench_file=bench)
     assert capsys.readouterr().out == ""
     for name in [name for name in sys.modules if name == "kd_accel.report.plots" or name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert write_report([directory], out=tmp_path / "out", bench_file=bench) == table
-    assert capsys.readouterr().out == "figures are skipped: matplotlib is not installed\n"
+    assert capsys.readouterr().out == "no figures are drawn, because matplotlib is not installed; pip install matplotlib\n"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.md", "results.json"}
 
 
 def pixels(path):
-    with Image.open(path) as picture:
-        return picture.convert("RGB").tobytes()
+    with Image.open(path) as image:
+        return image.convert("RGB").tobytes()
 
 
-def test_every_run_has_a_curve_even_under_the_same_name(tmp_path):
+def test_runs_with_the_same_name_have_separate_curves(tmp_path):
     lines = [
         {"step": step, "epoch": step, "split": split, "loss": 1.0, "accuracy": 0.5}
         for split in ("train", "val")
@@ -163,25 +162,26 @@ def test_every_run_has_a_curve_even_under_the_same_name(tmp_path):
     assert pixels(tmp_path / "two.png") != pixels(tmp_path / "same.png")
 
 
-def test_a_run_without_validation_is_drawn(tmp_path):
+def test_run_without_validation_is_plotted(tmp_path):
     plot_learning_curves([("a", [{"step": 1, "epoch": 0, "split": "train", "loss": 1.0}])], tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 0
 
 
 def blue_pixels(path):
-    with Image.open(path) as picture:
-        colours = {colour: count for count, colour in picture.convert("RGB").getcolors(maxcolors=1 << 24)}
-    return colours[31, 119, 180]
+    """Count the pixels in the color of the first model."""
+    with Image.open(path) as image:
+        counts = {color: count for count, color in image.convert("RGB").getcolors(maxcolors=1 << 24)}
+    return counts[31, 119, 180]
 
 
-@pytest.mark.slow
-def test_a_dot_behind_another_is_seen(tmp_path):
+def test_overlapping_markers_are_both_visible(tmp_path):
     plot_accuracy_against_latency([("a", 1.0, 0.9), ("b", 1.0, 0.9)], tmp_path / "together.png")
     plot_accuracy_against_latency([("a", 1.0, 0.9), ("b", 0.1, 0.89)], tmp_path / "apart.png")
-    assert blue_pixels(tmp_path / "together.png") > 0.75 * blue_pixels(tmp_path / "apart.png")  # half of it is the legend's
+    # Half of the pixels are in the legend, so that a hidden marker would leave about half.
+    assert blue_pixels(tmp_path / "together.png") > 0.75 * blue_pixels(tmp_path / "apart.png")
 
 
-def test_a_run_that_is_not_finished_or_damaged(tmp_path):
+def test_unfinished_or_damaged_run_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
         with pytest.raises(UserError, match="summary.json: cannot be read .*train it first"):
@@ -189,46 +189,54 @@ def test_a_run_that_is_not_finished_or_damaged(tmp_path):
     damages = {
         "{": "summary.json: is damaged .not valid JSON.",
         "[]": "summary.json: is damaged .not a JSON object.",
-        '{"name": "x"}': "summary.json or its bench figures are damaged",
+        '{"name": "x"}': "summary.json: is damaged .KeyError: 'role'.; train the run again",
     }
-    directory = finished(tmp_path, "r")
-    for text, told in damages.items():
+    directory = finished_run(tmp_path, "r")
+    for text, message in damages.items():
         (directory / "summary.json").write_text(text)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             write_report([directory], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_summary_without_numbers(tmp_path):
-    with pytest.raises(UserError, match="are damaged"):
-        write_report([finished(tmp_path, "r", accuracy="high")], out=tmp_path / "out")
+def test_summary_with_invalid_numbers_is_refused(tmp_path):
+    with pytest.raises(UserError, match="summary.json: is damaged .ValueError: could not convert string to float: 'high'"):
+        write_report([finished_run(tmp_path, "r", accuracy="high")], out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reason"),
     [("{\n", "a line is not valid JSON"), ("1\n", "a line without step"), ('{"step": 1}\n', "a line without step")],
 )
-def test_metrics_that_are_damaged(tmp_path, text, told):
-    directory = finished(tmp_path, "r")
+def test_damaged_metrics_are_refused(tmp_path, text, reason):
+    directory = finished_run(tmp_path, "r")
     (directory / "metrics.jsonl").write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=f"metrics.jsonl: is damaged .{reason}"):
         write_report([directory], out=tmp_path / "out")
 
 
-def test_metrics_that_are_missing(tmp_path):
-    directory = finished(tmp_path, "r")
+def test_metrics_beyond_the_size_limit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("kd_accel.report.tables._MAX_CURVE_BYTES", 2**20)
+    directory = finished_run(tmp_path, "r")
+    (directory / "metrics.jsonl").write_text(" " * 2**20 + "\n")
+    with pytest.raises(UserError, match="metrics.jsonl: exceeds the limit of 1 MiB; .* larger train.log_every_steps"):
+        write_report([directory], out=tmp_path / "out")
+
+
+def test_missing_metrics_are_refused(tmp_path):
+    directory = finished_run(tmp_path, "r")
     (directory / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="metrics.jsonl: cannot be read"):
         write_report([directory], out=tmp_path / "out")
 
 
-def test_a_bench_file_that_does_not_fit(tmp_path):
-    first, second = finished(tmp_path, "first"), finished(tmp_path, "second")
+def test_incomplete_or_damaged_bench_file_is_refused(tmp_path):
+    first, second = finished_run(tmp_path, "first"), finished_run(tmp_path, "second")
     with pytest.raises(
         UserError,
-        match="has no figures of .*second in its present state; measure .*kd-accel bench .*first .*second --out .*bench.json$",
+        match="--bench .*: lacks the current model of .*second; .*kd-accel bench .*first .*second --out .*bench.json$",
     ):
-        write_report([first, second], out=tmp_path / "out", bench_file=benched(tmp_path, (first, 1.0)))
+        write_report([first, second], out=tmp_path / "out", bench_file=bench_file(tmp_path, (first, 1.0)))
     with pytest.raises(UserError, match="nowhere.json: cannot be read .*kd-accel bench"):
         write_report([first], out=tmp_path / "out", bench_file=tmp_path / "nowhere.json")
     for text in ('{"rows": []}', '{"models": [{}]}', '{"models": 3}'):
@@ -236,33 +244,33 @@ def test_a_bench_file_that_does_not_fit(tmp_path):
         with pytest.raises(UserError, match="is not a file of kd-accel bench"):
             write_report([first], out=tmp_path / "out", bench_file=tmp_path / "bench.json")
     (tmp_path / "bench.json").write_text(json.dumps({"models": [{"name": str(first), "macs": "many", "latency": []}]}))
-    with pytest.raises(UserError, match="bench figures are damaged"):
+    with pytest.raises(UserError, match="--bench: the entry of .*first is damaged .*'many'.*; measure it again"):
         write_report([first], out=tmp_path / "out", bench_file=tmp_path / "bench.json")
 
 
-def test_figures_of_an_earlier_model_of_the_same_run(tmp_path):
-    directory = finished(tmp_path, "r")
+def test_figures_of_an_earlier_model_of_the_run_are_refused(tmp_path):
+    directory = finished_run(tmp_path, "r")
     for name in ("model.json", "model.safetensors"):
         (directory / name).write_text("old")
-    bench = benched(tmp_path, (directory, 1.0))
+    bench = bench_file(tmp_path, (directory, 1.0))
     content = json.loads(bench.read_text())
     content["models"][0]["digest"] = model_digest(directory)
     bench.write_text(json.dumps(content))
     write_report([directory], out=tmp_path / "out", bench_file=bench)
     (directory / "model.safetensors").write_text("new")
-    with pytest.raises(UserError, match="has no figures of .*r in its present state"):
+    with pytest.raises(UserError, match="--bench .*: lacks the current model of .*r; measure"):
         write_report([directory], out=tmp_path / "out", bench_file=bench)
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
-    directory = finished(tmp_path, "r")
+def test_unwritable_directory_is_refused(tmp_path):
+    directory = finished_run(tmp_path, "r")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out: cannot write to .*file"):
         write_report([directory], out=tmp_path / "file")
 
 
-def test_from_the_command_line(tmp_path):
-    directory = finished(tmp_path, "r")
-    done = run("report", directory, f"--out={tmp_path / 'out'}", f"--bench={benched(tmp_path, (directory, 2.5))}")
+def test_command_line(tmp_path):
+    directory = finished_run(tmp_path, "r")
+    done = run("report", directory, f"--out={tmp_path / 'out'}", f"--bench={bench_file(tmp_path, (directory, 2.5))}")
     assert f"| r (student) | {RESNET18} | 75.06 | 11.18 | 37.0 | 2.50 |" in done.stdout
     assert "train it first" in run("report", tmp_path / "nowhere", f"--out={tmp_path / 'out'}", code=2).stderr

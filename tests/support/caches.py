@@ -22,7 +22,7 @@ def flags_of(teacher, cache_dir, feature=FEATURE):
 
 
 def files_of(directory):
-    """{name: (modification time, bytes)} of the shards."""
+    """Return {path: (modification time, content)} of the shards."""
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(directory.glob("*/view-*/*.safetensors"))}
 
 
@@ -41,13 +41,13 @@ def spec_of(dtype="float16", *, samples=100, views=2, samples_per_shard=32, chan
 
 
 def teacher_values(cache_spec, shard):
-    """Stand-in for the teacher's outputs, different for every sample and view."""
+    """Return random values in place of the teacher's outputs, different for every sample and view."""
     generator = torch.Generator().manual_seed(1000 * shard.view + shard.first)
     return torch.randn(shard.samples, *cache_spec.tensors[shard.tensor].shape, generator=generator)
 
 
 def store(directory, cache_spec):
-    """Write all files of a cache; return {(split, view, tensor): decoded values}."""
+    """Write all shards of a cache, and return {(split, view, tensor): decoded values}."""
     stored_values = {}
     for shard in cache_spec.all_shards():
         stored, scale = encode(teacher_values(cache_spec, shard), cache_spec.tensors[shard.tensor].dtype, name=shard.tensor)

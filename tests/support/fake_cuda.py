@@ -1,4 +1,4 @@
-"""CUDA's autocast on a machine without a GPU."""
+"""CUDA autocast on a machine without a GPU."""
 
 from contextlib import contextmanager
 
@@ -7,7 +7,7 @@ import torch
 
 @contextmanager
 def autocast(use_bf16):
-    """torch.autocast("cuda") switches itself off without a GPU, so its switches are set by hand."""
+    """Enable CUDA autocast inside the `with` block. `torch.autocast("cuda")` disables itself without a GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", use_bf16)
     torch.set_autocast_dtype("cuda", torch.bfloat16)

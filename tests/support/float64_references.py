@@ -1,4 +1,4 @@
-"""Logits, labels and the float64 formulas in numpy, written out by hand, against which losses are compared."""
+"""Independent float64 references of the losses in numpy, with logits and labels to compare them on."""
 
 import numpy as np
 import torch
@@ -14,15 +14,15 @@ def softmax(z):
     return e / e.sum(1, keepdims=True)
 
 
-def kl_by_hand(student, teacher, temperature, t_squared):
-    """Return (value, gradient with respect to the student's logits)."""
+def reference_kl(student, teacher, temperature, t_squared):
+    """Compute the KL divergence of logits [B, C], and its gradient with respect to the student's logits."""
     p, q = softmax(teacher / temperature), softmax(student / temperature)
     scale = temperature**2 if t_squared else 1.0
     return scale * (p * (np.log(p) - np.log(q))).sum() / len(p), scale * (q - p) / temperature / len(p)
 
 
-def cross_entropy_by_hand(student, labels, smoothing):
-    """Return (value, gradient with respect to the logits)."""
+def reference_cross_entropy(student, labels, smoothing):
+    """Compute the cross-entropy of logits [B, C] with labels [B], and its gradient with respect to the logits."""
     classes = student.shape[1]
     target = np.eye(classes)[labels] * (1 - smoothing) + smoothing / classes
     q = softmax(student)
@@ -30,7 +30,7 @@ def cross_entropy_by_hand(student, labels, smoothing):
 
 
 def value_and_gradient(function, student, dtype=torch.float64):
-    """Return the value of a loss and its gradient with respect to the student's tensor."""
+    """Compute the value of a loss, and its gradient with respect to the student's tensor."""
     leaf = torch.tensor(student, dtype=dtype, requires_grad=True)
     value = function(leaf)
     value.backward()

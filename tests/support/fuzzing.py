@@ -1,4 +1,4 @@
-"""Mutations of what is whole, and a loop with a time limit, a memory limit and an alarm: for test_fuzz.py."""
+"""Random mutations of valid inputs, and a fuzzing loop with limits of time and memory."""
 
 import copy
 import math
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from kd_accel.config.fields import section_of
 
-HANGS_AFTER_S = 20
+TIMEOUT_S = 20
 MEMORY_BYTES = 2 * 2**30
 BATCH = 50
-LEAST = 2 * BATCH
+MIN_EXAMPLES = 2 * BATCH
 LONG = pytest.param(15.0, marks=pytest.mark.faults)
 timed = pytest.mark.parametrize("seconds", [1.5, LONG])
 
@@ -57,24 +57,24 @@ TOKENS = [
 ]
 TOKENS += [b"\xff", b"- ", b": ", b"\n", b"%", b"|", b"'", b'"', b"1e999", b"9" * 30, b"---\n", b"\\ud800", b"\xf0\x9f\x98\x80"]
 
-plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.sampled_from(ODD))
-junk = st.one_of(plain, st.lists(plain, max_size=4), st.dictionaries(st.text(max_size=6), plain, max_size=3))
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.sampled_from(ODD))
+junk = st.one_of(scalars, st.lists(scalars, max_size=4), st.dictionaries(st.text(max_size=6), scalars, max_size=3))
 
 
-def places(node, path=()):
-    """Paths to all values of a structure, itself included."""
+def paths(node, path=()):
+    """Yield the paths to all values of a nested structure, including the empty path to the structure."""
     yield path
     parts = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, part in parts:
-        yield from places(part, (*path, key))
+        yield from paths(part, (*path, key))
 
 
 @st.composite
 def mutated(draw, content):
-    """The structure with one to three values replaced, removed, renamed or copied elsewhere."""
+    """Draw a copy of a structure in which one to three values are replaced, removed, renamed or copied to another path."""
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(list(places(content))))
+        path = draw(st.sampled_from(list(paths(content))))
         if not path:
             return copy.deepcopy(draw(junk)) if draw(st.integers(0, 9)) == 0 else content
         *above, last = path
@@ -88,17 +88,18 @@ def mutated(draw, content):
             parent[draw(st.one_of(st.text(max_size=6), st.sampled_from(["..", "../x", "\ud800"])))] = parent.pop(last)
         elif action == "copy":
             other = content
-            for key in draw(st.sampled_from(list(places(content)))):
+            for key in draw(st.sampled_from(list(paths(content)))):
                 other = other[key]
             parent[last] = copy.deepcopy(other)
         else:
-            parent[last] = copy.deepcopy(draw(junk))  # those of ODD are shared by all examples
+            # The values of ODD are shared by all examples, and a later mutation would change them.
+            parent[last] = copy.deepcopy(draw(junk))
     return content
 
 
 @st.composite
 def mutated_bytes(draw, data):
-    """One to four places flipped, cut, repeated or with something put in."""
+    """Draw a copy of bytes with one to four mutations: a flipped bit, an insertion, a deletion or a repetition."""
     data = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -118,7 +119,10 @@ def mutated_bytes(draw, data):
 
 @st.composite
 def settings_of(draw, config_class, *, is_tame=None):
-    """Some fields of a config; in every second one few, with values of their type, so that it may be accepted."""
+    """Draw settings of some fields of a config.
+
+    Every second example is tame: few fields, with values of their type, so that the config may be valid.
+    """
     is_tame = draw(st.booleans()) if is_tame is None else is_tame
     chosen = {}
     for name, field in config_class.model_fields.items():
@@ -136,13 +140,15 @@ def settings_of(draw, config_class, *, is_tame=None):
 
 
 def values_of(annotation):
+    """Return a strategy for values of a type annotation."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return st.sampled_from(arguments)
     if origin is list:
         return st.lists(values_of(arguments[0]), max_size=4)
     if origin is dict:
-        return st.dictionaries(st.text(max_size=6), values_of(arguments[1]), max_size=3)
+        # "mse" is the name of a feature loss, so that its fields are drawn too.
+        return st.dictionaries(st.one_of(st.just("mse"), st.text(max_size=6)), values_of(arguments[1]), max_size=3)
     if arguments:
         return st.one_of(*map(values_of, arguments))
     if section_of(annotation) is annotation:
@@ -152,34 +158,36 @@ def values_of(annotation):
 
 
 @contextmanager
-def limited():
-    """No more memory than MEMORY_BYTES beyond what is taken now."""
+def memory_limit():
+    """Limit the process to MEMORY_BYTES of address space beyond its current size."""
     with open("/proc/self/statm") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
+        used_bytes = int(file.read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + MEMORY_BYTES, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def hangs(number, frame):
-    raise AssertionError(f"took more than {HANGS_AFTER_S} seconds")
+def fail_on_timeout(number, frame):
+    raise AssertionError(f"took more than {TIMEOUT_S} seconds")
 
 
 def fuzz(strategy, check, *, seconds, first_seed=0):
-    """`check` of example after example until the time is over, but of LEAST on a slow machine too.
+    """Run `check` on drawn examples for `seconds`, and on a slow machine longer, until MIN_EXAMPLES are checked.
 
-    Returns how many it has seen to their end.
+    Returns:
+        Number of examples whose check has finished.
     """
     count, ends_at = 0, time.monotonic() + seconds
 
-    def tried(example):
+    def check_with_timeout(example):
         nonlocal count
-        if time.monotonic() > ends_at + HANGS_AFTER_S:  # a failure that is being made smaller may take longer
+        # Ends the shrinking of a failing example, which has no time limit of its own.
+        if time.monotonic() > ends_at + TIMEOUT_S:
             return
-        signal.setitimer(signal.ITIMER_REAL, HANGS_AFTER_S)
+        signal.setitimer(signal.ITIMER_REAL, TIMEOUT_S)
         try:
             check(example)
         finally:
@@ -187,18 +195,18 @@ def fuzz(strategy, check, *, seconds, first_seed=0):
         count += 1
 
     options = settings(max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    old = signal.signal(signal.SIGALRM, hangs)
+    old = signal.signal(signal.SIGALRM, fail_on_timeout)
     try:
-        with limited():
-            while (now := time.monotonic()) < ends_at or (count < LEAST and now < ends_at + HANGS_AFTER_S):
-                seed(first_seed + count)(options(given(strategy)(lambda example: tried(example))))()
+        with memory_limit():
+            while (now := time.monotonic()) < ends_at or (count < MIN_EXAMPLES and now < ends_at + TIMEOUT_S):
+                seed(first_seed + count)(options(given(strategy)(lambda example: check_with_timeout(example))))()
     finally:
         signal.signal(signal.SIGALRM, old)
     return count
 
 
 def run(strategy, check, seconds):
-    """Fuzz for some seconds: always the same examples in the short form, others each time in the long one."""
+    """Fuzz for `seconds`: the short variant has the same examples each time, the long variant draws a new seed."""
     first_seed = random.SystemRandom().randrange(2**31) if seconds > 2 else 0
     count = fuzz(strategy, check, seconds=seconds, first_seed=first_seed)
     print(f"{count} examples from seed {first_seed}")

@@ -1,4 +1,4 @@
-"""Environment of child processes in which optional packages and git are absent, as they can be on a GPU machine."""
+"""Environment of child processes without optional packages and git, as on many GPU machines."""
 
 import os
 import shutil
@@ -10,9 +10,13 @@ HIDDEN = ("wandb", "datasets", "matplotlib", "sklearn", "timm")
 
 
 def hidden_environment(directory, **changes):
-    """Return the variables for a real child process (`subprocess`, never the warm interpreter, which has imported everything).
+    """Return the environment variables of a child process without the hidden packages.
 
-    directory: an empty one, for the child's PATH and the record of its imports. A first use fills it, later ones share it.
+    The process must be started with `subprocess`: a process forked from the warm interpreter has already imported the packages.
+
+    Args:
+        directory: Directory for the child's PATH and the record of its imports, created by the first call.
+        **changes: Further environment variables.
     """
     programs = directory / "bin"
     if not programs.exists():
@@ -28,14 +32,15 @@ def hidden_environment(directory, **changes):
 
 
 def imports_of_hidden(directory):
-    """Return the set of (package, importing module) that the child processes of this directory have tried to import."""
+    """Return the hidden packages that child processes have tried to import, as a set of (package, importing module)."""
     record = directory / "imports"
     return {tuple(line.split()) for line in record.read_text().splitlines()} if record.exists() else set()
 
 
 def _link_all_but_git(programs):
-    for place in os.environ["PATH"].split(os.pathsep):
-        for program in Path(place).iterdir() if Path(place).is_dir() else ():
+    """Fill a directory with links to all programs on PATH except git."""
+    for directory in map(Path, os.environ["PATH"].split(os.pathsep)):
+        for program in directory.iterdir() if directory.is_dir() else ():
             link = programs / program.name
             if program.name != "git" and not os.path.lexists(link):
                 link.symlink_to(program.absolute())

@@ -1,4 +1,4 @@
-"""Commands run inside the test process, for tests of files and messages: no interpreter starts, so it takes a tenth."""
+"""Commands in the test process, for tests of files and messages: a tenth of the time of a new process."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from tests.support.launching import SMALL, environment
 
 
 def say(*argv, code=0):
-    """Run a command. Returns its output on both streams; its exit code must be `code`."""
+    """Run a command and return its output on both streams. Its exit code must be `code`."""
     out, before = io.StringIO(), dict(os.environ)
     os.environ.update(environment())
     try:

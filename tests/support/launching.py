@@ -34,20 +34,22 @@ def environment(**changes):
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
 
 
-def command(*argv, processes=1, launch_file="launch/cpu2.yaml"):
-    program = ["-m", "kd_accel", *map(str, argv)]
+def command(*argv, processes=1, launch_file="launch/cpu2.yaml", patch=None):
+    """Return a command line. patch: Name of a patch of tests/support/patched_program.py."""
+    module = ["kd_accel"] if patch is None else ["tests.support.patched_program", patch]
+    program = ["-m", *module, *map(str, argv)]
     if processes == 1:
         return [sys.executable, *program]
     return [*LAUNCH, "--config_file", launch_file, "--num_processes", str(processes), *program]
 
 
-def start(*argv, processes=1, quiet=False, **environment_changes):
-    """Start a process with text streams: several through the launcher, one forked from a warm interpreter."""
-    if processes == 1:
+def start(*argv, processes=1, quiet=False, patch=None, **environment_changes):
+    """Start a process with text streams: several through the launcher, one forked from a warm interpreter unless patched."""
+    if processes == 1 and patch is None:
         return WarmProcess(argv, env=environment(**environment_changes), quiet=quiet)
     stream = subprocess.DEVNULL if quiet else subprocess.PIPE
     return subprocess.Popen(
-        command(*argv, processes=processes),
+        command(*argv, processes=processes, patch=patch),
         cwd=ROOT,
         env=environment(**environment_changes),
         stdout=stream,
@@ -57,7 +59,7 @@ def start(*argv, processes=1, quiet=False, **environment_changes):
 
 
 def run(*argv, processes=1, code=0, **environment_changes):
-    """Run the program to its end; `code` None accepts any failure."""
+    """Run the program to its end. code: Expected exit code; None accepts any failure."""
     process = start(*argv, processes=processes, **environment_changes)
     try:
         stdout, stderr = process.communicate(timeout=300)
@@ -75,7 +77,7 @@ def train(run_dir, *flags, processes=1, code=0, **environment_changes):
 
 
 def python(*argv, launcher=(), cwd=ROOT):
-    """Run a Python program other than ours to its end; it must succeed. launcher: what starts it in several processes."""
+    """Run a Python program other than kd-accel, which must succeed. launcher: Command that starts it in several processes."""
     command_line = [*(launcher or [sys.executable]), *map(str, argv)]
     settings = {"cwd": cwd, "env": environment(PYTHONPATH=str(ROOT)), "capture_output": True, "text": True}
     done = subprocess.run(command_line, timeout=300, check=False, **settings)
@@ -84,7 +86,7 @@ def python(*argv, launcher=(), cwd=ROOT):
 
 
 def kill_all(process):
-    """Kill a process, which may have ended, and all its descendants: a launcher's workers have sessions of their own."""
+    """Kill a process, which may have ended, and all its descendants. A launcher's workers have sessions of their own."""
     everybody = []
     with contextlib.suppress(psutil.NoSuchProcess):
         everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -96,7 +98,7 @@ def kill_all(process):
 
 
 def metrics(run_dir, split=None):
-    """Return the lines of metrics.jsonl without the numbers that depend on the machine's speed."""
+    """Return the lines of metrics.jsonl, without the numbers that depend on the machine's speed."""
     lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("images_per_second", None)
@@ -110,6 +112,23 @@ def summary(run_dir):
 
 def losses(run_dir):
     return [line["loss"] for line in metrics(run_dir, "train")]
+
+
+def ranks_of(launcher):
+    """Return the running processes of a launcher by rank."""
+    alive = [
+        child
+        for child in psutil.Process(launcher.pid).children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and "RANK" in child.environ()
+    ]
+    return {int(child.environ()["RANK"]): child for child in reversed(alive)}
+
+
+def last_lines(output):
+    """Return the last 15 lines of a launcher's output: the end of its summary."""
+    lines = output.rstrip().splitlines()
+    assert "Root Cause (first observed failure):" in lines and set(lines[-1]) == {"="}, output
+    return "\n".join(lines[-15:])
 
 
 def check_message(done, *parts):
@@ -127,7 +146,7 @@ def last_line(tmp_path, module, *flags):
         env=environment(PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path)),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

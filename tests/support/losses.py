@@ -1,4 +1,4 @@
-"""Losses of a user, named as `import:tests.support.losses:...`: a feature loss with a memory bank, and a logit loss."""
+"""Losses of a user for `import:tests.support.losses:...`: a feature loss with a memory bank, and a logit loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BankLoss(FeatureLoss):
     """Contrast of the student's embedding with a memory bank of the teacher's embeddings of all samples.
 
     Formula:
-        cross-entropy over the bank's rows of cos(head(student), bank) * exp(scale), with the sample's own row as the class
+        CE over the bank's rows of cos(head(student), bank) * exp(scale), with the sample's own row as the class
 
     References:
         After Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018.
@@ -30,8 +30,8 @@ class BankLoss(FeatureLoss):
         """Settings of the loss.
 
         Args:
-            samples: samples in the source's training split, the rows of the bank.
-            momentum: share of a row that is kept when it is written again.
+            samples: Number of samples in the source's training split, which is that of the bank's rows.
+            momentum: Share of a row that is kept when the row is updated.
         """
 
         samples: int = Field(ge=1)
@@ -39,7 +39,7 @@ class BankLoss(FeatureLoss):
 
         @field_validator("momentum")
         @classmethod
-        def _refuse_a_bank_that_stands_still(cls, momentum: float) -> float:
+        def _refuse_constant_bank(cls, momentum: float) -> float:
             if not 0 <= momentum < 1:
                 raise ValueError("must be at least 0 and below 1")
             return momentum
@@ -72,7 +72,7 @@ class PowerLoss(LogitLoss):
         """Settings of the loss.
 
         Args:
-            power: exponent of the absolute difference.
+            power: Exponent of the absolute difference.
         """
 
         power: float = 2.0

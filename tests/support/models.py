@@ -1,4 +1,4 @@
-"""Small models and data sources for `import:tests.support.models:...`, as a user's own code."""
+"""Small models and data sources of a user, for `import:tests.support.models:...`."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class SmallNet(nn.Module):
-    """Two layers and a classifier, without BatchNorm by default, so that results do not depend on the split of a batch."""
+    """Network of two layers and a classifier, by default without BatchNorm, whose results depend on the parts of a batch."""
 
     def __init__(self, num_classes: int, *, width: int, norm: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ def student_float64(num_classes: int) -> nn.Module:
 
 
 def student_with_everything(num_classes: int) -> nn.Module:
-    """BatchNorm and dropout: state that a resume must bring back."""
+    """Build a network with BatchNorm and dropout, whose state a resume must restore."""
     return SmallNet(num_classes, width=8, norm=True, dropout=0.2)
 
 
 def student_with_a_constant(num_classes: int) -> nn.Module:
-    """The same network and files, and a buffer that may be read: ranks exchange their buffers for it in each step."""
+    """Build `student_with_everything` with one more buffer, because of which ranks exchange their buffers in each step."""
     model = SmallNet(num_classes, width=8, norm=True, dropout=0.2)
     model.register_buffer("constant", torch.ones(1), persistent=False)
     return model
@@ -63,7 +63,7 @@ def with_an_idle_layer(num_classes: int) -> nn.Module:
 
 
 class Undeterministic(SmallNet):
-    """Its gradient goes through an operator that has no deterministic kernel, on CPUs either."""
+    """Network with an operator in its backward pass that has no deterministic kernel, not even on CPUs."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
@@ -80,13 +80,13 @@ def without_a_classifier(num_classes: int) -> nn.Module:
 
 
 def images(split: str, image_size: int) -> dict[str, object]:
-    """Colored noise around one mean color per class, the same at every call."""
+    """Create noise around one mean color for each class, the same in every call."""
     generator = torch.Generator().manual_seed({"train": int(os.environ.get("KD_TEST_NOISE_SEED", "1")), "test": 2}[split])
     samples = {"train": 160, "test": 41}[split]
     labels = torch.arange(samples) % 4
-    colours = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [150, 150, 40]])
+    colors = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [150, 150, 40]])
     noise = torch.randint(-40, 40, (samples, image_size, image_size, 3), generator=generator)
-    pixels = (colours[labels][:, None, None] + noise).clamp(0, 255).to(torch.uint8)
+    pixels = (colors[labels][:, None, None] + noise).clamp(0, 255).to(torch.uint8)
     return {"images": pixels.numpy(), "labels": labels.tolist(), "label_names": ["red", "green", "blue", "olive"]}
 
 
@@ -103,7 +103,7 @@ def wide_student(num_classes: int) -> nn.Module:
 
 
 def swapped_images(split: str, image_size: int) -> dict[str, object]:
-    """Two training samples in each other's place."""
+    """Exchange two training samples."""
     content = images(split, image_size)
     if split == "train":
         pixels, labels = content["images"].copy(), list(content["labels"])
@@ -114,7 +114,7 @@ def swapped_images(split: str, image_size: int) -> dict[str, object]:
 
 
 def touched_images(split: str, image_size: int) -> dict[str, object]:
-    """One channel of one pixel of one training sample has changed by one."""
+    """Change one channel of one pixel of one training sample by one."""
     content = images(split, image_size)
     pixels = content["images"].copy()
     pixels[5, 0, 0, 0] ^= 1
@@ -127,7 +127,7 @@ def relabelled_images(split: str, image_size: int) -> dict[str, object]:
 
 
 class SlowNet(SmallNet):
-    """A slow teacher, so that a build can be killed in the middle."""
+    """Network whose forward takes KD_TEST_FORWARD_S longer."""
 
     def forward(self, images: Tensor) -> Tensor:
         time.sleep(float(os.environ.get("KD_TEST_FORWARD_S", "0")))
@@ -139,21 +139,24 @@ def slow_teacher(num_classes: int) -> nn.Module:
 
 
 def late_teacher(num_classes: int) -> nn.Module:
-    """Takes KD_TEST_FORWARD_S for each batch of a build, on rank 1 alone: rank 0 ends long before."""
+    """Build a teacher that takes KD_TEST_FORWARD_S longer for each batch of a cache build, only on rank 1."""
 
     def wait(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if os.environ.get("RANK") == "1" and len(inputs[0]) >= 16:  # smaller batches are not of the build
+        # Smaller batches are not those of the build.
+        if os.environ.get("RANK") == "1" and len(inputs[0]) >= 16:
             time.sleep(float(os.environ["KD_TEST_FORWARD_S"]))
 
     model = SmallNet(num_classes, width=16, norm=True)
-    model.layer1[0].register_forward_pre_hook(wait)  # in `forward` it would prevent the trace by which BatchNorm is fused
+    # A hook, because a sleep in `forward` would prevent the trace by which BatchNorm is fused.
+    model.layer1[0].register_forward_pre_hook(wait)
     return model
 
 
 class BreakingNet(SmallNet):
-    """Fails in the steps of KD_TEST_BREAKING_STEPS, counted in this process, on rank KD_TEST_BREAKING_RANK alone.
+    """Network that fails in the steps KD_TEST_BREAKING_STEPS, counted in this process, only on rank KD_TEST_BREAKING_RANK.
 
-    KD_TEST_BREAKS: `gradient`, behind a finite loss; `logits` of the third sample of the batch; `weights`, changed a bit.
+    KD_TEST_BREAKS is `gradient` (NaN, with a finite loss), `logits` (NaN for the third sample of the batch), or `weights`
+    (slightly changed).
     """
 
     forwards = 0
@@ -176,19 +179,21 @@ class BreakingNet(SmallNet):
 
 
 class MortalNet(SmallNet):
-    """BatchNorm and dropout, and a fault at KD_TEST_AT; the moving average has the same counter of steps.
+    """Network with BatchNorm and dropout, and a fault at KD_TEST_AT.
 
-    KD_TEST_AT: `train:5` = in the forward of this process's fifth step; `eval:5`, `test:5` = in an evaluation of the validation
-    samples, or of the 41 test samples, after the fifth step. KD_TEST_HAPPENS: the number of a signal to this process, or a file
-    that grows until its disk is full.
+    KD_TEST_AT is `train:5` (in the forward of this process's fifth step), or `eval:5` or `test:5` (in an evaluation of the
+    validation samples, or of the 41 test samples, after the fifth step). KD_TEST_HAPPENS is the number of a signal that is sent
+    to this process, or a file that is written until its disk is full.
     """
 
+    # An attribute of the class, because the moving average is a copy of the network and must have the same count.
     steps = 0
 
     def forward(self, images: Tensor) -> Tensor:
         MortalNet.steps += self.training
         split = "train" if self.training else "test" if len(images) in (41, 21, 20) else "eval"
-        if os.environ.get("KD_TEST_AT") == f"{split}:{MortalNet.steps}" and len(images) > 2:  # not where the model is probed
+        # A forward of at most two images is one that probes the model.
+        if os.environ.get("KD_TEST_AT") == f"{split}:{MortalNet.steps}" and len(images) > 2:
             self.happen(os.environ["KD_TEST_HAPPENS"])
         return super().forward(images)
 
@@ -211,7 +216,7 @@ def breaking(num_classes: int) -> nn.Module:
 
 
 def images_with_an_outlier(split: str, image_size: int) -> dict[str, object]:
-    """Images of little contrast, and one that is a chequerboard: its features are many times larger than all others."""
+    """Create images of little contrast, and a checkerboard, whose features are many times larger."""
     content = images(split, image_size)
     pixels = (content["images"] // 32 + 112).astype("uint8")
     pixels[0] = 0
@@ -220,7 +225,7 @@ def images_with_an_outlier(split: str, image_size: int) -> dict[str, object]:
 
 
 class NamedLogits(SmallNet):
-    """Its second layer has the name of the logits in a cache."""
+    """Network whose second layer has the name of the logits in a cache."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, width=8)

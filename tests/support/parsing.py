@@ -1,4 +1,4 @@
-"""Parsing of flags as the commands do it, and the message of what is refused."""
+"""Parsing of command lines as in a command, and the message for a refused command line."""
 
 import pytest
 from pydantic import BaseModel
@@ -18,11 +18,13 @@ SECTIONS = [
 
 
 def parse(*argv, config_class=RunConfig):
-    parser = CommandParser("x", "", "", config_class=config_class, losses=LOSSES)
+    """Return the config of a command line."""
+    parser = CommandParser("x", "", "", config_class=config_class, takes_files=True, losses=LOSSES)
     return parse_config(config_class, argv, parser=parser)[0]
 
 
 def mistakes(*argv, config_class=RunConfig):
+    """Return the message of the UserError for a command line."""
     with pytest.raises(UserError) as caught:
         parse(*argv, config_class=config_class)
     return str(caught.value)

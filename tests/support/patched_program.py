@@ -2,23 +2,39 @@
 
     python -m tests.support.patched_program PATCH ARGUMENTS
 
-PATCH: `flushes` appends each file of a cache that a process flushes to the disk to KD_TEST_FLUSHES-RANK; `fails` raises an
-unforeseen error on rank 0, while its peers wait for rank 0.
+PATCH is one of:
+
+- `flushes`: append each file of a cache that a process flushes to disk to KD_TEST_FLUSHES-RANK.
+- `fails`: raise an unforeseen error on rank 0, while its peers wait for rank 0.
+- `holds`: hold the training before a step, as `tests.support.holding.Hold` describes.
+- `holds_on`: the same, and hold it also when it has received a signal.
+- `breaks`: raise an error in the same step.
+- `closes_slowly`: the same as `holds`, and take 60 seconds to close the checkpoint writer.
+
+The processes of a launch begin when all of them have imported the program. Imports take seconds, and each process another time.
 """
 
 import os
 import sys
+import time
+from pathlib import Path
 
 from kd_accel.cache import manifest
 from kd_accel.cli import main
+from kd_accel.commands import cache, train  # noqa: F401  (the imports of the commands)
+from kd_accel.training.checkpoint import CheckpointWriter
 from kd_accel.training.run_dir import RunDirectory
+from kd_accel.training.trainer import Trainer
+from tests.support.holding import DIRECTORY, STEP, mark, wait_until
+
+RANK = os.environ.get("RANK", "0")
 
 
 def record_flushes():
     flush = manifest.flush
 
     def recorded(path):
-        with open(f"{os.environ['KD_TEST_FLUSHES']}-{os.environ['RANK']}", "a") as file:
+        with open(f"{os.environ['KD_TEST_FLUSHES']}-{RANK}", "a") as file:
             file.write(f"{path}\n")
         flush(path)
 
@@ -29,6 +45,59 @@ def fail():
     RunDirectory.finished_summary = lambda self: 1 // 0
 
 
+def hold(*, is_ended_by_signal=True):
+    directory, step = Path(os.environ[DIRECTORY]), Trainer.step
+
+    def held(self, *arguments):
+        if self.train_state.position.step == int(os.environ[STEP]):
+            mark(directory / f"held-{RANK}")
+            # A signal ends the hold, so that the steps after it are those in which the ranks agree on a stop.
+            wait_until(
+                lambda: (is_ended_by_signal and self.preemption._signal) or (directory / "released").exists(),
+            )
+        step(self, *arguments)
+
+    Trainer.step = held
+
+
+def break_in_step():
+    step = Trainer.step
+
+    def broken(self, *arguments):
+        if self.train_state.position.step == int(os.environ[STEP]):
+            raise ZeroDivisionError
+        step(self, *arguments)
+
+    Trainer.step = broken
+
+
+def close_slowly():
+    hold()
+    CheckpointWriter.close = lambda self: time.sleep(60)
+
+
+def hold_on():
+    hold(is_ended_by_signal=False)
+
+
+def wait_for_imports(directory):
+    mark(directory / f"imported-{RANK}")
+    ranks = range(int(os.environ.get("WORLD_SIZE", "1")))
+    wait_until(lambda: all((directory / f"imported-{rank}").exists() for rank in ranks))
+
+
+PATCHES = {
+    "flushes": record_flushes,
+    "fails": fail,
+    "holds": hold,
+    "holds_on": hold_on,
+    "breaks": break_in_step,
+    "closes_slowly": close_slowly,
+}
+
 if __name__ == "__main__":
-    {"flushes": record_flushes, "fails": fail}[sys.argv[1]]()
-    main(sys.argv[2:])
+    patch, *arguments = sys.argv[1:]
+    PATCHES[patch]()
+    if DIRECTORY in os.environ:
+        wait_for_imports(Path(os.environ[DIRECTORY]))
+    main(arguments)

@@ -12,9 +12,10 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def read_run(directory: Path) -> dict:
-    """Return the only offline run below a directory.
+    """Read the only offline run in a directory.
 
-    {"id", "group", "job_type", "tags", "config", "history": [{key: value}], "metrics": [names]}
+    Returns:
+        {"id", "group", "job_type", "tags", "config", "history": [{key: value}], "metrics": [names]}.
     """
     (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
     run = {"id": None, "group": None, "job_type": None, "tags": [], "config": {}, "history": [], "metrics": []}

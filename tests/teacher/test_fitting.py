@@ -1,4 +1,4 @@
-"""Fitting of target functions: on view 0 of drawn training samples, independent of what else is fitted, with its notices."""
+"""Fitting of target functions on view 0 of drawn training samples, independent of other fits; notices to the user."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def recorded(network, data, layer):
         return extractor.take()[layer]
 
 
-def test_a_fit_on_all_samples_is_that_of_their_features(network, data):
+def test_a_fit_on_all_samples_equals_a_fit_on_their_features(network, data):
     fitted, expected = PCA(4, images=10_000), PCA(4)
     fit_targets({"layer2": fitted, "layer1": Identity()}, data, network.train(), NORMALIZE)
     network.eval()
@@ -41,7 +41,7 @@ def test_a_fit_on_all_samples_is_that_of_their_features(network, data):
     assert fitted.explained == pytest.approx(expected.explained)
 
 
-def test_a_fit_depends_on_its_own_layer_and_images_alone(network, data):
+def test_a_fit_depends_only_on_its_own_layer_and_images(network, data):
     alone = PCA(4, images=40)
     fit_targets({"layer2": alone}, data, network, NORMALIZE)
     together = {"layer1": PCA(3, images=24), "layer2": PCA(4, images=40)}
@@ -52,7 +52,7 @@ def test_a_fit_depends_on_its_own_layer_and_images_alone(network, data):
     assert not torch.equal(other.projector.conv.weight, alone.projector.conv.weight)
 
 
-def test_what_is_fitted_stays(network, data):
+def test_a_fitted_function_is_not_fitted_again(network, data):
     pca = PCA(4, images=40)
     pca.fit([torch.randn(50, 32, 1, 1)])
     before = pca.projector.conv.weight.clone()
@@ -63,10 +63,10 @@ def test_what_is_fitted_stays(network, data):
 def test_notices():
     pca = PCA(2, images=300)
     pca.fit([torch.randn(50, 5, 1, 1)])
-    kept = f"PCA at layer4 explains {pca.explained:.1%} of the variance"
+    kept = f"PCA of layer4 explains {pca.explained:.1%} of the variance"
     assert fit_notices({"layer4": pca, "layer1": Identity()}, num_samples=300) == [kept]
     first, second = fit_notices({"layer4": pca}, num_samples=128)
     assert first == kept
     assert second == (
-        "distill.features: pca_images 300 is more than the 128 training samples; the PCA is fitted on all of them"
+        "distill.features: pca_images 300 is more than the 128 training samples; the PCA is fitted on all training samples"
     )

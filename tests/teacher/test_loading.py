@@ -1,4 +1,4 @@
-"""Loading of a teacher: from weights of its own, and the comparison of its classes with those of the data."""
+"""Loading of a teacher from a weights file, and the comparison of its classes with those of the data."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ ARCH = "import:tests.support.models:teacher"
 STATISTICS = {"mean": [0.4, 0.5, 0.6], "std": [0.2] * 3}
 
 
-def test_a_teacher_with_weights_of_its_own(tmp_path):
+def test_a_teacher_is_loaded_from_a_weights_file(tmp_path):
     network = build_model(ARCH, num_classes=4, seed=7)
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
     teacher = load_own_teacher(ARCH, str(tmp_path / "weights.safetensors"), num_classes=4, **STATISTICS)
@@ -38,8 +38,8 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
     ("classes", "message"),
     [
         (("a", "b"), "teacher.run: runs/t has 3 classes, the data has 2"),
-        (("a", "c", "b"), "teacher.run: class 1 of runs/t is 'b', but 'c' in the data"),
-        (("a", "b", "d"), "teacher.run: class 2 of runs/t is 'c', but 'd' in the data"),
+        (("a", "c", "b"), "teacher.run: class 1 is 'b' in runs/t, but 'c' in the data"),
+        (("a", "b", "d"), "teacher.run: class 2 is 'c' in runs/t, but 'd' in the data"),
     ],
 )
 def test_other_classes_are_refused(classes, message):

@@ -1,4 +1,4 @@
-"""The teacher: locked, with the same outputs regardless of what surrounds it, and recognized by what decides them."""
+"""The teacher: frozen, with outputs that depend on nothing around it, and a fingerprint of what decides them."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def network():
 
 
 def trained():
-    """Return a network with BatchNorm statistics that are not those of the start."""
+    """Return a network whose BatchNorm statistics differ from their initial values."""
     model = network().train()
     model(torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
     return model.eval()
@@ -42,7 +42,7 @@ def live():
     teacher.close()
 
 
-def test_it_is_in_evaluation_mode_regardless_of_calls_to_train(live):
+def test_the_teacher_is_in_evaluation_mode_regardless_of_calls_to_train(live):
     first = live(batch())
     before = live.digest()
     live.network.train()
@@ -53,7 +53,7 @@ def test_it_is_in_evaluation_mode_regardless_of_calls_to_train(live):
     live.check_unchanged()
 
 
-def test_nothing_of_it_requires_a_gradient(live):
+def test_neither_weights_nor_outputs_require_gradients(live):
     output = live(batch())
     assert not any(parameter.requires_grad for parameter in live.network.parameters())
     assert not output.logits.requires_grad
@@ -79,7 +79,7 @@ def test_features_are_the_targets_by_the_teachers_layers(live):
     projected.close()
 
 
-def test_it_runs_in_its_own_autocast():
+def test_the_forward_runs_in_its_own_autocast():
     live = LiveTeacher(network(), NORMALIZE, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     exact = LiveTeacher(network(), NORMALIZE)
     low, full = live(batch()).logits, exact(batch()).logits
@@ -88,13 +88,13 @@ def test_it_runs_in_its_own_autocast():
 
 
 @pytest.mark.parametrize("name", ["layer1.0.weight", "layer1.1.running_mean", "layer1.1.num_batches_tracked"])
-def test_a_changed_weight_or_buffer_is_noticed(live, name):
+def test_a_changed_weight_or_buffer_is_detected(live, name):
     live.network.state_dict()[name].view(-1)[0] += 1
     with pytest.raises(AssertionError, match="changed during the training"):
         live.check_unchanged()
 
 
-def test_no_hook_stays():
+def test_close_removes_all_hooks():
     model = network()
     LiveTeacher(model, nn.Identity(), targets=raw_targets(["layer1"])).close()
     assert not model.layer1._forward_hooks
@@ -122,7 +122,7 @@ def test_the_fingerprint_depends_on_what_decides_the_outputs():
 
 
 @pytest.mark.parametrize("layers", [(), ("layer1", "layer2")])
-def test_the_copy_for_a_device_computes_the_same(layers):
+def test_the_copy_for_a_device_has_the_same_outputs(layers):
     teacher = Teacher(trained(), [0.5] * 3, [0.25] * 3)
     before = teacher.fingerprint
     copy, normalize = teacher.on_device(CPU, layers=layers, image_size=32)
@@ -138,7 +138,7 @@ def test_the_copy_for_a_device_computes_the_same(layers):
     exact.close()
 
 
-def test_the_fusion_is_made_once_and_is_part_of_the_numerics():
+def test_batchnorm_is_fused_once_and_is_part_of_the_numerics():
     teacher = Teacher(trained(), [0.5] * 3, [0.25] * 3)
     assert teacher.fused(["layer2", "layer1"], image_size=32) is teacher.fused(["layer1", "layer2"], image_size=32)
 
@@ -186,7 +186,7 @@ def test_the_digest_of_samples_depends_on_pixels_labels_and_order():
     assert len({samples_digest(MemoryImages(p, label, "ab"), order) for p, label, order in sets}) == 4
 
 
-def test_the_digest_of_a_decoded_image_is_of_its_pixels_in_their_order():
+def test_the_digest_of_a_decoded_image_covers_its_pixels_in_order():
     pixels = torch.randint(0, 256, (8, 4, 4, 3), dtype=torch.uint8).numpy()
     labels = torch.arange(8).numpy()
     expected = [xxhash.xxh3_64_intdigest(image.tobytes(), seed=label) for label, image in enumerate(pixels)]

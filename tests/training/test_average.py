@@ -1,10 +1,15 @@
-"""The moving average of the weights against torch's own, and through a checkpoint."""
+"""Moving average of the weights, compared with torch's `AveragedModel`, and its use in the evaluations of a training."""
 
+import json
+
+import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_accel.training.average import MovingAverage
+from tests.support.in_process import say, train
+from tests.support.launching import losses, metrics
 
 
 def network():
@@ -20,14 +25,14 @@ def changed(model, step):
     model(torch.randn(5, 3, 6, 6, generator=generator))
 
 
-def test_it_is_torchs_average_that_starts_at_the_initial_weights():
+def test_the_average_equals_torchs_that_starts_from_the_initial_weights():
     model = network()
     model(torch.randn(5, 3, 6, 6))
     own, torchs = (
         MovingAverage(model, decay=0.9),
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=False),
     )
-    torchs.update_parameters(model)  # its first update copies: here the initial weights
+    torchs.update_parameters(model)  # the first update of torch's average copies the weights
     for step in range(4):
         changed(model, step)
         own.update(model)
@@ -40,6 +45,18 @@ def test_it_is_torchs_average_that_starts_at_the_initial_weights():
     assert torch.equal(own.module[1].running_mean, model[1].running_mean) and own.module[1].num_batches_tracked == 5
 
 
-def test_it_takes_part_in_no_gradient():
+def test_the_average_requires_no_gradient():
     average = MovingAverage(network(), decay=0.9)
     assert not any(weight.requires_grad for weight in average.parameters())
+
+
+def test_evaluations_run_the_average(tmp_path):
+    """The validation and test metrics of a training are those of the saved average; its steps are those without an average."""
+    for name, flags in (("plain", []), ("averaged", ["--train.ema_decay=0.99"])):
+        train(tmp_path / name, "--train.max_steps=6", *flags)
+    assert losses(tmp_path / "averaged") == losses(tmp_path / "plain")
+    for split in ("val", "test"):
+        (plain,), (averaged,) = (metrics(tmp_path / name, split) for name in ("plain", "averaged"))
+        saved = json.loads(say("evaluate", tmp_path / "averaged", f"--split={split}").splitlines()[-1])
+        assert averaged["loss"] == pytest.approx(saved["loss"], rel=1e-6)
+        assert abs(averaged["loss"] - plain["loss"]) > 1e-3

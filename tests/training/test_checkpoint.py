@@ -1,4 +1,4 @@
-"""Checkpoints are intact or passed over, keep optimizer state exactly, and never take the last intact one with them."""
+"""Checkpoints: an exact round trip, damage and other versions, links, failed writes, and writes in a thread."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def save(directory, step, keep=3, value=1.0):
     return save_checkpoint(directory, step=step, tensors=tensors, state={"step": step}, keep=keep)
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
     save(tmp_path, 7, value=2.5)
     checkpoint = load_checkpoint(find_checkpoint(tmp_path))
     assert checkpoint.state == {"step": 7}
@@ -40,20 +40,20 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert checkpoint.tensors["optimizer"] == {}
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 30):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000030"]
 
 
-def test_one_that_was_passed_over_does_not_push_out_the_good_ones(tmp_path):
+def test_a_damaged_checkpoint_does_not_replace_an_intact_one(tmp_path):
     save(tmp_path, 1)
     truncate(save(tmp_path, 9))
     save(tmp_path, 2, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_a_directory_that_does_not_exist(tmp_path):
+def test_a_missing_directory_has_no_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path / "nowhere") is None
 
 
@@ -108,7 +108,7 @@ def write_another_version(path, version):
         (lambda path: write_another_version(path, "2"), "state.json is damaged"),
     ],
 )
-def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, damage, reason):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path, damage, reason):
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
     with pytest.warns(UserWarning, match=f"step-00000002 is passed over: .*{reason}"):
@@ -117,7 +117,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path, damage, rea
 
 @pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
 def test_another_version_of_the_format_is_refused_and_left_alone(tmp_path, version):
-    """Not passed over as damaged: an earlier checkpoint would then replace it."""
+    """It is not treated as damaged, because the next checkpoint would then replace it."""
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     write_another_version(path, version)
@@ -134,15 +134,15 @@ def test_a_run_with_checkpoints_of_another_version_is_refused_and_unchanged(tmp_
     (path,) = (tmp_path / "run/checkpoints").iterdir()
     write_another_version(path, 1)
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    shown = train(tmp_path / "run", code=2)
-    assert f"kd-accel: {path}: is of version 1 of the checkpoint format" in shown and "another run_dir" in shown
+    text = train(tmp_path / "run", code=2)
+    assert f"kd-accel: {path}: is of version 1 of the checkpoint format" in text and "another run_dir" in text
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
     train(tmp_path / "other", *flags)
     assert (tmp_path / "other/checkpoints/step-00000003").is_dir()
 
 
-def test_the_names_in_a_checkpoint(tmp_path, distilled):
-    """Keys that docs and other programs rely on."""
+def test_names_of_values_and_tensors_in_a_checkpoint(tmp_path, distilled):
+    """The documentation and other programs rely on these keys."""
     train(tmp_path / "run", *distilled, "--checkpoint.stop_after_steps=2")
     checkpoint = load_checkpoint(tmp_path / "run/checkpoints/step-00000002")
     assert {
@@ -166,14 +166,14 @@ def test_the_names_in_a_checkpoint(tmp_path, distilled):
     assert all(name.startswith(("student.", "feature_losses.mse.projectors.")) for name in module)
 
 
-def test_a_leftover_of_a_killed_writer_is_not_a_checkpoint_and_is_removed(tmp_path):
+def test_a_temporary_directory_of_a_killed_process_is_not_a_checkpoint_and_is_removed(tmp_path):
     shutil.copytree(save(tmp_path, 1), tmp_path / ".step-00000002.tmp-123")
     assert find_checkpoint(tmp_path).name == "step-00000001"
     save(tmp_path, 3)
     assert not list(tmp_path.glob(".step*"))
 
 
-def test_a_disk_that_refuses_is_reported(tmp_path):
+def test_a_failed_write_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write .*resumes from the last intact checkpoint"):
         save(tmp_path / "file" / "checkpoints", 1)
@@ -181,7 +181,7 @@ def test_a_disk_that_refuses_is_reported(tmp_path):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_optimizer_resumes_exactly(name, tmp_path):
-    def trained(model, optimizer, steps):
+    def train_steps(model, optimizer, steps):
         for step in range(steps):
             optimizer.zero_grad()
             model(torch.full((2, 3, 8, 8), 0.1 * (step + 1))).square().sum().backward()
@@ -193,18 +193,18 @@ def test_the_optimizer_resumes_exactly(name, tmp_path):
         return model, build_optimizer(model.parameters(), OptimConfig(name=name, lr=0.01))
 
     straight, straight_optimizer = build()
-    trained(straight, straight_optimizer, 3)
+    train_steps(straight, straight_optimizer, 3)
     tensors, numbers = optimizer_tensors(straight_optimizer)
     path = save_checkpoint(
         tmp_path, step=3, tensors={"m": module_tensors(straight), "o": tensors}, state={"numbers": numbers}, keep=1
     )
-    trained(straight, straight_optimizer, 3)
+    train_steps(straight, straight_optimizer, 3)
 
     resumed, resumed_optimizer = build()
     checkpoint = load_checkpoint(path)
     restore_module(resumed, checkpoint.tensors["m"])
     restore_optimizer(resumed_optimizer, checkpoint.tensors["o"], checkpoint.state["numbers"])
-    trained(resumed, resumed_optimizer, 3)
+    train_steps(resumed, resumed_optimizer, 3)
     for before, after in zip(straight.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(before, after)
     momentum = next(iter(resumed_optimizer.state.values()))
@@ -213,19 +213,19 @@ def test_the_optimizer_resumes_exactly(name, tmp_path):
 
 def test_a_link_among_the_checkpoints_is_neither_read_nor_followed(tmp_path):
     elsewhere = tmp_path / "elsewhere"
-    whole = save(elsewhere, 9)
+    intact = save(elsewhere, 9)
     directory = tmp_path / "checkpoints"
     save(directory, 1)
     for name in ("step-00000002", "step-00000009", ".step-00000003.tmp-1"):
-        (directory / name).symlink_to(whole)
+        (directory / name).symlink_to(intact)
     assert find_checkpoint(directory).name == "step-00000001"
     save(directory, 2, keep=1)
     assert (directory / "step-00000002").is_dir() and not (directory / "step-00000002").is_symlink()
     assert not (directory / "step-00000001").exists()
-    assert find_checkpoint(elsewhere) == whole
+    assert find_checkpoint(elsewhere) == intact
 
 
-def test_a_file_of_a_checkpoint_that_is_a_link(tmp_path):
+def test_a_checkpoint_with_a_linked_file_is_damaged(tmp_path):
     save(tmp_path, 1)
     file = save(tmp_path, 2) / "module.safetensors"
     file.rename(tmp_path / "elsewhere")
@@ -234,7 +234,7 @@ def test_a_file_of_a_checkpoint_that_is_a_link(tmp_path):
         assert find_checkpoint(tmp_path).name == "step-00000001"
 
 
-def test_leftovers_behind_a_link_are_not_ours(tmp_path):
+def test_temporary_files_behind_a_link_are_not_removed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for place in ("cache", "cache/train"):
         (tmp_path / place).mkdir()
@@ -247,7 +247,7 @@ def test_leftovers_behind_a_link_are_not_ours(tmp_path):
     assert (tmp_path / "elsewhere/.x.tmp-1").exists()
 
 
-def test_training_continues_while_a_checkpoint_is_written_and_it_holds_the_moment_of_its_request(tmp_path, monkeypatch):
+def test_training_continues_during_a_write_which_saves_the_state_at_its_start(tmp_path, monkeypatch):
     reached = {}
 
     def slow(directory, *, step, **content):
@@ -262,14 +262,14 @@ def test_training_continues_while_a_checkpoint_is_written_and_it_holds_the_momen
     monkeypatch.setattr("kd_accel.training.checkpoint.save_checkpoint", slow)
     train(tmp_path / "slow", *flags)
     assert reached[3] >= 6
-    assert list(reached) == list(range(3, 25, 3))  # in their order, none at the same time as another
+    assert list(reached) == list(range(3, 25, 3)), "writes are in order, one at a time"
     for step in reached:
         for file in ("module.safetensors", "optimizer.safetensors"):
             one, other = (tmp_path / run / "checkpoints" / f"step-{step:08d}" / file for run in ("plain", "slow"))
             assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_failed_write_is_raised_by_the_next_call(tmp_path):
+def test_the_error_of_a_failed_write_is_raised_by_the_next_call(tmp_path):
     (tmp_path / "file").write_text("")
     writer = CheckpointWriter()
     writer.write(tmp_path / "file" / "checkpoints", step=1, tensors={}, state={}, keep=1)

@@ -1,7 +1,7 @@
-"""Parts of a step with tensors that claim to be on a GPU: views, teacher, distiller, metrics, guard, average, update.
+"""Parts of a step with fake CUDA tensors: views, teacher, distiller, metrics, guard, average, update.
 
-Fake tensors keep track of device, dtype and shape and refuse to mix devices, so an operand left on the CPU is found. They have
-no values, so a read of one, which on a GPU synchronizes with all queued work, is found too.
+Fake tensors have a device, dtype and shape, and an operator with tensors of two devices fails, so a tensor left on the CPU is
+found. They have no values, so an operator that reads a value, which synchronizes a GPU, fails too.
 """
 
 from types import SimpleNamespace
@@ -63,7 +63,7 @@ def test_a_step_leaves_nothing_on_the_wrong_device(direction, use_bf16):
 
 
 def build_pair(loss, use_bf16):
-    """A live teacher and a distiller with one feature loss over all layers, its targets fitted, all on the fake GPU."""
+    """Build a live teacher and a distiller with one feature loss over all layers and fitted targets, all on the fake GPU."""
     student = build_model("torchvision/resnet18", num_classes=10)
     network = build_model("torchvision/resnet50", num_classes=10)
     ours, theirs = (probe_layers(model, LAYERS, image_size=32) for model in (student, network))
@@ -82,7 +82,7 @@ def build_pair(loss, use_bf16):
 
 
 class TeacherWithoutDigest(LiveTeacher):
-    """A fake tensor has no bytes, so the digest of the weights is left out."""
+    """Live teacher without a digest of its weights, because a fake tensor has no bytes."""
 
     def digest(self):
         return "fake"
@@ -113,7 +113,7 @@ def test_stored_outputs_are_decoded_on_the_device(dtype):
 
 
 class FakeAccelerator:
-    """The attributes of Accelerate's that a guard reads."""
+    """Accelerator with the attributes that a guard reads."""
 
     device, scaler, process_index = torch.device("cuda"), None, 0
 
@@ -129,7 +129,7 @@ def test_the_guard_and_the_average_read_nothing():
     with FakeTensorMode(), torch.device("cuda"):
         network = with_gradients()
         average, wrapped = MovingAverage(torch.nn.Identity(), decay=0.999), SimpleNamespace(optimizer=SimpleNamespace())
-        # a fake network cannot be copied
+        # A fake network cannot be copied.
         average.module = build_model("torchvision/resnet18", num_classes=10).requires_grad_(False)
         guard = NonFiniteGuard(FakeAccelerator(), network, wrapped)
         batch = batch_on("cuda")
@@ -147,7 +147,7 @@ def test_the_guard_and_the_average_read_nothing():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_update_reads_nothing(name):
-    """With foreach kernels, and AdamW's counts on the device: fused ones, which a training uses, have no fake form."""
+    """Foreach kernels, with AdamW's step counts on the device, stand in for the fused kernels, which have no fake version."""
     with FakeTensorMode(), torch.device("cuda"):
         network = with_gradients()
         kind, own = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {"capturable": True})}[name]
@@ -159,7 +159,7 @@ def test_the_update_reads_nothing(name):
 
 
 def test_torchs_average_reads_its_counter():
-    """The reason for an average of our own, and the proof that this check can fail."""
+    """It is the reason for `MovingAverage`, and the proof that this check can fail."""
     with FakeTensorMode(), torch.device("cuda"):
         network = build_model("torchvision/resnet18", num_classes=10)
         average = AveragedModel(torch.nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(0.999))

@@ -45,8 +45,10 @@ class Processes:
         ]
 
     def signal(self, number):
-        for rank in self.ranks:
-            rank.send_signal(number)
+        """Send a signal to all ranks at once: each is stopped until all have it, else one would see the end of another."""
+        for each in (signal.SIGSTOP, number, signal.SIGCONT):
+            for rank in self.ranks:
+                rank.send_signal(each)
 
     def end(self):
         """[exit code of each rank], stderr of rank 0."""

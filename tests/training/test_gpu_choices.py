@@ -1,4 +1,4 @@
-"""Choices that depend on a GPU, as far as they can be tested without one."""
+"""Choices that depend on a GPU, as far as a test without a GPU can check them."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_tf32_is_part_of_the_fingerprint_on_a_gpu_alone():
     ("has_gpu", "setting", "gloo_s"), [(True, None, 600), (False, None, 1800), (True, 5.0, 5), (False, 5.0, 5)]
 )
 def test_timeouts_of_the_process_groups(monkeypatch, has_gpu, setting, gloo_s):
-    """NCCL, the first group of a launch with GPUs, has a longer one than gloo, whose error is an exception."""
+    """NCCL's timeout is longer than gloo's, because only gloo raises an exception."""
     joined = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(distributed, "Accelerator", lambda **arguments: joined.update(arguments))
@@ -52,7 +52,7 @@ def test_timeouts_of_the_process_groups(monkeypatch, has_gpu, setting, gloo_s):
 
 
 def test_batchnorm_is_fused_before_the_network_is_moved():
-    """A fused copy is compared with the original: impossible on a device without values, and too coarse with TF32."""
+    """The fused copy is compared with the original, which is impossible on a device without values and imprecise with TF32."""
     teacher = Teacher(build_model("torchvision/resnet18", num_classes=10), [0.5] * 3, [0.25] * 3)
     network, _ = teacher.on_device(torch.device("meta"), image_size=32, channels_last=False, cpu_kernels="never")
     assert network.conv1.weight.device.type == "meta"
@@ -70,7 +70,7 @@ def test_batchnorm_is_fused_before_the_network_is_moved():
         (128, 8, 32, CPU, False),
     ],
 )
-def test_few_small_images_for_each_gpu_have_a_notice(batch_size, processes, image_size, device, has_notice):
+def test_a_forward_of_few_small_images_on_a_gpu_has_a_notice(batch_size, processes, image_size, device, has_notice):
     notices = notices_of_small_batches(device, batch_size=batch_size, image_size=image_size, processes=processes)
     assert len(notices) == has_notice
     assert all(f"{batch_size // processes} images of {image_size} pixels in a forward" in notice for notice in notices)

@@ -11,64 +11,74 @@ import time
 import psutil
 import pytest
 
-from tests.support.launching import LAUNCH, ROOT, SMALL, environment, free_port, losses, metrics, start, summary, train
+from tests.support.holding import Hold
+from tests.support.launching import (
+    LAUNCH,
+    ROOT,
+    SMALL,
+    environment,
+    free_port,
+    last_lines,
+    losses,
+    metrics,
+    ranks_of,
+    start,
+    summary,
+    train,
+)
 from tests.support.resuming import assert_same_run
 
 pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 10
+"""Time until a peer that does not respond counts as lost. It must exceed the lead of a process over a slower one."""
+
 STEADY = [
     "--model.arch=import:tests.support.models:student_with_everything",
-    "--train.epochs=50",
+    "--train.epochs=10",
     "--checkpoint.every_steps=10",
     "--checkpoint.every_epochs=null",
-    f"--train.timeout_s={TIMEOUT_S}",
 ]
-"""Four hundred steps: some seconds, in which a failure can be placed."""
+"""Eighty steps."""
+
+HELD_AT = 25
 
 
-def node(rank, run_dir, *flags, port, address="127.0.0.1", namespace=None, **changes):
+def node(rank, run_dir, *flags, port, address="127.0.0.1", namespace=None, hold=None, **changes):
     argv = [
         *LAUNCH,
         *("--config_file", "launch/multinode.yaml", "--num_machines", "2", "--num_processes", "2"),
         *("--machine_rank", str(rank), "--main_process_ip", address, "--main_process_port", str(port)),
-        *("-m", "kd_accel", "train", f"--run_dir={run_dir}", *SMALL, *flags),
+        *(["-m", "tests.support.patched_program", "holds"] if hold else ["-m", "kd_accel"]),
+        *("train", f"--run_dir={run_dir}", *SMALL, *flags),
     ]
     return subprocess.Popen(
         [*(["ip", "netns", "exec", namespace] if namespace else []), *argv],
         cwd=ROOT,
-        env=environment(**changes),
+        env=environment(**changes, **(hold.environment if hold else {})),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def both(run_dir, *flags):
+def both(run_dir, *flags, hold=None):
     port = free_port()
-    return [node(rank, run_dir, *flags, port=port) for rank in (0, 1)]
+    return [node(rank, run_dir, *flags, port=port, hold=hold) for rank in (0, 1)]
 
 
 def finish(nodes):
     outputs = [each.communicate(timeout=240)[0] for each in nodes]
-    assert [each.returncode for each in nodes] == [0, 0], outputs
-
-
-def wait_for_step(process, step):
-    """Wait until the process that prints progress has done a step."""
-    said = []
-    while f"step {step}/" not in (said[-1] if said else ""):
-        said.append(process.stdout.readline())
-        assert process.poll() is None, "".join(said)
+    assert [each.returncode for each in nodes] == [0, 0], "\n".join(outputs)
 
 
 @contextlib.contextmanager
 def ended(nodes):
     """Kill all processes of the nodes at the end of the `with` block; yields the processes."""
-    everybody = [
-        child for each in nodes for child in [psutil.Process(each.pid), *psutil.Process(each.pid).children(recursive=True)]
-    ]
+    everybody = []
     try:
+        for each in nodes:
+            everybody += [psutil.Process(each.pid), *psutil.Process(each.pid).children(recursive=True)]
         yield everybody
     finally:
         for process in everybody:
@@ -78,11 +88,29 @@ def ended(nodes):
             each.wait()
 
 
+def assert_lost(output, rank):
+    """Check that a rank has reported once that its peers are lost, and that its launcher ends with this report."""
+    text = f"rank {rank} of 2 has lost its peers after step {HELD_AT} ("
+    assert output.count(f"kd-accel: {text}") == 1, output
+    report = last_lines(output)
+    assert text in report and "run the same command again to resume" in report, output
+    assert "kd_accel/training" not in output
+
+
 def test_two_nodes_train_what_one_process_does(tmp_path):
     finish(both(tmp_path / "run"))
     assert summary(tmp_path / "run")["world_size"] == 2
     train(tmp_path / "one")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_each_launcher_ends_with_a_wrong_setting(tmp_path):
+    nodes = both(tmp_path / "run", "--train.epoch=3")
+    text = "--train.epoch: no such setting; did you mean --train.epochs?"
+    for each in nodes:
+        output, _ = each.communicate(timeout=240)
+        assert each.returncode not in (0, None)
+        assert output.count(f"kd-accel: {text}") == 1 and last_lines(output).splitlines()[-2] == f"  {text}", output
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +120,21 @@ def straight(tmp_path_factory):
     return run_dir
 
 
-def test_a_node_that_dies_ends_its_peer_and_the_next_start_resumes(tmp_path, fault_record, straight):
-    nodes = both(tmp_path / "run", *STEADY)
+@pytest.mark.parametrize("dead", [1, pytest.param(0, marks=pytest.mark.faults)])
+def test_a_node_that_dies_ends_its_peer_and_the_next_start_resumes(tmp_path, fault_record, straight, dead):
+    """Node 0 has the store by which the processes have found each other."""
+    hold = Hold(tmp_path / "hold", step=HELD_AT)
+    nodes = both(tmp_path / "run", *STEADY, hold=hold)
     with fault_record.trial("a node dies"):
-        wait_for_step(nodes[0], 25)
+        hold.wait_for_ranks(*nodes)
         with ended(nodes) as everybody:
-            for process in [*psutil.Process(nodes[1].pid).children(recursive=True), psutil.Process(nodes[1].pid)]:
+            for process in [*psutil.Process(nodes[dead].pid).children(recursive=True), psutil.Process(nodes[dead].pid)]:
                 process.kill()
-            said, _ = nodes[0].communicate(timeout=TIMEOUT_S + 30)
-            assert nodes[0].returncode not in (0, None)
-            assert said.count("kd-accel: rank 0 of 2 has lost its peers after step ") == 1, said
-            assert "run the same command again to resume" in said and "kd_accel/training" not in said
-            assert not psutil.wait_procs(everybody, timeout=10)[1]
+            hold.release()
+            output, _ = nodes[1 - dead].communicate(timeout=240)
+            assert nodes[1 - dead].returncode not in (0, None)
+            assert_lost(output, 1 - dead)
+            assert not psutil.wait_procs(everybody, timeout=60)[1]
         finish(both(tmp_path / "run", *STEADY))
         assert_same_run(straight, tmp_path / "run")
 
@@ -116,17 +147,27 @@ def test_a_process_that_never_comes(tmp_path):
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
+def test_a_wrong_network_interface_is_refused(tmp_path):
+    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = train(tmp_path / "run", code=2, GLOO_SOCKET_IFNAME="nowhere0", **alone)
+    assert "Unable to find" in done.stderr and "set GLOO_SOCKET_IFNAME" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
 @pytest.mark.faults
 def test_a_process_that_hangs_ends_the_others(tmp_path, fault_record, straight):
-    process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, *STEADY, processes=2)
-    with fault_record.trial("a process hangs"), ended([process]):
-        wait_for_step(process, 25)
-        ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
-        next(child for child in ranks if child.environ()["RANK"] == "1").send_signal(signal.SIGSTOP)
-        _, said = process.communicate(timeout=TIMEOUT_S + 60)  # the launcher gives it 30 s to obey
-        assert process.returncode != 0
-        assert said.count("kd-accel: rank 0 of 2 has lost its peers after step ") == 1, said
-        assert not psutil.wait_procs(ranks, timeout=10)[1]
+    hold = Hold(tmp_path / "hold", step=HELD_AT)
+    flags = [*SMALL, *STEADY, f"--train.timeout_s={TIMEOUT_S}"]
+    process = start("train", f"--run_dir={tmp_path / 'run'}", *flags, processes=2, patch="holds", **hold.environment)
+    with fault_record.trial("a process hangs"):
+        hold.wait_for_ranks(process)
+        with ended([process]) as everybody:
+            ranks_of(process)[1].send_signal(signal.SIGSTOP)
+            hold.release()
+            _, output = process.communicate(timeout=240)  # the launcher kills the process 30 s after SIGTERM
+            assert process.returncode != 0
+            assert_lost(output, 0)
+            assert not psutil.wait_procs(everybody, timeout=60)[1]
         train(tmp_path / "run", *STEADY, processes=2)
         assert_same_run(straight, tmp_path / "run")
 
@@ -165,33 +206,37 @@ def test_a_network_that_is_cut(tmp_path, fault_record, straight, network):
     """No packet reaches either side; both end within the timeout, and resume when the network is back."""
     names, addresses, cable = network
 
-    def nodes():
+    def nodes(*flags, hold=None):
         return [
             node(
                 rank,
                 tmp_path / "run",
                 *STEADY,
+                *flags,
                 port=29622,
                 address=addresses[0],
                 namespace=names[rank],
+                hold=hold,
                 GLOO_SOCKET_IFNAME=f"veth{rank}",
             )
             for rank in (0, 1)
         ]
 
+    hold = Hold(tmp_path / "hold", step=HELD_AT)
     with fault_record.trial("the network between two nodes is cut"):
-        first = nodes()
-        wait_for_step(first[0], 25)
+        first = nodes(f"--train.timeout_s={TIMEOUT_S}", hold=hold)
+        hold.wait_for_ranks(*first)
         with ended(first) as everybody:
             cable("down")
+            hold.release()
             cut_at = time.monotonic()
-            outputs = [each.communicate(timeout=120)[0] for each in first]
+            outputs = [each.communicate(timeout=240)[0] for each in first]
             print(f"both nodes had ended {time.monotonic() - cut_at:.1f} s after the cut", file=sys.stderr)
             assert all(each.returncode not in (0, None) for each in first)
-            for rank, said in enumerate(outputs):
-                assert said.count(f"kd-accel: rank {rank} of 2 has lost its peers after step ") == 1, said
-            assert not psutil.wait_procs(everybody, timeout=10)[1]
+            for rank, output in enumerate(outputs):
+                assert_lost(output, rank)
+            assert not psutil.wait_procs(everybody, timeout=60)[1]
         cable("up")
         finish(nodes())
         assert_same_run(straight, tmp_path / "run")
-    assert len(metrics(tmp_path / "run", "train")) == 400
+    assert len(metrics(tmp_path / "run", "train")) == 80

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: the run stops, and names step, term, rank and samples."""
+"""Losses and gradients that are not finite: the run stops with a message that names step, term, rank and samples."""
 
 import copy
 
@@ -23,14 +23,14 @@ from tests.support.models import SmallNet
 BREAKING = ["--model.arch=import:tests.support.models:breaking", "--checkpoint.every_steps=3", "--checkpoint.keep=1"]
 
 
-def sample_at(place, *, step):
-    """The sample at a place of the global batch of a step of the first epoch."""
+def sample_at(position, *, step):
+    """Return the sample at a position in the global batch of a step of the first epoch."""
     samples = split_samples(160, 41, DataConfig(val_fraction=0.2)).train
-    return epoch_order(samples, seed=0, epoch=0)[16 * (step - 1) + place]
+    return epoch_order(samples, seed=0, epoch=0)[16 * (step - 1) + position]
 
 
 class Bench:
-    """The parts of a training around one guard, and their state."""
+    """Model, optimizer, moving average and guard of a training."""
 
     def __init__(self, *, optimizer="sgd", scaler=None):
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ class Bench:
         self.guard = NonFiniteGuard(self.accelerator, module, own)
 
     def step(self, number, *, factor=1.0, samples=(7, 8, 9, 10)):
-        """One step on images that depend on `number`; the loss is multiplied by `factor`."""
+        """Run one step on images that depend on `number`, with the loss multiplied by `factor`."""
         generator = torch.Generator().manual_seed(number)
         images = torch.rand(4, 3, 32, 32, generator=generator)
         logits = self.model(images)
@@ -71,7 +71,7 @@ class Bench:
 
     @property
     def state(self):
-        """The same, and the statistics of BatchNorm and the moving average."""
+        """Weights, the optimizer's state, the statistics of BatchNorm and the moving average."""
         average = {f"a.{name}": value for name, value in self.average.state_dict().items()}
         return copy.deepcopy({**self.trained, **dict(self.model.named_buffers()), **average})
 
@@ -84,7 +84,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("bad_step", [1, 3])
 def test_a_bad_step_changes_no_weight_and_stops_the_run(optimizer, bad_step):
-    """Weights and momentum are those of a run without the step, which may be the first one; later steps do not hide it."""
+    """Weights and momentum equal those of a run without the bad step, also if it is the first, and `check` finds it later."""
     clean, broken = Bench(optimizer=optimizer), Bench(optimizer=optimizer)
     for number in (1, 2, 3, 4):
         if number == bad_step:
@@ -100,7 +100,7 @@ def test_a_bad_step_changes_no_weight_and_stops_the_run(optimizer, bad_step):
     assert str(refused.value).startswith(f"{cause}lower optim.lr")
 
 
-def test_a_guard_changes_nothing_where_all_is_finite():
+def test_a_guard_does_not_change_finite_steps():
     guarded, bare = Bench(), Bench()
     for number in (1, 2, 3):
         norm = guarded.step(number)
@@ -114,8 +114,8 @@ def test_a_guard_changes_nothing_where_all_is_finite():
     assert_same(guarded.state, bare.state)
 
 
-def test_an_overflow_under_fp16_is_the_scalers():
-    """torch's scaler for CPUs does what that of a GPU does."""
+def test_an_fp16_overflow_is_left_to_the_loss_scaler():
+    """torch's GradScaler for CPUs behaves like that for GPUs."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     bench = Bench(scaler=scaler)
     before = {name: tensor.clone() for name, tensor in bench.model.named_parameters()}
@@ -132,16 +132,16 @@ def test_an_overflow_under_fp16_is_the_scalers():
 def test_term_step_and_samples_are_named_and_the_checkpoint_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("KD_TEST_BREAKING_STEPS", "5")
     monkeypatch.setenv("KD_TEST_BREAKS", "logits")
-    said = in_process.train(tmp_path / "run", *BREAKING, "--train.log_every_steps=20", code=2)
-    where = f"the loss term ce is not finite on rank 0 (the student's logits of sample {sample_at(2, step=5)}) at step 5: "
-    assert f"kd-accel: {where}the training has diverged; lower optim.lr" in said and "Traceback" not in said
+    text = in_process.train(tmp_path / "run", *BREAKING, "--train.log_every_steps=20", code=2)
+    cause = f"the loss term ce is not finite on rank 0 (the student's logits of sample {sample_at(2, step=5)}) at step 5: "
+    assert f"kd-accel: {cause}the training has diverged; lower optim.lr" in text and "Traceback" not in text
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
     monkeypatch.setenv("KD_TEST_BREAKS", "gradient")
-    said = in_process.train(tmp_path / "other", *BREAKING, code=2)
-    assert "the gradient of layer1.0.weight is not finite (rank 0 had samples " in said and "at step 5" in said
+    text = in_process.train(tmp_path / "other", *BREAKING, code=2)
+    assert "the gradient of layer1.0.weight is not finite (rank 0 had samples " in text and "at step 5" in text
 
 
-def test_a_learning_rate_far_too_high(tmp_path):
+def test_a_learning_rate_that_is_too_high_is_reported(tmp_path):
     done = train(tmp_path / "run", "--optim.lr=1e30", "--optim.schedule=constant", "--train.log_every_steps=7", code=2)
     check_message(done, "the loss term ce is not finite on rank 0", "at step 2: the training has diverged", "lower optim.lr")
     done = train(tmp_path / "weights", "--optim.lr=1e40", "--optim.schedule=constant", "--checkpoint.every_steps=1", code=2)
@@ -149,13 +149,14 @@ def test_a_learning_rate_far_too_high(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_rank_goes_wrong(tmp_path):
-    """All ranks stop at the step that is not finite on one of them, and the message is printed once."""
+@pytest.mark.proof
+def test_a_value_that_is_not_finite_on_one_rank_stops_all_ranks(tmp_path):
+    """All ranks stop at the same step, and the message is printed once."""
     environment = {"KD_TEST_BREAKING_STEPS": "5,6", "KD_TEST_BREAKING_RANK": "1", "KD_TEST_BREAKS": "logits"}
     done = train(tmp_path / "stopped", *BREAKING, processes=2, code=None, **environment)
     sample = sample_at(10, step=5)
-    told = f"the loss term ce is not finite on rank 1 (the student's logits of sample {sample}) at step 5: "
-    assert done.stderr.count(told) == 1
+    message = f"the loss term ce is not finite on rank 1 (the student's logits of sample {sample}) at step 5: "
+    check_message(done, message)
     assert "kd_accel/training" not in done.stderr
     assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-00000003"]
 
@@ -164,7 +165,7 @@ def test_one_rank_goes_wrong(tmp_path):
 def test_weights_that_differ_between_ranks_are_not_saved(tmp_path):
     environment = {"KD_TEST_BREAKING_STEPS": "5", "KD_TEST_BREAKING_RANK": "1", "KD_TEST_BREAKS": "weights"}
     done = train(tmp_path / "run", *BREAKING, processes=2, code=None, **environment)
-    told = "kd-accel: the weights of rank 1 differ from those of rank 0 after step 6 (first in layer2.0.weight)"
-    assert done.stderr.count(told) == 1
+    message = "kd-accel: the weights of rank 1 differ from those of rank 0 after step 6 (first in layer2.0.weight)"
+    assert done.stderr.count(message) == 1
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
     train(tmp_path / "run", *BREAKING, processes=2)

@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step; its courses agree with torch's own schedulers."""
+"""Learning rate as a function of the step, compared with torch's schedulers, and the settings of the optimizer."""
 
 import math
 
@@ -27,12 +27,12 @@ def torch_rates(build_scheduler, total_steps, lr):
     return found
 
 
-def test_cosine_is_torchs():
+def test_cosine_equals_torchs_scheduler():
     expected = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=40), 40, 0.3)
     assert rates(OptimConfig(lr=0.3, schedule="cosine"), 40) == pytest.approx(expected, rel=1e-12)
 
 
-def test_step_is_torchs():
+def test_step_equals_torchs_scheduler():
     expected = torch_rates(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [20, 30], gamma=0.2), 40, 0.3)
     assert rates(OptimConfig(lr=0.3, schedule="step", step_epochs=[2, 3], step_gamma=0.2), 40) == pytest.approx(expected)
 
@@ -42,7 +42,7 @@ def test_constant_with_warmup_rises_linearly():
     assert found == pytest.approx([0.1, 0.2, 0.3, 0.4] + [0.4] * 36)
 
 
-def test_one_cycle_has_torchs_peak_and_ends():
+def test_onecycle_has_the_peak_and_the_ends_of_torchs_scheduler():
     found = rates(OptimConfig(lr=0.5), 1000)
     expected = torch_rates(
         lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=1000, pct_start=0.3), 1000, 0.5
@@ -72,6 +72,6 @@ def test_the_settings_reach_the_optimizer():
     assert adamw.param_groups[0]["lr"] == 0.01
 
 
-def test_nothing_to_train():
+def test_a_model_without_trained_parameters_is_refused():
     with pytest.raises(UserError, match="no parameter that can be trained"):
         build_optimizer([torch.nn.Parameter(torch.zeros(2), requires_grad=False)], OptimConfig())

@@ -1,49 +1,59 @@
-"""A signal ends a training after a step and a checkpoint, on all ranks at the same step; a resume ends as one never stopped."""
+"""Stop of a training by a signal: after a step and a checkpoint, on all ranks at the same step. The resumed run is the same."""
 
 import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
-from tests.support import launching
-from tests.support.launching import SMALL, kill_all, train
+from tests.support.holding import Hold, wait_until
+from tests.support.launching import ROOT, SMALL, environment, free_port, kill_all, last_lines, ranks_of, start, train
 from tests.support.resuming import assert_same_run
 
 pytestmark = pytest.mark.slow
 
 FLAGS = [
-    "--train.epochs=40",
-    "--model.arch=import:tests.support.models:student_with_everything",
+    "--train.epochs=5",
+    "--model.arch=import:tests.support.models:mortal",
     "--checkpoint.every_epochs=null",
 ]
-
-
-def start(run_dir, *flags, processes=1, **environment_changes):
-    argv = ["train", f"--run_dir={run_dir}", *SMALL, *FLAGS, *flags]
-    return launching.start(*argv, processes=processes, **environment_changes)
-
-
-def signalled(run_dir, number, *flags, processes=1, at_step=10, **environment_changes):
-    """Return (exit code, stderr) of a training that was signaled once it had passed a step."""
-    process = start(run_dir, *flags, processes=processes, **environment_changes)
-    try:
-        while f"step {at_step}/" not in process.stdout.readline():
-            assert process.poll() is None, process.stderr.read()
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        return process.returncode, said
-    finally:
-        if process.poll() is None:
-            kill_all(process)
+"""Forty steps."""
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
+    """Return the directories of runs that were never stopped, by number of processes."""
     runs = {}
     for processes in (1, 2):
         runs[processes] = tmp_path_factory.mktemp("straight") / str(processes)
         train(runs[processes], *FLAGS, processes=processes)
     return runs
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Function that starts a training of two processes and returns (launcher, hold) when both ranks are held after 10 steps."""
+    hold = Hold(tmp_path / "hold", step=10)
+    launchers = []
+
+    def start_held(*flags, patch="holds", **environment_changes):
+        argv = ["train", f"--run_dir={tmp_path / 'run'}", *SMALL, *FLAGS, *flags]
+        launchers.append(start(*argv, processes=2, patch=patch, **hold.environment, **environment_changes))
+        hold.wait_for_ranks(*launchers)
+        return launchers[0], hold
+
+    yield start_held
+    for launcher in launchers:
+        kill_all(launcher)
+
+
+def stderr_of(launcher):
+    """Return what a launcher has printed when it has failed."""
+    _, stderr = launcher.communicate(timeout=240)
+    assert launcher.returncode != 0
+    return stderr
 
 
 AT_LENGTH = pytest.mark.faults
@@ -53,102 +63,157 @@ AT_LENGTH = pytest.mark.faults
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=AT_LENGTH), pytest.param(signal.SIGUSR1, marks=AT_LENGTH)]
 )
 def test_one_process(tmp_path, straight, number):
-    code, said = signalled(tmp_path / "run", number)
-    assert code == 128 + number
-    assert f"stopped by {number.name} after step" in said and "Traceback" not in said
+    """The model sends the signal in the tenth step."""
+    at_step_10 = {"KD_TEST_AT": "train:10", "KD_TEST_HAPPENS": str(int(number))}
+    done = train(tmp_path / "run", *FLAGS, code=128 + number, **at_step_10)
+    assert f"stopped by {number.name} after step 10" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run/summary.json").exists()
     train(tmp_path / "run", *FLAGS)
     assert_same_run(straight[1], tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=AT_LENGTH)])
-def test_two_processes_stop_at_the_same_step(tmp_path, straight, number):
-    """The launcher handles the signals that it is told to, and passes them on."""
-    handled = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
-    code, said = signalled(tmp_path / "run", number, processes=2, **handled)
-    assert code != 0
-    assert said.count(f"stopped by {number.name} after step") == 1
-    assert "kd_accel/training" not in said
+def test_two_processes_stop_at_the_same_step(tmp_path, held, straight, number):
+    """The launcher handles the signals that it is told to, and forwards them."""
+    launcher, _ = held(PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGUSR1")
+    launcher.send_signal(number)
+    stderr = stderr_of(launcher)
+    assert stderr.count(f"kd-accel: stopped by {number.name} after step 12") == 1, stderr
+    assert "kd_accel/training" not in stderr
     train(tmp_path / "run", *FLAGS, processes=2)
     assert_same_run(straight[2], tmp_path / "run")
 
 
-def test_the_workers_that_load_data_are_signaled_too(tmp_path, straight):
-    """A launcher signals whole process groups."""
-    code, said = signalled(tmp_path / "run", signal.SIGTERM, "--data.num_workers=1", processes=2)
-    assert code != 0
-    assert said.count("stopped by SIGTERM after step") == 1
-    assert "DataLoader worker" not in said
+def test_the_workers_that_load_data_are_signaled_too(tmp_path, held, straight):
+    """A launcher signals process groups."""
+    launcher, _ = held("--data.num_workers=1")
+    launcher.send_signal(signal.SIGTERM)
+    stderr = stderr_of(launcher)
+    assert stderr.count("kd-accel: stopped by SIGTERM after step 12") == 1, stderr
+    assert "DataLoader worker" not in stderr
     train(tmp_path / "run", *FLAGS, processes=2)
     assert_same_run(straight[2], tmp_path / "run")
 
 
 @AT_LENGTH
 def test_a_signal_in_the_first_step(tmp_path, straight):
-    process = start(tmp_path / "run")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run/metrics.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
+    process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, *FLAGS)
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before the handler is installed
     train(tmp_path / "run", *FLAGS)
     assert_same_run(straight[1], tmp_path / "run")
 
 
 @AT_LENGTH
-def test_only_one_rank_is_signaled(tmp_path, straight):
-    import psutil
-
-    process = start(tmp_path / "run", processes=2)
-    try:
-        while "step 10/" not in process.stdout.readline():
-            assert process.poll() is None, process.stderr.read()
-        ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "RANK" in child.environ()]
-        next(child for child in ranks if child.environ()["RANK"] == "1").send_signal(signal.SIGUSR1)
-        _, said = process.communicate(timeout=90)
-    finally:
-        if process.poll() is None:
-            kill_all(process)
-    assert said.count("stopped by SIGUSR1 after step") == 1
+def test_only_one_rank_is_signaled(tmp_path, held, straight):
+    """The launcher, which has not been signaled, ends with the report of the processes."""
+    launcher, hold = held()
+    ranks_of(launcher)[1].send_signal(signal.SIGUSR1)
+    hold.release()
+    stderr = stderr_of(launcher)
+    assert stderr.count("kd-accel: stopped by SIGUSR1 after step 12") == 1, stderr
+    assert "stopped by SIGUSR1 after step 12, with a checkpoint; run the same command again" in last_lines(stderr)
     train(tmp_path / "run", *FLAGS, processes=2)
     assert_same_run(straight[2], tmp_path / "run")
 
 
-def test_a_dead_rank_leaves_no_process_behind_and_writes_nothing(tmp_path):
-    import psutil
+@pytest.mark.parametrize("dead", [1, pytest.param(0, marks=AT_LENGTH)])
+def test_a_dead_rank_leaves_no_process_behind_and_writes_nothing(tmp_path, held, dead):
+    """The launcher sends SIGTERM to the survivor as soon as the rank has died."""
+    launcher, hold = held("--checkpoint.every_steps=5")
+    everybody = psutil.Process(launcher.pid).children(recursive=True)
+    ranks_of(launcher)[dead].kill()
+    hold.release()
+    stderr = stderr_of(launcher)
+    assert not psutil.wait_procs(everybody, timeout=60)[1]
+    written = {path.name for path in (tmp_path / "run/checkpoints").iterdir() if not path.name.startswith(".")}
+    assert "step-00000005" in written and written <= {"step-00000005", "step-00000010"}
+    text = f"rank {1 - dead} of 2 has lost its peers after step 10 ("
+    assert stderr.count(f"kd-accel: {text}") == 1, stderr
+    assert text in last_lines(stderr) and "run the same command again to resume" in last_lines(stderr), stderr
+    assert "kd_accel/training" not in stderr
 
-    process = start(tmp_path / "run", "--checkpoint.every_steps=5", processes=2)
+
+def test_lost_peers_are_reported_before_a_slow_end(held):
+    """The survivor still writes a checkpoint when its launcher kills it, 30 seconds after SIGTERM."""
+    launcher, hold = held("--checkpoint.every_steps=5", patch="closes_slowly")
+    ranks_of(launcher)[1].kill()
+    hold.release()
+    stderr = stderr_of(launcher)
+    text = "rank 0 of 2 has lost its peers after step 10 ("
+    assert stderr.count(f"kd-accel: {text}") == 1 and text in last_lines(stderr), stderr
+
+
+@AT_LENGTH
+def test_a_stop_that_a_hung_peer_prevents_is_reported(held):
+    """Rank 0 is in a collective, where Python handles no signal, until its launcher kills it."""
+    launcher, hold = held()
+    ranks_of(launcher)[1].send_signal(signal.SIGSTOP)
+    hold.release()
+    launcher.send_signal(signal.SIGTERM)
+    stderr = stderr_of(launcher)
+    assert stderr.count("kd-accel: rank 0 of 2 has not stopped within 25 s of the signal") == 1, stderr
+
+
+AGREEMENT = """
+import os, signal, sys
+from kd_accel.distributed import peers_needed, start_processes
+from kd_accel.exit_codes import exit_codes
+from kd_accel.training import preemption
+
+preemption._AGREEMENT_S = 1.0
+with exit_codes():
+    accelerator = start_processes("float32")
+    handler = preemption.PreemptionHandler(accelerator)
+    with handler.installed(), peers_needed(accelerator, lambda: "in the test"):
+        handler.requested()
+        if accelerator.is_main_process:
+            os.kill(os.getpid(), signal.SIGTERM)
+            handler.requested()
+            handler.requested()
+        sys.stdin.read()
+"""
+
+
+def test_a_peer_that_does_not_agree_to_stop_is_lost():
+    """The exchange has a shorter timeout after a signal, because a launcher kills the process after 30 seconds."""
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGREEMENT],
+            cwd=ROOT,
+            env=environment(RANK=rank, LOCAL_RANK=rank, **joined),
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
     try:
-        while "step 10/" not in process.stdout.readline():
-            assert process.poll() is None, process.stderr.read()
-        everybody = psutil.Process(process.pid).children(recursive=True)
-        ranks = [child for child in everybody if child.status() != psutil.STATUS_ZOMBIE and "RANK" in child.environ()]
-        next(child for child in ranks if child.environ()["RANK"] == "1").kill()
-        process.communicate(timeout=90)
-        assert process.returncode != 0
-        assert not [child for child in psutil.wait_procs(ranks, timeout=40)[1] if child.is_running()]
+        _, stderr = ranks[0].communicate(timeout=120)
+        assert ranks[0].returncode == 1
+        assert stderr.count("kd-accel: rank 0 of 2 has lost its peers in the test (Operation timed out!): ") == 1, stderr
+        assert "Traceback" not in stderr
     finally:
-        if process.poll() is None:
-            kill_all(process)
-    steps = [int(path.name.split("-")[1]) for path in (tmp_path / "run/checkpoints").iterdir() if not path.name.startswith(".")]
-    assert steps and all(step % 5 == 0 for step in steps)
+        for rank in ranks:
+            kill_all(rank)
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
-    process = start(tmp_path / "run", "--model.arch=import:tests.support.models:slow_teacher", KD_TEST_FORWARD_S="7")
+    """The first signal does not end a step."""
+    hold = Hold(tmp_path / "hold", step=0)
+    process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, patch="holds_on", **hold.environment)
     try:
-        while not (tmp_path / "run/metrics.jsonl").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        time.sleep(1)  # the file is created a moment before the handler is installed
+        hold.wait_for_ranks(process, ranks=1)
         process.send_signal(signal.SIGTERM)
         time.sleep(2.5)
-        assert process.poll() is None, "the first one waits for the step to end"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=2) == 128 + signal.SIGTERM
+        assert process.poll() is None
+        while process.poll() is None:  # a signal within two seconds after the first one was received has no effect
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        assert process.returncode == 128 + signal.SIGTERM
     finally:
-        if process.poll() is None:
-            kill_all(process)
+        kill_all(process)
     assert not (tmp_path / "run/checkpoints").exists()

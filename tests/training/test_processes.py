@@ -12,7 +12,22 @@ from safetensors.torch import load_file
 from kd_accel.losses.distiller import Distiller
 from kd_accel.training.state import needs_buffers_exchanged
 from tests.support import models
-from tests.support.launching import LAUNCH, ROOT, SMALL, environment, free_port, losses, metrics, run, summary, train
+from tests.support.holding import Hold
+from tests.support.launching import (
+    LAUNCH,
+    ROOT,
+    SMALL,
+    environment,
+    free_port,
+    kill_all,
+    last_lines,
+    losses,
+    metrics,
+    run,
+    start,
+    summary,
+    train,
+)
 
 
 @pytest.mark.slow
@@ -135,7 +150,32 @@ def test_a_launch_that_was_not_joined_is_refused():
 @pytest.mark.slow
 def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
     done = train(tmp_path / "run", "--train.batch_size=15", processes=2, code=None)
-    assert done.stderr.count("kd-accel: train.batch_size: 15 does not divide by 2 processes x 1 accumulation steps") == 1
+    text = "train.batch_size: 15 must be a multiple of 2 (2 processes x 1 accumulation steps)"
+    assert done.stderr.count(f"kd-accel: {text}") == 1 and text in last_lines(done.stderr)
+
+
+@pytest.mark.slow
+def test_launcher_ends_with_a_wrong_setting(tmp_path):
+    done = train(tmp_path / "run", "--train.epoch=3", processes=2, code=None)
+    text = "--train.epoch: no such setting; did you mean --train.epochs?"
+    assert done.stderr.count(f"kd-accel: {text}") == 1
+    assert last_lines(done.stderr).splitlines()[-2] == f"  {text}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_error_ends_a_training_with_workers(tmp_path, processes):
+    """A worker that ignored SIGTERM from its parent would prevent the parent's exit."""
+    step_3 = Hold(tmp_path / "hold", step=3).environment
+    argv = ["train", f"--run_dir={tmp_path / 'run'}", *SMALL, "--data.num_workers=1"]
+    process = start(*argv, processes=processes, patch="breaks", **step_3)
+    try:
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        kill_all(process)
+    assert process.returncode == 1
+    lines = (last_lines(stderr) if processes > 1 else stderr).splitlines()
+    assert lines[-1 if processes == 1 else -2].strip() == "ZeroDivisionError"
 
 
 @pytest.mark.slow
@@ -172,13 +212,14 @@ def test_ranks_may_end_a_build_far_apart_and_each_flushes_its_own_files(tmp_path
         "--teacher.cache.shard_mib=0.04",
     ]
     flags = [*outputs, features, "--data.views=2", f"--teacher.cache.dir={cache}", "--train.timeout_s=8"]
+    hold = Hold(tmp_path / "hold", step=0)  # holds no training; both ranks begin together
     done = subprocess.run(
         [
             *(*LAUNCH, "--config_file", "launch/cpu2.yaml", "-m", "tests.support.patched_program", "flushes"),
             *("cache", "build", *SMALL, *flags),
         ],
         cwd=ROOT,
-        env=environment(KD_TEST_FORWARD_S="2", KD_TEST_FLUSHES=str(tmp_path / "flushed")),
+        env=environment(KD_TEST_FORWARD_S="2", KD_TEST_FLUSHES=str(tmp_path / "flushed"), **hold.environment),
         capture_output=True,
         text=True,
         timeout=240,

@@ -1,4 +1,4 @@
-"""A training that was stopped and resumed ends as one never stopped, bit for bit; whatever cannot be resumed is refused."""
+"""Exact resume: a stopped and resumed training equals one that was never stopped, bit for bit; anything else is refused."""
 
 import json
 import shutil
@@ -9,8 +9,10 @@ from tests.support.launching import metrics, run, summary, train
 from tests.support.resuming import EVERYTHING, assert_same_run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "image_size"), [(1, 32), (2, 32), (1, 16)])  # maps of 2x2 pixels, and of one
+# The feature maps of the last layer have 2x2 pixels, or one.
+@pytest.mark.parametrize(
+    ("processes", "image_size"), [(1, 32), pytest.param(2, 32, marks=[pytest.mark.slow, pytest.mark.proof]), (1, 16)]
+)
 def test_stop_after_7_of_20_steps_and_resume(tmp_path, distilled, processes, image_size):
     flags = [*EVERYTHING, *distilled, f"--data.image_size={image_size}"]
     train(tmp_path / "straight", *flags, processes=processes)
@@ -39,16 +41,15 @@ def test_more_processes_resume_with_the_same_samples(tmp_path):
         assert two == pytest.approx(one, rel=1e-4)
 
 
-@pytest.mark.slow
-def test_starts_in_a_run_directory_in_use(tmp_path):
+def test_starts_in_the_directory_of_an_earlier_run(tmp_path):
     run_dir = tmp_path / "run"
     train(run_dir, "--train.epochs=1", "--checkpoint.keep=3", "--checkpoint.every_steps=4")
     assert "finished already" in train(run_dir, "--train.epochs=1").stdout
     assert "resume: never" in train(run_dir, "--train.epochs=1", "--checkpoint.resume=never", code=2).stderr
     other = train(run_dir, "--optim.lr=0.06", "--train.epochs=1", code=2).stderr
     assert "optim.lr: 0.05 in the run, 0.06 now" in other
-    nothing = train(tmp_path / "empty", "--checkpoint.resume=must", code=2).stderr
-    assert "checkpoint.resume: must" in nothing and "no intact checkpoint" in nothing
+    empty = train(tmp_path / "empty", "--checkpoint.resume=must", code=2).stderr
+    assert "checkpoint.resume: must" in empty and "no intact checkpoint" in empty
     assert not (tmp_path / "empty").exists()
 
 

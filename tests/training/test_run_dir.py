@@ -1,4 +1,4 @@
-"""The run directory: which trainings may resume in it, what a finished run needs, and a disk that refuses."""
+"""Run directory: which trainings may resume in it, files of a finished run, full and read-only disks, two trainings at once."""
 
 import json
 import os
@@ -31,7 +31,8 @@ def copied(done, tmp_path):
     return tmp_path / "run"
 
 
-def again(run_dir, *flags, code=0):
+def train_again(run_dir, *flags, code=0):
+    """Run the command of `done` in a directory."""
     return in_process.train(run_dir, "--train.epochs=1", "--checkpoint.every_steps=3", "--checkpoint.keep=9", *flags, code=code)
 
 
@@ -42,19 +43,19 @@ def contents(run_dir):
 def test_a_finished_run_needs_no_checkpoints(copied):
     shutil.rmtree(copied / "checkpoints")
     before = contents(copied)
-    assert "finished already" in again(copied)
+    assert "finished already" in train_again(copied)
     assert contents(copied) == before
 
 
 def test_a_finished_run_of_another_training_is_refused(copied, monkeypatch):
     shutil.rmtree(copied / "checkpoints")
     before = contents(copied)
-    assert "optim.lr: 0.05 in the run, 0.06 now" in again(copied, "--optim.lr=0.06", code=2)
+    assert "optim.lr: 0.05 in the run, 0.06 now" in train_again(copied, "--optim.lr=0.06", code=2)
     monkeypatch.setenv("KD_TEST_NOISE_SEED", "9")
-    assert "was trained on other data (digest:" in again(copied, code=2)
+    assert "was trained on other data (digest:" in train_again(copied, code=2)
     monkeypatch.delenv("KD_TEST_NOISE_SEED")
     (copied / "config.yaml").unlink()
-    assert "config.yaml: is missing or damaged" in again(copied, code=2)
+    assert "config.yaml: is missing or damaged" in train_again(copied, code=2)
     assert contents(copied).keys() == before.keys() - {copied / "config.yaml"}
 
 
@@ -84,26 +85,26 @@ def test_damaged_checkpoints_do_not_start_from_scratch(copied):
         (path / "state.json").write_text("{")
     before = contents(copied)
     with pytest.warns(UserWarning, match=r"step-00000008 is passed over: state.json is damaged"):
-        text = again(copied, code=2)
+        text = train_again(copied, code=2)
     assert "holds no intact checkpoint" in text and "remove the directory" in text
     assert contents(copied) == before
 
 
 def test_a_pause_that_is_past_or_beyond_the_end_is_refused(tmp_path):
     run_dir = tmp_path / "run"
-    assert "stop_after_steps: 8 has no effect" in again(run_dir, "--checkpoint.stop_after_steps=8", code=2)
-    assert "paused after step 5" in again(run_dir, "--checkpoint.stop_after_steps=5")
-    assert "is at step 5 already; raise it" in again(run_dir, "--checkpoint.stop_after_steps=5", code=2)
-    assert "is at step 5 already" in again(run_dir, "--checkpoint.stop_after_steps=4", code=2)
-    again(run_dir, "--checkpoint.stop_after_steps=7")
-    again(run_dir)
+    assert "stop_after_steps: 8 has no effect" in train_again(run_dir, "--checkpoint.stop_after_steps=8", code=2)
+    assert "paused after step 5" in train_again(run_dir, "--checkpoint.stop_after_steps=5")
+    assert "is already at step 5; raise it" in train_again(run_dir, "--checkpoint.stop_after_steps=5", code=2)
+    assert "is already at step 5" in train_again(run_dir, "--checkpoint.stop_after_steps=4", code=2)
+    train_again(run_dir, "--checkpoint.stop_after_steps=7")
+    train_again(run_dir)
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 8
 
 
-@pytest.mark.parametrize("place", ["/proc/kd_accel/run", "/dev/null/run", "file/run", "file"])
-def test_a_place_that_cannot_be_a_run_directory(tmp_path, place):
+@pytest.mark.parametrize("path", ["/proc/kd_accel/run", "/dev/null/run", "file/run", "file"])
+def test_a_path_that_cannot_be_a_run_directory_is_refused(tmp_path, path):
     (tmp_path / "file").write_text("")
-    text = in_process.train(tmp_path / place, code=2)
+    text = in_process.train(tmp_path / path, code=2)
     assert text.count("kd-accel: ") == 1
     assert "is a file; name a directory" in text or "cannot write or read /proc/kd_accel" in text or "is not writable" in text
 
@@ -126,16 +127,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_a_disk_that_fills_up_keeps_the_last_good_state(tmp_path, small_disk, processes):
-    """Metrics and checkpoints grow until it is full."""
+    """Metrics and checkpoints grow until the disk is full."""
     flags = ["--train.epochs=10", "--checkpoint.every_steps=2", "--checkpoint.keep=99"]
     ended = train(small_disk / "run", *flags, processes=processes, code=None)
-    said = [line for line in ended.stderr.splitlines() if line.startswith("kd-accel: ")]
-    assert len(said) == 1, ended.stderr[-3000:]
-    assert "cannot write" in said[0] and "No space left" in said[0]
-    assert "kd_accel/" not in ended.stderr.replace(str(small_disk), "")  # no traceback of this program from any rank
+    messages = [line for line in ended.stderr.splitlines() if line.startswith("kd-accel: ")]
+    assert len(messages) == 1, ended.stderr[-3000:]
+    assert "cannot write" in messages[0] and "No space left" in messages[0]
+    assert "kd_accel/" not in ended.stderr.replace(str(small_disk), ""), "a traceback of a rank"
     assert find_checkpoint(small_disk / "run/checkpoints") is not None
     shutil.move(small_disk / "run", tmp_path / "run")
     train(tmp_path / "run", *flags, processes=processes)
@@ -148,22 +148,22 @@ def assert_same_training(one, other):
     assert metrics(one) == metrics(other)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["run/checkpoints", "run/metrics.jsonl"])
-def test_a_place_that_becomes_read_only(tmp_path, where):
-    """Immutable from the tenth step on, for root too."""
+@pytest.mark.parametrize("path", ["run/checkpoints", "run/metrics.jsonl"])
+def test_a_path_that_becomes_read_only_is_reported(tmp_path, path):
+    """The path is made immutable, also for root, at the tenth step."""
     process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, "--train.epochs=20", "--checkpoint.every_steps=5")
     try:
         while "step 10/" not in process.stdout.readline():
             assert process.poll() is None, process.stderr.read()
-        if subprocess.run(["chattr", "+i", tmp_path / where], capture_output=True, check=False).returncode:
+        if subprocess.run(["chattr", "+i", tmp_path / path], capture_output=True, check=False).returncode:
             pytest.skip("files cannot be made immutable here")
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     finally:
-        subprocess.run(["chattr", "-i", tmp_path / where], capture_output=True, check=False)
+        subprocess.run(["chattr", "-i", tmp_path / path], capture_output=True, check=False)
         if process.poll() is None:
             kill_all(process)
-    assert process.returncode == 2 and said.count("kd-accel: ") == 1 and "not permitted" in said and "Traceback" not in said
+    assert process.returncode == 2 and stderr.count("kd-accel: ") == 1
+    assert "not permitted" in stderr and "Traceback" not in stderr
     train(tmp_path / "run", "--train.epochs=20", "--checkpoint.every_steps=5")
     train(tmp_path / "straight", "--train.epochs=20", "--checkpoint.every_steps=5")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
@@ -183,13 +183,13 @@ def test_a_disk_that_is_full_when_the_results_are_due(tmp_path, small_disk, proc
 
 
 def opened(run_dir):
-    """The directory of a run that has been moved."""
+    """Return the `RunDirectory` of a run that has been moved."""
     config = load_config_file(RunConfig, run_dir / "config.yaml")
     return run_directory(config.model_copy(update={"run_dir": str(run_dir)}))
 
 
 def test_a_training_that_ended_while_another_started(done, copied):
-    """The second one has checked the directory before the lock was free."""
+    """The second training has checked the directory before it gets the lock."""
     for name in ("summary.json", "model.safetensors"):
         (copied / name).unlink()
     directory, newest = opened(copied), find_checkpoint(copied / "checkpoints")
@@ -198,7 +198,9 @@ def test_a_training_that_ended_while_another_started(done, copied):
         shutil.copy(done / name, copied / name)
     before = contents(copied)
     for seen in (newest, None):
-        with pytest.raises(UserError, match="run_dir: another training has run in .* while this one started; start again"):
+        with pytest.raises(
+            UserError, match="run_dir: another training has run in .* while this one started; run the command again"
+        ):
             directory.claim(resumed_from=seen)
     assert contents(copied) == before
 
@@ -225,7 +227,7 @@ def test_two_trainings_in_one_place(tmp_path):
         while "step 2/" not in first.stdout.readline():
             assert first.poll() is None
         text = train(run_dir, "--train.epochs=200", code=2).stderr
-        assert "another training is " in text and "name another run_dir" in text
+        assert "another training is running in" in text and "use another run_dir" in text
     finally:
         first.kill()
         first.wait()

@@ -1,4 +1,4 @@
-"""Nothing in a training depends on the test split: neither weights nor any line of metrics before the last."""
+"""Independence of a training from the test split: the same weights, and the same metrics except the last line."""
 
 import torch
 
@@ -8,7 +8,7 @@ from tests.support.launching import metrics
 
 
 def other_test_images(split, image_size):
-    """The same training images, and test images of noise with labels in another order."""
+    """Return the same training images, and as test images noise with labels in another order."""
     content = models.images(split, image_size)
     if split == "train":
         return content

@@ -1,4 +1,4 @@
-"""The trainer by itself: built in Python, its lines of metrics, its micro-batches, and refusals before the first step."""
+"""Trainer built in Python: lines of metrics, micro-batches, and errors before the first step."""
 
 from contextlib import ExitStack
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kd_accel.builders import trainer
 from kd_accel.builders.trainer import build_run
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import RunConfig
+from kd_accel.data.datamodule import notices_of_small_batches
 from kd_accel.distributed import start_processes
 from tests.support import in_process
 from tests.support.launching import SMALL, metrics
@@ -16,7 +18,7 @@ from tests.support.launching import SMALL, metrics
 
 @pytest.fixture
 def build(tmp_path):
-    """Function that builds a run from flags; everything is closed at the end of the test."""
+    """Yield a function that builds a run from flags; its resources are closed at the end of the test."""
     with ExitStack() as stack:
 
         def build(*flags):
@@ -38,12 +40,12 @@ def test_a_trainer_built_in_python_equals_the_command(tmp_path, build, distilled
     assert metrics(tmp_path / "built") == metrics(tmp_path / "command")[:-1]  # the last line is of the test split
 
 
-def test_a_line_holds_the_means_since_the_line_before(tmp_path):
+def test_a_line_has_the_means_since_the_previous_line(tmp_path):
     for every in (1, 3):
         in_process.train(tmp_path / str(every), f"--train.log_every_steps={every}", "--train.max_steps=17")
     single = {line["step"]: line for line in metrics(tmp_path / "1", "train")}
     lines, start = metrics(tmp_path / "3", "train"), 0
-    assert [line["step"] for line in lines] == [3, 6, 8, 9, 12, 15, 16, 17]  # each third step and the ends of the epochs
+    assert [line["step"] for line in lines] == [3, 6, 8, 9, 12, 15, 16, 17]  # every third step and the last of each epoch
     for line in lines:
         steps = range(start + 1, line["step"] + 1)
         for name in ("loss", "ce", "accuracy"):
@@ -62,7 +64,7 @@ def test_ranks_exchange_gradients_in_the_last_backward_of_a_step_only(build, mon
     assert calls == [*["no_sync", "backward"] * 3, "backward"] * 2
 
 
-def test_metrics_of_weights_are_those_with_an_effect(tmp_path, teacher_run):
+def test_only_weights_with_an_effect_are_logged(tmp_path, teacher_run):
     in_process.train(tmp_path / "plain", "--train.max_steps=1")
     teacher = [f"--teacher.run={teacher_run}", "--train.max_steps=1"]
     in_process.train(tmp_path / "logits", *teacher)
@@ -75,13 +77,22 @@ def test_metrics_of_weights_are_those_with_an_effect(tmp_path, teacher_run):
     assert features == measured | {"features/near", "agreement", "features/near/weight", "label_weight"}
 
 
-def test_one_sample_in_a_forward_is_too_few_for_batchnorm(tmp_path):
+def test_a_single_sample_in_a_forward_of_batchnorm_is_refused(tmp_path):
     flags = ["--model.arch=import:tests.support.models:teacher", "--train.batch_size=4", "--train.grad_accum_steps=4"]
-    shown = in_process.train(tmp_path / "run", *flags, code=2)
-    assert "train.batch_size: 4 over 1 processes x 4 accumulation steps is one sample in each forward" in shown
-    assert "use 8 or more" in shown
+    text = in_process.train(tmp_path / "run", *flags, code=2)
+    assert "train.batch_size: 4 over 1 processes x 4 accumulation steps is one sample in each forward" in text
+    assert "use 8 or more" in text
 
 
 def test_an_idle_parameter_is_refused(tmp_path):
-    shown = in_process.train(tmp_path / "run", "--model.arch=import:tests.support.models:with_an_idle_layer", code=2)
-    assert "model.arch: no gradient reaches idle.weight, idle.bias" in shown and "remove the idle layer" in shown
+    text = in_process.train(tmp_path / "run", "--model.arch=import:tests.support.models:with_an_idle_layer", code=2)
+    assert "model.arch: no gradient reaches idle.weight, idle.bias" in text and "remove the idle layer" in text
+
+
+def test_sizes_of_a_forward_reach_the_notice_for_gpus(tmp_path, monkeypatch):
+    as_on_a_gpu = lambda device, **sizes: notices_of_small_batches(torch.device("cuda"), **sizes)  # noqa: E731
+    monkeypatch.setattr(trainer, "notices_of_small_batches", as_on_a_gpu)
+    flags = ["--data.image_size=24", "--train.grad_accum_steps=2", "--train.max_steps=1"]
+    text = in_process.train(tmp_path / "run", *flags)
+    expected = "16 over 1 processes x 2 accumulation steps gives 8 images of 24 pixels in a forward pass"
+    assert f"train.batch_size: {expected}" in text

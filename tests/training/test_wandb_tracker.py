@@ -1,4 +1,4 @@
-"""W&B: real offline runs, read back from disk, and failures of the service or the network."""
+"""Tracking with W&B: real offline runs, read back from disk, and failures of the service or the network."""
 
 import socket
 import sys
@@ -47,8 +47,7 @@ def test_an_offline_run_holds_config_curves_temperature_and_alpha(tmp_path, dist
     assert any("results" in key for line in run["history"] for key in line)
 
 
-@pytest.mark.slow
-def test_a_resumed_run_keeps_its_id_and_a_run_without_a_teacher_has_its_role(tmp_path):
+def test_a_resumed_run_has_the_same_id_and_a_run_without_a_teacher_the_configured_role(tmp_path):
     flags = ["--tracking.wandb=offline", "--role=teacher"]
     train(tmp_path / "run", *flags, "--checkpoint.stop_after_steps=3")
     first = read_run(tmp_path / "run")
@@ -61,11 +60,13 @@ def test_a_resumed_run_keeps_its_id_and_a_run_without_a_teacher_has_its_role(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("listens", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["refuses", "is silent"])
-def test_a_key_without_a_network_is_tracked_offline(tmp_path, listens):
+@pytest.mark.parametrize(
+    "is_listening", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["refuses", "never_responds"]
+)
+def test_a_key_without_a_network_is_tracked_offline(tmp_path, is_listening):
     with socket.socket() as host:
         host.bind(("127.0.0.1", 0))
-        if listens:
+        if is_listening:
             host.listen(16)
         started_at = time.monotonic()
         done = train(
@@ -76,14 +77,14 @@ def test_a_key_without_a_network_is_tracked_offline(tmp_path, listens):
             WANDB_API_KEY="0" * 40,
             WANDB_BASE_URL=f"http://127.0.0.1:{host.getsockname()[1]}",
         )
-    assert time.monotonic() - started_at < 60  # W&B's own service takes half a minute to leave a silent host
+    # W&B's own service takes half a minute to give up on a host that does not respond.
+    assert time.monotonic() - started_at < 60
     assert "online tracking failed" in done.stderr
     assert len(metrics(tmp_path / "run", "train")) == 2
     assert len([line for line in read_run(tmp_path / "run")["history"] if "train/loss" in line]) == 2
 
 
-@pytest.mark.slow
-def test_a_service_that_dies_stops_nothing(tmp_path):
+def test_a_killed_service_does_not_stop_the_training(tmp_path):
     process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, "--tracking.wandb=offline", "--train.epochs=40")
     try:
         while "step 20/" not in process.stdout.readline():
@@ -101,7 +102,7 @@ def test_a_service_that_dies_stops_nothing(tmp_path):
     assert len(metrics(tmp_path / "run", "train")) == 320
 
 
-def test_the_chosen_mode(monkeypatch, tmp_path):
+def test_the_mode_depends_on_config_environment_and_netrc(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -117,7 +118,7 @@ def test_the_chosen_mode(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_wandb(monkeypatch):
-    """Hide the package and its metadata; an import of it raises."""
+    """Hide the package and its metadata, so that its import raises ImportError."""
 
     def version(name):
         raise PackageNotFoundError(name)
@@ -141,7 +142,7 @@ def test_a_disabled_run_never_imports_wandb(tmp_path, no_wandb, recwarn):
 
 
 @pytest.mark.parametrize("environment_mode", [None, "online", "offline"])
-def test_auto_without_the_package_is_a_notice(monkeypatch, no_wandb, environment_mode):
+def test_auto_without_the_package_has_a_notice(monkeypatch, no_wandb, environment_mode):
     if environment_mode:
         monkeypatch.setenv("WANDB_MODE", environment_mode)
     config = TrackingConfig(wandb="auto")
@@ -157,12 +158,12 @@ def test_a_disabled_run_has_no_notice(monkeypatch, no_wandb):
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_a_mode_by_name_without_the_package_is_refused(no_wandb, mode):
+def test_online_and_offline_without_the_package_are_refused(no_wandb, mode):
     with pytest.raises(UserError, match=f"tracking.wandb: {mode} needs wandb, which is not installed; pip install wandb, or"):
         refuse_missing_package(TrackingConfig(wandb=mode))
 
 
-def test_with_the_package_nothing_is_refused_or_noticed():
+def test_no_mode_is_refused_or_has_a_notice_with_the_package():
     for mode in ("online", "offline", "auto", "disabled"):
         config = TrackingConfig(wandb=mode)
         refuse_missing_package(config)

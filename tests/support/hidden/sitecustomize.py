@@ -1,7 +1,8 @@
-"""Packages hidden from an interpreter that has this directory on its PYTHONPATH: import, `find_spec` and metadata find none.
+"""Hiding of installed packages from an interpreter that has this directory on its PYTHONPATH.
 
-KD_TEST_HIDDEN names them; each attempt to import one is a line (package, importing module) of the file KD_TEST_HIDDEN_RECORD.
-The finder of the import system is replaced, so a hidden package fails exactly as an absent one does.
+The finder of the import system is replaced, so that imports, `find_spec` and metadata of a hidden package fail exactly as those
+of an absent package. KD_TEST_HIDDEN lists the packages, separated by commas. Each attempt to import one of them is written to
+the file KD_TEST_HIDDEN_RECORD, as a line (package, importing module).
 """
 
 import os
@@ -24,15 +25,17 @@ class _HidingFinder(PathFinder):
 
     @classmethod
     def find_distributions(cls, *arguments, **keywords):
-        found = super().find_distributions(*arguments, **keywords)
-        return (one for one in found if re.sub(r"[-_.]+", "-", one.metadata["Name"] or "").lower() not in _DISTRIBUTIONS)
+        for distribution in super().find_distributions(*arguments, **keywords):
+            name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+            if name not in _DISTRIBUTIONS:
+                yield distribution
 
 
 def _record(package):
     frame = sys._getframe(2)
     while (importer := frame.f_globals.get("__name__", "")).partition(".")[0] in ("importlib", "_frozen_importlib"):
         if importer == "importlib.util":
-            return  # a question whether the package is there, not an import of it
+            return  # importlib.util.find_spec tests whether a package is installed, and does not import it
         frame = frame.f_back
     with open(os.environ["KD_TEST_HIDDEN_RECORD"], "a") as file:
         file.write(f"{package} {importer}\n")

@@ -1,8 +1,8 @@
-"""Images and small networks, named as `import:benchmarks.acceptance.own:...` by the trainings of the acceptance.
+"""Synthetic images and small networks with fault injection, for trainings with `import:benchmarks.synthetic:NAME`.
 
-Disturbances are set in the environment, so that the settings are those of the undisturbed training:
-    KD_ACCEPTANCE_SIGTERM_AT  the last rank sends itself SIGTERM in the forward of this training step
-    KD_ACCEPTANCE_BREAKS      `logits:5` or `gradient:5`: NaN in the forward, or in the gradient behind it, of training step 5
+Faults are set by environment variables, so that the config is the same with and without a fault:
+    KD_FAULT_SIGTERM_AT  step number: the last rank sends itself SIGTERM in the forward of this training step
+    KD_FAULT_NAN_AT      `logits:5` or `gradient:5`: the logits, or only their gradient, are NaN in training step 5
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 CLASSES = 10
 SAMPLES = {"train": 2048, "test": 256}
-BROKEN_PLACE = 2
-"""Position in the batch of the sample that `logits` breaks."""
+NAN_POSITION = 2
+"""Position in the batch of the sample whose logits are NaN."""
 
 
 def images(split: str, image_size: int) -> dict[str, object]:
-    """Return noise around a color per class, as `data.source` expects it, the same at every call."""
+    """Return a split of images with one color per class and noise, in the format of `data.source`; deterministic."""
     return _images(SAMPLES[split], image_size, seed=len(split))
 
 
 def many_images(split: str, image_size: int) -> dict[str, object]:
-    """Return more of the same."""
+    """Return four times as many of these images."""
     return _images(4 * SAMPLES[split], image_size, seed=len(split))
 
 
@@ -39,7 +39,7 @@ def _images(samples: int, image_size: int, *, seed: int) -> dict[str, object]:
 
 
 class SmallNet(nn.Module):
-    """Network of two convolutions and a classifier, without BatchNorm: results do not depend on how a batch is shared."""
+    """Network of two convolutions and a classifier, without BatchNorm, whose statistics depend on the split of a batch."""
 
     def __init__(self, num_classes: int, *, width: int) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class SmallNet(nn.Module):
         return self.fc(maps.mean((2, 3)))
 
 
-class DisturbedNet(SmallNet):
-    """The same network with disturbed training steps, as set in the environment."""
+class FaultyNet(SmallNet):
+    """Network whose training steps have the faults that the environment sets."""
 
     steps = 0
 
@@ -63,22 +63,22 @@ class DisturbedNet(SmallNet):
             return logits
         self.steps += 1
         _send_signal(self.steps)
-        return _broken(logits, self.steps)
+        return _inject_nan(logits, self.steps)
 
 
 def student(num_classes: int) -> nn.Module:
-    """Build a student."""
+    """Build a student without faults."""
     return SmallNet(num_classes, width=8)
 
 
-def disturbed(num_classes: int) -> nn.Module:
-    """Build a student whose training is disturbed."""
-    return DisturbedNet(num_classes, width=8)
+def faulty_student(num_classes: int) -> nn.Module:
+    """Build a student with the faults that the environment sets."""
+    return FaultyNet(num_classes, width=8)
 
 
-def disturbed_float64(num_classes: int) -> nn.Module:
-    """Build the same in float64."""
-    return DisturbedNet(num_classes, width=8).double()
+def faulty_student_float64(num_classes: int) -> nn.Module:
+    """Build a float64 student with the faults that the environment sets."""
+    return FaultyNet(num_classes, width=8).double()
 
 
 def teacher(num_classes: int) -> nn.Module:
@@ -87,20 +87,21 @@ def teacher(num_classes: int) -> nn.Module:
 
 
 def teacher_float64(num_classes: int) -> nn.Module:
-    """Build the same in float64."""
+    """Build a float64 teacher."""
     return SmallNet(num_classes, width=16).double()
 
 
 def _send_signal(step: int) -> None:
     is_last_rank = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    if is_last_rank and os.environ.get("KD_ACCEPTANCE_SIGTERM_AT") == str(step):
+    if is_last_rank and os.environ.get("KD_FAULT_SIGTERM_AT") == str(step):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _broken(logits: Tensor, step: int) -> Tensor:
-    match os.environ.get("KD_ACCEPTANCE_BREAKS", ":").split(":"):
+def _inject_nan(logits: Tensor, step: int) -> Tensor:
+    match os.environ.get("KD_FAULT_NAN_AT", ":").split(":"):
         case ["logits", at] if at == str(step):
-            return logits.index_fill(0, torch.tensor([BROKEN_PLACE], device=logits.device), torch.nan)
+            return logits.index_fill(0, torch.tensor([NAN_POSITION], device=logits.device), torch.nan)
         case ["gradient", at] if at == str(step):
-            return logits + (0 * logits).sum().sqrt()  # its derivative at 0 is infinite, its value is not
+            # The square root is 0 at 0, and its derivative is infinite: finite logits with a NaN gradient.
+            return logits + (0 * logits).sum().sqrt()
     return logits

@@ -1,4 +1,4 @@
-"""PIL pictures with torchvision's transforms for each of them, one item after the other, as most trainings have them."""
+"""PIL images, each transformed by torchvision when it is read: the typical map-style data set."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torchvision.transforms import v2
 from benchmarks.jobs import IMAGE_SIZE, MEAN, STD, Bench
 
 
-def transform() -> v2.Compose:
-    """Build the transform of a picture: crop, flip, normalized float."""
+def crop_flip_transform() -> v2.Compose:
+    """Return the transform of a PIL image to a normalized float tensor [3, H, W], with random crop and flip."""
     return v2.Compose(
         [
             v2.RandomCrop(IMAGE_SIZE, padding=4),
@@ -24,20 +24,20 @@ def transform() -> v2.Compose:
     )
 
 
-def pictures_of(bench: Bench) -> tuple[list[Image.Image], list[int]]:
-    """Return the images of a bench as pictures, with their labels."""
+def pil_images(bench: Bench) -> tuple[list[Image.Image], list[int]]:
+    """Return the images of a bench as PIL images, and their labels."""
     return [Image.fromarray(image) for image in bench.images.pixels(bench.samples)], bench.images.labels[bench.samples].tolist()
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures in memory, transformed at each access."""
+class PilImages(Dataset[tuple[Tensor, int]]):
+    """PIL images in memory, transformed at each access."""
 
     def __init__(self, bench: Bench) -> None:
-        self._pictures, self._labels = pictures_of(bench)
-        self._transform = transform()
+        self._images, self._labels = pil_images(bench)
+        self._transform = crop_flip_transform()
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(self._pictures[index]), self._labels[index]
+        return self._transform(self._images[index]), self._labels[index]
