@@ -1,8 +1,8 @@
 """Process group of a launch: start, checks, collectives on Python objects, and failures of peers.
 
-Accelerate silently makes each process a run of its own when it finds no reason to join them (no GPU and no flag, for instance);
-all of them would then write to one run directory. So the number of joined processes is checked against the launcher's, and
-without a GPU Accelerate is told to use the CPU.
+Without a GPU and without a flag for the CPU, Accelerate silently leaves each process on its own, and all of them would write to
+one run directory. So the flag is set here if no GPU is found, and the number of joined processes is compared with that of the
+launcher.
 """
 
 from __future__ import annotations
@@ -59,22 +59,26 @@ def start_processes(
 ) -> Accelerator:
     """Join the launched processes, and seed the global random generators, differently on each rank (for dropout).
 
-    A process group that is joined already is used again.
+    An existing process group is used again.
 
     Args:
-        precision: Autocast of the forward; float32 = none.
+        precision: Precision of the forward under autocast; float32 = no autocast.
         seed: Seed of the run.
-        track_with: Name of a tracker of Accelerate; None = none.
-        timeout_s: Timeout of the communication between processes, `train.timeout_s`; None = the default.
+        track_with: Name of a tracker of Accelerate; None = no tracker.
+        timeout_s: Timeout of the communication between processes in seconds, `train.timeout_s`; None = the default.
+
+    Returns:
+        The accelerator of the launch.
 
     Raises:
-        UserError: The launch is incomplete, or contradicts the config.
+        UserError: If the launch is incomplete, or contradicts the config.
     """
     _refuse_contradictions(precision)
-    AcceleratorState._reset_state(reset_partial_state=True)  # the state of an earlier run would impose its precision
+    # The state of an earlier run in this process would impose its precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         accelerator = _joined(precision, track_with, timeout_s)
-    except ValueError as error:  # Accelerate's, if WORLD_SIZE is set and the rest of the launch is missing
+    except ValueError as error:  # Accelerate's, if WORLD_SIZE is set and RANK or an address is not
         raise UserError(f"the launch is incomplete: {error}; start with one of the files in launch/") from None
     except RuntimeError as error:
         if not _is_communication(error):
@@ -91,7 +95,7 @@ def start_processes(
 
 @contextlib.contextmanager
 def accelerate_state_restored() -> Iterator[None]:
-    """Restore Accelerate's global state after the `with` block: an accelerator of the caller keeps its own precision."""
+    """Restore Accelerate's global state after the `with` block, so that an accelerator of the caller keeps its precision."""
     states = (PartialState, AcceleratorState, GradientState)
     before = [dict(state._shared_state) for state in states]
     try:
@@ -120,9 +124,12 @@ def _joined(precision: Precision, track_with: str | None, timeout_s: float | Non
 
 
 def peer_timeout_s(timeout_s: float | None) -> float:
-    """Return the timeout of gloo's communication in seconds: `timeout_s` (`train.timeout_s`), or the default of the device.
+    """Return the timeout of gloo's communication in seconds.
 
     NCCL's timeout is a minute longer: its watchdog aborts the process without an exception, so gloo's error must come first.
+
+    Args:
+        timeout_s: The setting `train.timeout_s`; None = the default of the device.
     """
     if timeout_s is not None:
         return timeout_s
@@ -131,25 +138,24 @@ def peer_timeout_s(timeout_s: float | None) -> float:
 
 @contextlib.contextmanager
 def peers_needed(accelerator: Accelerator, place: Callable[[], str]) -> Iterator[None]:
-    """Inside the `with` block, turn an error of the communication between processes into PeerLost.
+    """Turn an error of the communication between processes, inside the `with` block, into PeerLost.
 
     Args:
-        accelerator: The joined processes.
-        place: Returns the progress of this process, for the message: "at step 100".
+        accelerator: Accelerator of the launch.
+        place: Function that returns the progress of this process for the message, as "after step 100".
 
     Raises:
-        PeerLost: The communication has failed.
+        PeerLost: If the communication has failed.
     """
     try:
         yield
     except RuntimeError as error:
         if accelerator.num_processes == 1 or not _is_communication(error):
             raise
-        reason = _first_line(error).partition(". ")[0]  # gloo's advice follows, and an emoji
         message = (
-            f"rank {accelerator.process_index} of {accelerator.num_processes} has lost its peers {place()} ({reason}): a "
-            "process or a node has died or exceeded train.timeout_s, or the network is down. The last written files are "
-            "complete: run the same command again to resume from them"
+            f"rank {accelerator.process_index} of {accelerator.num_processes} has lost its peers {place()} "
+            f"({_first_line(error)}): a process or a node has died or exceeded train.timeout_s, or the network is down. "
+            "The last written files are complete: run the same command again to resume from them"
         )
         report_lost_peers(message)
         raise PeerLost(message) from None
@@ -161,17 +167,21 @@ def _is_communication(error: RuntimeError) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error, without the source location `[file.cc:line] ` that gloo puts before it."""
-    line = str(error).strip().partition("\n")[0]
+    """Return the first line of an error, without the location in gloo's source before it and gloo's general advice after it."""
+    line = str(error).strip().partition("\n")[0].partition(". This is typically caused by")[0]
     return line.rpartition("] ")[2] if line.startswith("[") and "] " in line and ".cc:" in line.partition("] ")[0] else line
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """Call `function` on rank 0 alone and return its result, which must be picklable, on every rank.
+    """Call a function on rank 0 and return its result on every rank. Every rank must call this.
+
+    Args:
+        accelerator: Accelerator of the launch.
+        function: Function with a picklable result.
 
     Raises:
-        UserError: On every rank, if rank 0 has raised it or an OSError.
-        PeerLost: On the other ranks, if rank 0 has raised any other exception, which is raised on rank 0 itself.
+        UserError: On every rank, if the function has raised it or an OSError.
+        PeerLost: On ranks other than 0, if the function has raised any other exception, which is raised on rank 0.
     """
     outcome: list[Any] = [None, None, None]
     failure: Exception | None = None
@@ -198,8 +208,8 @@ def gathered(items: list[Result], *, group: Any = None) -> list[Result]:
     """Gather items from all ranks. Every rank must call this.
 
     Args:
-        items: This rank's items, picklable.
-        group: A process group; None = all processes.
+        items: Items of this rank, picklable.
+        group: Process group; None = all processes.
 
     Returns:
         The items of all ranks, in the order of the ranks.
@@ -212,10 +222,10 @@ def gathered(items: list[Result], *, group: Any = None) -> list[Result]:
 
 
 def patient_group(accelerator: Accelerator) -> Any:
-    """Create a gloo group with a timeout of a day, for the end of long work; None for a single process.
+    """Create a gloo group with a timeout of a day; return None for a single process. Every rank must call this.
 
-    Ranks that read or write shares of a large cache end minutes apart, and the default timeout on GPUs is ten minutes. The
-    death of a process is still detected at once. Every rank must call this.
+    Ranks that read or write their shares of a large cache finish minutes apart, and the default timeout on GPUs is ten minutes.
+    The death of a process is still detected at once.
     """
     if accelerator.num_processes == 1:
         return None
@@ -223,10 +233,10 @@ def patient_group(accelerator: Accelerator) -> Any:
 
 
 def leave_processes(accelerator: Accelerator) -> None:
-    """End the use of the processes; trackers are finished elsewhere, and may have failed.
+    """End a command's use of the processes. Trackers are finished elsewhere, and may have failed.
 
-    The process group itself is left at the end of the program, because a launch can join only once: a second group would meet
-    the addresses of the first one in the launcher's store.
+    The process group is destroyed only at the exit of the program, because a launch can join only once: a second group would
+    find the addresses of the first one in the launcher's store.
     """
     accelerator.trackers.clear()
     atexit.unregister(_leave_group)
@@ -249,7 +259,7 @@ def _refuse_contradictions(precision: Precision) -> None:
 
 
 def refuse_unjoined(accelerator: Accelerator) -> None:
-    """Raise UserError if fewer processes joined than the launcher started, or their kind of parallelism is not supported."""
+    """Raise UserError if fewer processes have joined than were launched, or if their kind of parallelism is not supported."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(

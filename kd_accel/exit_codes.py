@@ -1,11 +1,11 @@
 """Exit codes of the command line, and the paragraph on stderr that explains each.
 
-0 success; 1 an error of the program (traceback) or the loss of a peer; 2 a mistake of the user; 128 + N stop by signal N, in a
-training after a checkpoint.
+Codes: 0 success; 1 an error of the program, with a traceback, or the loss of a peer; 2 a mistake of the user; 128 + N stop by
+signal N, in a training after a checkpoint.
 
-Of several processes, each also writes its paragraph to the file TORCHELASTIC_ERROR_FILE, which the launcher (`torchrun`,
-`accelerate launch`) prints at the end of its summary. A launcher ends all processes as soon as one has failed, so no process
-depends on the speed of another one to have its paragraph printed, or to print it only once.
+A launcher (`torchrun`, `accelerate launch`) prints a long summary of its own below the paragraph, so the paragraph is also
+written to the file that the launcher quotes in this summary, TORCHELASTIC_ERROR_FILE. A launcher ends all processes as soon as
+one has failed. Which process that is depends on the timing; what is printed must not.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from kd_accel.errors import OutputClosed, PeerLost, Preempted, UserError
 from kd_accel.io.files import replace_whole
 
 _LAUNCHER_WAIT_S = 5.0
+"""Time in which a launcher ends a process after another one has failed."""
+
 _SLOW_STOP_S = 25.0
-"""Launchers kill a process 30 seconds after the signal."""
+"""Time from a signal to the report that the process has not stopped. Launchers kill a process after 30 seconds."""
 
 _FORWARDED = frozenset({signal.SIGTERM, signal.SIGINT})
-"""The signals that launchers forward."""
+"""Signals that launchers forward to their processes."""
 
 
 @contextmanager
@@ -62,7 +64,7 @@ def exit_codes() -> Iterator[None]:
         if process.count == 1:
             process.write_file(traceback.format_exc())
             raise
-        # Not raised: the interpreter's exit may wait for NCCL, and the other ranks for this process.
+        # Not raised again: the interpreter's exit may wait for NCCL, and the other ranks for this process.
         process.report_cause(traceback.format_exc(), prefix="")
     finally:
         _current = None
@@ -73,19 +75,20 @@ def exit_codes() -> Iterator[None]:
 
 
 def report_lost_peers(message: str) -> None:
-    """Print the paragraph of a PeerLost that is about to be raised; without effect outside of `exit_codes`.
+    """Print the message of a PeerLost that is about to be raised. This has no effect outside of `exit_codes`.
 
-    The end of the process may take longer than its launcher waits: it includes a checkpoint that is still being written.
+    `exit_codes` may receive the exception too late: until then a checkpoint is written and the tracker is closed, and the
+    launcher kills the process 30 seconds after the death of its peer.
     """
     if _current is not None:
         _current.report_loss(message)
 
 
 class _Process:
-    """One process of a launch, which reports its end at most once.
+    """One process of a launch, which reports at most once why it ends.
 
-    A report is a paragraph on stderr and a file for the launcher's summary. The processes of a node agree on what is printed by
-    creating files next to those for the launcher.
+    A report is a paragraph on stderr and a file for the launcher's summary. Of the processes of a node, the first one to create
+    a certain file next to the launcher's files prints the paragraph.
 
     Raises:
         UserError: If the variables of the launch are not valid.
@@ -101,14 +104,21 @@ class _Process:
         self._launcher = os.getppid()
         self._lock = threading.Lock()
         self._is_reported = False
-        if self.count > 1 and self._file is not None:
-            _watch_signals(self)
+        self._is_handled = threading.Event()
+
+    @property
+    def has_launcher(self) -> bool:
+        """Existence of a launcher that has started this process and quotes its report."""
+        return self._file is not None
 
     def report_cause(self, text: str, *, prefix: str = "kd-accel: ") -> None:
-        """Report a mistake or an error, of which a node prints the first one at once.
+        """Report a mistake or an error.
 
-        A process with another cause, or on another node, gives its launcher or scheduler time to end it.
+        The first process of node 0 prints it at once. The other processes leave their launcher or scheduler the time to end
+        them, and then print what differs from the first one's.
         """
+        if self._is_reported:  # an error in the clean-up after the loss of peers
+            return
         if self._node > 0:
             _wait_for_launcher()
         with self._lock:
@@ -120,13 +130,13 @@ class _Process:
             self._report(text, prefix=prefix, is_printed=self._claimed("cause") != text)
 
     def report_loss(self, text: str) -> None:
-        """Report the loss of peers, unless a process of this node has reported why it has ended."""
+        """Report the loss of peers, unless a process of this node has reported a cause."""
         with self._lock:
             if not self._is_reported and self._claimed("cause") is None:
                 self._report(text)
 
     def report_consequence(self, text: str) -> None:
-        """Report the loss of peers if it is not reported yet, because a peer is about to report the cause."""
+        """Report the loss of peers, if it was not reported before because another process reports the cause."""
         if not self._is_reported:
             _wait_for_launcher()
             with self._lock:
@@ -137,19 +147,30 @@ class _Process:
         with self._lock:
             self._report(text, is_printed=self._rank == 0)
 
-    def end_by_sigterm(self) -> None:
-        """End the process, if its main thread has not begun to; one process of a node reports it, unless the cause is known."""
-        with self._lock:
-            if not self._is_reported:
-                text = (
-                    "stopped by SIGTERM, because another process has failed or the launch was stopped. Files written so far "
-                    "are complete: run the same command again to continue from them"
-                )
-                self._report(text, is_printed=self._claimed("cause") is None and self._claim("stop", text))
-                os._exit(128 + signal.SIGTERM)
+    def leave_to_thread(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM in the main thread: wait until the other thread has handled it.
+
+        Otherwise the main thread could report an error first, because the signal has also ended its workers.
+        """
+        deadline = time.monotonic() + _LAUNCHER_WAIT_S
+        while not self._lock.locked() and not self._is_handled.is_set() and time.monotonic() < deadline:
+            with suppress(Exception):  # the error of torch's handler for SIGCHLD
+                self._is_handled.wait(_LAUNCHER_WAIT_S)
+
+    def handle_sigterm(self) -> None:
+        """End the process, unless a training handles the signal or the main thread has reported why it ends."""
+        if signal.getsignal(signal.SIGTERM) == self.leave_to_thread:
+            self._end_by_sigterm()
+        self._is_handled.set()
+
+    def restore_signals(self) -> None:
+        """Restore the default handling in a forked process: it lacks the thread, and shares the pipe to its parent's thread."""
+        signal.set_wakeup_fd(-1)
+        if signal.getsignal(signal.SIGTERM) == self.leave_to_thread:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def warn_of_slow_stop(self) -> None:
-        """Report a process that has not ended after a signal; its launcher is about to kill it."""
+        """Report that the process has not ended after a signal, shortly before its launcher kills it."""
         with self._lock:
             if not self._is_reported:
                 text = (
@@ -161,14 +182,25 @@ class _Process:
                 _print(f"kd-accel: {text}")
 
     def write_file(self, text: str) -> None:
-        """Write the file that the launcher prints, in the format of torch.distributed.elastic."""
+        """Write the file that the launcher quotes, in the format of torch.distributed.elastic.multiprocessing.errors."""
         if self._file is None:
             return
-        # The launcher indents all lines but the first one.
+        # The launcher prints the first line after "traceback : ", and the next ones below it.
         details = {"py_callstack": f"\n{text.rstrip()}", "timestamp": str(int(time.time()))}
         content = json.dumps({"message": {"message": text, "extraInfo": details}})
         with suppress(OSError):
             replace_whole(self._file, lambda path: path.write_text(content, encoding="utf-8"))
+
+    def _end_by_sigterm(self) -> None:
+        """Report and end the process. One process of a node prints the report, unless a cause is printed."""
+        with self._lock:
+            if not self._is_reported:
+                text = (
+                    "stopped by SIGTERM, because another process has failed or the launch was stopped. Files written so far "
+                    "are complete: run the same command again to continue from them"
+                )
+                self._report(text, is_printed=self._claimed("cause") is None and self._claim("stop", text))
+                os._exit(128 + signal.SIGTERM)
 
     def _report(self, text: str, *, prefix: str = "kd-accel: ", is_printed: bool = True) -> None:
         self._is_reported = True
@@ -177,11 +209,11 @@ class _Process:
             _print(f"{prefix}{text}")
 
     def _claim(self, name: str, text: str) -> bool:
-        """Return whether this process is the first one of its node that claims a name. Without a launcher that is rank 0."""
+        """Return whether this process is the first one of its node to claim a name. Without a launcher that is rank 0."""
         if self._file is None:
             return self._rank == 0
         try:
-            with self._claim_path(name).open("x", encoding="utf-8") as file:
+            with self._claim_path(name).open("x", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except FileExistsError:
             return False
@@ -190,7 +222,7 @@ class _Process:
         return True
 
     def _claimed(self, name: str) -> str | None:
-        """Return the text with which a process of this node has claimed a name, None if none has."""
+        """Return the text with which a process of this node has claimed a name, or None."""
         try:
             return None if self._file is None else self._claim_path(name).read_text(encoding="utf-8")
         except OSError:
@@ -202,15 +234,18 @@ class _Process:
 
 
 _current: _Process | None = None
-"""This process, inside of `exit_codes`."""
+"""This process; None outside of `exit_codes`."""
 
 
 def _started_process() -> _Process:
     try:
-        return _Process()
+        process = _Process()
     except UserError as error:
         _print(f"kd-accel: {error}")
         raise SystemExit(2) from None
+    if process.count > 1 and process.has_launcher:
+        _start_signal_thread(process)
+    return process
 
 
 def _of_launch(variable: str, default: int, meaning: str) -> int:
@@ -221,37 +256,37 @@ def _of_launch(variable: str, default: int, meaning: str) -> int:
 
 
 def _printable(message: str) -> str:
-    """Return a message without control characters: a text from a file must not control the terminal."""
+    """Return a message with its control characters escaped: text from a file must not control the terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message)
 
 
 def _print(text: str) -> None:
-    # In one write: `print` writes the end of the line separately, and lines of several processes would mix.
+    # `print` writes the end of the line separately, so that the lines of several processes could mix.
     sys.stderr.write(f"{text.rstrip()}\n")
     sys.stderr.flush()
 
 
 def _wait_for_launcher() -> None:
-    """Wait, with the default action for SIGTERM: a launcher ends this process as soon as one that reports has ended."""
+    """Wait for the SIGTERM of the launcher, which ends this process silently."""
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(_LAUNCHER_WAIT_S)
     signal.signal(signal.SIGTERM, handler)
 
 
-def _watch_signals(process: _Process) -> None:
-    """Start a thread that reports the end by SIGTERM, unless a training handles the signal.
+def _start_signal_thread(process: _Process) -> None:
+    """Start a thread that handles SIGTERM outside of a training's steps.
 
-    The main thread runs no Python handler while it is in a call that blocks, as a collective of NCCL.
+    A Python handler would not do: the main thread runs it only between bytecodes, not during a collective that blocks.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, _leave_to_thread)
-    os.register_at_fork(after_in_child=_restore_signals)
-    threading.Thread(target=_end_on_signal, args=(process, read_end), daemon=True).start()
+    signal.signal(signal.SIGTERM, process.leave_to_thread)
+    os.register_at_fork(after_in_child=process.restore_signals)
+    threading.Thread(target=_handle_signals, args=(process, read_end), daemon=True).start()
 
 
-def _end_on_signal(process: _Process, read_end: int) -> None:
+def _handle_signals(process: _Process, read_end: int) -> None:
     slow_at: float | None = None
     while True:
         timeout_s = None if slow_at is None else max(0.0, slow_at - time.monotonic())
@@ -260,21 +295,10 @@ def _end_on_signal(process: _Process, read_end: int) -> None:
             slow_at = None
             continue
         received = _FORWARDED.intersection(os.read(read_end, 64))
-        if signal.SIGTERM in received and signal.getsignal(signal.SIGTERM) is _leave_to_thread:
-            process.end_by_sigterm()
+        if signal.SIGTERM in received:
+            process.handle_sigterm()
         if received and slow_at is None:
             slow_at = time.monotonic() + _SLOW_STOP_S
-
-
-def _leave_to_thread(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM with the thread of `_watch_signals`, to which the interpreter passes the number of each signal."""
-
-
-def _restore_signals() -> None:
-    """Restore the default handling in a forked process, which has no such thread and would write to the pipe of its parent."""
-    signal.set_wakeup_fd(-1)
-    if signal.getsignal(signal.SIGTERM) is _leave_to_thread:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _exit_at_once(code: int) -> None:

@@ -36,7 +36,7 @@ RETIRED = set(
 ENGLISH = {"asked", "forms", "prepared", "stage", "stages", "written"}
 """Those that prose may use."""
 
-USUAL_MEANING = {("training/preemption.py", "signals")}
+USUAL_MEANING = {("training/preemption.py", "signals"), ("exit_codes.py", "signals")}
 
 
 @functools.cache

@@ -54,6 +54,7 @@ class Ranks:
             env=environment(**launch),
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         self.processes.append(process)
         if "ready()" in body:
@@ -168,6 +169,18 @@ finally:
     assert ranks.end() == [(1, "kd-accel: lost\n")]
 
 
+def test_error_in_the_clean_up_after_a_loss_is_not_printed(ranks):
+    body = """
+try:
+    exit_codes.report_lost_peers('lost')
+    raise PeerLost('lost')
+finally:
+    1 / 0
+"""
+    ranks.start(body)
+    assert ranks.end() == [(1, "kd-accel: lost\n")]
+
+
 def test_sigterm_is_reported_once(ranks):
     for body in (WAIT, "ready(); block()"):
         ranks.start(body)
@@ -177,6 +190,28 @@ def test_sigterm_is_reported_once(ranks):
     assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2
     text = "kd-accel: stopped by SIGTERM, because another process has failed or the launch was stopped. "
     assert "".join(stderr for _, stderr in ended).startswith(text) and ended[0][1] + ended[1][1] in (ended[0][1], ended[1][1])
+
+
+def test_worker_that_the_same_signal_ends_is_not_reported(ranks):
+    """torch's handler of SIGCHLD raises an error for a DataLoader worker that was killed; the thread is slower here."""
+    body = """
+handle = exit_codes._Process.handle_sigterm
+exit_codes._Process.handle_sigterm = lambda self: (time.sleep(0.5), handle(self))
+def raise_error(*_):
+    raise RuntimeError('worker')
+signal.signal(signal.SIGCHLD, raise_error)
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.write(writer, b'1')
+    time.sleep(60)
+    os._exit(0)
+os.read(reader, 1)
+ready()
+time.sleep(60)
+"""
+    os.killpg(ranks.start(body, wait_s=60).pid, signal.SIGTERM)
+    ((code, stderr),) = ranks.end()
+    assert code == 128 + signal.SIGTERM and stderr.startswith("kd-accel: stopped by SIGTERM, ") and "Traceback" not in stderr
 
 
 def test_process_that_does_not_stop_is_reported(ranks):

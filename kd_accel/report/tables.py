@@ -157,7 +157,7 @@ def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
             **figures,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: is damaged ({describe_error(error)}); train the run again") from None
+        raise UserError(f"{path}: is damaged ({_reason(error)}); train the run again") from None
     return RunResult(row, summary, _read_curve(directory / "metrics.jsonl"))
 
 
@@ -217,7 +217,7 @@ def _bench_figures(bench: dict[str, Any], directory: Path) -> dict[str, Any]:
             "graph_latency_ms": None if graph_ms is None else float(graph_ms),
         }
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"--bench: the entry of {directory} is damaged ({describe_error(error)}); measure it again") from None
+        raise UserError(f"--bench: the entry of {directory} is damaged ({_reason(error)}); measure it again") from None
 
 
 def _read_bench(path: Path) -> dict[str, dict[str, Any]]:
@@ -234,6 +234,10 @@ def _has_figures(bench: dict[str, dict[str, Any]], directory: Path) -> bool:
     """Return whether the bench file has figures of the run's current model; an entry without a digest counts as current."""
     entry = bench.get(str(directory))
     return entry is not None and entry.get("digest") in (None, model_digest(directory))
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing or unknown" if isinstance(error, KeyError) else describe_error(error)
 
 
 def _read_curve(path: Path) -> list[dict[str, Any]]:

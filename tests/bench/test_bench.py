@@ -116,6 +116,7 @@ def test_multiply_adds_of_resnet18():
     assert count_macs(model, torch.randn(1, 3, 224, 224)) == pytest.approx(1.814e9, rel=1e-3)
 
 
+@pytest.mark.alone
 def test_latency_is_the_time_of_a_forward():
     log = []
     models = {"slow": Sleeper(0.002, log), "fast": Sleeper(0.0005, log)}

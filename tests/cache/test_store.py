@@ -183,6 +183,7 @@ def test_a_reader_can_be_pickled_for_another_process(tmp_path, method):
     assert len(pickle.dumps(reader)) < 20_000
 
 
+@pytest.mark.alone
 def test_memory_does_not_grow_with_the_cache(tmp_path):
     """Anonymous memory does not include mapped pages of files."""
     cache_spec = spec_of("float32", samples=4096, views=1, samples_per_shard=512, channels=4096)

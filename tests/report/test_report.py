@@ -189,7 +189,7 @@ def test_unfinished_or_damaged_run_is_refused(tmp_path):
     damages = {
         "{": "summary.json: is damaged .not valid JSON.",
         "[]": "summary.json: is damaged .not a JSON object.",
-        '{"name": "x"}': "summary.json: is damaged .KeyError: 'role'.; train the run again",
+        '{"name": "x"}': "summary.json: is damaged .'role' is missing or unknown.; train the run again",
     }
     directory = finished_run(tmp_path, "r")
     for text, message in damages.items():

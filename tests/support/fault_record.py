@@ -1,4 +1,4 @@
-"""What the fault tests tried, and what was lost: counted by kind, printed at the end, written to faults.json."""
+"""Record of the fault tests: trials and losses, counted by kind, printed at the end and written to faults.json."""
 
 import contextlib
 import json
@@ -10,7 +10,12 @@ from tests.support.launching import ROOT
 
 
 class FaultRecord:
-    """One per session. seed: KD_FAULTS_SEED, for all instants that are drawn."""
+    """Record of a session of tests.
+
+    Attributes:
+        seed: Seed of all random instants, KD_FAULTS_SEED.
+        kinds: Numbers of trials and losses, by kind of fault.
+    """
 
     def __init__(self):
         self.seed = int(os.environ.get("KD_FAULTS_SEED", "0"))
@@ -18,7 +23,7 @@ class FaultRecord:
 
     @contextlib.contextmanager
     def trial(self, kind):
-        """Around a fault and the proof that nothing was lost by it: an error in between is a loss."""
+        """Count a fault and the proof, inside the `with` block, that nothing was lost by it. An error counts as a loss."""
         count = self.kinds.setdefault(kind, {"tried": 0, "lost": 0})
         count["tried"] += 1
         try:
@@ -28,7 +33,7 @@ class FaultRecord:
             raise
 
     def generator(self, *key):
-        """For the instants of one test, the same at each run."""
+        """Return the generator of the instants of one test, which are the same in each run."""
         return random.Random(f"{self.seed}/{key}")
 
     @property
@@ -37,7 +42,7 @@ class FaultRecord:
         return {**totals, "kinds": self.kinds}
 
     def finish(self):
-        """Nothing where no fault was tried."""
+        """Print and write the record, unless it is empty."""
         if not self.kinds:
             return
         path = Path(os.environ.get("KD_FAULTS_JSON", ROOT / "runs/faults.json"))

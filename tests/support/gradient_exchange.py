@@ -1,6 +1,6 @@
-"""A program for two processes: the gradients of each rank before and after the exchange, written to a directory.
+"""Program for two processes that writes the gradients of each rank, before and after their exchange, to a directory.
 
-The last micro-batch's backward exchanges; those before it, inside `no_sync`, do not.
+The backward pass of the last micro-batch exchanges gradients. The passes before it, inside `no_sync`, do not.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Real processes of the program, through `accelerate launch` for several."""
+"""Processes of the program; several of them are started by `accelerate launch`."""
 
 import contextlib
 import json
@@ -26,7 +26,10 @@ SMALL = [
     "--train.log_every_steps=1",
     "--tracking.wandb=disabled",
 ]
-"""A training of 24 steps in three epochs (128 training samples, 32 validation samples, 41 test samples) that takes a second."""
+"""Flags of a training of 24 steps in three epochs, which takes a second.
+
+It has 128 training samples, 32 validation samples and 41 test samples.
+"""
 
 
 def environment(**changes):

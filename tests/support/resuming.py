@@ -1,4 +1,4 @@
-"""Comparison of a training that was stopped and resumed with one that was never stopped."""
+"""Comparison of a training that was stopped and resumed with a training that was never stopped."""
 
 from tests.support.launching import metrics, summary
 
@@ -10,7 +10,10 @@ EVERYTHING = [
     "--train.log_every_steps=3",
     "--data.views=2",
 ]
-"""BatchNorm, dropout, momentum, a moving average, lines of metrics that span the stop, 8 steps to an epoch."""
+"""Flags of a training with BatchNorm, dropout, momentum, a moving average, and lines of metrics that span the stop.
+
+An epoch has 8 steps.
+"""
 
 
 def assert_same_run(one, other):

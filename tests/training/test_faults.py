@@ -1,7 +1,7 @@
-"""Trainings that are killed or signaled at any instant, and resumed: the result equals that of one never stopped.
+"""Trainings that are killed or signaled at any instant, and resumed: the result is that of a training never stopped.
 
-Processes are forked from a warm parent; two of them join without a launcher, so that a kill meets both at once, as the death of
-a machine does. The launcher's part is tested in test_preemption.py.
+Processes are forked from a warm parent; two of them join without a launcher, so that both are killed at once, as by the failure
+of a machine. Launchers are tested in test_preemption.py.
 """
 
 import signal
@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.support.holding import wait_until
 from tests.support.launching import SMALL, environment, free_port, losses, start
 from tests.support.resuming import EVERYTHING, assert_same_run
 from tests.support.warm import WarmProcess
@@ -22,7 +23,7 @@ FORTY_STEPS = [
     "--train.max_steps=40",
     "--checkpoint.every_steps=3",
 ]
-"""Forty steps in five epochs, with an evaluation after each epoch and a checkpoint after every third step."""
+"""Forty steps in five epochs, with an evaluation after each epoch and a checkpoint after every three steps."""
 
 KINDS = [(processes, outputs) for processes in (1, 2) for outputs in ("live", "cached")]
 QUICK, FULL = 2, 10
@@ -51,9 +52,9 @@ class Processes:
                 rank.send_signal(each)
 
     def end(self):
-        """[exit code of each rank], stderr of rank 0."""
-        _, stderr = self.ranks[0].communicate(timeout=120)
-        return [rank.wait(timeout=60) for rank in self.ranks], stderr
+        """Wait for all ranks. Returns [exit code of each rank], stderr of rank 0."""
+        _, stderr = self.ranks[0].communicate(timeout=240)
+        return [rank.wait(timeout=240) for rank in self.ranks], stderr
 
 
 def _rank(rank, port, joined):
@@ -67,7 +68,7 @@ def finish(run_dir, flags, processes):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, teacher_run):
-    """By (processes, outputs): flags of a hybrid distillation, a run of it that was never stopped, its length in seconds."""
+    """Return {(processes, outputs): (flags of a hybrid distillation, its run that was never stopped, its time in seconds)}."""
     directory = tmp_path_factory.mktemp("straight")
     runs = {}
     for processes, outputs in KINDS:
@@ -76,7 +77,7 @@ def straight(tmp_path_factory, teacher_run):
         if outputs == "cached":
             flags += ["--teacher.outputs=cached", f"--teacher.cache.dir={directory / 'cache'}", "--teacher.cache.batch_size=16"]
             process = start("cache", "build", *SMALL, *flags)
-            assert process.communicate(timeout=120) and process.returncode == 0
+            assert process.communicate(timeout=240) and process.returncode == 0
         run_dir = directory / f"{processes}-{outputs}"
         started_at = time.monotonic()
         finish(run_dir, flags, processes)
@@ -85,12 +86,9 @@ def straight(tmp_path_factory, teacher_run):
 
 
 def stop_at_random(training, run_dir, generator, number, *, length_s):
-    """Return whether the signal came before the end. Two in three come during the steps, the others from the start on."""
+    """Send a signal, in two of three cases during the steps, and return whether the training had not ended before."""
     if generator.random() < 2 / 3:
-        deadline = time.monotonic() + 60
-        while not (run_dir / "metrics.jsonl").exists() and training.ranks[0].poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_until(lambda: (run_dir / "metrics.jsonl").exists() or training.ranks[0].poll() is not None)
         length_s /= 2
     time.sleep(generator.uniform(0, length_s))
     training.signal(number)
@@ -100,7 +98,7 @@ def stop_at_random(training, run_dir, generator, number, *, length_s):
 
 
 def stop_and_resume(record, directory, straight, *, kind, number, times):
-    """Return the number of trainings that were stopped, resumed, and ended as the one never stopped."""
+    """Return the number of trainings that were stopped and resumed, and gave the result of the one never stopped."""
     (processes, outputs), trials = kind, 0
     flags, expected, length_s = straight[kind]
     generator = record.generator("kill", kind, number)
@@ -117,6 +115,7 @@ def stop_and_resume(record, directory, straight, *, kind, number, times):
     return trials
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
 @pytest.mark.parametrize("times", [QUICK, pytest.param(FULL, marks=pytest.mark.faults)])
 def test_kill_9_at_any_instant(tmp_path, fault_record, straight, kind, times):
@@ -136,30 +135,32 @@ PLACES = {
     "the last evaluation": ("eval:40", 0),
     "the evaluation of the results": ("test:40", -signal.SIGTERM),
 }
-"""The places where the model signals its process, and the exit code after SIGTERM; after the last step no checkpoint is due."""
+"""Places where the model signals its process, and the exit code after SIGTERM. No checkpoint is due after the last step."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_stopped_in(tmp_path, fault_record, straight, place, number, processes):
-    """The model sends the signal, so that the place is exact."""
+    """The model sends the signal, so the place is exact."""
     flags, expected, _ = straight[processes, "live"]
     with fault_record.trial(f"{number.name} in {place}"):
         at, code = PLACES[place]
         code = code if number == signal.SIGTERM else -number
         changes = {"KD_TEST_AT": at, "KD_TEST_HAPPENS": str(int(number))}
         codes, stderr = Processes(tmp_path / "run", flags, processes=processes, **changes).end()
-        assert codes == [code] * processes, stderr
+        # A rank may see the death of its peer before it is at the same place.
+        assert code in codes and set(codes) <= ({code, 1} if code < 0 else {code}), stderr
         finish(tmp_path / "run", flags, processes)
         assert_same_run(expected, tmp_path / "run")
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("arch", "relative"), [("student", 1e-4), pytest.param("student_float64", 1e-10)], ids=["float32", "float64"]
 )
 def test_two_processes_then_one_then_two(tmp_path, fault_record, teacher_run, arch, relative):
-    """A model without BatchNorm: sixty losses, and each step once."""
+    """The losses of all sixty steps are equal, for a model without BatchNorm."""
     flags = [f"--model.arch=import:tests.support.models:{arch}", "--train.epochs=8", "--train.max_steps=60"]
     if arch == "student":
         flags += [f"--teacher.run={teacher_run}", "--distill.features.mse={layers: [layer1], args: {pca_images: 64}}"]
@@ -174,7 +175,7 @@ def test_two_processes_then_one_then_two(tmp_path, fault_record, teacher_run, ar
 
 
 def test_the_comparison_can_fail(tmp_path, straight):
-    """Another seed, the same steps."""
+    """Another seed gives another result."""
     flags, expected, _ = straight[1, "live"]
     finish(tmp_path / "run", [*flags, "--seed=1"], 1)
     with pytest.raises(AssertionError):

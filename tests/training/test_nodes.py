@@ -1,4 +1,4 @@
-"""Two nodes with a launcher each, and the end of a training when one of them, or the network between them, fails."""
+"""Trainings on two nodes with a launcher each, and their end when a process, a node or the network between the nodes fails."""
 
 import contextlib
 import os
@@ -120,9 +120,10 @@ def straight(tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("dead", [1, pytest.param(0, marks=pytest.mark.faults)])
 def test_a_node_that_dies_ends_its_peer_and_the_next_start_resumes(tmp_path, fault_record, straight, dead):
-    """Node 0 has the store by which the processes have found each other."""
+    """Node 0 holds the store through which the processes have found each other."""
     hold = Hold(tmp_path / "hold", step=HELD_AT)
     nodes = both(tmp_path / "run", *STEADY, hold=hold)
     with fault_record.trial("a node dies"):
@@ -140,7 +141,7 @@ def test_a_node_that_dies_ends_its_peer_and_the_next_start_resumes(tmp_path, fau
 
 
 def test_a_process_that_never_comes(tmp_path):
-    """The launchers join first; this is a process whose peers were started and never joined."""
+    """A peer that was launched does not join."""
     alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = train(tmp_path / "run", "--train.timeout_s=3", code=2, **alone)
     assert "the processes could not connect" in done.stderr and "start a launcher on every node" in done.stderr
@@ -174,7 +175,7 @@ def test_a_process_that_hangs_ends_the_others(tmp_path, fault_record, straight):
 
 @pytest.fixture
 def network(tmp_path):
-    """Two network namespaces with an address each, and a link between them: (names, addresses, function to set its state)."""
+    """Create two network namespaces and a link: (names, addresses, function that sets the link's state to up or down)."""
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and iproute2")
     names = [f"kd{os.getpid()}a", f"kd{os.getpid()}b"]
@@ -203,7 +204,7 @@ def network(tmp_path):
 
 @pytest.mark.faults
 def test_a_network_that_is_cut(tmp_path, fault_record, straight, network):
-    """No packet reaches either side; both end within the timeout, and resume when the network is back."""
+    """Both nodes end within the timeout, and resume when the network is back."""
     names, addresses, cable = network
 
     def nodes(*flags, hold=None):

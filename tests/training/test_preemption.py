@@ -72,6 +72,7 @@ def test_one_process(tmp_path, straight, number):
     assert_same_run(straight[1], tmp_path / "run")
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=AT_LENGTH)])
 def test_two_processes_stop_at_the_same_step(tmp_path, held, straight, number):
     """The launcher handles the signals that it is told to, and forwards them."""
@@ -101,7 +102,8 @@ def test_a_signal_in_the_first_step(tmp_path, straight):
     wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=240)
-    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before the handler is installed
+    # Before the handler is installed the signal ends the process by its default action.
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
     train(tmp_path / "run", *FLAGS)
     assert_same_run(straight[1], tmp_path / "run")
 
@@ -119,6 +121,7 @@ def test_only_one_rank_is_signaled(tmp_path, held, straight):
     assert_same_run(straight[2], tmp_path / "run")
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("dead", [1, pytest.param(0, marks=AT_LENGTH)])
 def test_a_dead_rank_leaves_no_process_behind_and_writes_nothing(tmp_path, held, dead):
     """The launcher sends SIGTERM to the survivor as soon as the rank has died."""

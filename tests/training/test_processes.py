@@ -1,4 +1,4 @@
-"""One process or two, one forward or four: the same samples in the same steps, the same losses, the same gradients."""
+"""Equality of trainings with different numbers of processes and accumulation steps, and failures of a launch."""
 
 import json
 import subprocess
@@ -31,6 +31,7 @@ from tests.support.launching import (
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_two_processes_train_what_one_does(tmp_path, distilled):
     train(tmp_path / "one", *distilled)
     train(tmp_path / "two", *distilled, processes=2)
@@ -55,6 +56,7 @@ def test_in_float64_they_agree_to_rounding(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_accumulation_is_the_big_batch(tmp_path):
     flags = ["--model.arch=import:tests.support.models:student_float64", "--train.max_steps=8"]
     for processes, accumulation in ((1, 1), (1, 4), (2, 2)):
@@ -79,6 +81,7 @@ def test_four_processes_are_four_accumulation_steps(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_gradients_differ_before_the_exchange_and_agree_after_it(tmp_path):
     done = subprocess.run(
         [*LAUNCH, "--config_file", "launch/cpu2.yaml", "-m", "tests.support.gradient_exchange", str(tmp_path)],
@@ -101,7 +104,7 @@ def test_gradients_differ_before_the_exchange_and_agree_after_it(tmp_path):
 
 @pytest.mark.slow
 def test_buffers_that_no_training_forward_reads_are_not_exchanged(tmp_path):
-    """The saved model is the same, byte for byte, and so are the losses of training and validation."""
+    """The bytes of the saved model and the losses of training and validation are the same as with the exchange."""
     for name in ("student_with_everything", "student_with_a_constant"):
         arch = f"import:tests.support.models:{name}"
         distiller = Distiller(getattr(models, name)(4), mean=[0.5] * 3, std=[0.25] * 3)
@@ -113,6 +116,7 @@ def test_buffers_that_no_training_forward_reads_are_not_exchanged(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_evaluation_counts_each_sample_once(tmp_path, teacher_run):
     results = []
     for processes in (1, 2, 3):
@@ -132,6 +136,7 @@ def test_a_launch_that_is_incomplete_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_a_launch_that_was_not_joined_is_refused():
     program = (
         "from accelerate import Accelerator; from kd_accel.distributed import refuse_unjoined; refuse_unjoined(Accelerator())"
@@ -155,6 +160,7 @@ def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_launcher_ends_with_a_wrong_setting(tmp_path):
     done = train(tmp_path / "run", "--train.epoch=3", processes=2, code=None)
     text = "--train.epoch: no such setting; did you mean --train.epochs?"
@@ -165,7 +171,7 @@ def test_launcher_ends_with_a_wrong_setting(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_error_ends_a_training_with_workers(tmp_path, processes):
-    """A worker that ignored SIGTERM from its parent would prevent the parent's exit."""
+    """A worker that ignored SIGTERM from its parent would block the parent's exit."""
     step_3 = Hold(tmp_path / "hold", step=3).environment
     argv = ["train", f"--run_dir={tmp_path / 'run'}", *SMALL, "--data.num_workers=1"]
     process = start(*argv, processes=processes, patch="breaks", **step_3)
@@ -180,7 +186,7 @@ def test_error_ends_a_training_with_workers(tmp_path, processes):
 
 @pytest.mark.slow
 def test_an_unforeseen_failure_of_rank_0_reaches_its_peers_at_once(tmp_path):
-    """Without the message they would wait until their timeout, half an hour."""
+    """Without the message, the peers would wait until their timeout of half an hour."""
     port = free_port()
     ranks = [
         subprocess.Popen(
@@ -192,16 +198,16 @@ def test_an_unforeseen_failure_of_rank_0_reaches_its_peers_at_once(tmp_path):
         )
         for rank in ("0", "1")
     ]
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
-    assert "Traceback" in said[0] and said[0].rstrip().endswith("ZeroDivisionError: integer division or modulo by zero")
-    assert "kd-accel: rank 0 has failed (ZeroDivisionError: integer division or modulo by zero)" in said[1]
-    assert "Traceback" not in said[1]
+    assert "Traceback" in outputs[0] and outputs[0].rstrip().endswith("ZeroDivisionError: integer division or modulo by zero")
+    assert "kd-accel: rank 0 has failed (ZeroDivisionError: integer division or modulo by zero)" in outputs[1]
+    assert "Traceback" not in outputs[1]
 
 
 @pytest.mark.slow
 def test_ranks_may_end_a_build_far_apart_and_each_flushes_its_own_files(tmp_path):
-    """Rank 1 takes three times the timeout of other exchanges."""
+    """Rank 1 takes three times as long as the timeout of other exchanges."""
     teacher, cache = tmp_path / "teacher", tmp_path / "cache"
     train(teacher, "--role=teacher", "--model.arch=import:tests.support.models:late_teacher", "--train.max_steps=2")
     features = "--distill.features.mse={layers: [layer1, layer2], args: {direction: student_to_teacher}}"
