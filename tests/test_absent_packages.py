@@ -131,7 +131,7 @@ from benchmarks.harness import Result, finish
 
 for package in sys.argv[1:]:
     assert importlib.util.find_spec(package) is None, package
-for source in ("digits", "parquet:images", "imagefolder:images", "hub:any/name"):
+for source in ("digits", "parquet:images", "hub:any/name"):
     try:
         load_splits(DataConfig(source=source))
     except UserError as error:
@@ -151,7 +151,7 @@ def test_sources_networks_and_benchmarks_without_their_packages(tmp_path):
     done = run_hidden(tmp_path / "hidden", [sys.executable, "-c", PROBE, *HIDDEN], cwd=tmp_path)
     digits, *hub_sources, timm, _, line = done.stdout.splitlines()
     assert digits == "data.source: digits needs scikit-learn; pip install 'kd-accel[demo]'"
-    for message, source in zip(hub_sources, ("parquet:images", "imagefolder:images", "hub:any/name"), strict=True):
+    for message, source in zip(hub_sources, ("parquet:images", "hub:any/name"), strict=True):
         assert message.startswith(f"data.source: {source} needs the package datasets (") and "pip install datasets" in message
     assert "timm/" in timm and "pip install 'kd-accel[timm]'" in timm
     recorded = json.loads(line)

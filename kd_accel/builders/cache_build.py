@@ -62,6 +62,8 @@ def build_cache_of(config: RunConfig, accelerator: Accelerator) -> None:
     directory, settings = cache_directory(config), config.teacher.cache
     with locked_for_building(directory, accelerator):
         parts = _load_parts(config, accelerator)
+        for notice in parts.data.notices:
+            accelerator.print(notice)
         network, normalize = _network(config, parts, accelerator)
         build = CacheBuild(
             directory,

@@ -108,6 +108,7 @@ def build_run(config: RunConfig, accelerator: Accelerator, stack: ExitStack) -> 
     if inputs is None:
         return None
     network, notices = build_student(config, inputs.data)
+    notices += inputs.data.notices
     notices += notices_of_small_batches(
         accelerator.device,
         batch_size=config.train.batch_size,

@@ -14,6 +14,7 @@ import torch
 
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.dataset import samples_digest
+from kd_accel.data.folders import quoted
 from kd_accel.data.loader import EvalLoader, Share, TrainLoader, load_batches, make_batch
 from kd_accel.data.sources import ImageSet, load_splits
 from kd_accel.data.splits import HeldOutSplit, Split, SplitSamples, channel_statistics, split_samples
@@ -53,6 +54,14 @@ class DataModule:
     def label_names(self) -> tuple[str, ...]:
         """Class names, by label."""
         return self.train.label_names
+
+    @property
+    def notices(self) -> list[str]:
+        """Lines for the user about the source: files that are left out, and classes without samples."""
+        counts = np.bincount(self.train.labels, minlength=len(self.label_names))
+        empty = [name for name, count in zip(self.label_names, counts, strict=True) if not count]
+        lines = [f"data: {len(empty)} of {len(counts)} classes have no training sample: {quoted(empty)}"] if empty else []
+        return [*self.train.notices, *self.test.notices, *lines]
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return the classes, sample counts and sample digest that identify the data of a run, independent of its path."""

@@ -33,11 +33,13 @@ class ImageSet(Protocol):
         labels: Class indices, int64 [N].
         label_names: Class names, by label.
         is_in_memory: Whether the decoded images are held in memory.
+        notices: Lines for the user about the source, such as files that are left out.
     """
 
     labels: np.ndarray
     label_names: tuple[str, ...]
     is_in_memory: bool
+    notices: tuple[str, ...]
 
     @property
     def num_samples(self) -> int:
@@ -103,6 +105,7 @@ class MemoryImages:
     ) -> None:
         self._planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         self._encoded = encoded
+        self.notices = () if encoded is None else encoded.notices
         self.labels = labels
         self.label_names = tuple(label_names)
 
@@ -127,12 +130,13 @@ class EncodedImages:
     """Image set of a Hugging Face dataset, decoded on demand.
 
     Args:
-        column: Dataset with the single column `image`, undecoded: {"bytes", "path"} per sample.
+        column: Dataset with the single column `image`, or a list of its cells by indices; undecoded: {"bytes", "path"} each.
         labels: Class indices, int64 [N].
         label_names: Class names, by label.
         split: Name of the split, for error messages.
         image_size: Side of the square that images are resized to, in pixels.
         roots: Absolute paths of the directories that may contain image files.
+        notices: Lines for the user about the source, such as files that are left out.
     """
 
     is_in_memory = False
@@ -146,7 +150,9 @@ class EncodedImages:
         split: str,
         image_size: int,
         roots: Sequence[Path],
+        notices: Sequence[str] = (),
     ) -> None:
+        self.notices = tuple(notices)
         self._column = column
         self.labels = labels
         self.label_names = tuple(label_names)

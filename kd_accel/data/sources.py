@@ -20,6 +20,7 @@ from kd_accel.data.dataset import ImageSet as ImageSet
 from kd_accel.data.dataset import MemoryImages as MemoryImages
 from kd_accel.data.dataset import empty_images
 from kd_accel.data.decode import fit_array
+from kd_accel.data.folders import FileColumn, FolderSplit, read_folder
 from kd_accel.errors import UserError, describe_error
 from kd_accel.io.user_code import PREFIX, call_import
 
@@ -42,6 +43,8 @@ def load_splits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
         return _digits(config)
     if config.source.startswith(PREFIX):
         return _user_splits(config)
+    if kind == "imagefolder":
+        return _folder_splits(location, config)
     train = _load_columns(kind, location, config, config.train_split)
     test = _load_columns(kind, location, config, config.test_split)
     names = _class_names(train, config)
@@ -126,11 +129,48 @@ def _user_split(content: Any, config: DataConfig, split: str) -> MemoryImages:
     return MemoryImages(fitted, _check_labels(labels, len(names), field="data.source", split=split), names)
 
 
+def _folder_splits(location: str, config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """List the files of both splits before any is decoded."""
+    directory = _directory(location)
+    train = _folder_split(directory, config, config.train_split)
+    test = _folder_split(directory, config, config.test_split, label_names=train.label_names)
+    return tuple(  # type: ignore[return-value]
+        _in_memory_if_small(
+            EncodedImages(
+                FileColumn(found.paths),
+                found.labels,
+                found.label_names,
+                split=split,
+                image_size=config.image_size,
+                roots=[_absolute(directory)],
+                notices=found.notices,
+            ),
+            config,
+        )
+        for split, found in ((config.train_split, train), (config.test_split, test))
+    )
+
+
+def _folder_split(
+    directory: Path, config: DataConfig, split: str, *, label_names: tuple[str, ...] | None = None
+) -> FolderSplit:
+    """List the files of a split. label_names: classes of the training split; None = this is the training split."""
+    available = sorted(path.name for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if split not in available:
+        raise _missing_split(config, split, available)
+    if metadata := sorted(path.name for path in (directory / split).glob("metadata.*")):
+        raise UserError(
+            f"data.source: {directory / split} has the file {metadata[0]}, which is not read: the labels of an image folder "
+            f"are the names of its directories; remove this file if they are right ({split}/CLASS/IMAGE)"
+        )
+    return read_folder(directory / split, split=split, label_names=label_names)
+
+
 def _load_columns(kind: str, location: str, config: DataConfig, split: str) -> Any:
     """Load a split as a `datasets.Dataset` with the columns `image` (undecoded) and `label`.
 
     Args:
-        kind: Kind of the source: hub, parquet or imagefolder.
+        kind: Kind of the source: hub or parquet.
         location: Repository or directory, the part of `data.source` after the colon.
         config: The data settings.
         split: Name of the split in the source.
@@ -142,9 +182,7 @@ def _load_columns(kind: str, location: str, config: DataConfig, split: str) -> A
     datasets.disable_progress_bars()
     builder, arguments, available = _locate(kind, location, split)
     if split not in available:
-        setting = "data.train_split" if split == config.train_split else "data.test_split"
-        remedy = f"use one of {', '.join(available)}" if available else "the source has no splits; use another source"
-        raise UserError(f"{setting}: {config.source} has no split {split!r}; {remedy}")
+        raise _missing_split(config, split, available)
     if kind == "parquet":
         arguments = {"data_files": {split: _files_with_samples(arguments["data_files"][split], config, split)}}
     try:
@@ -154,7 +192,20 @@ def _load_columns(kind: str, location: str, config: DataConfig, split: str) -> A
         raise _unreadable(config, error.__cause__ or error) from None
     if not len(dataset):
         raise _no_samples(config, split)
-    return _two_columns(dataset, config, split, is_folder=kind == "imagefolder")
+    return _two_columns(dataset, config, split)
+
+
+def _missing_split(config: DataConfig, split: str, available: list[str]) -> UserError:
+    setting = "data.train_split" if split == config.train_split else "data.test_split"
+    remedy = f"use one of {', '.join(available)}" if available else "the source has no splits; use another source"
+    return UserError(f"{setting}: {config.source} has no split {split!r}; {remedy}")
+
+
+def _directory(location: str) -> Path:
+    directory = Path(location).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"data.source: directory {location!r} not found; check the path, relative to the working directory")
+    return directory
 
 
 def _datasets(config: DataConfig) -> Any:
@@ -177,17 +228,10 @@ def _locate(kind: str, location: str, split: str) -> tuple[str, dict[str, Any], 
     if kind == "hub":
         name, _, revision = location.partition("@")
         return name, {"revision": revision or None}, _hub_splits(name, revision or None)
-    directory = Path(location).expanduser()
-    if not directory.is_dir():
-        raise UserError(f"data.source: directory {location!r} not found; check the path, relative to the working directory")
-    if kind == "parquet":
-        files: dict[str, list[str]] = {}
-        for path in sorted(directory.glob("*.parquet")):
-            files.setdefault(path.name.split(".")[0].split("-")[0], []).append(str(path))
-        return "parquet", {"data_files": {split: files.get(split, [])}}, list(files)
-    folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
-    pattern = str(Path(glob.escape(str(directory / split))) / "**")
-    return "imagefolder", {"data_files": {split: pattern}, "drop_labels": False, "drop_metadata": True}, folders
+    files: dict[str, list[str]] = {}
+    for path in sorted(_directory(location).glob("*.parquet")):
+        files.setdefault(path.name.split(".")[0].split("-")[0], []).append(str(path))
+    return "parquet", {"data_files": {split: files.get(split, [])}}, list(files)
 
 
 def _files_with_samples(paths: list[str], config: DataConfig, split: str) -> list[str]:
@@ -239,17 +283,10 @@ def _hub_splits(name: str, revision: str | None) -> list[str]:
     return splits
 
 
-def _two_columns(dataset: Any, config: DataConfig, split: str, *, is_folder: bool) -> Any:
+def _two_columns(dataset: Any, config: DataConfig, split: str) -> Any:
     import datasets
 
-    columns = (
-        {"image": "image", "label": "label"} if is_folder else {"image": config.image_column, "label": config.label_column}
-    )
-    if is_folder and "label" not in dataset.column_names:
-        raise UserError(
-            f"data.source: {config.source} has no class folders; it must contain {split}/CLASS/IMAGE files, and no metadata "
-            "files"
-        )
+    columns = {"image": config.image_column, "label": config.label_column}
     for role, column in columns.items():
         if column not in dataset.column_names:
             raise UserError(
@@ -271,12 +308,12 @@ def _class_names(train: Any, config: DataConfig) -> tuple[str, ...]:
     names = getattr(train.features["label"], "names", None)
     if names is not None:
         return tuple(names)
-    labels = _read_labels(train, field=_label_field(config), split=config.train_split)
+    labels = _read_labels(train, field="data.label_column", split=config.train_split)
     return tuple(str(label) for label in range(int(labels.max()) + 1))
 
 
 def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: str) -> ImageSet:
-    field = _label_field(config)
+    field = "data.label_column"
     own_names = getattr(dataset.features["label"], "names", None)
     if own_names is not None and tuple(own_names) != names:
         raise UserError(
@@ -287,19 +324,18 @@ def _image_set(dataset: Any, names: tuple[str, ...], config: DataConfig, split: 
     encoded = EncodedImages(
         dataset.select_columns(["image"]), labels, names, split=split, image_size=config.image_size, roots=_roots(config)
     )
-    decoded_bytes = len(labels) * config.image_size**2 * 3
-    if decoded_bytes > config.memory_limit_mib * 2**20:
+    return _in_memory_if_small(encoded, config)
+
+
+def _in_memory_if_small(encoded: EncodedImages, config: DataConfig) -> ImageSet:
+    """Decode all images of a split if they fit in `data.memory_limit_mib`."""
+    samples = np.arange(encoded.num_samples)
+    if len(samples) * config.image_size**2 * 3 > config.memory_limit_mib * 2**20:
         return encoded
-    samples = np.arange(len(labels))
-    images = empty_images(len(labels), config.image_size)
+    images = empty_images(len(samples), config.image_size)
     for start in range(0, len(samples), _CHUNK_SAMPLES):
         images[start : start + _CHUNK_SAMPLES] = encoded.pixels(samples[start : start + _CHUNK_SAMPLES])
-    return MemoryImages(images, labels, names, encoded=encoded)
-
-
-def _label_field(config: DataConfig) -> str:
-    """Return the setting that decides the labels; the labels of an image folder are the names of its directories."""
-    return "data.source" if config.source.startswith("imagefolder:") else "data.label_column"
+    return MemoryImages(images, encoded.labels, encoded.label_names, encoded=encoded)
 
 
 def _roots(config: DataConfig) -> list[Path]:
@@ -309,7 +345,11 @@ def _roots(config: DataConfig) -> list[Path]:
 
     directory = Path(config.source.partition(":")[2]).expanduser()
     caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
-    return [Path(os.path.abspath(path)) for path in (directory, *caches)]  # noqa: PTH100  (as in EncodedImages)
+    return [_absolute(Path(path)) for path in (directory, *caches)]
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100  (links are not resolved, as in EncodedImages)
 
 
 def _read_labels(dataset: Any, *, field: str, split: str) -> np.ndarray:

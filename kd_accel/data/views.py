@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -79,6 +80,8 @@ class ImageDataset(Dataset[Item]):
                 raise ValueError(f"{name}: has no effect with the source {source!r}, which has its own; leave it out")
             columns = {"image_column": image_column, "label_column": label_column}
             self.module = load_data(_check_settings({"source": source, **columns, **shared}))
+            for notice in self.module.notices:
+                warnings.warn(notice, stacklevel=2)
         else:
             if refused := settings.keys() & set(_SOURCE_SETTINGS):
                 raise ValueError(f"{min(refused)}: has no effect with a dataset; pass its splits as source and test")

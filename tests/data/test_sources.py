@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from kd_accel.config.schema import DataConfig
+from kd_accel.data.datamodule import load_data
 from kd_accel.data.sources import EncodedImages, MemoryImages, load_splits
 from kd_accel.errors import UserError
 from tests.support.image_files import color, encoded, write_folder, write_named, write_parquet
@@ -87,11 +88,11 @@ def test_an_image_folder_may_have_one_class(tmp_path):
     [
         (
             ["train/cat/0.png", "train/dog/0.png", "test/cat/0.png"],
-            "^data.source: the train split and the test split have different classes",
+            "^data.source: .*/test: the classes differ from those of the training split .missing here: 'dog'.;",
         ),
         (
-            ["train/cat/0.png", "train/1.png", "test/cat/0.png"],
-            "^data.source: the train split and the test split have different classes",
+            ["train/cat/0.png", "test/cat/0.png", "test/dog/0.png"],
+            "^data.source: .*/test: the classes differ .* .not in the training split: 'dog'.;",
         ),
         (["train/cat/0.png"], "^data.test_split: imagefolder:.* has no split 'test'; use one of train$"),
     ],
@@ -110,11 +111,11 @@ def test_errors_inside_an_image_folder_are_reported(tmp_path):
     ):
         load_splits(config(tmp_path, "imagefolder"))
     (tmp_path / "train/metadata.csv").write_text("file_name,age\ncat/0.png,3\n")
-    with pytest.raises(UserError, match="must contain train/CLASS/IMAGE files, and no metadata files"):
+    with pytest.raises(UserError, match="has the file metadata.csv, which is not read"):
         load_splits(config(tmp_path, "imagefolder"))
     (tmp_path / "train/metadata.csv").unlink()
     (tmp_path / "test/cat/0.png").unlink()
-    with pytest.raises(UserError, match="cannot read imagefolder:.*no data"):
+    with pytest.raises(UserError, match="has no class folders with images; it must contain test/CLASS/IMAGE files"):
         load_splits(config(tmp_path, "imagefolder"))
 
 
@@ -298,3 +299,10 @@ def test_data_that_does_not_match_the_settings_is_refused(parquet, no_network, p
     with pytest.raises(UserError, match=message) as raised:
         load_splits(config(parquet, **settings))
     assert "\n" not in str(raised.value)
+
+
+def test_classes_without_training_samples_are_named(tmp_path):
+    """Labels from 1 on make a class 0 that no sample has."""
+    for split in ("train", "test"):
+        write_parquet(tmp_path, split, [encoded(color(sample)) for sample in range(4)], [1, 2, 4, 4])
+    assert load_data(config(tmp_path, val_fraction=0.0)).notices == ["data: 2 of 5 classes have no training sample: '0', '3'"]

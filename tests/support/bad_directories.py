@@ -283,12 +283,12 @@ SETS = [
         "does not contain images",
     ),
     ("splits with different classes", make.named(train=["a", "b"], test=["b", "a"]), DATA, "have different classes"),
-    ("image folder without classes", make.folder("train/1.png", "test/1.png"), FOLDER, "have different classes"),
+    ("image folder without classes", make.folder("train/1.png", "test/1.png"), FOLDER, "has no class folders with images"),
     (
         "image folders with different classes",
         make.folder("train/cat/1.png", "test/dog/1.png"),
         FOLDER,
-        "have different classes",
+        "the classes differ from those of the training split",
     ),
     (
         "text file with the name of an image",
