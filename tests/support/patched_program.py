@@ -5,13 +5,13 @@
 PATCH is one of:
 
 - `flushes`: append each file of a cache that a process flushes to disk to KD_TEST_FLUSHES-RANK.
-- `fails`: raise an unforeseen error on rank 0, while its peers wait for rank 0.
+- `fails`: raise an unexpected error on rank 0, while its peers wait for rank 0.
 - `holds`: hold the training before a step, as `tests.support.holding.Hold` describes.
-- `holds_on`: the same, and hold it also when it has received a signal.
-- `breaks`: raise an error in the same step.
-- `closes_slowly`: the same as `holds`, and take 60 seconds to close the checkpoint writer.
+- `holds_on`: hold it also after a signal.
+- `breaks`: raise an error before this step.
+- `closes_slowly`: hold it as `holds` does, and take five seconds to close the checkpoint writer.
 
-The processes of a launch begin when all of them have imported the program. Imports take seconds, and each process another time.
+The processes of a launch begin when all of them have imported the program, because the time of the imports varies by seconds.
 """
 
 import os
@@ -52,9 +52,7 @@ def hold(*, is_ended_by_signal=True):
         if self.train_state.position.step == int(os.environ[STEP]):
             mark(directory / f"held-{RANK}")
             # A signal ends the hold, so that the steps after it are those in which the ranks agree on a stop.
-            wait_until(
-                lambda: (is_ended_by_signal and self.preemption._signal) or (directory / "released").exists(),
-            )
+            wait_until(lambda: (is_ended_by_signal and self.preemption._signal) or (directory / "released").exists())
         step(self, *arguments)
 
     Trainer.step = held
@@ -73,7 +71,7 @@ def break_in_step():
 
 def close_slowly():
     hold()
-    CheckpointWriter.close = lambda self: time.sleep(60)
+    CheckpointWriter.close = lambda self: time.sleep(5)
 
 
 def hold_on():

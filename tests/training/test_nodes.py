@@ -18,6 +18,7 @@ from tests.support.launching import (
     SMALL,
     environment,
     free_port,
+    kill_all,
     last_lines,
     losses,
     metrics,
@@ -68,24 +69,28 @@ def both(run_dir, *flags, hold=None):
 
 
 def finish(nodes):
-    outputs = [each.communicate(timeout=240)[0] for each in nodes]
-    assert [each.returncode for each in nodes] == [0, 0], "\n".join(outputs)
+    with ended(nodes):
+        outputs = [each.communicate(timeout=240)[0] for each in nodes]
+        assert [each.returncode for each in nodes] == [0, 0], "\n".join(outputs)
 
 
 @contextlib.contextmanager
 def ended(nodes):
-    """Kill all processes of the nodes at the end of the `with` block; yields the processes."""
+    """Kill the processes of the nodes at the end of the `with` block, and those of the list that it yields."""
     everybody = []
     try:
-        for each in nodes:
-            everybody += [psutil.Process(each.pid), *psutil.Process(each.pid).children(recursive=True)]
         yield everybody
     finally:
         for process in everybody:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         for each in nodes:
-            each.wait()
+            kill_all(each)
+
+
+def processes_of(nodes):
+    launchers = [psutil.Process(each.pid) for each in nodes]
+    return [process for launcher in launchers for process in (launcher, *launcher.children(recursive=True))]
 
 
 def assert_lost(output, rank):
@@ -107,9 +112,9 @@ def test_two_nodes_train_what_one_process_does(tmp_path):
 def test_each_launcher_ends_with_a_wrong_setting(tmp_path):
     nodes = both(tmp_path / "run", "--train.epoch=3")
     text = "--train.epoch: no such setting; did you mean --train.epochs?"
-    for each in nodes:
-        output, _ = each.communicate(timeout=240)
-        assert each.returncode not in (0, None)
+    with ended(nodes):
+        outputs = [each.communicate(timeout=240)[0] for each in nodes]
+    for output in outputs:
         assert output.count(f"kd-accel: {text}") == 1 and last_lines(output).splitlines()[-2] == f"  {text}", output
 
 
@@ -127,9 +132,10 @@ def test_a_node_that_dies_ends_its_peer_and_the_next_start_resumes(tmp_path, fau
     hold = Hold(tmp_path / "hold", step=HELD_AT)
     nodes = both(tmp_path / "run", *STEADY, hold=hold)
     with fault_record.trial("a node dies"):
-        hold.wait_for_ranks(*nodes)
         with ended(nodes) as everybody:
-            for process in [*psutil.Process(nodes[dead].pid).children(recursive=True), psutil.Process(nodes[dead].pid)]:
+            hold.wait_for_ranks(*nodes)
+            everybody += processes_of(nodes)
+            for process in reversed(processes_of([nodes[dead]])):
                 process.kill()
             hold.release()
             output, _ = nodes[1 - dead].communicate(timeout=240)
@@ -161,8 +167,9 @@ def test_a_process_that_hangs_ends_the_others(tmp_path, fault_record, straight):
     flags = [*SMALL, *STEADY, f"--train.timeout_s={TIMEOUT_S}"]
     process = start("train", f"--run_dir={tmp_path / 'run'}", *flags, processes=2, patch="holds", **hold.environment)
     with fault_record.trial("a process hangs"):
-        hold.wait_for_ranks(process)
         with ended([process]) as everybody:
+            hold.wait_for_ranks(process)
+            everybody += processes_of([process])
             ranks_of(process)[1].send_signal(signal.SIGSTOP)
             hold.release()
             _, output = process.communicate(timeout=240)  # the launcher kills the process 30 s after SIGTERM
@@ -226,8 +233,9 @@ def test_a_network_that_is_cut(tmp_path, fault_record, straight, network):
     hold = Hold(tmp_path / "hold", step=HELD_AT)
     with fault_record.trial("the network between two nodes is cut"):
         first = nodes(f"--train.timeout_s={TIMEOUT_S}", hold=hold)
-        hold.wait_for_ranks(*first)
         with ended(first) as everybody:
+            hold.wait_for_ranks(*first)
+            everybody += processes_of(first)
             cable("down")
             hold.release()
             cut_at = time.monotonic()

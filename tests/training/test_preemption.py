@@ -140,7 +140,7 @@ def test_a_dead_rank_leaves_no_process_behind_and_writes_nothing(tmp_path, held,
 
 
 def test_lost_peers_are_reported_before_a_slow_end(held):
-    """The survivor still writes a checkpoint when its launcher kills it, 30 seconds after SIGTERM."""
+    """The survivor is still writing a checkpoint when its launcher sends SIGTERM."""
     launcher, hold = held("--checkpoint.every_steps=5", patch="closes_slowly")
     ranks_of(launcher)[1].kill()
     hold.release()
