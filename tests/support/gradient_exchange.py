@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kd_accel.distributed import start_processes
+from kd_accel.distributed import leave_processes, start_processes
+from kd_accel.exit_codes import exit_codes
 from kd_accel.losses.distiller import Distiller, LossWeights
 from kd_accel.losses.features import MSE
 from kd_accel.losses.logits import KL
@@ -54,8 +55,10 @@ def main(directory):
     save_file(found, Path(directory) / f"rank{accelerator.process_index}.safetensors")
     distiller.stop_recording()
     teacher.close()
-    accelerator.end_training()
+    leave_processes(accelerator)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    # At the interpreter's own exit, a thread of gloo that still runs can abort the process.
+    with exit_codes():
+        main(sys.argv[1])
