@@ -1,4 +1,4 @@
-"""Fixtures of a session: a teacher trained by the program itself, and the record of faults."""
+"""Plugins and fixtures of a session: the time limit, a teacher trained by the program itself, and the record of faults."""
 
 import os
 import sys
@@ -9,13 +9,9 @@ from kd_accel.io.user_code import VARIABLE
 from tests.support.fault_record import FaultRecord
 from tests.support.launching import train
 
-SECONDS = pytest.StashKey[float]()
+pytest_plugins = ["tests.support.time_limit"]
 os.environ[VARIABLE] = "1"
 """Runs that tests leave name `import:tests.support.models:...`; what happens without the allowance is in test_imports.py."""
-
-
-FAST_S = 3.0
-"""Limit of a test, its fixtures included, that is not marked slow."""
 
 
 def pytest_collection_finish(session):
@@ -27,19 +23,6 @@ def pytest_collection_finish(session):
 
 def is_needed_by(items):
     return any(hasattr(item.module, name) for item in items for name in ("start", "train", "run", "launching", "WarmProcess"))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    """Fail a test that takes longer than a fast test may and is not marked, unless other programs occupy the machine."""
-    report = yield
-    item.stash[SECONDS] = item.stash.get(SECONDS, 0.0) + call.duration
-    is_marked = any(item.get_closest_marker(name) for name in ("slow", "faults"))
-    is_busy = os.getloadavg()[0] > 1 + (os.cpu_count() or 1)
-    if call.when == "call" and report.passed and item.stash[SECONDS] > FAST_S and not (is_marked or is_busy):
-        report.outcome = "failed"
-        report.longrepr = f"took {item.stash[SECONDS]:.1f} s, more than {FAST_S:.0f} s: mark it slow, or make it faster"
-    return report
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,7 @@ def test_each_setting_is_read(tmp_path, teacher_run, read):
     assert every - read == set()
 
 
+@pytest.mark.slow
 def test_compiled_distillation_has_the_terms_of_an_eager_one(tmp_path, distilled):
     train(tmp_path / "eager", "--train.max_steps=4", *distilled)
     train(tmp_path / "compiled", "--train.max_steps=4", *distilled, "--train.compile=true")

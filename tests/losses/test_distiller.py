@@ -290,6 +290,7 @@ def test_maps_have_the_memory_format_of_the_module(memory_format):
     torch.testing.assert_close(output.logits, expected(*batch()).logits)
 
 
+@pytest.mark.slow
 def test_compiled_distiller_has_the_same_gradients():
     images, target, labels = batch()
     plain, compiled = hybrid(), hybrid()

@@ -176,6 +176,7 @@ def test_an_output_computed_without_gradients_can_be_modified_in_place():
     assert parameter.grad == 8
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_the_same_function():
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))

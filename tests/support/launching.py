@@ -89,10 +89,11 @@ def python(*argv, launcher=(), cwd=ROOT):
 
 
 def kill_all(process):
-    """Kill a process, which may have ended, and all its descendants. A launcher's workers have sessions of their own."""
+    """Kill a process and all its descendants, unless it has ended. A launcher's workers have sessions of their own."""
     everybody = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    if process.poll() is None:  # else its id may be that of another process
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everybody = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for one in everybody:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
