@@ -103,7 +103,8 @@ def run_case(case: Case, directory: Path, *, batch_size: int, threads: int) -> d
         *("--data.source=import:benchmarks.growth:images", "--data.val_fraction=0", f"--data.views={case.views}"),
         *("--teacher.arch=torchvision/resnet50", f"--teacher.weights={weights}"),
         f"--teacher.arch_args={json.dumps(_ARCH_ARGS)}",
-        *("--teacher.mean=[0.5, 0.5, 0.5]", "--teacher.std=[0.25, 0.25, 0.25]", "--teacher.outputs=cached"),
+        *("--teacher.mean=[0.5, 0.5, 0.5]", "--teacher.std=[0.25, 0.25, 0.25]"),
+        *("--teacher.min_accuracy=null", "--teacher.outputs=cached"),
         *(f"--teacher.cache.dir={directory / 'cache'}", f"--train.batch_size={batch_size}", "--train.epochs=1"),
     ]
     if case.layers:

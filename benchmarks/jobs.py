@@ -33,6 +33,7 @@ from kd_accel.config.schema import (
 )
 from kd_accel.data.datamodule import DataModule, images_on
 from kd_accel.data.dataset import MemoryImages
+from kd_accel.data.decode import Decoder
 from kd_accel.data.splits import Split, SplitSamples
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.distributed import Accelerator, start_processes
@@ -114,7 +115,8 @@ class Bench:
     def data(self, num_views: int | None = None) -> DataModule:
         """Return the images as a training split without held-out samples."""
         splits = SplitSamples(self.samples, self.samples[:0], self.samples[:0])
-        return DataModule(self.images, self.images, splits, MEAN, STD, VIEWS, num_views)
+        decoder = Decoder(VIEWS.image_size)
+        return DataModule(self.images, self.images, self.images, splits, MEAN, STD, VIEWS, num_views, decoder=decoder)
 
     def batches(self, split: Split, shares: Sequence[tuple[np.ndarray, int]]) -> Iterator[Batch]:
         """Yield a batch on the device for each (indices, view) of `shares`, as `cache build` does."""

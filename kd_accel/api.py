@@ -13,6 +13,7 @@ import torch
 
 from kd_accel.commands.evaluate import evaluate_run
 from kd_accel.commands.train import run_training
+from kd_accel.config.evaluation import build_evaluation
 from kd_accel.config.parsing import build_config
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.splits import HeldOutSplit
@@ -60,9 +61,8 @@ def train(config: RunConfig | str | Path | Mapping[str, Any], **settings: Any) -
     """
     if not isinstance(config, RunConfig | str | Path | Mapping):
         raise TypeError(f"config: must be a RunConfig, a path or a mapping, not {type(config).__name__}")
-    losses = {"logits": names("logits"), "features": names("features")}
     source = _with_text_paths(config) if isinstance(config, Mapping) else config
-    built = build_config(RunConfig, source, _with_text_paths(settings), losses=losses)
+    built = build_config(RunConfig, source, _with_text_paths(settings), losses=_losses())
     with _kernel_choices_restored(), accelerate_state_restored():
         run_training(built)
     if not (built.directory / "summary.json").is_file():
@@ -70,24 +70,32 @@ def train(config: RunConfig | str | Path | Mapping[str, Any], **settings: Any) -
     return RunResult(built.directory, read_json(built.directory / "summary.json", remedy="train the run again"))
 
 
-def evaluate(run: str | Path, *, split: HeldOutSplit = "test") -> dict[str, Any]:
+def evaluate(run: str | Path, *, split: HeldOutSplit = "test", **settings: Any) -> dict[str, Any]:
     """Evaluate a finished run on a held-out split, in all processes of the launch.
 
     Args:
         run: Run directory.
         split: Held-out split, `test` or `val`.
+        settings: Settings by dotted name that override those of the run: `data`, `teacher` (None = without the agreement),
+            `train.eval_batch_size` and `train.precision`, such as `**{"data.source": "imagefolder:photos"}`.
 
     Returns:
-        `samples`, the number of samples; `loss`, the mean cross-entropy; `accuracy`; and for a distilled run `agreement`, the
+        `samples`, the number of samples; `loss`, the mean cross-entropy; `accuracy`; and with a teacher `agreement`, the
         fraction of samples with the same top-1 class as the teacher. Accuracy and agreement are fractions in 0..1.
 
     Raises:
-        ValueError: If `split` is not a held-out split, or the directory has no finished run (`UserError`).
+        ValueError: If `split` is not a held-out split, the directory has no finished run, or a setting or the data is not valid
+            (`UserError`).
     """
     if split not in get_args(HeldOutSplit):
         raise ValueError(f"split: {split!r} is not a held-out split; use one of {', '.join(get_args(HeldOutSplit))}")
+    config = build_evaluation(Path(run), _with_text_paths(settings), losses=_losses())
     with _kernel_choices_restored(), accelerate_state_restored():
-        return evaluate_run(Path(run), split=split)
+        return evaluate_run(Path(run), config, split=split)
+
+
+def _losses() -> dict[str, list[str]]:
+    return {"logits": names("logits"), "features": names("features")}
 
 
 def _with_text_paths(value: Any) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kd_accel import __version__
 from kd_accel.config.command_line import HELP_OF_ALLOW, CommandParser
+from kd_accel.config.evaluation import is_evaluation_setting, parse_evaluation
 from kd_accel.config.fields import nearest
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
@@ -125,6 +126,22 @@ def _cache(argv: list[str]) -> None:
         cache.run_cache_info(config, as_json=values.json)
 
 
+def _data(argv: list[str]) -> None:
+    action, *rest = argv or ["--help"]
+    if action in ("-h", "--help"):
+        print("usage: kd-accel data check [FILE ...] [--data.NAME VALUE ...] [--json]\n")
+        print(f"  check    {_DATA_CHECK}")
+        return
+    if action != "check":
+        raise UserError(f"data {action!r} is not a command{nearest(action, ['check'])} (check)")
+    parser = _run_parser("data check", _DATA_CHECK, "[--json]")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    config, values = parse_config(RunConfig, rest, parser=parser)
+    from kd_accel.commands.data import run_data_check
+
+    run_data_check(config, as_json=values.json)
+
+
 def _plan(argv: list[str]) -> None:
     parser = _run_parser("plan", "Estimate the cost of live and cached teacher outputs on this machine.", "[--json]")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
@@ -136,13 +153,20 @@ def _plan(argv: list[str]) -> None:
 
 def _evaluate(argv: list[str]) -> None:
     description = "Compute the accuracy, loss and agreement with the teacher of a finished run."
-    parser = CommandParser("evaluate", "RUN [--split test|val]", description)
+    parser = CommandParser(
+        "evaluate",
+        "RUN [--split test|val]",
+        description,
+        config_class=RunConfig,
+        is_taken=is_evaluation_setting,
+        losses=_LOSSES,
+    )
     parser.add_argument("run", metavar="RUN", type=Path, help="Run directory.")
     parser.add_argument("--split", choices=["test", "val"], default="test", help="Held-out split to evaluate on.")
-    values = parser.parse(argv)
+    config, values = parse_evaluation(argv, parser=parser)
     from kd_accel.commands.evaluate import run_evaluation
 
-    run_evaluation(values.run, split=values.split)
+    run_evaluation(values.run, config, split=values.split)
 
 
 def _bench(argv: list[str]) -> None:
@@ -215,9 +239,12 @@ _CACHE_ACTIONS = {
     "info": "Print the contents of a cache.",
 }
 
+_DATA_CHECK = "Decode every image once, and list what is unreadable, left out, repeated or of one color."
+
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "train": ("Train a teacher, a student, or a student with its teacher.", _train),
     "cache": ("Store the outputs of a teacher: build, verify, info.", _cache),
+    "data": ("Check the images and labels of a data set: check.", _data),
     "plan": ("Estimate the cost of a live and of a cached teacher on this machine.", _plan),
     "evaluate": ("Compute accuracy, loss and agreement of a finished run.", _evaluate),
     "bench": ("Measure parameters, MACs and latency of runs or architectures.", _bench),

@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +36,9 @@ __all__ = [
     "Accelerator",
     "accelerate_state_restored",
     "gathered",
+    "launch_notices",
     "leave_processes",
+    "missing_gpu",
     "on_main_process",
     "patient_group",
     "peer_timeout_s",
@@ -258,6 +261,41 @@ def _refuse_contradictions(precision: Precision) -> None:
         )
 
 
+def missing_gpu() -> str | None:
+    """Return the reason why PyTorch finds no GPU; None if it finds one."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    if _hides_gpus():
+        return f"CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
+    return f"PyTorch {torch.__version__} finds none"
+
+
+def _hides_gpus() -> bool:
+    """Return whether the variable of CUDA hides all GPUs: it is empty, or begins with an index that does not exist."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and (not visible.strip() or visible.strip().startswith("-"))
+
+
+def launch_notices(accelerator: Accelerator) -> list[str]:
+    """Return a notice if Accelerate's launcher has started processes that find no GPU, and was not told to use the CPU.
+
+    Both of its ways to start processes set ACCELERATE_DYNAMO_BACKEND. It is told to use the CPU by `--cpu` or `use_cpu`, which
+    set ACCELERATE_USE_CPU, or by `gpu_ids`, which sets CUDA_VISIBLE_DEVICES (launch/cpu2.yaml).
+    """
+    reason = missing_gpu()
+    uses_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or _hides_gpus()
+    if "ACCELERATE_DYNAMO_BACKEND" not in os.environ or reason is None or uses_cpu:
+        return []
+    count = accelerator.num_processes
+    processes = "the process of this launch runs" if count == 1 else f"the {count} processes of this launch run"
+    return [
+        f"launch: no GPU was found ({reason}), so {processes} on the CPU; check nvidia-smi and the build of PyTorch, or launch "
+        "with --cpu or launch/cpu2.yaml if the CPU is intended"
+    ]
+
+
 def refuse_unjoined(accelerator: Accelerator) -> None:
     """Raise UserError if fewer processes have joined than were launched, or if their kind of parallelism is not supported."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -266,8 +304,33 @@ def refuse_unjoined(accelerator: Accelerator) -> None:
             f"the launcher started {launched} processes, but Accelerate joined {accelerator.num_processes}: each would "
             "train alone and overwrite the others' files; use one of the files in launch/ (distributed_type: MULTI_GPU)"
         )
+    if accelerator.num_processes == 1 and _is_alone():
+        raise UserError(
+            "the launcher was asked for several processes, but has started one: without multi_gpu, Accelerate starts a single "
+            "process, also on CPUs; use one of the files in launch/ (distributed_type: MULTI_GPU; launch/cpu2.yaml for CPUs), "
+            "add --multi_gpu, or set --num_processes 1"
+        )
     if accelerator.distributed_type not in _SUPPORTED:
         raise UserError(
             f"distributed_type: {accelerator.distributed_type.value} is not supported; "
             "use MULTI_GPU (data parallel) as in the files in launch/"
         )
+
+
+def _is_alone() -> bool:
+    """Return whether Accelerate's launcher was asked for several processes and has started this one alone.
+
+    It then sets MASTER_PORT, but no WORLD_SIZE. A MASTER_PORT that the launcher has inherited, as in a job of Slurm, proves
+    nothing, so the variables with which launcher and process were started are compared. Only Linux lists them.
+    """
+    try:
+        launcher, own = (_initial_variables(process) for process in (str(os.getppid()), "self"))
+    except OSError:
+        return False
+    return "ACCELERATE_USE_CPU" in own and "MASTER_PORT" in own - launcher and "WORLD_SIZE" not in own
+
+
+def _initial_variables(process: str) -> set[str]:
+    """Return the names of the environment variables with which a process was started."""
+    items = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return {item.partition(b"=")[0].decode(errors="replace") for item in items}

@@ -7,6 +7,28 @@ class UserError(ValueError):
     """Mistake of the user; the program exits with 2. The message is one paragraph with field, value, rule and remedy."""
 
 
+class UnreadableImage(UserError):  # noqa: N818  (as UserError, a mistake in the input)
+    """Image that cannot be read or decoded. A training stops after a checkpoint; the program exits with 2.
+
+    Args:
+        description: Sample, split, file and reason, the part of the message before the remedy.
+        remedy: What the user can do.
+        sample: Index of the sample in its source split.
+    """
+
+    def __init__(self, description: str, remedy: str, sample: int) -> None:
+        super().__init__(description, remedy, sample)
+        self.sample = sample
+
+    def __str__(self) -> str:
+        """Return the message in one paragraph."""
+        return f"data.source: {self.args[0]}; {self.args[1]}"
+
+    def with_remedy(self, remedy: str) -> UnreadableImage:
+        """Return the same error with another remedy."""
+        return UnreadableImage(self.args[0], remedy, self.sample)
+
+
 class Preempted(Exception):  # noqa: N818  (not an error)
     """Stop by a signal, in a state from which the work can be resumed; the program exits with 128 + number.
 

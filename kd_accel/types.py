@@ -23,7 +23,7 @@ class Batch:
         images: Pixels of the view, uint8 [B, 3, H, W]. Dense, and either contiguous (decoded images held in memory, uncropped
             or cropped) or channels_last (images decoded on demand, resized crops, TrivialAugment, crops made on a GPU).
             Code that needs one memory format must convert.
-        labels: Class indices, int64 [B].
+        labels: Class indices, int64 [B]; -1 = no label.
         index: Each sample's position in its source split, before any subset, int64 [B]. Always in host memory: a cache is
             read by (index, view), and a copy from a GPU would synchronize the device.
         view: Number of the view that the pixels show.

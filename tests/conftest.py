@@ -2,9 +2,11 @@
 
 import os
 import sys
+import tempfile
 
 import pytest
 
+from kd_accel.io.home import VARIABLE as HOME_VARIABLE
 from kd_accel.io.user_code import VARIABLE
 from tests.support.fault_record import FaultRecord
 from tests.support.launching import train
@@ -12,6 +14,9 @@ from tests.support.launching import train
 pytest_plugins = ["tests.support.time_limit"]
 os.environ[VARIABLE] = "1"
 """Runs that tests leave name `import:tests.support.models:...`; what happens without the allowance is in test_imports.py."""
+_HOME = tempfile.TemporaryDirectory(prefix="kd-accel-home-")
+os.environ[HOME_VARIABLE] = _HOME.name
+"""No test reads or changes what the developer's own starts have kept."""
 
 
 def pytest_collection_finish(session):

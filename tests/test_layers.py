@@ -70,10 +70,10 @@ def test_contributing_lists_the_layers():
         ("torch.profiler", ["profiling.py"]),
         ("wandb", ["training/wandb_tracker.py"]),
         ("matplotlib", ["report/plots.py"]),
-        ("datasets", ["data/sources.py"]),
+        ("datasets", ["data/tables.py"]),
         ("sklearn", ["data/sources.py"]),
         ("timm", ["models"]),
-        ("tqdm", ["training/progress.py"]),
+        ("tqdm", ["data/passes.py", "training/progress.py"]),
     ],
 )
 def test_a_library_has_its_place(library, allowed):

@@ -66,6 +66,7 @@ def teacher_flags(setting: Setting, starter: Starter, arch: str) -> list[str]:
         f"--teacher.weights={path}",
         "--teacher.mean=[0.5, 0.5, 0.5]",
         "--teacher.std=[0.25, 0.25, 0.25]",
+        "--teacher.min_accuracy=null",
     ]
     return [*flags, f"--teacher.arch_args={json.dumps(arch_args)}"] if arch_args else flags
 

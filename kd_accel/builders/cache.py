@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from kd_accel.builders.student import Losses
-from kd_accel.cache.compatibility import CacheRequest, create_request
+from kd_accel.cache.compatibility import CacheRequest, covered_samples, create_request, data_fields
 from kd_accel.cache.differences import TargetSettings
+from kd_accel.cache.stored_teacher import StoredTeacher
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.errors import UserError
@@ -66,6 +67,29 @@ def cache_request(
         compiled=train.compile,
         tf32=train.tf32,
         cpu_kernels=train.cpu_kernels,
+        target_settings=target_settings(losses),
+    )
+
+
+def stored_request(
+    config: RunConfig, data: DataModule, teacher: StoredTeacher, losses: Losses, targets: Mapping[str, TargetFunction]
+) -> CacheRequest:
+    """Create the request of a training without a teacher: what only the teacher could decide is taken from the cache.
+
+    Args:
+        config: Config of the run.
+        data: Data of the run.
+        teacher: The teacher as the cache describes it.
+        losses: Losses of the run.
+        targets: Target functions of the compared layers.
+    """
+    assert config.teacher is not None, "checked by config/validation.py"
+    return CacheRequest(
+        {"teacher": teacher.fingerprint_fields(), "numerics": teacher.numerics(), **data_fields(data)},
+        covered_samples(data),
+        used_views(config, data),
+        targets,
+        config.teacher.cache.dtype,
         target_settings=target_settings(losses),
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kd_accel.builders.labels import unlabeled_class_names
 from kd_accel.builders.student import build_distiller, build_losses, build_student
 from kd_accel.builders.teacher import build_targets, layer_shapes, live_teacher, load_teacher, teacher_on_device
 from kd_accel.builders.trainer import build_schedule, build_train_loader
@@ -47,7 +48,8 @@ def estimate_costs(config: RunConfig, accelerator: Accelerator) -> dict[str, Any
         UserError: If data, teacher, student and losses do not fit together.
     """
     assert config.teacher is not None
-    losses, data = build_losses(config), load_data(config.data)
+    losses = build_losses(config)
+    data = load_data(config.data, accelerator, class_names=unlabeled_class_names(config))
     student, _ = build_student(config, data)
     teacher = load_teacher(config, data)
     targets, shapes = build_targets(config, losses, student, teacher), layer_shapes(config, losses, teacher)

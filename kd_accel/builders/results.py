@@ -10,8 +10,8 @@ import torch
 import torchvision
 
 import kd_accel
+from kd_accel.builders.run import Run, role, trained_network
 from kd_accel.builders.student import model_card
-from kd_accel.builders.trainer import Run, role, trained_network
 from kd_accel.config.schema import RunConfig, Schedule
 from kd_accel.distributed import on_main_process
 from kd_accel.io.files import write_json
@@ -20,8 +20,16 @@ from kd_accel.models.weights import save_model
 _TABLE_COLUMNS = ("name", "role", "arch", "accuracy", "parameters")
 
 
-def save_results(run: Run, test_metrics: dict[str, float]) -> None:
-    """Write model.safetensors, model.json and, last, summary.json, from the main process, and print the test accuracy.
+def save_trained_model(run: Run) -> None:
+    """Write model.safetensors and model.json of a finished training, from the main process."""
+    accelerator = run.trainer.accelerator
+    on_main_process(
+        accelerator, lambda: save_model(run.directory.path, trained_network(run), card=model_card(run.config, run.data))
+    )
+
+
+def save_summary(run: Run, test_metrics: dict[str, float]) -> None:
+    """Write summary.json, the last file of a run, from the main process, and print the test accuracy or agreement.
 
     Args:
         run: The run, after its training.
@@ -30,12 +38,12 @@ def save_results(run: Run, test_metrics: dict[str, float]) -> None:
     position, trainer = run.trainer.train_state.position, run.trainer
     trainer.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
     on_main_process(trainer.accelerator, lambda: _save(run, test_metrics))
-    accuracy, where = 100 * test_metrics["accuracy"], run.directory.path
-    trainer.progress.say(f"{run.config.name}: test accuracy {accuracy:.2f} % ({where})")
+    name = "accuracy" if "accuracy" in test_metrics else "agreement"
+    text = f"test {name} {100 * test_metrics[name]:.2f} %" + ("" if name == "accuracy" else " with the teacher")
+    trainer.progress.say(f"{run.config.name}: {text} ({run.directory.path})")
 
 
 def _save(run: Run, test_metrics: dict[str, float]) -> None:
-    save_model(run.directory.path, trained_network(run), card=model_card(run.config, run.data))
     summary = _summary(run, test_metrics)
     write_json(summary, run.directory.path / "summary.json")
     run.tracker.log_table("results", list(_TABLE_COLUMNS), [[summary[key] for key in _TABLE_COLUMNS]])
@@ -48,7 +56,7 @@ def _summary(run: Run, test_metrics: dict[str, float]) -> dict[str, Any]:
         "role": role(config),
         "arch": config.model.arch,
         "stem": config.model.stem,
-        "accuracy": test_metrics["accuracy"],
+        "accuracy": test_metrics.get("accuracy"),
         "accuracy_best_val": position.best_val_accuracy,
         "agreement": test_metrics.get("agreement"),
         "teacher_accuracy": test_metrics.get("teacher_accuracy"),
@@ -62,8 +70,8 @@ def _summary(run: Run, test_metrics: dict[str, float]) -> dict[str, Any]:
         "cpu_kernels": config.train.cpu_kernels,
         "device": _device_name(accelerator.device),
         "is_scheduled": _is_scheduled(config),
-        "source": config.data.source,
-        "data": run.data.fingerprint_fields(),
+        "source": run.directory.settings["data"]["source"],
+        "data": {**run.data.fingerprint_fields(), "test": run.data.test_fields()},
         "teacher_fingerprint": run.teacher.fingerprint if run.teacher else None,
         "explained": dict(run.teacher.explained) if run.teacher else {},
         "versions": {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd_accel.config.schema import DistillConfig, FeatureLossConfig, RunConfig
+from kd_accel.config.schema import DataConfig, DistillConfig, FeatureLossConfig, RunConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.errors import UserError
 from kd_accel.losses.base import FeatureLoss, LogitLoss
@@ -19,6 +19,7 @@ from kd_accel.losses.registry import Kind, build_loss
 from kd_accel.models.factory import build_model
 from kd_accel.models.feature_extractor import probe_logits
 from kd_accel.models.inference import image_memory_format, use_cpu_kernels
+from kd_accel.models.pretrained import random_weights_notices, weights_info
 from kd_accel.models.projectors import Shape
 from kd_accel.models.weights import ModelCard, load_weights
 
@@ -79,7 +80,7 @@ def build_student(config: RunConfig, data: DataModule) -> tuple[nn.Module, list[
     """Build the network to train, and load its initial weights.
 
     Returns:
-        The network, and a notice for each module that keeps its random weights.
+        The network, and notices: random weights, and the normalization that belongs to the weights.
 
     Raises:
         UserError: If the network or its weights do not fit the data.
@@ -88,8 +89,27 @@ def build_student(config: RunConfig, data: DataModule) -> tuple[nn.Module, list[
     network = build_model(model.arch, num_classes=num_classes, stem=model.stem, arch_args=model.arch_args, seed=config.seed)
     probe_logits(network, num_classes=num_classes, image_size=config.data.image_size)
     if model.weights is None:
-        return network, []
-    return network, load_weights(network, model.weights, arch=model.arch, is_exact=False)
+        return network, random_weights_notices(model.arch)
+    notices = load_weights(network, model.weights, arch=model.arch, is_exact=False)
+    if data_settings(config) is not config.data:
+        notices.append(
+            f"model.weights: images are normalized with mean {_rounded(data.mean)} and std {_rounded(data.std)}, with which "
+            f"{model.weights} was trained; data.mean and data.std override them"
+        )
+    return network, notices
+
+
+def data_settings(config: RunConfig) -> DataConfig:
+    """Return the settings of the data, with mean and std of the initial weights if these are known and the config sets none."""
+    data, weights = config.data, config.model.weights
+    if weights is None or data.mean is not None:
+        return data
+    info = weights_info(weights, config.model.arch)
+    return data if info.mean is None else data.model_copy(update={"mean": info.mean, "std": info.std})
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in values]
 
 
 def build_distiller(
@@ -152,4 +172,6 @@ def model_card(config: RunConfig, data: DataModule) -> ModelCard:
         mean=data.mean,
         std=data.std,
         image_size=config.data.image_size,
+        background=config.data.background,
+        pixel_range=config.data.pixel_range,
     )

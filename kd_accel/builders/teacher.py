@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_accel.builders.cache import cache_request
+from kd_accel.builders.cache import cache_request, stored_request, target_settings
 from kd_accel.builders.student import Losses
 from kd_accel.cache.differences import describe_target
 from kd_accel.cache.reader import OpenCache, open_cache
+from kd_accel.cache.stored_teacher import StoredTeacher
 from kd_accel.cache.verify import refuse_other_outputs
-from kd_accel.config.schema import RunConfig
+from kd_accel.config.schema import RunConfig, TeacherConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import Split
 from kd_accel.distributed import Accelerator, on_main_process
@@ -24,7 +25,7 @@ from kd_accel.models.feature_extractor import compile_with_hooks, probe_layers
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import Shape
 from kd_accel.teacher.fitting import fit_notices, fit_targets
-from kd_accel.teacher.loading import load_own_teacher, load_run_teacher, refuse_other_classes
+from kd_accel.teacher.loading import load_own_teacher, load_run_teacher, teacher_notices
 from kd_accel.teacher.teacher import LiveTeacher, Teacher
 from kd_accel.training.checkpoint import Checkpoint
 from kd_accel.types import Batch, TeacherOutput, TeacherSource
@@ -80,28 +81,54 @@ def load_teacher(config: RunConfig, data: DataModule) -> Teacher:
     """Load the teacher of a config.
 
     Raises:
-        UserError: If the weights do not fit the architecture, or the classes differ from those of the data.
+        UserError: If the weights do not fit the architecture, or the classes differ from those of the data without a class map.
     """
     settings = config.teacher
     assert settings is not None, "checked by config/validation.py"
+    refuse_stored_teacher(settings)
     if settings.run is not None:
-        teacher = load_run_teacher(Path(settings.run))
+        teacher = load_run_teacher(Path(settings.run), class_map=settings.class_map)
     else:
-        assert settings.arch and settings.weights and settings.mean and settings.std, "checked by config/validation.py"
+        assert settings.arch and settings.weights, "checked by config/validation.py"
         teacher = load_own_teacher(
             settings.arch,
             settings.weights,
-            num_classes=len(data.label_names),
+            class_names=data.label_names,
             mean=settings.mean,
             std=settings.std,
             stem=settings.stem,
             arch_args=settings.arch_args,
+            class_map=settings.class_map,
         )
-    refuse_other_classes(teacher, data.label_names, run=settings.run)
-    return teacher
+    return teacher.for_classes(data.label_names)
 
 
-def build_targets(config: RunConfig, losses: Losses, network: nn.Module, teacher: Teacher) -> dict[str, TargetFunction]:
+def refuse_stored_teacher(teacher: TeacherConfig) -> None:
+    """Raise UserError if only the stored outputs of the teacher are set, for a command that runs it."""
+    if teacher.is_stored:
+        raise UserError(
+            "teacher: neither teacher.run nor teacher.arch is set, but this command runs the teacher; set teacher.run (a run "
+            "directory), or teacher.arch with teacher.weights"
+        )
+
+
+def teacher_fingerprint(config: RunConfig, data: DataModule) -> str | None:
+    """Return the fingerprint of the teacher of a config, which a cache without a teacher records; None if there is none.
+
+    Raises:
+        UserError: If the teacher is not found or does not fit the data.
+    """
+    if config.teacher is None:
+        return None
+    if not config.teacher.is_stored:
+        return load_teacher(config, data).fingerprint
+    directory = Path(config.teacher.cache.dir or "")
+    return StoredTeacher.read(directory).fingerprint if (directory / "spec.json").is_file() else None
+
+
+def build_targets(
+    config: RunConfig, losses: Losses, network: nn.Module, teacher: Teacher | StoredTeacher
+) -> dict[str, TargetFunction]:
     """Build the target function of each compared layer of the teacher, not fitted.
 
     Args:
@@ -136,8 +163,10 @@ def build_targets(config: RunConfig, losses: Losses, network: nn.Module, teacher
     return targets
 
 
-def layer_shapes(config: RunConfig, losses: Losses, teacher: Teacher) -> dict[str, Shape]:
+def layer_shapes(config: RunConfig, losses: Losses, teacher: Teacher | StoredTeacher) -> dict[str, Shape]:
     """Measure the shape (D, H, W) of each compared layer of the teacher. Raises UserError if one is not a feature map."""
+    if isinstance(teacher, StoredTeacher):
+        return teacher.raw_shapes({layer: settings.layers for layer, settings in target_settings(losses).items()})
     shapes: dict[str, Shape] = {}
     for name, pairs in losses.layers.items():
         field = f"distill.features.{name}.layers (teacher)"
@@ -183,6 +212,9 @@ def build_teacher_setup(
 ) -> TeacherSetup:
     """Load the teacher, build its targets, and prepare the source of its outputs."""
     assert config.teacher is not None
+    if config.teacher.is_stored:
+        return _setup_without_teacher(config, data, network, losses)
+    _refuse_absent_run(config.teacher)
     teacher = load_teacher(config, data)
     targets = build_targets(config, losses, network, teacher)
     shapes = layer_shapes(config, losses, teacher)
@@ -194,7 +226,7 @@ def build_teacher_setup(
         cache = open_cache(Path(config.teacher.cache.dir), request)
     is_cached = config.teacher.outputs == "cached"
     model, normalize = teacher_on_device(config, teacher, accelerator, list(targets))
-    notices = _rectified_notices(losses)
+    notices = teacher_notices(teacher, data.label_names, image_size=config.data.image_size) + _rectified_notices(losses)
     if cache is not None and is_cached:
         cache.load_targets(targets)
     else:
@@ -235,6 +267,34 @@ def _with_cache(
         return TeacherSetup(source=cache.source("train"), **common)
     mixed = _LogitsFrom(cache.source("train"), live)
     return TeacherSetup(source=mixed, live=live, targets=setup.targets, **common)
+
+
+def _setup_without_teacher(config: RunConfig, data: DataModule, network: nn.Module, losses: Losses) -> TeacherSetup:
+    """Prepare a training from a cache alone. No output is recomputed, so only files that have changed are found."""
+    assert config.teacher is not None and config.teacher.cache.dir is not None, "checked by config/validation.py"
+    teacher = StoredTeacher.read(Path(config.teacher.cache.dir))
+    targets = build_targets(config, losses, network, teacher)
+    shapes = layer_shapes(config, losses, teacher)
+    cache = open_cache(teacher.directory, stored_request(config, data, teacher, losses, targets))
+    cache.load_targets(targets)
+    return TeacherSetup(
+        source=cache.source("train"),
+        held_out=cache.source,
+        fingerprint=teacher.fingerprint,
+        target_shapes={layer: target.output_shape(shapes[layer]) for layer, target in targets.items()},
+        cache=cache.digest,
+        explained={layer: target.explained for layer, target in targets.items() if target.explained is not None},
+        notices=[teacher.notice(), *_rectified_notices(losses)],
+    )
+
+
+def _refuse_absent_run(teacher: TeacherConfig) -> None:
+    """Raise UserError for a teacher that is not on this machine although its outputs may be."""
+    if teacher.outputs == "cached" and teacher.run is not None and not (Path(teacher.run) / "model.json").is_file():
+        raise UserError(
+            f"teacher.run: no finished run in {teacher.run}; train it first, or choose another directory. To train from the "
+            "stored outputs alone, set teacher.run to null: they are then used without a comparison with the teacher"
+        )
 
 
 @dataclass(frozen=True)

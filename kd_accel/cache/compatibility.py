@@ -136,7 +136,15 @@ def data_fields(data: DataModule) -> dict[str, Any]:
     """Return the fingerprint fields of data and views, without the digests of the samples."""
     classes = list(data.label_names)
     sizes = {"train_size": data.train.num_samples, "test_size": data.test.num_samples}
-    return {"data": {"label_names": classes, **sizes}, "views": data.transform.fingerprint_fields()}
+    if data.val is not data.train:
+        sizes["val_size"] = data.val.num_samples
+    sets = {"train": data.train, **({} if data.val is data.train else {"val": data.val}), "test": data.test}
+    left_out = {split: sorted(images.unreadable) for split, images in sets.items() if images.unreadable}
+    return {
+        "data": {"label_names": classes, **sizes, **({"left_out": left_out} if left_out else {})},
+        "pixels": data.decoder.fingerprint_fields(),
+        "views": data.transform.fingerprint_fields(),
+    }
 
 
 def covered_samples(data: DataModule) -> dict[Split, CachedSamples]:

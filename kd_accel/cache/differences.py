@@ -22,6 +22,7 @@ CONTENTS = "data.contents"
 _TRANSFORM = "views.transform"
 _OF_TRANSFORM = ("views.view_seed", "views.crop_padding")
 _LABELS = "data.label_names"
+_CLASS_MAP = "teacher.class_map"
 _LONGEST_VALUE = 80
 
 
@@ -46,6 +47,8 @@ class Field:
         return self.values[value] if isinstance(value, str) and value in self.values else _text(value, default=self.default)
 
 
+_LEFT_OUT = Field(("data.on_error",), "samples that cannot be decoded and are left out", default="none")
+
 FIELDS = {
     "teacher.weights": Field(("teacher.run", "teacher.weights"), "digest of the teacher's weights and buffers"),
     "teacher.arch": Field(("teacher.run", "teacher.arch")),
@@ -53,6 +56,7 @@ FIELDS = {
     "teacher.arch_args": Field(("teacher.run", "teacher.arch_args")),
     "teacher.mean": Field(("teacher.run", "teacher.mean")),
     "teacher.std": Field(("teacher.run", "teacher.std")),
+    _CLASS_MAP: Field(("teacher.class_map",), "index of the teacher's logit for each class", default="null"),
     "numerics.precision": Field(("train.precision",)),
     MEMORY_FORMAT: Field(("train.channels_last",)),
     "numerics.compile": Field(("train.compile",)),
@@ -63,12 +67,19 @@ FIELDS = {
         "separate if a cached layer ends between a convolution and its BatchNorm",
         values={"fused": "BatchNorm fused into the teacher's convolutions", "separate": "BatchNorm separate"},
     ),
-    _LABELS: Field(("data.source",), "class names"),
+    _LABELS: Field(("data.source", "data.labels"), "class names"),
     "data.train_size": Field(("data.source", "data.train_split"), "number of samples of the split"),
     "data.test_size": Field(("data.source", "data.test_split"), "number of samples of the split"),
+    "data.val_size": Field(
+        ("data.val_split",), "number of samples of the split", default="the validation samples are training samples"
+    ),
+    **{f"data.left_out.{split}": _LEFT_OUT for split in ("train", "val", "test")},
     f"{CONTENTS}.train": Field(("data.source", "data.train_split")),
-    f"{CONTENTS}.val": Field(("data.source", "data.train_split")),
+    f"{CONTENTS}.val": Field(("data.source", "data.train_split", "data.val_split")),
     f"{CONTENTS}.test": Field(("data.source", "data.test_split")),
+    "pixels.version": Field((), "of kd_accel's image decoding, not a setting"),
+    "pixels.background": Field(("data.background",)),
+    "pixels.pixel_range": Field(("data.pixel_range",)),
     _TRANSFORM: Field(("data.augment",)),
     "views.version": Field((), "of kd_accel's augmentations, not a setting"),
     "views.image_size": Field(("data.image_size",)),
@@ -168,7 +179,7 @@ def differing_types(specs: Mapping[str, TensorSpec], requested: Mapping[str, str
 
 def settings_of_samples(split: Split) -> str:
     """Return the settings that decide which samples a split has."""
-    return "data.limit_test" if split == "test" else "data.limit_train or data.val_fraction"
+    return "data.limit_test or data.test_fraction" if split == "test" else "data.limit_train or data.val_fraction"
 
 
 def settings_of_contents(split: Split) -> str:
@@ -212,7 +223,7 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _field_line(key: str, stored: Any, now: Any, layers: Sequence[str]) -> str:
     found, rest = find_field(key)
     names = [name for setting in found.settings for name in (layers if setting == LAYERS and layers else (setting,))]
-    if key == _LABELS and isinstance(stored, list) and isinstance(now, list):
+    if key in (_LABELS, _CLASS_MAP) and isinstance(stored, list) and isinstance(now, list):
         values = _differing_classes(stored, now)
     else:
         values = (found.text(stored), found.text(now))

@@ -218,7 +218,7 @@ def _are_intact(cache_spec: CacheSpec, split: Split, cached: CachedSamples) -> b
     A reader allocates an entry for each index up to the largest, so the size of the split bounds its memory.
     """
     data, indices, count = cache_spec.fingerprint_fields["data"], cached.indices, cache_spec.samples[split]
-    size = data.get("test_size" if split == "test" else "train_size", 2**31)
+    size = data.get(f"{split}_size", data.get("train_size", 2**31))
     is_typed = indices.dtype == np.int64 and cached.digests.dtype == np.uint64
     if not is_typed or not indices.shape == cached.digests.shape == (count,):
         return False

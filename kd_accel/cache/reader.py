@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,10 @@ from kd_accel.cache.compatibility import (
     check_fingerprint,
     check_headers,
     check_samples,
+    data_fields,
+    differing_samples,
 )
+from kd_accel.cache.differences import differing_fields
 from kd_accel.cache.manifest import CachedSamples, read_manifest, read_samples, read_spec, read_targets
 from kd_accel.cache.shard import (
     INT8_LARGEST,
@@ -39,7 +43,9 @@ from kd_accel.cache.shard import (
     values_offset,
 )
 from kd_accel.cache.spec import LOGITS, CacheSpec, Shard
-from kd_accel.data.splits import Split
+from kd_accel.config.fields import flatten
+from kd_accel.data.datamodule import DataModule
+from kd_accel.data.splits import HeldOutSplit, Split
 from kd_accel.errors import UserError
 from kd_accel.io.hashing import settings_digest
 from kd_accel.losses.targets import TargetFunction
@@ -293,6 +299,43 @@ def open_cache(directory: Path, request: CacheRequest) -> OpenCache:
     check_contents(directory, cache_spec, request)
     check_headers(directory, cache_spec, files, splits=request.samples, views=request.views, tensors=request.tensors)
     return OpenCache(directory, cache_spec, samples, tuple(request.targets))
+
+
+def find_held_out(directory: Path, data: DataModule, split: HeldOutSplit) -> tuple[CachedTeacher | None, list[str]]:
+    """Find the stored logits of a held-out split, for data that may be other than those of the build.
+
+    Args:
+        directory: Directory of the cache.
+        data: Images to evaluate on.
+        split: The held-out split.
+
+    Returns:
+        (source of the logits, notices). The source is None, and a notice has the reason, if the cache lacks a sample.
+
+    Raises:
+        UserError: If the cache is missing, incomplete or damaged.
+    """
+    cache_spec = read_spec(directory)
+    different = differing_fields(*map(_held_out_fields, (cache_spec.fingerprint_fields, data_fields(data))))
+    part, samples = data.parts()[split], read_samples(directory, cache_spec)
+    requested = CachedSamples(part.samples, part.images.digests(part.samples))
+    missing, changed = differing_samples(samples[split], requested)
+    if count := len(missing) + len(changed):
+        different.append(f"{count} of {len(requested.indices)} {split} samples are not those of the cache")
+    if different:
+        return None, [
+            f"teacher.cache.dir: no agreement, because the cache in {directory} holds other outputs: {'; '.join(different)}"
+        ]
+    files = read_manifest(directory, cache_spec)
+    check_headers(directory, cache_spec, files, splits=[split], views=1, tensors=(LOGITS,))
+    return OpenCache(directory, cache_spec, samples, ()).source(split), []
+
+
+def _held_out_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint fields on which the outputs of held-out samples depend, apart from the samples themselves."""
+    kept = {"data.label_names", "views.image_size"}
+    flat = flatten(dict(fields))
+    return {name: value for name, value in flat.items() if name in kept or name.startswith("pixels.")}
 
 
 def decode_on(device: torch.device, stored: StoredValues, map_memory_format: torch.memory_format) -> Tensor:

@@ -93,7 +93,7 @@ class TeacherCache:
             UserError: If the directory holds another cache, another build is running, or a file cannot be written.
         """
         data = views.module if isinstance(views, ViewDataset) else views
-        num_views = _checked_views(teacher, data, batch_size, shard_mib)
+        num_views, teacher = _checked_views(data, batch_size, shard_mib), teacher.for_classes(data.label_names)
         accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
         targets = dict(layers) if isinstance(layers, Mapping) else raw_targets(layers)
         image_size = data.transform.image_size
@@ -136,7 +136,8 @@ class TeacherCache:
         cache_spec = read_spec(directory)
         if teacher is not None:
             stored = cache_spec.fingerprint_fields
-            different = differing_fields(stored, {**stored, "teacher": teacher.fingerprint_fields()})
+            present = teacher.for_classes(stored["data"]["label_names"]).fingerprint_fields()
+            different = differing_fields(stored, {**stored, "teacher": present})
             _refuse(directory, "the outputs of another teacher", different)
         samples, files = read_samples(directory, cache_spec), read_manifest(directory, cache_spec)
         check_headers(directory, cache_spec, files, splits=SPLITS, views=cache_spec.views, tensors=tuple(cache_spec.tensors))
@@ -226,14 +227,12 @@ class TeacherCache:
             )
 
 
-def _checked_views(teacher: Teacher, data: DataModule, batch_size: int, shard_mib: float) -> int:
-    """Return the number of views. Raises ValueError if arguments of a build are not valid or do not fit together."""
+def _checked_views(data: DataModule, batch_size: int, shard_mib: float) -> int:
+    """Return the number of views. Raises ValueError if arguments of a build are not valid."""
     if data.num_views is None:
         raise ValueError("views: num_views is None (new views in each epoch), which cannot be stored; set a number of views")
     if batch_size < 1 or shard_mib <= 0:
         raise ValueError(f"batch_size and shard_mib must be positive, got {batch_size} and {shard_mib}")
-    if teacher.class_names is not None and teacher.class_names != tuple(data.label_names):
-        raise ValueError("teacher: class_names differ from the classes of views; both need the same classes in the same order")
     return data.num_views
 
 

@@ -163,7 +163,7 @@ def _write_missing(
 def _write_manifest(build: CacheBuild, cache_spec: CacheSpec, test: CachedSamples, files: Mapping[str, str]) -> None:
     """Write the manifest, with the teacher's accuracy on the cached test samples, computed from the stored logits."""
     accuracy, indices = None, test.indices
-    if len(indices):
+    if (build.data.test.labels[indices] >= 0).any():
         logits = Reader(build.directory, cache_spec, "test", indices, (LOGITS,)).read(0, indices)[LOGITS].values
         accuracy = float(np.mean(logits.argmax(1).numpy() == build.data.test.labels[indices]))
     write_manifest(build.directory, cache_spec, files, teacher_accuracy=accuracy)

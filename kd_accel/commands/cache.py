@@ -71,7 +71,9 @@ def _verify_text(result: VerifiedCache) -> str:
     if result.wrong:
         return "\n".join(f"{name}: {reason}" for name, reason in result.wrong.items())
     files, size = result.cache_spec.num_files(), readable_size(result.cache_spec.total_bytes())
-    return (
-        f"{result.directory}: {files} files, {size}, every byte matches its checksum; a few samples recomputed by the teacher "
-        f"differ by at most {result.largest_difference:.2g} of the largest value"
-    )
+    if result.largest_difference is None:
+        recomputed = "no sample was recomputed, because the config has no teacher (teacher.run or teacher.arch)"
+    else:
+        difference = f"{result.largest_difference:.2g}"
+        recomputed = f"a few samples recomputed by the teacher differ by at most {difference} of the largest value"
+    return f"{result.directory}: {files} files, {size}, every byte matches its checksum; {recomputed}"

@@ -72,9 +72,9 @@ def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConf
 
 
 def _needs_its_cache(run: RunConfig) -> bool:
-    """Return whether a run is unfinished and reads a cache, which a build then completes and checks."""
+    """Return whether a run is unfinished and reads a cache that its teacher can complete, which a build does and checks."""
     is_finished = (run.directory / "summary.json").is_file()
-    return run.teacher is not None and run.teacher.outputs != "live" and not is_finished
+    return run.teacher is not None and run.teacher.outputs != "live" and not run.teacher.is_stored and not is_finished
 
 
 def _launch(arguments: list[str], *, launch: str, what: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from kd_accel.builders.results import save_results
-from kd_accel.builders.trainer import Run, build_run
+from kd_accel.builders.header import described_teacher, header_text, start_notices, training_header
+from kd_accel.builders.results import save_summary, save_trained_model
+from kd_accel.builders.run import Run, build_run
 from kd_accel.config.schema import RunConfig
 from kd_accel.distributed import Accelerator, leave_processes, on_main_process, peers_needed, start_processes
-from kd_accel.errors import Preempted
+from kd_accel.errors import Preempted, UnreadableImage
 from kd_accel.models.inference import choose_kernels
+from kd_accel.teacher.accuracy import check_accuracy
 from kd_accel.training.evaluation import teacher_accuracy
 from kd_accel.training.wandb_tracker import tracker_name
 
@@ -50,23 +52,37 @@ def _place(run: Run) -> str:
 
 
 def _announce(run: Run, accelerator: Accelerator) -> dict[str, float]:
-    """Write config.yaml and print the notices. Returns the teacher's accuracy; empty without a teacher."""
-    name, known = run.config.name, {}
-    if run.teacher:
-        known["teacher_accuracy"] = accuracy = teacher_accuracy(run.test, accelerator=accelerator)
-        run.trainer.progress.say(f"{name}: the teacher's accuracy on the test samples is {100 * accuracy:.2f} %")
+    """Print header and notices, and write config.yaml. Returns the teacher's accuracy; empty without a teacher."""
+    config, known = run.config, {}
+    run.trainer.progress.say(header_text(training_header(run)))
+    accuracy = teacher_accuracy(run.test, accelerator=accelerator) if run.teacher else None
+    if config.teacher and accuracy is not None:
+        known["teacher_accuracy"] = accuracy
+        labels = run.data.test.labels[run.data.splits.test]
+        run.notices.extend(check_accuracy(accuracy, labels, config.teacher.min_accuracy))
+    # Only now, because a live teacher may take minutes on the test samples, and the other lines are useful before.
+    run.trainer.progress.say(header_text({"teacher": described_teacher(config.teacher, accuracy)}))
     on_main_process(accelerator, run.directory.write_config)
-    for notice in run.notices:
-        run.trainer.progress.say(f"{name}: {notice}")
+    for notice in [*start_notices(config, accelerator), *run.notices]:
+        run.trainer.progress.say(f"{config.name}: {notice}")
     return known
 
 
 def _finish(run: Run, known: dict[str, float]) -> None:
-    """Evaluate on the test split and save the results, unless the training is only paused."""
+    """Save the model, evaluate on the test split, and save the results, unless the training is only paused."""
     trainer = run.trainer
     if not trainer.is_done:
         trainer.progress.say(f"{run.config.name}: paused {_place(run)}; run the same command again to resume")
         return
     if run.teacher:
         run.teacher.check_unchanged()
-    save_results(run, {**trainer.evaluate(run.test), **known})
+    # Before the evaluation, so that a bad test image does not lose the training.
+    save_trained_model(run)
+    try:
+        test_metrics = trainer.evaluate(run.test)
+    except UnreadableImage as error:
+        raise error.with_remedy(
+            f"the training is complete, and its model is in {run.directory.path}. Restore or remove the image, or set "
+            "data.on_error to skip, then run the same command again, which only evaluates on the test samples"
+        ) from None
+    save_summary(run, {**test_metrics, **known})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
@@ -29,6 +29,8 @@ class CommandParser(argparse.ArgumentParser):
         description: Description of the command, for its help.
         config_class: Schema of the settings that the command takes.
         takes_files: Whether positional arguments are config files, each equal to `--config FILE` in its place.
+        is_taken: Function that returns whether a setting, by its dotted name, can be set by a flag; the command then takes no
+            config files. None = files and all settings.
         losses: Names of the registered losses by kind, "logits" and "features"; without them names are not checked.
     """
 
@@ -40,9 +42,11 @@ class CommandParser(argparse.ArgumentParser):
         *,
         config_class: type[BaseModel] | None = None,
         takes_files: bool = False,
+        is_taken: Callable[[str], bool] | None = None,
         losses: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        settings = " [FILE ...]" if takes_files else " [--config FILE ...]" if config_class else ""
+        has_config = config_class is not None and is_taken is None
+        settings = " [FILE ...]" if takes_files else " [--config FILE ...]" if has_config else ""
         flags = " [--a.b VALUE ...]" if config_class else ""
         super().__init__(
             prog=f"kd-accel {command}",
@@ -52,18 +56,18 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
             add_help=False,
         )
-        self.config_class, self.takes_files, self.losses = config_class, takes_files, losses or {}
+        self.config_class, self.takes_files, self.is_taken, self.losses = config_class, takes_files, is_taken, losses or {}
         self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
         if takes_files:  # for the help alone: `split` turns them into --config, which keeps their order among its files
             self.add_argument("files", nargs="*", metavar="FILE", help="YAML file of settings; later files override.")
-        if config_class:
+        if has_config:
             same = "The same as FILE." if takes_files else "YAML file of settings; later files override."
             self.add_argument("--config", action="append", default=[], metavar="FILE", help=same)
             self.add_argument("--print_config", action="store_true", help="Print the complete config as YAML and exit.")
 
     def format_help(self) -> str:
         """Return usage, the command's own arguments and, for a command with a config, all settings."""
-        settings = settings_help(self.config_class, self.losses) if self.config_class else ""
+        settings = settings_help(self.config_class, self.losses, self.is_taken) if self.config_class else ""
         return f"{super().format_help()}{settings}"
 
     def print_help(self, file: Any = None) -> None:

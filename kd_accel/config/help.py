@@ -10,7 +10,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -27,6 +27,11 @@ _RULES = (
     "merged key by key, and null removes an entry of a mapping {NAME: ...} or {KEY: ...}."
 )
 
+_FLAGS = (
+    "settings: --a.b VALUE changes a setting of the run, which replaces the default below; null leaves a section out, as in\n"
+    "--teacher null."
+)
+
 
 def descriptions(section: type[BaseModel]) -> dict[str, str]:
     """Return the description of each setting, from the "Args:" of the class."""
@@ -35,8 +40,19 @@ def descriptions(section: type[BaseModel]) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
-def settings_help(config_class: type[BaseModel], losses: Mapping[str, Sequence[str]]) -> str:
-    """Return all settings, section by section, and the losses by name."""
+def settings_help(
+    config_class: type[BaseModel], losses: Mapping[str, Sequence[str]], is_taken: Callable[[str], bool] | None = None
+) -> str:
+    """Return all settings, section by section, and the losses by name.
+
+    Args:
+        config_class: Schema of the settings.
+        losses: Names of the registered losses by kind.
+        is_taken: Function that returns whether a command takes a setting, by its dotted name, as a flag; None = it takes all,
+            and files.
+    """
+    if is_taken is not None:
+        return "\n".join(["", _FLAGS, *_section_help(config_class, "", "", is_taken), ""])
     lines = list(_section_help(config_class, "", ""))
     if any("SCHEDULE" in line for line in lines):
         lines += _section_help(Schedule, "a.b.", "SCHEDULE: {start: FLOAT, ...} in place of a number, for any --a.b above")
@@ -44,10 +60,11 @@ def settings_help(config_class: type[BaseModel], losses: Mapping[str, Sequence[s
     return "\n".join(["", _RULES, *lines, *(["", *named] if named else []), ""])
 
 
-def _section_help(section: type[BaseModel], prefix: str, heading: str) -> Iterator[str]:
-    """Yield the settings of a section, then its sections."""
-    yield from ["", heading] if heading else [""]
-    texts, inner = descriptions(section), []
+def _section_help(
+    section: type[BaseModel], prefix: str, heading: str, is_taken: Callable[[str], bool] = lambda name: True
+) -> Iterator[str]:
+    """Yield the settings of a section, then its sections; nothing for a section without settings to list."""
+    texts, inner, lines = descriptions(section), [], []
     for name, field in section.model_fields.items():
         below = section_of(field.annotation) or section_of(entry_of(field.annotation))
         if below not in (None, Schedule):
@@ -57,9 +74,12 @@ def _section_help(section: type[BaseModel], prefix: str, heading: str) -> Iterat
             inner.append((below, f"{key}.", f"{key}:{default} {texts[name]}"))
             continue
         line = f"--{prefix}{name} {_label(field.annotation)}  ({_default(field)}) {texts[name]}"
-        yield textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent=" " * 8, break_on_hyphens=False)
+        if is_taken(f"{prefix}{name}"):
+            lines.append(textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent=" " * 8, break_on_hyphens=False))
+    if lines:
+        yield from ["", *([heading] if heading else []), *lines]
     for below, key, text in inner:
-        yield from _section_help(below, key, text)
+        yield from _section_help(below, key, text, is_taken)
 
 
 def _default(field: FieldInfo) -> str:

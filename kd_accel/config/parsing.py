@@ -54,7 +54,7 @@ def parse_config(
     """
     parser = parser or CommandParser("train", "", "", config_class=config_class)
     settings, arguments = _read(config_class, argv, parser)
-    config = _checked(settings, parser.losses, parser.options())
+    config = checked_config(settings, parser.losses, parser.options())
     if arguments.print_config:
         print(dump_yaml(config.model_dump(mode="json")), end="")
         raise SystemExit(0)
@@ -90,7 +90,7 @@ def build_config(
         settings.add(source.model_dump(exclude_unset=True) if isinstance(source, BaseModel) else source, CALL)
     for name, value in overrides.items():
         settings.add(nested(tuple(name.split(".")), value), CALL)
-    config: Config = _checked(settings, losses)
+    config: Config = checked_config(settings, losses)
     return config
 
 
@@ -124,7 +124,7 @@ def _read(config_class: type[BaseModel], argv: Sequence[str], parser: CommandPar
     return settings, arguments
 
 
-def _checked(settings: Settings, losses: Mapping[str, Sequence[str]], command_options: Sequence[str] = ()) -> Any:
+def checked_config(settings: Settings, losses: Mapping[str, Sequence[str]], command_options: Sequence[str] = ()) -> Any:
     """Return the config of merged settings. Raises UserError that lists every mistake."""
     given, is_partial = copy.deepcopy(settings.values), bool(settings.mistakes)
     config, refused = _validate(settings, command_options, is_partial=is_partial)

@@ -29,7 +29,8 @@ class ModelConfig(Section):
     Args:
         arch: Architecture: torchvision/NAME, timm/NAME or import:package.module:function.
         stem: First layers of a ResNet: imagenet (7x7 stride 2, max-pool), no_pool (without the max-pool), cifar (3x3 stride 1).
-        weights: Run directory, .safetensors file, or the library's name of pretrained weights (downloaded); null = random.
+        weights: Run directory, .safetensors file, or the library's name of pretrained weights (downloaded); null = random. The
+            mean and std of a run or library are used, unless data.mean and data.std are set.
         arch_args: Further arguments of the library's builder, such as {zero_init_residual: true}.
     """
 
@@ -56,7 +57,7 @@ class CacheConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The teacher: a finished run, or an architecture with weights.
+    """The teacher: a finished run, an architecture with weights, or, with neither, the stored outputs of a cache alone.
 
     Args:
         run: Run directory of the teacher; excludes arch, stem, weights, arch_args, mean and std.
@@ -64,10 +65,14 @@ class TeacherConfig(Section):
         stem: First layers of a ResNet, as model.stem.
         weights: Weights, as model.weights; they must fit exactly, the classifier included.
         arch_args: Arguments of the builder, as model.arch_args.
-        mean: Per-channel mean in 0..1 with which the teacher was trained.
-        std: Per-channel standard deviation in 0..1 with which the teacher was trained.
-        outputs: Source of the outputs: live = computed for each batch; cached = read from the files of `kd-accel cache build`;
-            mixed = logits from the files, features live.
+        mean: Per-channel mean in 0..1 with which the teacher was trained; null = that of the weights' run or library.
+        std: Per-channel standard deviation in 0..1 with which the teacher was trained; null = as mean.
+        class_map: Class of the teacher for each class of the data: auto = the class of the same name; a list of indices or
+            names in the order of the data; {data class: teacher's index or name}, the others by name; null = the same classes.
+        min_accuracy: Smallest accuracy of the teacher on the test samples, a fraction, with which a training or a build starts;
+            auto = two standard errors above the share of the largest class; null = no check.
+        outputs: Source of the outputs: live = computed for each batch; cached = read from the files of `kd-accel cache build`,
+            also without run and arch; mixed = logits from the files, features live.
         cache: The stored outputs.
     """
 
@@ -78,8 +83,15 @@ class TeacherConfig(Section):
     arch_args: dict[str, Argument] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[float] | None = None
+    class_map: Literal["auto"] | list[int | str] | dict[str, int | str] | None = None
+    min_accuracy: float | Literal["auto"] | None = "auto"
     outputs: Literal["live", "cached", "mixed"] = "live"
     cache: CacheConfig = Field(default_factory=CacheConfig)
+
+    @property
+    def is_stored(self) -> bool:
+        """True if no teacher is set that could run, so that its outputs can only be read from a cache."""
+        return self.run is None and self.arch is None
 
 
 class Schedule(Section):
@@ -194,6 +206,7 @@ class TrainConfig(Section):
         cpu_kernels: This package's CPU kernels in place of PyTorch's; auto = on CPUs.
         label_smoothing: Label smoothing of the cross-entropy.
         ema_decay: Decay per step of an exponential moving average of the weights, which is evaluated and saved; null = none.
+            After t steps the decay is at most 1 - (1 + t) ** (-2/3), as in timm.
         eval_batch_size: Samples per process in one forward of an evaluation.
         eval_every_epochs: Epochs between evaluations on the validation samples.
         log_every_steps: Steps between lines of metrics.

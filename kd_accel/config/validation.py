@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from kd_accel.config.fields import nearest
+from kd_accel.config.loss_weights import labels_without_weight, unlabeled_problems, value_range
+from kd_accel.config.schedule_rules import schedule_problems
 from kd_accel.config.schema import (
     MAX_IMAGE_SIZE,
     BenchConfig,
@@ -22,13 +25,14 @@ from kd_accel.config.schema import (
     OptimConfig,
     ReproduceConfig,
     RunConfig,
-    Schedule,
     TeacherConfig,
 )
 from kd_accel.io.user_code import PREFIX
 
-SOURCES = ("hub:", "parquet:", "imagefolder:", "import:")
+SOURCES = ("hub:", "parquet:", "disk:", "imagefolder:", "csv:", "import:")
 _MAX_WORKERS = 1024
+# At 0.01 a softmax over the usual logits is already one-hot, and at 1,000 uniform, so that a teacher's output has no content.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 1000.0
 ARCHS = ("torchvision/", "timm/", "import:")
 
 
@@ -112,18 +116,42 @@ def _data(config: RunConfig) -> Iterator[str]:
             yield f"data.{name}: {getattr(data, name)} must be at most {most}"
     if not 0 <= data.val_fraction < 1:
         yield f"data.val_fraction: {data.val_fraction} must be at least 0 and below 1"
+    if data.test_fraction is not None and not 0 < data.test_fraction < 1:
+        yield f"data.test_fraction: {data.test_fraction} must be above 0 and below 1"
+    if data.val_split == data.train_split or (data.val_split == data.test_split and data.test_fraction is None):
+        yield f"data.val_split: {data.val_split!r} must be another split than data.train_split and data.test_split"
+    if data.test_split == data.train_split and data.test_fraction is None:
+        yield (
+            f"data.test_split: {data.test_split!r} is also data.train_split, so that the accuracy would be that of training "
+            "samples; set another split, or data.test_fraction to hold out a part of it"
+        )
+    yield from _pixel_range(data.pixel_range)
     yield from _data_without_effect(data)
+    yield from unlabeled_problems(config)
     if (data.mean is None) != (data.std is None):
         yield "data.mean and data.std: one of them is set; set both or none"
     yield from _pixel_statistics("data", data.mean, data.std)
 
 
+def _pixel_range(pixel_range: list[float] | None) -> Iterator[str]:
+    if pixel_range is None:
+        return
+    is_range = len(pixel_range) == 2 and all(map(math.isfinite, pixel_range))  # noqa: PLR2004
+    if not is_range or pixel_range[0] >= pixel_range[1]:
+        yield f"data.pixel_range: {pixel_range} must be [low, high] with low below high, such as [0, 4095]"
+
+
 def _data_without_effect(data: DataConfig) -> Iterator[str]:
-    columns, splits = ("image_column", "label_column"), ("train_split", "test_split")
+    splits = ("train_split", "val_split", "test_split", "test_fraction")
     if data.source == "digits":
-        yield from _no_effect(data, "data", (*columns, *splits), because="with source digits")
-    elif data.source.startswith(("imagefolder:", "import:")):
-        yield from _no_effect(data, "data", columns, because="with this source")
+        names = ("image_column", "label_column", *splits, "on_error")
+        yield from _no_effect(data, "data", names, because="with source digits")
+    elif data.source.startswith("imagefolder:"):
+        yield from _no_effect(data, "data", ("image_column",), because="with this source")
+    if data.val_split not in (None, "auto"):
+        yield from _no_effect(data, "data", ("val_fraction",), because=f"with data.val_split {data.val_split}")
+    if data.test_fraction is not None:
+        yield from _no_effect(data, "data", ("test_split",), because="with data.test_fraction")
     if data.augment == "none":
         yield from _no_effect(data, "data", ("view_seed", "crop_padding"), because="with augment none")
         if data.views not in (None, 1):
@@ -142,15 +170,41 @@ def _teacher(config: RunConfig) -> Iterator[str]:
         if config.distill is not None:
             yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
         return
-    if (teacher.run is None) == (teacher.arch is None):
-        yield "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights"
+    if teacher.run is not None and teacher.arch is not None:
+        yield "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights, not both"
+    elif teacher.is_stored:
+        yield from _stored_teacher(teacher)
     elif teacher.run is not None:
         yield from _no_effect(
             teacher, "teacher", ("stem", "weights", "arch_args", "mean", "std"), because="teacher.run determines it"
         )
     else:
         yield from _own_teacher(teacher)
+    yield from _classes_and_accuracy(teacher, has_labels=config.data.label_column is not None)
     yield from _outputs(config, teacher)
+
+
+def _stored_teacher(teacher: TeacherConfig) -> Iterator[str]:
+    """Check a teacher of which only the stored outputs exist."""
+    described = ("stem", "weights", "arch_args", "mean", "std", "class_map")
+    if teacher.outputs == "cached":
+        yield from _no_effect(teacher, "teacher", described, because="without teacher.run and teacher.arch the cache decides")
+    else:
+        yield (
+            "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights; without a teacher, set "
+            "teacher.outputs to cached and teacher.cache.dir to a cache of its outputs"
+        )
+
+
+def _classes_and_accuracy(teacher: TeacherConfig, *, has_labels: bool) -> Iterator[str]:
+    if not has_labels:
+        settings = ("class_map", "min_accuracy")
+        yield from _no_effect(teacher, "teacher", settings, because="with data.label_column null the classes are the teacher's")
+    if teacher.class_map is not None and not teacher.class_map:
+        yield f"teacher.class_map: {teacher.class_map} must name at least one class, or be auto or null"
+    minimum = teacher.min_accuracy
+    if minimum is not None and minimum != "auto" and not 0 <= minimum <= 1:
+        yield f"teacher.min_accuracy: {minimum} must be at least 0 and at most 1 (a fraction), or auto, or null for no check"
 
 
 def _outputs(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
@@ -173,8 +227,11 @@ def _own_teacher(teacher: TeacherConfig) -> Iterator[str]:
     yield from _arch("teacher.arch", str(teacher.arch))
     if teacher.weights is None:
         yield "teacher.weights: null, but a teacher must be trained; set a .safetensors file or the name of pretrained weights"
-    if teacher.mean is None or teacher.std is None:
-        yield "teacher.mean and teacher.std: missing; with teacher.arch set those with which the teacher was trained, in 0..1"
+    if (teacher.mean is None) != (teacher.std is None):
+        yield "teacher.mean and teacher.std: one of them is set; set both or none"
+    weights = Path(teacher.weights or "")
+    if teacher.mean is None and weights.suffix == ".safetensors" and weights.name != "model.safetensors":
+        yield "teacher.mean and teacher.std: missing; with a weights file set those with which the teacher was trained, in 0..1"
     yield from _pixel_statistics("teacher", teacher.mean, teacher.std)
 
 
@@ -182,12 +239,12 @@ def _distill(config: RunConfig) -> Iterator[str]:
     distill = config.distill
     if distill is None:
         return
-    yield from _schedule("distill.temperature", distill.temperature, above=0.0)
+    yield from schedule_problems("distill.temperature", distill.temperature, least=_LEAST_TEMPERATURE, most=_MOST_TEMPERATURE)
     if distill.label_weight is None:
-        yield from _schedule("distill.alpha", distill.alpha, most=1.0)
+        yield from schedule_problems("distill.alpha", distill.alpha, most=1.0)
     else:
-        yield from _schedule("distill.alpha", distill.alpha)
-        yield from _schedule("distill.label_weight", distill.label_weight)
+        yield from schedule_problems("distill.alpha", distill.alpha)
+        yield from schedule_problems("distill.label_weight", distill.label_weight)
     if distill.logits is None:
         yield from _without_logits(distill)
     for name, feature in distill.features.items():
@@ -203,8 +260,8 @@ def _without_logits(distill: DistillConfig) -> Iterator[str]:
 
 
 def _feature(name: str, feature: FeatureLossConfig) -> Iterator[str]:
-    yield from _schedule(f"{name}.weight", feature.weight)
-    if feature.weight == 0:
+    yield from schedule_problems(f"{name}.weight", feature.weight)
+    if value_range(feature.weight)[1] == 0:
         yield f"{name}.weight: 0, so that the term has no effect; remove it with {name}: null"
     layers = list(feature.layers)
     if not layers or len(set(layers)) < len(layers):
@@ -261,6 +318,11 @@ def _train(config: RunConfig) -> Iterator[str]:
         yield f"optim.step_epochs: {config.optim.step_epochs} must be above 0 and below train.epochs ({train.epochs})"
     if not 0 <= train.label_smoothing < 1:
         yield f"train.label_smoothing: {train.label_smoothing} must be at least 0 and below 1"
+    elif train.label_smoothing and (cause := labels_without_weight(config)):
+        yield (
+            f"train.label_smoothing: {train.label_smoothing} has no effect ({cause}: the labels have no weight at any step); "
+            "leave it out, or give the labels a weight with distill.label_weight"
+        )
     if train.ema_decay is not None and not 0 < train.ema_decay < 1:
         yield f"train.ema_decay: {train.ema_decay} must be above 0 and below 1, or null"
     if train.grad_accum_steps >= 1 and train.batch_size % train.grad_accum_steps:
@@ -286,35 +348,6 @@ def _pixel_statistics(section: str, mean: list[float] | None, std: list[float] |
             yield f"{section}.{name}: {values} must be three numbers in 0..1, one for each of red, green and blue"
     if std is not None and any(value == 0 for value in std):
         yield f"{section}.std: {std} must be above 0"
-
-
-def _schedule(name: str, value: float | Schedule, *, above: float | None = None, most: float | None = None) -> Iterator[str]:
-    if isinstance(value, Schedule):
-        yield from _schedule_fields(name, value)
-        numbers = [number for number in (value.start, value.floor, value.end) if number is not None]
-    else:
-        numbers = [value]
-    for number in numbers:
-        if not math.isfinite(number) or number < 0 or (above is not None and number <= above):
-            yield f"{name}: {number} must be {'above 0' if above is not None else 'at least 0'}"
-        elif most is not None and number > most:
-            yield f"{name}: {number} must be at most {most:g}"
-
-
-def _schedule_fields(name: str, schedule: Schedule) -> Iterator[str]:
-    needed = {"exponential": ("floor", "decay"), "linear": ("end",), "cosine": ("end",), "constant": ()}[schedule.kind]
-    allowed = (*needed, "length") if needed == ("end",) else needed
-    if schedule.kind == "constant" and schedule.unit != "epoch":
-        yield f"{name}.unit: has no effect with kind constant; leave it out"
-    for field_name in ("floor", "decay", "end", "length"):
-        is_given = getattr(schedule, field_name) is not None
-        if field_name in needed and not is_given:
-            yield f"{name}.{field_name}: missing; a schedule of kind {schedule.kind} needs it"
-        if is_given and field_name not in allowed:
-            yield f"{name}.{field_name}: has no effect with kind {schedule.kind}; leave it out or set it to null"
-    if schedule.decay is not None and not 0 < schedule.decay <= 1:
-        yield f"{name}.decay: {schedule.decay} must be above 0 and at most 1"
-    yield from _at_least(schedule, name, 1, "length")
 
 
 def _at_least(section: object, name: str, least: int, *field_names: str) -> Iterator[str]:

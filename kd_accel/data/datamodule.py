@@ -5,21 +5,30 @@ Input: the data settings. Output: training and evaluation loaders, batches of gi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 
 from kd_accel.config.schema import DataConfig
+from kd_accel.data.batches import BatchLoader, Share, make_batch
 from kd_accel.data.dataset import samples_digest
-from kd_accel.data.folders import quoted
-from kd_accel.data.loader import EvalLoader, Share, TrainLoader, load_batches, make_batch
+from kd_accel.data.decode import Decoder
+from kd_accel.data.duplicates import Part, leak_notices
+from kd_accel.data.inventory import Inventory
+from kd_accel.data.labels import refuse_unlabeled
+from kd_accel.data.loader import EvalLoader, TrainLoader
+from kd_accel.data.passes import Peers
 from kd_accel.data.sources import ImageSet, load_splits
 from kd_accel.data.splits import HeldOutSplit, Split, SplitSamples, channel_statistics, split_samples
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.types import Batch
+
+if TYPE_CHECKING:
+    from kd_accel.distributed import Accelerator
 
 _COPIED_SAMPLES = 1024
 _FEW_SAMPLES, _SMALL_IMAGE = 128, 32
@@ -31,17 +40,22 @@ class DataModule:
     """Data of a run: images and labels, the samples of each split, and their augmentation.
 
     Attributes:
-        train: Source split of the training and validation samples.
-        test: Source split of the test samples.
+        train: Source split of the training samples.
+        val: Source split of the validation samples; `train` unless the source has one of its own.
+        test: Source split of the test samples; `train` with `data.test_fraction`.
         splits: Sample indices of train, val and test.
         mean: Channel means in 0..1 that the trained model is normalized with.
         std: Channel standard deviations in 0..1.
         transform: Augmentation of the training samples.
         num_views: Number of different views of each sample; None = a new view in each epoch.
         num_workers: Number of worker processes that prepare batches; 0 = the calling process prepares them.
+        decoder: Conversion of images to pixels.
+        left_out: Samples of each split that are left out because they cannot be decoded (`data.on_error`).
+        inventory_notices: Lines for the user about the inventory of the images.
     """
 
     train: ImageSet
+    val: ImageSet
     test: ImageSet
     splits: SplitSamples
     mean: list[float]
@@ -49,6 +63,9 @@ class DataModule:
     transform: ViewTransform
     num_views: int | None = None
     num_workers: int = 0
+    decoder: Decoder = field(kw_only=True)
+    left_out: Mapping[Split, np.ndarray] = field(default_factory=dict)
+    inventory_notices: tuple[str, ...] = ()
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -56,22 +73,60 @@ class DataModule:
         return self.train.label_names
 
     @property
-    def notices(self) -> list[str]:
-        """Lines for the user about the source: files that are left out, and classes without samples."""
-        counts = np.bincount(self.train.labels, minlength=len(self.label_names))
-        empty = [name for name, count in zip(self.label_names, counts, strict=True) if not count]
-        lines = [f"data: {len(empty)} of {len(counts)} classes have no training sample: {quoted(empty)}"] if empty else []
-        return [*self.train.notices, *self.test.notices, *lines]
+    def unlabeled_samples(self) -> np.ndarray:
+        """Training samples without a label, int64 [n], positions in the source split."""
+        return self.splits.train[self.train.labels[self.splits.train] < 0]
 
-    def fingerprint_fields(self) -> dict[str, Any]:
-        """Return the classes, sample counts and sample digest that identify the data of a run, independent of its path."""
+    @property
+    def notices(self) -> list[str]:
+        """Lines for the user about the data: files that are left out, classes without samples, and duplicates across splits."""
+        images = {id(each): each for each in (self.train, self.val, self.test)}
+        own = [notice for each in images.values() for notice in each.notices]
+        return [*own, *self.inventory_notices, *self._left_out_notices(*get_args(Split)), *leak_notices(self.parts())]
+
+    def parts(self) -> dict[Split, Part]:
+        """Return the image set and the samples of each split."""
+        return {split: Part(self._images(split), samples) for split, samples in self.splits.by_name().items()}
+
+    def notices_of(self, split: Split) -> list[str]:
+        """Return the lines for the user about one split, without the digests of its samples."""
+        return [*self._images(split).notices, *self.inventory_notices, *self._left_out_notices(split)]
+
+    def _left_out_notices(self, *splits: Split) -> list[str]:
+        """Return a line for each of the splits that lacks samples which cannot be decoded."""
+        lines = []
+        for split, samples in self.left_out.items():
+            if split in splits and len(samples):
+                total = len(samples) + len(self.splits.by_name()[split])
+                example = self._images(split).unreadable[int(samples[0])]
+                lines.append(
+                    f"data.on_error: skip leaves out {len(samples)} of {total} {split} samples that cannot be decoded, such as "
+                    f"{example}; `kd-accel data check` lists them all"
+                )
+        return lines
+
+    def fingerprint_fields(self, *, replaceable: Sequence[int] = ()) -> dict[str, Any]:
+        """Return what identifies the data of a training, independent of its path: classes, samples, and those left out.
+
+        The test samples are not part of it, because no training depends on them.
+
+        Args:
+            replaceable: Training samples whose images may change, because they could not be read when they were needed.
+        """
+        left_out = {split: samples.tolist() for split, samples in self.left_out.items() if split != "test" and len(samples)}
         return {
             "label_names": list(self.label_names),
             "train_samples": len(self.splits.train),
             "val_samples": len(self.splits.val),
-            "test_samples": len(self.splits.test),
-            "digest": samples_digest(self.train, self.splits.train),
+            "digest": samples_digest(self.train, self.splits.train, replaceable=replaceable),
+            "pixels": self.decoder.fingerprint_fields(),
+            **({"left_out": left_out} if left_out else {}),
+            **({"replaceable": list(replaceable)} if replaceable else {}),
         }
+
+    def test_fields(self) -> dict[str, Any]:
+        """Return what identifies the test samples, on which no training depends, but the results of a finished run do."""
+        return {"samples": len(self.splits.test), "digest": samples_digest(self.test, self.splits.test)}
 
     def covered_samples(self) -> dict[Split, tuple[np.ndarray, np.ndarray]]:
         """Return each split's sample indices, int64 [n], and the digests of image and label, uint64 [n]."""
@@ -101,8 +156,7 @@ class DataModule:
             UserError: If the batch size is not divisible by ranks and accumulation steps, or exceeds the number of samples.
         """
         return TrainLoader(
-            self.train,
-            self.transform,
+            self.batch_loader,
             samples=self.splits.train,
             batch_size=batch_size,
             rank=rank,
@@ -110,7 +164,6 @@ class DataModule:
             grad_accum_steps=grad_accum_steps,
             seed=seed,
             views=self.num_views,
-            num_workers=self.num_workers,
             pin_memory=pin_memory,
         )
 
@@ -119,19 +172,24 @@ class DataModule:
     ) -> EvalLoader:
         """Create the loader of one rank's share of a held-out split, without augmentation."""
         return EvalLoader(
-            self._images(split),
+            self.batch_loader,
+            split,
             samples=self.splits.by_name()[split],
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
-            num_workers=self.num_workers,
             pin_memory=pin_memory,
         )
 
     def batches(self, split: Split, shares: Sequence[Share], *, pin_memory: bool = False) -> Iterator[Batch]:
         """Yield one batch for each (indices, view): augmented views of train, images without augmentation of val and test."""
-        transform = self.transform if split == "train" else None
-        return load_batches(self._images(split), transform, shares, num_workers=self.num_workers, pin_memory=pin_memory)
+        return self.batch_loader.load(split, shares, pin_memory=pin_memory)
+
+    @cached_property
+    def batch_loader(self) -> BatchLoader:
+        """Loader of batches of any split, which owns the worker processes."""
+        images = {split: self._images(split) for split in get_args(Split)}
+        return BatchLoader(images, self.transform, num_workers=self.num_workers)
 
     def view_batch(self, indices: np.ndarray, view: int) -> Batch:
         """Compute one view of training samples, in host memory. indices: int64 [n], positions in the source split."""
@@ -139,21 +197,64 @@ class DataModule:
         return make_batch(pixels, self.train.labels[indices], indices, view)
 
     def _images(self, split: Split) -> ImageSet:
-        return self.test if split == "test" else self.train
+        return {"train": self.train, "val": self.val, "test": self.test}[split]
 
 
-def load_data(config: DataConfig) -> DataModule:
+def load_data(
+    config: DataConfig,
+    accelerator: Accelerator | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    rereads: bool = False,
+) -> DataModule:
     """Read the source, split the samples, and compute mean and standard deviation unless the config sets them.
+
+    Args:
+        config: The data settings.
+        accelerator: Accelerator of a launch whose ranks all call this function, and share its work; None = this process alone.
+        class_names: Class names of data without labels (`data.label_column: null`).
+        rereads: Whether every image is read again, to find files that have changed under the same size and time.
 
     Raises:
         UserError: If the source cannot be read or does not match the settings.
     """
-    train, test = load_splits(config)
-    splits = split_samples(train.num_samples, test.num_samples, config)
+    inventory = Inventory(config.on_error, config.num_workers, Peers(accelerator), rereads=rereads)
+    return build_module(*load_splits(config, class_names), config, inventory)
+
+
+def build_module(
+    train: ImageSet, val: ImageSet | None, test: ImageSet, config: DataConfig, inventory: Inventory | None = None
+) -> DataModule:
+    """Split the samples of image sets, and compute mean and standard deviation unless the config sets them.
+
+    Args:
+        train: The training split.
+        val: The validation split; None = a part of the training split.
+        test: The test split; the training split itself with `data.test_fraction`.
+        config: The data settings.
+        inventory: Inventory of the images; None = of this process alone.
+
+    Raises:
+        UserError: If an image cannot be decoded, or a held-out sample has no label.
+    """
+    if config.label_column is not None:
+        _refuse_unlabeled(train, val, test)
+    splits = split_samples(
+        train.labels,
+        config,
+        num_val=None if val is None else val.num_samples,
+        num_test=None if test is train else test.num_samples,
+    )
+    inventory = inventory or Inventory(config.on_error, config.num_workers)
+    by_split: dict[Split, ImageSet] = {"train": train, "val": train if val is None else val, "test": test}
+    for images in {id(each): each for each in by_split.values()}.values():
+        inventory.take(images)
+    chosen, splits = splits, splits.without({split: images.unreadable for split, images in by_split.items()})
+    left_out = {name: np.setdiff1d(samples, splits.by_name()[name]) for name, samples in chosen.by_name().items()}
     if config.mean is not None and config.std is not None:
         mean, std = config.mean, config.std
     else:
-        mean, std = channel_statistics(train, splits.train)
+        mean, std = channel_statistics(train, splits.train, inventory)
     transform = ViewTransform(
         augment=config.augment,
         image_size=config.image_size,
@@ -161,7 +262,26 @@ def load_data(config: DataConfig) -> DataModule:
         view_seed=config.view_seed,
     )
     num_views = 1 if config.augment == "none" else config.views
-    return DataModule(train, test, splits, mean, std, transform, num_views, config.num_workers)
+    return DataModule(
+        **by_split,
+        splits=splits,
+        mean=mean,
+        std=std,
+        transform=transform,
+        num_views=num_views,
+        num_workers=config.num_workers,
+        decoder=Decoder.from_config(config),
+        left_out=left_out,
+        inventory_notices=tuple(inventory.notices),
+    )
+
+
+def _refuse_unlabeled(train: ImageSet, val: ImageSet | None, test: ImageSet) -> None:
+    """Raise UserError for held-out samples without a label, on which nothing can be measured."""
+    if val is not None:
+        refuse_unlabeled(val.labels, split="validation", remedy="remove them, or set data.val_split to null")
+    if test is not train:
+        refuse_unlabeled(test.labels, split="test", remedy="remove them, or set data.test_split or data.test_fraction")
 
 
 def keep_images_on_gpu(loader: TrainLoader, data: DataModule, device: torch.device) -> None:
@@ -186,8 +306,8 @@ def images_on(device: torch.device, data: DataModule) -> torch.Tensor:
     indices, size = data.splits.train, data.transform.image_size
     images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
     shares = [(indices[start : start + _COPIED_SAMPLES], 0) for start in range(0, len(indices), _COPIED_SAMPLES)]
-    workers = 0 if data.train.is_in_memory else data.num_workers
-    for number, batch in enumerate(load_batches(data.train, None, shares, num_workers=workers)):
+    batches = data.batch_loader.load("train", shares, is_augmented=False, pin_memory=device.type == "cuda")
+    for number, batch in enumerate(batches):
         images[number * _COPIED_SAMPLES :][: len(batch.index)] = batch.images.to(device)
     return images
 

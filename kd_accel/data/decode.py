@@ -1,79 +1,236 @@
-"""Image decoding: encoded bytes, or an array of another size, to RGB uint8 [S, S, 3].
+"""Image decoding: encoded bytes, a PIL image or an array, to RGB uint8 [S, S, 3].
 
-Gray, palette, CMYK and 16-bit images are converted to RGB, transparent pixels are composited over black, and the EXIF
-orientation is applied. An image of another size is center-cropped to a square and resized (bicubic).
+An image is converted to 8-bit RGB (`color.py`), turned upright by its EXIF orientation, center-cropped to a square and resized
+(bicubic). A large JPEG is reduced while it is decoded. A truncated or damaged file is an error, never a partly gray image.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
+
+from kd_accel.config.data_schema import Background
+from kd_accel.config.schema import DataConfig
+from kd_accel.data.color import PixelRange, UnknownRangeError, flatten, to_eight_bits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Accepted image formats. Pillow supports about forty; its EPS reader starts another program, and many of its decoders are
 little tested."""
 
-MAX_PIXELS = 64_000_000
-"""Limit of the pixels of an image: a file of a few bytes can declare a size that exhausts the memory."""
+MAX_PIXELS = 178_956_970
+"""Limit of the decoded pixels of an image, Pillow's own: a file of a few bytes can declare a size that exhausts the memory."""
+
+MAX_JPEG_PIXELS = 2**28
+"""Limit of the pixels of a JPEG before its reduction; a progressive one needs up to 6 bytes for each of them."""
+
+DECODE_VERSION = 1
+"""Version of the pixels that a file is decoded to, part of the fingerprint of a cache."""
+
+_LARGE_PIXELS = 64_000_000
+_JPEG_MARGIN = 2
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
+_PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_ALPHA_MODES = ("LA", "RGBA")
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def decode(data: bytes, image_size: int) -> np.ndarray:
-    """Decode an image file.
+@dataclass(frozen=True)
+class Decoder:
+    """Conversion of image files and images to RGB uint8 [S, S, 3].
+
+    Attributes:
+        image_size: S, in pixels.
+        background: Color behind transparent pixels.
+        pixel_range: Values that become black and white in an image of more than 8 bits per channel; None = the range of its
+            type, or an error if the type does not define it.
+    """
+
+    image_size: int
+    background: Background = "black"
+    pixel_range: PixelRange | None = None
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> Decoder:
+        """Create the decoder of the data settings."""
+        return cls(config.image_size, config.background, as_range(config.pixel_range))
+
+    def fingerprint_fields(self) -> dict[str, Any]:
+        """Return what decides the pixels besides the file and the image size."""
+        pixel_range = None if self.pixel_range is None else [float(value) for value in self.pixel_range]
+        return {"version": DECODE_VERSION, "background": self.background, "pixel_range": pixel_range}
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """Decode an image file.
+
+        Args:
+            data: Content of the file.
+
+        Returns:
+            RGB image, uint8 [S, S, 3].
+
+        Raises:
+            ValueError: If the image cannot be decoded; the message contains the reason.
+        """
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return self._decode_file(data)
+        except UnknownRangeError:
+            raise
+        except UnidentifiedImageError:
+            raise ValueError("not an image file of a supported format") from None
+        except Exception as error:
+            # Each decoder of Pillow raises its own exceptions on damaged bytes.
+            raise ValueError(str(error) or type(error).__name__) from None
+
+    def fit_array(self, image: np.ndarray) -> np.ndarray:
+        """Center-crop and resize an image: uint8 [H, W, 3] to uint8 [S, S, 3]; unchanged if it already has that size."""
+        if image.shape == (self.image_size, self.image_size, 3):
+            return image
+        return _square(Image.fromarray(image), self.image_size)
+
+    def fit_image(self, image: Image.Image) -> np.ndarray:
+        """Convert a PIL image to RGB, center-crop and resize it, without its EXIF orientation.
+
+        Args:
+            image: Image of any mode.
+
+        Returns:
+            RGB image, uint8 [S, S, 3].
+
+        Raises:
+            ValueError: If its values cannot be converted, as those of a float image without `pixel_range`.
+        """
+        return _square(flatten(to_eight_bits(image, pixel_range=self.pixel_range), self.background), self.image_size)
+
+    def _decode_file(self, data: bytes) -> np.ndarray:
+        try:
+            return self._decode_bytes(data)
+        except ValueError:
+            # Pillow refuses texts and color profiles that are large when decompressed. They do not affect the pixels.
+            reduced = _without_metadata(data)
+            if len(reduced) == len(data):
+                raise
+        return self._decode_bytes(reduced)
+
+    def _decode_bytes(self, data: bytes) -> np.ndarray:
+        with _open(data) as image:
+            width, height = image.size
+            scale = _reduce_jpeg(image, self.image_size)
+            levels = to_eight_bits(image, pixel_range=self.pixel_range, reopen=lambda: _open(data))
+            # Some orientations and metadata are known only when the pixels are loaded.
+            image.load()
+            # Sides are rounded up by a reduction. The fractions keep the square where it is in the file.
+            extent = levels.size if scale == 1 else (width / scale, height / scale)
+            factor = _block_size(levels, self.image_size)
+            if factor > 1:
+                levels, extent = levels.reduce(factor), (extent[0] / factor, extent[1] / factor)
+            rgb = flatten(levels, self.background)
+            return _upright_square(rgb, extent, self.image_size, _UPRIGHT.get(_orientation(image)))
+
+
+def as_range(pixel_range: list[float] | None) -> PixelRange | None:
+    """Return [low, high] of a setting as a tuple."""
+    return None if pixel_range is None else (pixel_range[0], pixel_range[1])
+
+
+def jpeg_scale(width: int, height: int, image_size: int) -> int:
+    """Return the factor by which a JPEG is reduced while it is decoded: 1, 2, 4 or 8.
+
+    The shorter side keeps at least twice the pixels of the result, as in Pillow's thumbnails, so that the result is nearly the
+    same (a mean difference of about 1 of 255 levels in photos); above 64 megapixels at least those of the result, so that it is
+    never enlarged.
 
     Args:
-        data: Content of the file.
-        image_size: S, in pixels.
-
-    Returns:
-        RGB image, uint8 [S, S, 3].
-
-    Raises:
-        ValueError: If the image cannot be decoded; the message contains the reason.
+        width: Width in the file, in pixels.
+        height: Height in the file, in pixels.
+        image_size: Side of the result, in pixels.
     """
+    margin = 1 if width * height > _LARGE_PIXELS else _JPEG_MARGIN
+    fitting = [scale for scale in (2, 4, 8) if min(width, height) // scale >= margin * image_size]
+    return max(fitting, default=1)
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
-            return _square(_rgb(ImageOps.exif_transpose(image)), image_size)
-    except UnidentifiedImageError:
-        raise ValueError("not an image file of a supported format") from None
-    except Exception as error:
-        # Each decoder of Pillow raises its own exceptions on damaged bytes.
-        raise ValueError(str(error) or type(error).__name__) from None
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        if not data.startswith(_JPEG_SIGNATURE):
+            raise
+    # Without Pillow's limit, which does not consider that a reduced JPEG needs less memory.
+    return JpegImagePlugin.jpeg_factory(io.BytesIO(data))
 
 
-def fit_array(image: np.ndarray, image_size: int) -> np.ndarray:
-    """Center-crop and resize an image: uint8 [H, W, 3] to uint8 [S, S, 3]; unchanged if it already has that size."""
-    if image.shape == (image_size, image_size, 3):
-        return image
-    return _square(Image.fromarray(image), image_size)
+def _reduce_jpeg(image: ImageFile.ImageFile, image_size: int) -> int:
+    """Set the reduction of a JPEG. Returns its factor. Raises ValueError if an image exceeds the limit of pixels."""
+    (width, height), scale = image.size, 1
+    is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+    if is_jpeg and width * height <= MAX_JPEG_PIXELS:
+        scale = jpeg_scale(width, height, image_size)
+        image.draft(None, (width // scale, height // scale))
+    limit = MAX_JPEG_PIXELS if is_jpeg and width * height > MAX_JPEG_PIXELS else MAX_PIXELS
+    if image.width * image.height > limit:
+        raise ValueError(f"{width}x{height} pixels exceed the limit of {limit}")
+    return scale
 
 
-def fit_image(image: Image.Image, image_size: int) -> np.ndarray:
-    """Convert a PIL image to RGB, center-crop and resize it: uint8 [S, S, 3]."""
-    return _square(_rgb(image), image_size)
+def _block_size(image: Image.Image, image_size: int) -> int:
+    """Return the side of the blocks of pixels that are averaged in a large image before its background is added.
+
+    The background needs several times the memory of the image.
+    """
+    is_large = image.width * image.height > _LARGE_PIXELS and image.mode in _ALPHA_MODES
+    return max(1, min(image.size) // (2 * image_size)) if is_large else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # 16 bits and more: Pillow's own conversion clips instead of scaling.
-        levels = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(np.rint(levels / 257), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, (0, 0, 0, 255)), over).convert("RGB")
-    return image.convert("RGB")
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if the metadata is damaged, as in viewers. The image is loaded."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  (each kind of metadata has its own parser, and exceptions)
+        return 1
 
 
-def _square(image: Image.Image, size: int) -> np.ndarray:
-    if image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+def _without_metadata(data: bytes) -> bytes:
+    """Return a PNG file without its texts and color profile; other data unchanged."""
+    if not data.startswith(_PNG_SIGNATURE):
+        return data
+    parts, start = [_PNG_SIGNATURE], len(_PNG_SIGNATURE)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if data[start + 4 : start + 8] not in _PNG_METADATA:
+            parts.append(data[start:end])
+        start = end
+    return b"".join(parts)
+
+
+def _upright_square(image: Image.Image, extent: tuple[float, float], size: int, method: Image.Transpose | None) -> np.ndarray:
+    """Turn an image upright and crop it, in the order in which the square is exact."""
+    if method is None:
+        return _square(image, size, extent)
+    if extent == image.size:
+        return _square(image.transpose(method), size)
+    return np.asarray(Image.fromarray(_square(image, size, extent)).transpose(method))
+
+
+def _square(image: Image.Image, size: int, extent: tuple[float, float] | None = None) -> np.ndarray:
+    """Center-crop and resize an image. extent: Width and height of its content, in pixels; None = the entire image."""
+    width, height = extent or image.size
+    if (width, height) != (size, size):
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     return np.asarray(image)

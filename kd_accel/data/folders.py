@@ -1,7 +1,7 @@
 """Image folders: files at SPLIT/CLASS/**/IMAGE, as torchvision reads them. The class is the first directory below the split.
 
-Input: directory of a split. Output: paths of the images and their labels, in the order of the names, and a description of the
-files that are left out. Links to directories and files are followed. An empty class folder is left out.
+Input: directory of a split. Output: absolute paths of the images and their labels, in the order of the names, and a description
+of the files that are left out. Links to directories and files are followed. An empty class folder is left out.
 """
 
 from __future__ import annotations
@@ -109,6 +109,41 @@ def read_folder(directory: Path, *, split: str, label_names: Sequence[str] | Non
     return FolderSplit([path for path, _ in pairs], labels, names, left_out.notices(where))
 
 
+def read_listed(directory: Path, names: Sequence[str], *, listed_in: str) -> tuple[list[str], tuple[str, ...]]:
+    """Find the images of a split that a file lists, such as metadata.csv.
+
+    Args:
+        directory: Directory of the split.
+        names: Paths of the images, relative to the directory.
+        listed_in: Name of the file.
+
+    Returns:
+        (absolute paths in the order of the list, one line for the files that are left out).
+
+    Raises:
+        UserError: If a listed file is not found, or no file is listed.
+    """
+    where = f"data.source: {directory}"
+    if not names:
+        raise UserError(f"{where}: {listed_in} lists no files; use another split or source")
+    present = {path[len(str(directory)) + 1 :] for path in _walk(str(directory))} - {listed_in}
+    listed = [os.path.normpath(name) for name in names]
+    if missing := [name for name in dict.fromkeys(listed) if name not in present]:
+        raise UserError(
+            f"{where}: {_files(len(missing))} of {listed_in} not found ({quoted(missing)}); remove their rows, or restore the "
+            "files"
+        )
+    unlisted = len(present - set(listed))
+    left_out = _LeftOut(reasons=Counter({f"not in {listed_in}": unlisted} if unlisted else {}))
+    return [_absolute(directory / name) for name in listed], left_out.notices(where)
+
+
+def folder_names(directory: Path) -> list[str]:
+    """Return the names of the folders in a directory, sorted, without hidden ones and those of archivers."""
+    folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    return [name for name in folders if not name.startswith(".") and name not in _SYSTEM_FOLDERS]
+
+
 def _class_folders(directory: Path, left_out: _LeftOut) -> list[str]:
     """Return the names of the class folders, sorted."""
     names = []
@@ -116,9 +151,9 @@ def _class_folders(directory: Path, left_out: _LeftOut) -> list[str]:
         if not entry.is_dir():
             left_out.reasons["outside of the class folders"] += 1
         elif entry.name.startswith("."):
-            left_out.reasons["in folders whose name begins with a dot"] += sum(1 for _ in _walk(Path(entry.path)))
+            left_out.reasons["in folders whose name begins with a dot"] += sum(1 for _ in _walk(entry.path))
         elif entry.name in _SYSTEM_FOLDERS:
-            left_out.reasons[f"in {entry.name}"] += sum(1 for _ in _walk(Path(entry.path)))
+            left_out.reasons[f"in {entry.name}"] += sum(1 for _ in _walk(entry.path))
         else:
             names.append(entry.name)
     return names
@@ -126,32 +161,36 @@ def _class_folders(directory: Path, left_out: _LeftOut) -> list[str]:
 
 def _images(folder: Path, left_out: _LeftOut) -> tuple[list[str], int]:
     """Return the paths of the images of a class, and the number of its files."""
-    paths, num_files = [], 0
-    for path in _walk(folder):
+    paths, num_files, root = [], 0, _absolute(folder)
+    for path in _walk(root):
         num_files += 1
-        reason = _reason_to_leave_out(path.relative_to(folder))
+        reason = _reason_to_leave_out(path[len(root) + 1 :])
         if reason:
             left_out.reasons[reason] += 1
         else:
-            paths.append(str(path))
+            paths.append(path)
     return sorted(paths, key=os.path.split), num_files
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder. A link to a folder above itself is not followed."""
+def _walk(folder: str) -> Iterator[str]:
+    """Yield the paths of all files below a folder. A link to a folder above itself is not followed.
+
+    The paths are strings: listing a million images as `Path` objects takes a minute.
+    """
     for parent, folders, files in os.walk(folder, followlinks=True):
         above = {os.path.realpath(each) for each in (Path(parent), *Path(parent).parents)}
         folders[:] = [name for name in folders if os.path.realpath(Path(parent, name)) not in above]
-        yield from (Path(parent, name) for name in files)
+        yield from (f"{parent}/{name}" for name in files)
 
 
-def _reason_to_leave_out(path: Path) -> str | None:
-    """Return why a file of a class is left out, or None for an image."""
-    if any(part.startswith(".") for part in path.parts):
+def _reason_to_leave_out(path: str) -> str | None:
+    """Return why a file of a class is left out, or None for an image. path: relative to the directory of the class."""
+    if path.startswith(".") or "/." in path:
         return "their name, or that of a folder, begins with a dot"
-    if path.suffix.lower() in ENDINGS:
+    ending = os.path.splitext(path)[1].lower()  # noqa: PTH122  (see _walk)
+    if ending in ENDINGS:
         return None
-    return f"files of type {path.suffix.lower()}" if path.suffix else "files without an ending"
+    return f"files of type {ending}" if ending.strip(".") else "files without an ending"
 
 
 def _refuse_other_classes(where: str, *, present: Any, with_files: Any, expected: tuple[str, ...]) -> None:
@@ -163,6 +202,10 @@ def _refuse_other_classes(where: str, *, present: Any, with_files: Any, expected
         raise UserError(
             f"{where}: the classes differ from those of the training split ({'; '.join(parts)}); both must be the same"
         )
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path)  # noqa: PTH100  (links are not resolved, as in EncodedImages)
 
 
 def _files(count: int) -> str:

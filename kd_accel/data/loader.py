@@ -4,34 +4,24 @@ The order is a pure function of (seed, epoch) for any number of processes. With 
 positions from b*G to (b+1)*G of the order. Each rank has a contiguous share of these positions, and each micro-batch a
 contiguous part of its rank's share. So 1 x 4, 2 x 2 and 4 x 1 processes and accumulation steps use the same samples in the same
 step, and an epoch can start at any step.
-
-No global random generator is used. PyTorch's DataLoader draws its seed from the global generator at every start, which would
-change the dropout masks of a resumed run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from kd_accel.data.batches import BatchLoader
 from kd_accel.data.hashing import hashed_order
-from kd_accel.data.sources import ImageSet
-from kd_accel.data.transforms import ViewTransform
+from kd_accel.data.splits import HeldOutSplit
 from kd_accel.errors import UserError
 from kd_accel.types import Batch
 
 _ORDER = 21
 """Hash key of the sample order, different from the keys of all other uses of `hash_words`."""
-
-Share = tuple[np.ndarray, int]
-"""(sample indices int64 [n], view): the content of one batch."""
-
-_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, int]
-"""(pixels uint8 [n, S, S, 3], labels int64 [n], sample indices int64 [n], view)."""
 
 
 def epoch_order(samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
@@ -47,8 +37,7 @@ class TrainLoader:
 
     def __init__(  # noqa: PLR0913  (each argument decides the order or the share of this rank)
         self,
-        images: ImageSet,
-        transform: ViewTransform,
+        batches: BatchLoader,
         *,
         samples: np.ndarray,
         batch_size: int,
@@ -57,22 +46,19 @@ class TrainLoader:
         grad_accum_steps: int = 1,
         seed: int = 0,
         views: int | None = None,
-        num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         """Create the loader, and check the batch size against samples, ranks and accumulation steps.
 
         Args:
-            images: The source split.
-            transform: Augmentation that computes the views.
-            samples: Indices of the training samples in `images`, int64 [N], ascending.
+            batches: Loader of the batches of any samples.
+            samples: Indices of the training samples in their source split, int64 [N], ascending.
             batch_size: Number of samples per optimizer step, over all ranks and accumulation steps.
             rank: Rank of this process.
             world_size: Number of processes.
             grad_accum_steps: Number of micro-batches per optimizer step.
             seed: Seed of the sample order.
             views: Number of different views of each sample (view = epoch mod views); None = a new view in each epoch.
-            num_workers: Number of worker processes; 0 = the calling process prepares the batches.
             pin_memory: Whether batches are in page-locked memory.
 
         Raises:
@@ -86,10 +72,10 @@ class TrainLoader:
             )
         if len(samples) < batch_size:
             raise UserError(f"train.batch_size: {batch_size} is more than the {len(samples)} training samples; lower it")
-        self._images, self._transform, self._samples = images, transform, samples
+        self._batches, self._samples = batches, samples
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._grad_accum_steps, self._seed, self._views = grad_accum_steps, seed, views
-        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._pin_memory = pin_memory
         self._device_images: Tensor | None = None
 
     def keep_images(self, images: Tensor) -> None:
@@ -98,8 +84,13 @@ class TrainLoader:
         Args:
             images: Images of the loader's samples in the same order, uint8 [N, 3, S, S].
         """
-        assert self._transform.supports_device and len(images) == len(self._samples)
+        assert self._batches.transform.supports_device and len(images) == len(self._samples)
         self._device_images = images
+
+    @property
+    def is_in_memory(self) -> bool:
+        """True if all images are decoded already, so that no batch can fail."""
+        return self._device_images is not None or self._batches.images["train"].is_in_memory
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,13 +104,7 @@ class TrainLoader:
         if self._device_images is not None:
             batches: Iterator[Batch] = (self._batch_on_device(share, view) for share in shares)
         else:
-            batches = load_batches(
-                self._images,
-                self._transform,
-                [(share, view) for share in shares],
-                num_workers=self._num_workers,
-                pin_memory=self._pin_memory,
-            )
+            batches = self._batches.load("train", [(share, view) for share in shares], pin_memory=self._pin_memory)
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in range(self._grad_accum_steps)]
 
@@ -133,11 +118,11 @@ class TrainLoader:
 
     def _batch_on_device(self, indices: np.ndarray, view: int) -> Batch:
         assert self._device_images is not None
-        arrays = np.searchsorted(self._samples, indices), self._images.labels[indices]
+        arrays = np.searchsorted(self._samples, indices), self._batches.images["train"].labels[indices]
         device = self._device_images.device
         # A blocking copy to a GPU would synchronize with all queued work.
         positions, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-        images = self._transform.on_device(self._device_images[positions], indices, view)
+        images = self._batches.transform.on_device(self._device_images[positions], indices, view)
         return Batch(images, labels, torch.from_numpy(indices), view)
 
 
@@ -145,30 +130,30 @@ class EvalLoader:
     """Loader of one rank's contiguous share of a split, without augmentation. Each sample is in the share of exactly one rank.
 
     Args:
-        images: The source split.
-        samples: Sample indices in `images`, int64 [N].
+        batches: Loader of the batches of any samples.
+        split: Name of the split.
+        samples: Sample indices in the source split, int64 [N].
         batch_size: Number of samples per batch of one rank; the last batch may be smaller.
         rank: Rank of this process.
         world_size: Number of processes.
-        num_workers: Number of worker processes; 0 = the calling process prepares the batches.
         pin_memory: Whether batches are in page-locked memory.
     """
 
     def __init__(
         self,
-        images: ImageSet,
+        batches: BatchLoader,
+        split: HeldOutSplit,
         *,
         samples: np.ndarray,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         share = np.array_split(samples, world_size)[rank]
-        self._shares = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-        self._images = images
-        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._shares = [(share[start : start + batch_size], 0) for start in range(0, len(share), batch_size)]
+        self._batches, self._split = batches, split
+        self._pin_memory = pin_memory
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
@@ -176,95 +161,4 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches, as view 0."""
-        shares = [(share, 0) for share in self._shares]
-        return load_batches(self._images, None, shares, num_workers=self._num_workers, pin_memory=self._pin_memory)
-
-
-def load_batches(
-    images: ImageSet,
-    transform: ViewTransform | None,
-    shares: Sequence[Share],
-    *,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> Iterator[Batch]:
-    """Yield a batch for each share, in the order of the shares.
-
-    Args:
-        images: The source split.
-        transform: Augmentation that computes the views; None = the images without augmentation in every view.
-        shares: Sample indices, int64 [n], and view of each batch.
-        num_workers: Number of worker processes; 0 = the calling process prepares the batches.
-        pin_memory: Whether batches are in page-locked memory.
-
-    Raises:
-        UserError: If an image cannot be decoded.
-    """
-    dataset = _BatchDataset(images, transform, shares)
-    if num_workers == 0 or not shares:
-        for number in range(len(shares)):
-            batch = make_batch(*dataset[number])
-            yield batch.pin_memory() if pin_memory else batch
-        return
-    loader = DataLoader(
-        _WorkerDataset(dataset),
-        batch_size=None,
-        num_workers=min(num_workers, len(shares)),
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-        collate_fn=_batch_or_error,  # type: ignore[arg-type]
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
-
-
-def make_batch(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray, view: int) -> Batch:
-    """Wrap arrays as a batch, without a copy.
-
-    Args:
-        pixels: Images, uint8 [n, S, S, 3].
-        labels: Class indices, int64 [n].
-        indices: Positions in the source split, int64 [n].
-        view: Number of the view.
-    """
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), view)
-
-
-class _BatchDataset(Dataset[_Arrays]):
-    """Dataset whose items are complete batches, one per share."""
-
-    def __init__(self, images: ImageSet, transform: ViewTransform | None, shares: Sequence[Share]) -> None:
-        self._images, self._transform, self._shares = images, transform, shares
-
-    def __len__(self) -> int:
-        return len(self._shares)
-
-    def __getitem__(self, number: int) -> _Arrays:
-        indices, view = self._shares[number]
-        pixels = self._images.pixels(indices)
-        if self._transform is not None:
-            pixels = self._transform(pixels, indices, view)
-        return pixels, self._images.labels[indices], indices, view
-
-
-class _WorkerDataset(Dataset[_Arrays | UserError]):
-    """Dataset for worker processes that returns a UserError as an item; raised in a worker, it would become a traceback."""
-
-    def __init__(self, dataset: _BatchDataset) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, number: int) -> _Arrays | UserError:
-        try:
-            return self._dataset[number]
-        except UserError as error:
-            return error
-
-
-def _batch_or_error(item: _Arrays | UserError) -> Batch | UserError:
-    return item if isinstance(item, UserError) else make_batch(*item)
+        return self._batches.load(self._split, self._shares, pin_memory=self._pin_memory)

@@ -13,24 +13,24 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from kd_accel.config.parsing import build_config
 from kd_accel.config.schema import DataConfig, RunConfig
-from kd_accel.data.datamodule import DataModule, load_data
+from kd_accel.data.datamodule import DataModule, build_module, load_data
 from kd_accel.data.dataset import MemoryImages, empty_images
-from kd_accel.data.decode import fit_array, fit_image
+from kd_accel.data.labels import LabelSource
 from kd_accel.data.loader import epoch_order
-from kd_accel.data.splits import Split, channel_statistics, split_samples
+from kd_accel.data.source_splits import Role, image_sets
+from kd_accel.data.splits import Split
 from kd_accel.data.transforms import ViewTransform
+from kd_accel.data.wrapped import Columns, dataset_split
 
 Item = dict[str, Any]
 
 _VIEW_SETTINGS = ("augment", "crop_padding", "views", "view_seed")
-_SOURCE_SETTINGS = ("train_split", "test_split")
-_MAX_CLASSES = 1_000_000
-"""Limit of labels without class names; a larger label is probably an identifier."""
+_WRAPPED = "import:datasets of this program"
+_SOURCE_SETTINGS = ("train_split", "val_split", "test_split")
 
 
 class ImageDataset(Dataset[Item]):
@@ -43,20 +43,22 @@ class ImageDataset(Dataset[Item]):
     Args:
         source: `hub:NAME`, `parquet:DIR`, `imagefolder:DIR` or `digits`, as `data.source` of a config; or a dataset with
             `__len__` and `__getitem__` whose items are pairs (image, label) or dicts. Its images are PIL images, or uint8
-            arrays or tensors [H, W, 3] or [3, H, W]; they are read into memory once.
-        test: Dataset of the test samples if `source` is a dataset; None = no test samples.
+            arrays or tensors [H, W, 3] or [3, H, W]. They are read once, into memory, if they fit in `memory_limit_mib`;
+            otherwise each is read when it is used, so that the dataset must return the same image at each call.
+        test: Dataset of the test samples if `source` is a dataset; None = no test samples, or `test_fraction` of `source`.
         image_size: S, the side of the square to which every image is resized, in pixels.
         image_column: Key of the image in a dict, or column of a source.
         label_column: Key of the label in a dict, or column of a source.
         class_names: Class names by label if `source` is a dataset. None = its attribute `classes`, the names of its label
-            feature (Hugging Face), or the label numbers.
+            feature (Hugging Face), or those that its labels determine, as `data.labels` of a config.
         val_fraction: Fraction of the training samples held out for validation.
-        settings: Further settings of a config's `data` section: `limit_train`, `limit_test`, `mean`, `std`,
-            `memory_limit_mib`, `num_workers` (for the batches of a cache build) and, for a source, `train_split`, `test_split`.
+        settings: Further settings of a config's `data` section: `labels`, `background`, `pixel_range`, `limit_train`,
+            `limit_test`, `mean`, `std`, `memory_limit_mib`, `num_workers` (for the batches of a cache build), `test_fraction`
+            and, for a source, `train_split`, `val_split`, `test_split`.
 
     Raises:
-        TypeError: If an image or label has another type, or `source` is neither a name nor a dataset.
-        ValueError: If a source or setting is not valid (`UserError`).
+        TypeError: If an image has another type, or `source` is neither a name nor a dataset.
+        ValueError: If a source, label or setting is not valid (`UserError`).
     """
 
     def __init__(
@@ -78,14 +80,16 @@ class ImageDataset(Dataset[Item]):
             if test is not None or class_names is not None:
                 name = "test" if test is not None else "class_names"
                 raise ValueError(f"{name}: has no effect with the source {source!r}, which has its own; leave it out")
-            columns = {"image_column": image_column, "label_column": label_column}
-            self.module = load_data(_check_settings({"source": source, **columns, **shared}))
-            for notice in self.module.notices:
-                warnings.warn(notice, stacklevel=2)
+            names = {"image_column": image_column, "label_column": label_column}
+            self.module = load_data(_check_settings({"source": source, **names, **shared}))
         else:
             if refused := settings.keys() & set(_SOURCE_SETTINGS):
                 raise ValueError(f"{min(refused)}: has no effect with a dataset; pass its splits as source and test")
-            self.module = _wrap_datasets(source, test, _check_settings(shared), (image_column, label_column), class_names)
+            columns = Columns(image_column, label_column, prefix="")
+            config = _check_settings({"source": _WRAPPED, **shared}).model_copy(update={"augment": "none"})
+            self.module = _wrap_datasets(source, test, config, columns, class_names)
+        for notice in self.module.notices:
+            warnings.warn(notice, stacklevel=2)
 
     @classmethod
     def from_module(cls, module: DataModule) -> ImageDataset:
@@ -135,7 +139,7 @@ class SplitDataset(Dataset[Item]):
     """
 
     def __init__(self, module: DataModule, split: Split) -> None:
-        self._images = module.test if split == "test" else module.train
+        self._images = {"train": module.train, "val": module.val, "test": module.test}[split]
         self._indices = module.splits.by_name()[split]
 
     def __len__(self) -> int:
@@ -266,33 +270,6 @@ class EpochBatchSampler(Sampler[list[int]]):
         return iter(positions[:, self._rank].tolist())
 
 
-def square_pixels(image: Any, image_size: int, *, where: str) -> np.ndarray:
-    """Convert one image to RGB and resize it.
-
-    Args:
-        image: PIL image, or uint8 array or tensor [H, W, 3] or [3, H, W].
-        image_size: S, in pixels.
-        where: Argument and position of the image, for error messages.
-
-    Returns:
-        Resized image, uint8 [S, S, 3].
-
-    Raises:
-        TypeError: If the image has another type or shape.
-    """
-    if hasattr(image, "convert"):
-        return fit_image(image, image_size)
-    array = image.numpy(force=True) if isinstance(image, Tensor) else image
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
-        kind = f"{array.dtype} array" if isinstance(array, np.ndarray) else type(image).__name__
-        raise TypeError(f"{where}: the image must be a PIL image or a uint8 array or tensor, not {kind}")
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-        array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
-        raise TypeError(f"{where}: the image must have the shape [H, W, 3] or [3, H, W], not {list(array.shape)}")
-    return fit_array(np.ascontiguousarray(array), image_size)
-
-
 def _make_items(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> list[Item]:
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
     columns = zip(images, labels.tolist(), indices.tolist(), strict=True)
@@ -305,94 +282,23 @@ def _check_settings(settings: Mapping[str, Any]) -> DataConfig:
 
 
 def _wrap_datasets(
-    source: Any, test: Any, config: DataConfig, columns: tuple[str, str], class_names: Sequence[str] | None
+    source: Any, test: Any, config: DataConfig, columns: Columns, class_names: Sequence[str] | None
 ) -> DataModule:
-    """Read datasets of pairs or dicts into memory, and split them as a source."""
-    train = _read_dataset(source, config, columns, class_names or _class_names(source, columns[1]), argument="source")
-    if test is None:
-        held_out = MemoryImages(empty_images(0, config.image_size), np.empty(0, dtype=np.int64), train.label_names)
-    else:
-        own = None if class_names else _class_names(test, columns[1])
-        if own is not None and tuple(own) != train.label_names:
-            raise ValueError("test: source and test have different classes; both must have the same classes in the same order")
-        held_out = _read_dataset(test, config, columns, train.label_names, argument="test")
-    splits = split_samples(train.num_samples, held_out.num_samples, config)
-    mean, std = config.mean, config.std
-    if mean is None or std is None:
-        mean, std = channel_statistics(train, splits.train)
-    transform = ViewTransform("none", config.image_size)
-    return DataModule(train, held_out, splits, mean, std, transform, 1, config.num_workers)
-
-
-def _class_names(dataset: Any, label_column: str) -> list[str] | None:
-    """Return the class names of a torchvision or Hugging Face dataset; None if it does not define them."""
-    features = getattr(dataset, "features", None)
-    label = features.get(label_column) if isinstance(features, Mapping) else None
-    names = getattr(dataset, "classes", None) or getattr(label, "names", None)
-    return None if names is None else [str(name) for name in names]
-
-
-def _read_dataset(
-    dataset: Any, config: DataConfig, columns: tuple[str, str], class_names: Sequence[str] | None, *, argument: str
-) -> MemoryImages:
-    """Read a dataset of pairs or dicts into memory, resized."""
-    _check_dataset(dataset, config, argument)
-    images = empty_images(len(dataset), config.image_size)
-    labels = np.empty(len(dataset), dtype=np.int64)
-    for position in range(len(dataset)):
-        where = f"{argument}: item {position}"
-        image, label = _split_item(dataset[position], *columns, where)
-        images[position] = square_pixels(image, config.image_size, where=where)
-        labels[position] = _parse_label(label, where)
-    names = [str(name) for name in (range(int(labels.max()) + 1) if class_names is None else class_names)]
-    if len(set(names)) < len(names):
+    """Split datasets of pairs or dicts as a source. Small datasets are read into memory."""
+    if class_names is not None and len(set(class_names)) < len(class_names):
         raise ValueError("class_names: two classes have the same name; rename one of them")
-    if labels.max() >= len(names):
-        position = int(labels.argmax())
-        raise ValueError(f"{argument}: item {position}: {_label_rule(labels[position], len(names))}")
-    return MemoryImages(images, labels, names)
-
-
-def _check_dataset(dataset: Any, config: DataConfig, argument: str) -> None:
-    """Raise TypeError for an object without positions, ValueError for an empty dataset or one that exceeds the memory limit."""
-    has_positions = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping)
-    if not has_positions:
-        remedy = "; pass its splits as source and test" if isinstance(dataset, Mapping) else ""
-        name = "the name of a source or " if argument == "source" else ""
-        raise TypeError(
-            f"{argument}: must be {name}a dataset with __len__ and __getitem__, not {type(dataset).__name__}{remedy}"
-        )
-    if not len(dataset):
-        raise ValueError(f"{argument}: the dataset has no items; at least one is required")
-    size = config.image_size
-    if (needed_bytes := len(dataset) * size**2 * 3) > config.memory_limit_mib * 2**20:
-        raise ValueError(
-            f"image_size: {len(dataset)} images of {size}x{size} pixels take {needed_bytes // 2**20} MiB of memory, more than "
-            f"memory_limit_mib: {config.memory_limit_mib}; lower image_size, raise memory_limit_mib, or read a source from disk"
-        )
-
-
-def _split_item(item: Any, image_column: str, label_column: str, where: str) -> tuple[Any, Any]:
-    """Return (image, label) of a pair or a dict."""
-    if isinstance(item, Mapping):
-        for argument, column in (("image_column", image_column), ("label_column", label_column)):
-            if column not in item:
-                raise ValueError(f"{argument}: {where} has no key {column!r}; use one of {', '.join(map(str, item))}")
-        return item[image_column], item[label_column]
-    if isinstance(item, tuple | list) and len(item) == 2:
-        return item[0], item[1]
-    raise TypeError(f"{where}: must be a pair (image, label) or a dict, not {type(item).__name__}")
-
-
-def _parse_label(label: Any, where: str) -> int:
-    """Return a label as an int; it may be an integer tensor or array with one element."""
-    value = label.item() if isinstance(label, Tensor | np.ndarray) and np.prod(label.shape) == 1 else label
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TypeError(f"{where}: {_label_rule(f'{value!r} ({type(value).__name__})', _MAX_CLASSES)}")
-    if not 0 <= value < _MAX_CLASSES:
-        raise ValueError(f"{where}: {_label_rule(value, _MAX_CLASSES)}")
-    return int(value)
-
-
-def _label_rule(value: Any, limit: int) -> str:
-    return f"the label is {value}, but labels must be integers, at least 0 and below {limit}"
+    if test is not None and config.test_fraction is not None:
+        raise ValueError("test_fraction: has no effect with test; leave one of them out")
+    datasets: dict[Role, tuple[Any, str]] = {"train": (source, "source")}
+    if test is not None:
+        datasets["test"] = (test, "test")
+    splits = {
+        role: dataset_split(dataset, LabelSource(argument, role, "labels"), config, columns=columns, label_names=class_names)
+        for role, (dataset, argument) in datasets.items()
+    }
+    images = image_sets(splits, config)
+    train = images["train"]
+    if config.test_fraction is not None:
+        return build_module(train, None, train, config)
+    nothing = MemoryImages(empty_images(0, config.image_size), np.empty(0, dtype=np.int64), train.label_names)
+    return build_module(train, None, images.get("test", nothing), config)

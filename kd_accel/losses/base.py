@@ -109,7 +109,7 @@ class LogitLoss(_Loss):
             student_logits: Logits of the student, [B, C].
             teacher_logits: Logits of the teacher, [B, C].
             temperature: Temperature T of this step, above 0.
-            labels: Class indices, int64 [B].
+            labels: Class indices, int64 [B]; -1 = no label.
             index: Positions of the samples in their source split, int64 [B], on the device; None unless `uses_index`.
 
         Returns:

@@ -152,7 +152,7 @@ class Distiller(nn.Module):
         Args:
             images: Pixels of the view, uint8 [B, 3, H, W].
             target: Output of the teacher for the same view; `TeacherOutput()` without a logit or feature loss.
-            labels: Class indices, int64 [B].
+            labels: Class indices, int64 [B]; -1 = no label, so that the cross-entropy of the sample counts as 0.
             weights: Temperature and weights of this step; None = the defaults of `LossWeights`.
             index: Positions of the samples in their source split, int64 [B], on the device; required if `uses_index`.
 

@@ -22,16 +22,22 @@ def full_precision(tensor: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Compute the cross-entropy with labels.
 
+    A sample without a label counts as 0 in the mean over the batch. So each label has the same weight in every batch, and the
+    loss does not depend on the number of processes or accumulation steps. A mean over the labeled samples of each batch would.
+
     Args:
         logits: Logits, [B, C].
-        labels: Class indices, int64 [B].
+        labels: Class indices, int64 [B]; -1 = no label.
         label_smoothing: Probability mass of the target that is spread evenly over all classes, from 0 to 1.
 
     Returns:
         The mean over the batch, a scalar.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return functional.cross_entropy(full_precision(logits), labels, label_smoothing=label_smoothing)
+        total = functional.cross_entropy(
+            full_precision(logits), labels, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing
+        )
+        return total / len(labels)
 
 
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, t_squared: bool = True) -> Tensor:

@@ -70,7 +70,9 @@ class Identity(TargetFunction):
 class PCA(TargetFunction):
     """Principal component analysis over channels: each pixel [D] of the teacher's map is centered, then projected.
 
-    The projection on the leading components is a frozen 1x1 convolution, whose bias subtracts the mean.
+    The projection on the leading components is a frozen 1x1 convolution, whose bias subtracts the mean. Pixels that vary in
+    fewer directions than `channels`, as those of a few images with maps of one pixel do, have fewer components: the remaining
+    channels of the result are zero.
 
     Args:
         channels: Number of principal components, which are the channels of the result.
@@ -107,6 +109,11 @@ class PCA(TargetFunction):
         """True if the components were fitted or loaded."""
         return self.projector is not None
 
+    @property
+    def directions(self) -> int:
+        """Number of components, at most `channels`; the remaining channels of the result are zero. 0 before the fit."""
+        return 0 if self.projector is None else int(self.projector.conv.weight.flatten(1).any(1).sum())
+
     def fit(self, features: Iterable[Tensor], *, layer: str = "the layer") -> None:
         """Fit the components in one pass: `update` for each batch of maps, then `finish`.
 
@@ -115,7 +122,7 @@ class PCA(TargetFunction):
             layer: Name of the layer, for messages.
 
         Raises:
-            UserError: If the maps have too few pixels.
+            UserError: If the maps have fewer than two pixels.
         """
         for feature in features:
             self.update(feature)
@@ -133,14 +140,14 @@ class PCA(TargetFunction):
             layer: Name of the layer, for messages.
 
         Raises:
-            UserError: If there are fewer than `channels` + 1 pixels, which leave components arbitrary.
+            UserError: If there are fewer than two pixels, which have no direction.
         """
         sums, self._sums = self._sums, None
         count = sums.count if sums else 0
-        if sums is None or count <= self.channels:
+        if sums is None or count < 2:
             raise UserError(
-                f"distill.features: {count} pixels of {layer} are too few to fit a PCA with {self.channels} components; raise "
-                "args.pca_images (each image contributes height x width pixels)"
+                f"distill.features: a PCA of {layer} needs two pixels or more, the images have {count}; raise args.pca_images "
+                "(each image contributes height x width pixels), or use direction student_to_teacher"
             )
         self.projector, self.explained = sums.leading_components(self.channels)
 
@@ -220,13 +227,19 @@ class _Covariance:
         self._outer += centered.T @ centered
 
     def leading_components(self, channels: int) -> tuple[FeatureProjector, float]:
-        """Compute the frozen projector on the leading components, on the CPU, and the fraction of the variance it keeps."""
+        """Compute the frozen projector on the leading components, on the CPU, and the fraction of the variance it keeps.
+
+        Components without variance, which are arbitrary, are zero.
+        """
         assert self._origin is not None
         mean, origin = self._sum.cpu() / self.count, self._origin.cpu()
         covariance = self._outer.cpu() / self.count - mean.outer(mean)
         values, vectors = torch.linalg.eigh(covariance)
         components = _with_fixed_signs(vectors.flip(1)[:, :channels].T)
         values = values.flip(0).clamp(min=0)
+        # The tolerance is that of numpy's matrix_rank.
+        rank = int((values > len(values) * torch.finfo(values.dtype).eps * values[0]).sum())
+        components[rank:] = 0
         projector = FeatureProjector(len(mean), channels).requires_grad_(False)
         with torch.no_grad():
             projector.conv.weight.copy_(components[:, :, None, None])

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kd_accel.data.decode import decode
-from kd_accel.data.views import square_pixels
+from kd_accel.data.decode import Decoder, as_range
+from kd_accel.data.wrapped import square_pixels
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.weights import ModelCard, load_run_model
 
@@ -48,6 +48,7 @@ class Model:
     def __init__(self, network: nn.Module, card: ModelCard) -> None:
         self.network, self.card = network.eval(), card
         self._normalize = Normalize(card.mean, card.std)
+        self._decoder = Decoder(card.image_size, card.background, as_range(card.pixel_range))
 
     @property
     def class_names(self) -> list[str]:
@@ -87,9 +88,9 @@ class Model:
     def _pixels(self, image: Any) -> np.ndarray:
         """Return the resized image, uint8 [S, S, 3]."""
         if not isinstance(image, str | Path):
-            return square_pixels(image, self.card.image_size, where="images")
+            return square_pixels(image, self._decoder, where="images")
         try:
-            return decode(Path(image).read_bytes(), self.card.image_size)
+            return self._decoder.decode(Path(image).read_bytes())
         except OSError as error:
             raise ValueError(f"images: cannot read {image} ({error.strerror}); check the path") from None
         except ValueError as error:

@@ -7,6 +7,7 @@ with its architecture and preprocessing (`ModelCard`). Files passed by a user ar
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kd_accel.config.data_schema import Background
 from kd_accel.config.schema import MAX_IMAGE_SIZE, Stem
 from kd_accel.errors import UserError, describe_error
 from kd_accel.io.files import read_json, write_whole
@@ -37,6 +39,8 @@ class ModelCard:
         mean: Mean per channel for the normalization of images, in 0..1.
         std: Standard deviation per channel for the normalization, in 0..1.
         image_size: Height and width of the training images, in pixels.
+        background: Color behind transparent pixels.
+        pixel_range: Values that become black and white in images of more than 8 bits per channel; None = the range of the type.
     """
 
     arch: str
@@ -46,6 +50,8 @@ class ModelCard:
     mean: list[float]
     std: list[float]
     image_size: int
+    background: Background = "black"
+    pixel_range: list[float] | None = None
 
 
 def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
@@ -79,6 +85,8 @@ def load_card(directory: Path) -> ModelCard:
     """
     path = directory / "model.json"
     content = read_json(path, remedy="no finished run in this directory; train it first, or choose another directory")
+    # Cards of 0.1.0 lack the settings of the decoding, which were fixed.
+    content = {"background": "black", "pixel_range": None, **content}
     wrong = [name for name, is_valid in _VALID.items() if not is_valid(content.get(name))]
     if wrong:
         raise UserError(f"{path}: is damaged ({', '.join(wrong)} wrong or missing); train the run again")
@@ -90,8 +98,13 @@ def _is_per_channel(values: Any, *, above: float) -> bool:
     return isinstance(values, list) and len(values) == 3 and all(_is_number(v) and above < v < float("inf") for v in values)
 
 
+def _is_range(values: Any) -> bool:
+    """Return whether `values` is a list of two finite numbers in ascending order."""
+    return isinstance(values, list) and len(values) == 2 and all(map(_is_number, values)) and values[0] < values[1]
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _VALID: dict[str, Callable[[Any], bool]] = {
@@ -102,6 +115,8 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "mean": lambda value: _is_per_channel(value, above=float("-inf")),
     "std": lambda value: _is_per_channel(value, above=0),
     "image_size": lambda value: _is_number(value) and isinstance(value, int) and 0 < value <= MAX_IMAGE_SIZE,
+    "background": lambda value: value in get_args(Background),
+    "pixel_range": lambda value: value is None or _is_range(value),
 }
 
 
@@ -146,13 +161,36 @@ def load_weights(model: nn.Module, weights: str, *, arch: str, is_exact: bool, f
     loaded = _read_weights(weights, model, arch=arch, section=field)
     tensors = {key: tensor for key, tensor in loaded.items() if not key.startswith(_AUXILIARY_HEADS.get(arch, ()))}
     state = model.state_dict()
+    tied = _tied_keys(state)
+    if different := _complete_tied(tensors, tied):
+        raise UserError(
+            f"{field}.weights: {weights} has different values of {' and '.join(different)}, which are one parameter of {arch}; "
+            "use weights of a model that shares this parameter, too"
+        )
     mismatch = _compare(state, tensors)
     if mismatch == _Mismatch([], [], []):
         return _copy(state, tensors, [])
-    replaceable = set() if is_exact else set(_stem_and_classifier(state))
+    replaceable = set() if is_exact else _with_tied_modules(_stem_and_classifier(state), tied)
     if {_module_of(key) for key in mismatch.all_keys} <= replaceable:
         return _copy(state, tensors, sorted({_module_of(key) for key in [*mismatch.missing, *mismatch.misshapen]}))
     raise UserError(f"{field}.weights: {_explain_mismatch(weights, arch, state, tensors, mismatch)}")
+
+
+def count_classes(model: nn.Module, weights: str, *, arch: str, field: str = "model") -> int:
+    """Count the classes of weights by the rows of their classifier.
+
+    Args:
+        model: Network of the architecture, with any number of classes.
+        weights: Weights as in `load_weights`.
+        arch: Name of the network's architecture.
+        field: Config section of the weights, for error messages.
+
+    Raises:
+        UserError: If the weights cannot be read.
+    """
+    loaded, state = _read_weights(weights, model, arch=arch, section=field), model.state_dict()
+    classifier = [key for key, tensor in state.items() if tensor.dim() >= 2][-1]
+    return loaded.get(classifier, state[classifier]).shape[0]
 
 
 @dataclass(frozen=True)
@@ -175,6 +213,34 @@ def _compare(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> _Mis
         unexpected=[key for key in tensors if key not in state],
         misshapen=[key for key in state if key in tensors and state[key].shape != tensors[key].shape],
     )
+
+
+def _tied_keys(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the groups of state dict keys that are one parameter under several names."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for key, tensor in state.items():
+        groups.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), []).append(key)
+    return [keys for keys in groups.values() if len(keys) > 1 and state[keys[0]].numel()]
+
+
+def _complete_tied(tensors: dict[str, Tensor], tied: list[list[str]]) -> list[str]:
+    """Add the missing names of tied parameters in place, because `safetensors.torch.save_model` writes one name of each.
+
+    Returns:
+        The names of a tied parameter with different values; empty if all values agree.
+    """
+    for keys in tied:
+        given = [key for key in keys if key in tensors]
+        if any(not torch.equal(tensors[given[0]], tensors[key]) for key in given[1:]):
+            return given
+        tensors.update({key: tensors[given[0]] for key in keys if given})
+    return []
+
+
+def _with_tied_modules(modules: list[str], tied: list[list[str]]) -> set[str]:
+    """Return the modules, and those that share a parameter with one of them."""
+    sharing = [{_module_of(key) for key in keys} for keys in tied]
+    return set(modules).union(*(group for group in sharing if group & set(modules)))
 
 
 def _read_weights(weights: str, model: nn.Module, *, arch: str, section: str) -> dict[str, Tensor]:
@@ -274,7 +340,7 @@ def _explain_mismatch(
         key = mismatch.misshapen[0]
         return (
             f"{weights} has {tensors[key].shape[0]} classes ({key}), expected {state[key].shape[0]}; use weights trained on "
-            "the same classes"
+            "the same classes, or for a teacher set teacher.class_map to its class for each class of the data"
         )
     differences = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"

@@ -42,7 +42,7 @@ class Row:
         name: Name of the run.
         role: Role of the model: teacher, student or distilled.
         arch: Architecture.
-        accuracy: Accuracy on the test split, a fraction of 1.
+        accuracy: Accuracy on the test split, a fraction of 1; None without labels.
         parameters: Number of parameters.
         macs: Multiply-adds per image; None if not measured.
         latency_ms: Median latency at batch size 1 in milliseconds; None if not measured.
@@ -52,7 +52,7 @@ class Row:
     name: str
     role: Literal["teacher", "student", "distilled"]
     arch: str
-    accuracy: float
+    accuracy: float | None
     parameters: int
     macs: int | None
     latency_ms: float | None
@@ -128,7 +128,9 @@ def _plot(results: Sequence[RunResult], out: Path, say: Callable[[str], None]) -
         return
     plot_learning_curves([(result.row.name, result.curve) for result in results], curves)
     points = [
-        (result.row.name, result.row.latency_ms, result.row.accuracy) for result in results if result.row.latency_ms is not None
+        (result.row.name, result.row.latency_ms, result.row.accuracy)
+        for result in results
+        if result.row.latency_ms is not None and result.row.accuracy is not None
     ]
     if points:
         plot_accuracy_against_latency(points, scatter)
@@ -152,7 +154,7 @@ def load_result(directory: Path, bench: dict[str, Any] | None) -> RunResult:
             name=str(summary["name"]),
             role=_ROLES[summary["role"]],
             arch=str(summary["arch"]),
-            accuracy=float(summary["accuracy"]),
+            accuracy=None if summary["accuracy"] is None else float(summary["accuracy"]),
             parameters=int(summary["parameters"]),
             **figures,
         )
@@ -179,7 +181,8 @@ def results_table(results: Sequence[RunResult]) -> str:
 
 def _cells(row: Row) -> list[str]:
     macs = "" if row.macs is None else f"{row.macs / 1e6:.1f}"
-    sizes = [f"{100 * row.accuracy:.2f}", f"{row.parameters / 1e6:.2f}", macs]
+    accuracy = "" if row.accuracy is None else f"{100 * row.accuracy:.2f}"
+    sizes = [accuracy, f"{row.parameters / 1e6:.2f}", macs]
     return [f"{row.name} ({row.role})", row.arch, *sizes, _milliseconds(row.latency_ms)]
 
 

@@ -37,7 +37,7 @@ def fit_targets(
         autocast: Context in which the teacher runs.
 
     Raises:
-        UserError: If the images give too few pixels for the number of principal directions.
+        UserError: If the maps of the images have fewer than two pixels.
     """
     lacking = {layer: target for layer, target in targets.items() if isinstance(target, PCA) and not target.is_fitted}
     for images in sorted({target.images for target in lacking.values()}):
@@ -46,7 +46,7 @@ def fit_targets(
 
 
 def fit_notices(targets: Mapping[str, TargetFunction], *, num_samples: int) -> list[str]:
-    """Return lines for the user: the variance that each fit keeps, and a warning if fewer images than requested exist.
+    """Return lines for the user: the variance that each fit keeps, and warnings if directions or requested images are missing.
 
     Args:
         targets: Target functions by the teacher's layer.
@@ -54,6 +54,11 @@ def fit_notices(targets: Mapping[str, TargetFunction], *, num_samples: int) -> l
     """
     fitted = {layer: target for layer, target in targets.items() if isinstance(target, PCA)}
     notices = [f"PCA of {layer} explains {target.explained:.1%} of the variance" for layer, target in fitted.items()]
+    notices += [
+        _missing_directions(layer, target, num_samples=num_samples)
+        for layer, target in fitted.items()
+        if target.directions < target.channels
+    ]
     requested = max((target.images for target in fitted.values()), default=0)
     if requested > num_samples:
         notices.append(
@@ -61,6 +66,16 @@ def fit_notices(targets: Mapping[str, TargetFunction], *, num_samples: int) -> l
             "all training samples"
         )
     return notices
+
+
+def _missing_directions(layer: str, target: PCA, *, num_samples: int) -> str:
+    """Return the warning for a fit with fewer principal directions than channels."""
+    images, zero = min(target.images, num_samples), target.channels - target.directions
+    remedy = "raise args.pca_images, or use" if target.images < num_samples else "use more training samples, or"
+    return (
+        f"distill.features: {layer} of the {images} images of the fit varies in {target.directions} directions, fewer than the "
+        f"{target.channels} channels of its target; {zero} channels are zero ({remedy} direction student_to_teacher)"
+    )
 
 
 def _fit_group(group: Mapping[str, PCA], recorded: Iterator[dict[str, Tensor]]) -> None:

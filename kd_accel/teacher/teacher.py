@@ -7,20 +7,22 @@ uses `no_grad`, because tensors of `inference_mode` cannot enter a loss together
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kd_accel.errors import UserError
 from kd_accel.io.hashing import settings_digest, tensors_digest
 from kd_accel.losses.targets import Identity, TargetFunction
 from kd_accel.models.feature_extractor import FeatureExtractor
 from kd_accel.models.inference import CpuKernels, fuse_conv_bn, image_memory_format, use_cpu_kernels
 from kd_accel.models.preprocess import Normalize
+from kd_accel.teacher.classes import ClassMap, resolve_class_map, resolve_indices
 from kd_accel.types import Batch, TeacherOutput
 
 
@@ -29,16 +31,21 @@ class Teacher:
     """Trained classifier with its normalization and classes.
 
     Args:
-        network: Plain network, from normalized images [B, 3, H, W] to logits [B, C].
+        network: Plain network, from normalized images [B, 3, H, W] to logits, one for each class of the teacher.
         mean: Channel means in 0..1 with which the network was trained.
         std: Channel standard deviations in 0..1 with which the network was trained.
-        class_names: Class names in the order of the logits; None if unknown.
+        class_names: Class names in the order of the network's logits; None if unknown.
         arch: Name of the architecture, part of the fingerprint; None for a network that was built elsewhere.
         stem: Stem of a ResNet, part of the fingerprint.
         arch_args: Further arguments of the architecture's builder, part of the fingerprint.
+        class_map: The teacher's class for each of the C classes of the data, for a teacher with more classes or another order:
+            a list of indices or names, in the order of the data; `"auto"`, the class of the same name; or {class of the data:
+            the teacher's index or name}, in which a class that is left out has the same name in both. The last two need the
+            data's names, see `for_classes`. None = the same classes in the same order.
+        image_size: Height and width of the images with which the network was trained, in pixels; None if unknown.
 
     Raises:
-        ValueError: If `mean` or `std` has not three numbers, or `std` is not positive.
+        ValueError: If `mean` or `std` has not three numbers, `std` is not positive, or `class_map` is not valid.
     """
 
     network: nn.Module
@@ -48,20 +55,70 @@ class Teacher:
     arch: str | None = None
     stem: str = "imagenet"
     arch_args: dict[str, Any] = field(default_factory=dict)
+    class_map: ClassMap | None = None
+    image_size: int | None = None
+    _indices: tuple[int, ...] | None = None
+    _is_resolved: bool = False
     _fused: dict[tuple[str, ...], nn.Module | None] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check mean and std. Raises ValueError unless each has three numbers, and std is positive."""
+        """Check mean, std and the class map. Raises ValueError."""
+        if isinstance(self.class_map, str) and self.class_map != "auto":
+            raise ValueError(f"class_map: {self.class_map!r} must be 'auto', a list, a mapping or None")
+        if self.class_map is not None and not len(self.class_map):
+            raise ValueError(f"class_map: {self.class_map} must name at least one class")
+        if not self._is_resolved and self.class_map is not None and not self._needs_names:
+            object.__setattr__(self, "_indices", resolve_indices(list(self.class_map), self.class_names))
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or (name == "std" and min(values) <= 0):
                 raise ValueError(f"{name}: {values} must be three {'positive ' * (name == 'std')}numbers, one per channel")
 
     @classmethod
-    def from_run(cls, run: str | Path) -> Teacher:
-        """Load the model of a finished run. Raises ValueError (`UserError`) if the directory has no intact model."""
+    def from_run(cls, run: str | Path, *, class_map: ClassMap | None = None) -> Teacher:
+        """Load the model of a finished run.
+
+        Args:
+            run: Run directory.
+            class_map: As in `Teacher`.
+
+        Raises:
+            ValueError: If the directory has no intact model (`UserError`), or the class map is not valid.
+        """
         from kd_accel.teacher.loading import load_run_teacher  # imported late: loading imports this module
 
-        return load_run_teacher(Path(run))
+        return load_run_teacher(Path(run), class_map=class_map)
+
+    def for_classes(self, class_names: Sequence[str]) -> Teacher:
+        """Return the teacher for the classes of the data, with logits in their order.
+
+        Args:
+            class_names: Class names of the data, by label.
+
+        Returns:
+            A teacher with the same network.
+
+        Raises:
+            ValueError: If the classes differ and `class_map` is None, or `class_map` does not give one class of the teacher for
+                each class of the data (`UserError`).
+        """
+        try:
+            indices = resolve_class_map(self.class_map, self.class_names, class_names)
+        except UserError as error:
+            raise UserError(f"teacher.{error}") from None
+        return replace(self, _indices=indices, _is_resolved=True)
+
+    @property
+    def class_indices(self) -> tuple[int, ...] | None:
+        """Index of the network's logit for each class of the data; None if the logits are used as they are.
+
+        Raises:
+            ValueError: If the class map needs the names of the data's classes.
+        """
+        if self._needs_names and not self._is_resolved:
+            raise ValueError(
+                f"class_map: {self.class_map} depends on the classes of the data; use teacher.for_classes(data.class_names)"
+            )
+        return self._indices
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, layers: Iterable[str] = ()) -> TeacherOutput:
@@ -72,10 +129,11 @@ class Teacher:
             layers: Names of the layers whose maps [B, D, H, W] are recorded.
 
         Returns:
-            Logits, float32 [B, C], and the recorded maps by layer.
+            Logits of the classes of the data, float32 [B, C], and the recorded maps by layer.
 
         Raises:
             TypeError: If `images` is not a uint8 tensor of four dimensions: normalized images would be normalized twice.
+            ValueError: If the class map needs the names of the data's classes, or an index is not that of a logit.
             UserError: If a layer is not found.
         """
         if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
@@ -84,7 +142,7 @@ class Teacher:
         self.network.eval()
         normalize = Normalize(self.mean, self.std).to(images.device)
         with FeatureExtractor(self.network, list(layers)) as extractor:
-            logits = self.network(normalize(images))
+            logits = _selection(self.class_indices, images.device)(self.network(normalize(images)))
             return TeacherOutput(logits.float(), extractor.take())
 
     def fused(self, layers: Iterable[str], *, image_size: int) -> nn.Module | None:
@@ -104,10 +162,12 @@ class Teacher:
         return self._fused[names]
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Return what decides the outputs: a digest of weights and buffers, architecture, normalization."""
+        """Return what decides the outputs: a digest of weights and buffers, architecture, normalization, selected logits."""
         weights = tensors_digest(self.network.state_dict())
         shared = {"arch": self.arch, "stem": self.stem, "arch_args": self.arch_args}
-        return {"weights": weights, **shared, "mean": self.mean, "std": self.std}
+        # Missing without a selection, so that the caches of such teachers keep their fingerprint.
+        selected = {} if self.class_indices is None else {"class_map": list(self.class_indices)}
+        return {"weights": weights, **shared, "mean": self.mean, "std": self.std, **selected}
 
     @property
     def fingerprint(self) -> str:
@@ -123,7 +183,7 @@ class Teacher:
         channels_last: bool | None = None,
         cpu_kernels: CpuKernels = "auto",
     ) -> tuple[nn.Module, Normalize]:
-        """Copy the network for inference: BatchNorm fused, kernels and memory format of the device.
+        """Copy the network for inference: BatchNorm fused, kernels and memory format of the device, selected logits.
 
         Args:
             device: Device of the copy.
@@ -139,6 +199,10 @@ class Teacher:
         network = copy.deepcopy(self.fused(layers, image_size=image_size) or self.network)
         use_cpu_kernels(network, device, cpu_kernels)
         network = network.to(device).to(memory_format=memory_format)
+        if self.class_indices is not None:
+            select = _selection(self.class_indices, device)
+            # A hook, so that modules and state dict keep their names, by which layers and weights are found.
+            network.register_forward_hook(lambda module, inputs, logits: select(logits))
         return network, Normalize(self.mean, self.std, memory_format=memory_format).to(device)
 
     def numerics(
@@ -176,6 +240,11 @@ class Teacher:
         if cpu_kernels != "auto":
             switches["cpu_kernels"] = cpu_kernels
         return {**switches, "conv_bn": "fused" if is_fused else "separate"}
+
+    @property
+    def _needs_names(self) -> bool:
+        """True if the class map is given by the names of the data's classes."""
+        return isinstance(self.class_map, str | Mapping)
 
 
 class LiveTeacher:
@@ -235,6 +304,20 @@ class LiveTeacher:
     def close(self) -> None:
         """Remove the hooks from the network."""
         self._extractor.close()
+
+
+def _selection(indices: Sequence[int] | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the function from the logits of the teacher's classes to those of the data's classes, [B, C]."""
+    if indices is None:
+        return lambda logits: logits
+    last, index = max(indices), torch.tensor(indices, device=device)
+
+    def select(logits: Tensor) -> Tensor:
+        if logits.ndim != 2 or logits.shape[1] <= last:
+            raise ValueError(f"class_map: index {last} is not found in the network's logits, which are {list(logits.shape)}")
+        return logits.index_select(1, index)
+
+    return select
 
 
 def raw_targets(layers: Iterable[str]) -> dict[str, TargetFunction]:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from kd_accel.data.loader import EvalLoader
 from kd_accel.errors import UserError
+from kd_accel.training.unreadable import failing_together
 from kd_accel.types import TeacherSource
 
 Forward = Callable[[Tensor], Tensor]
@@ -59,34 +60,41 @@ def evaluate(forward: Forward, held_out: HeldOut, *, accelerator: Accelerator) -
         accelerator: The launch's `Accelerator`.
 
     Returns:
-        `samples` (their number), `loss` (mean cross-entropy), `accuracy` and, with a teacher, `agreement`, as fractions of 1.
+        `samples` (their number), `loss` (mean cross-entropy), `accuracy` and, with a teacher, `agreement`, as fractions of 1;
+        without `loss` and `accuracy` if the samples have no labels.
 
     Raises:
         UserError: If the split has no samples.
+        UnreadableImage: On all ranks, if an image cannot be read on one of them.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for batch, teacher_logits in zip(held_out.loader, held_out.teacher_logits(accelerator), strict=True):
-        on_device = batch.to(accelerator.device, non_blocking=True)
-        with accelerator.autocast():
-            logits = forward(on_device.images).float()
-        sums += _batch_sums(logits, on_device.labels, teacher_logits)
+    sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+    with failing_together(accelerator):
+        for batch, teacher_logits in zip(held_out.loader, held_out.teacher_logits(accelerator), strict=True):
+            on_device = batch.to(accelerator.device, non_blocking=True)
+            with accelerator.autocast():
+                logits = forward(on_device.images).float()
+            sums += _batch_sums(logits, on_device.labels, teacher_logits)
     total = accelerator.reduce(sums, "sum")
-    samples, loss, correct, agreeing = total.tolist()
+    samples, labeled, loss, correct, agreeing = total.tolist()
     if not samples:
         raise UserError("evaluation: the split has no samples; raise data.val_fraction or data.limit_test")
-    result = {"samples": int(samples), "loss": loss / samples, "accuracy": correct / samples}
+    result: dict[str, float] = {"samples": int(samples)}
+    if labeled:
+        result |= {"loss": loss / labeled, "accuracy": correct / labeled}
     return {**result, "agreement": agreeing / samples} if held_out.has_teacher else result
 
 
 @torch.no_grad()
-def teacher_accuracy(held_out: HeldOut, *, accelerator: Accelerator) -> float:
-    """Compute the teacher's accuracy on a split, a fraction of 1. Every rank must call it."""
+def teacher_accuracy(held_out: HeldOut, *, accelerator: Accelerator) -> float | None:
+    """Compute the teacher's accuracy on a split, a fraction of 1; None without labels. Every rank must call it."""
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch, logits in zip(held_out.loader, held_out.teacher_logits(accelerator), strict=True):
-        assert logits is not None
-        sums += torch.tensor([len(batch.index), (logits.argmax(1) == batch.labels).sum()], dtype=torch.float64).to(sums.device)
-    samples, total = accelerator.reduce(sums, "sum").tolist()
-    return total / samples
+    with failing_together(accelerator):
+        for batch, logits in zip(held_out.loader, held_out.teacher_logits(accelerator), strict=True):
+            assert logits is not None
+            correct = (logits.argmax(1) == batch.labels).sum()
+            sums += torch.tensor([(batch.labels >= 0).sum(), correct], dtype=torch.float64).to(sums.device)
+    labeled, total = accelerator.reduce(sums, "sum").tolist()
+    return total / labeled if labeled else None
 
 
 def synchronize_buffers(module: nn.Module, *, accelerator: Accelerator) -> None:
@@ -105,6 +113,7 @@ def _batch_sums(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -
     agreeing = torch.zeros((), device=logits.device)
     if teacher_logits is not None:
         agreeing = (predicted == teacher_logits.to(logits.device).argmax(1)).sum()
-    loss = functional.cross_entropy(logits, labels, reduction="sum")
+    loss = functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-1)
     samples = torch.full((), len(labels), device=logits.device)
-    return torch.stack([value.double() for value in (samples, loss, (predicted == labels).sum(), agreeing)])
+    sums = (samples, (labels >= 0).sum(), loss, (predicted == labels).sum(), agreeing)
+    return torch.stack([value.double() for value in sums])

@@ -21,6 +21,7 @@ from kd_accel.losses.distiller import DistillerOutput
 from kd_accel.training.nonfinite import diverged
 
 _OVERFLOWED = "overflowed_steps"
+_LABELED = "labeled"
 
 
 class Meters:
@@ -31,12 +32,20 @@ class Meters:
         terms: Names of the loss terms, as `Distiller.term_names`.
         has_teacher: Whether the agreement with a teacher is measured.
         counts_overflows: Whether the steps that a loss scaler skips are counted.
+        has_unlabeled: Whether some samples have no label (-1). The accuracy is that of the labeled samples.
     """
 
     def __init__(
-        self, device: torch.device, *, terms: Sequence[str], has_teacher: bool = False, counts_overflows: bool = False
+        self,
+        device: torch.device,
+        *,
+        terms: Sequence[str],
+        has_teacher: bool = False,
+        counts_overflows: bool = False,
+        has_unlabeled: bool = False,
     ) -> None:
-        self._means = ("samples", "loss", *terms, "accuracy", *(["agreement"] if has_teacher else []))
+        own = [name for name, is_measured in (("agreement", has_teacher), (_LABELED, has_unlabeled)) if is_measured]
+        self._means = ("samples", "loss", *terms, "accuracy", *own)
         self.names = (*self._means, *([_OVERFLOWED] if counts_overflows else []))
         self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
 
@@ -45,13 +54,15 @@ class Meters:
 
         Args:
             output: Output of the distiller.
-            labels: Labels, int64 [B].
+            labels: Labels, int64 [B]; -1 = no label.
             teacher_logits: Logits of the teacher, [B, C]; None without a teacher.
         """
         predicted = output.logits.detach().argmax(1)
         values = [output.loss.detach(), *(term.detach() for term in output.terms.values()), _share(predicted == labels)]
         if teacher_logits is not None:
             values.append(_share(predicted == teacher_logits.argmax(1)))
+        if _LABELED in self._means:
+            values.append(_share(labels >= 0))
         # One stack and one addition for all meters: on a GPU the cost of logging is the number of its small kernels.
         # The first entry is 1, so its sum is the number of samples.
         one = torch.ones((), dtype=torch.float64, device=self._sums.device)
@@ -76,6 +87,10 @@ class Meters:
         sums = dict(zip(self.names, reduced_sums.tolist(), strict=True))
         self._sums.zero_()
         means = {name: sums[name] / sums["samples"] for name in self._means[1:]}
+        if (labeled := means.pop(_LABELED, 1.0)) < 1:
+            # The cross-entropy stays that of the loss, in which a sample without a label counts as 0.
+            correct, cross_entropy = means.pop("accuracy"), means.pop("ce")
+            means |= {"ce": cross_entropy, "accuracy": correct / labeled} if labeled else {}
         return means | ({_OVERFLOWED: int(sums[_OVERFLOWED])} if _OVERFLOWED in sums else {})
 
 

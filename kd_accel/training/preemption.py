@@ -23,6 +23,8 @@ from kd_accel.distributed import Accelerator, peer_timeout_s
 from kd_accel.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FAILED = 1000
+"""Number in place of a signal for a rank that cannot read a batch; larger than any signal."""
 _SAME_REQUEST_S = 2.0
 _AGREEMENT_S = 20.0
 
@@ -62,15 +64,19 @@ class PreemptionHandler:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def requested(self) -> int | None:
+    def requested(self, *, has_failed: bool = False) -> int | None:
         """Return the signal to act on now, the same on every rank, or None.
 
         Every rank must call this after the same steps. The result is that of the exchange which the previous call has begun.
+
+        Args:
+            has_failed: Whether this rank cannot read a batch of a later step; the result is then `FAILED` on every rank.
         """
+        own = FAILED if has_failed else self._signal
         if self._group is None:
-            return self._signal or None
+            return own or None
         agreed = self._exchanged()
-        number = torch.tensor([self._signal])
+        number = torch.tensor([own])
         work = torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
         self._exchange = work, number
         return agreed or None

@@ -16,11 +16,18 @@ _BY_REASON_ACCEPTED = {
     "a label or a path, of no effect on the training": "name run_dir role",
     "the batches are the same in any number of workers, decoded once or on demand": "data.num_workers data.memory_limit_mib",
     "a path; the teacher is identified by its fingerprint": "teacher.run teacher.weights",
+    "a part of the teacher's fingerprint; a training from a cache alone sets none of them": (
+        "teacher.arch teacher.stem teacher.arch_args teacher.mean teacher.std teacher.class_map"
+    ),
     "a path; the cache is identified by its contents": "teacher.cache.dir",
     "the layout of a new cache, of no effect on a training": "teacher.cache.shard_mib teacher.cache.batch_size",
     "no sample's output in evaluation mode depends on its batch, except by rounding": "train.eval_batch_size",
     "a line of metrics divides its sums by its own number of samples": "train.log_every_steps",
     "a timeout": "train.timeout_s",
+    "the samples that are left out are part of the data's fingerprint": "data.on_error",
+    # summary.json describes the test split, so that these may change only as long as it does not exist.
+    "no training depends on the test split": "data.test_split data.limit_test",
+    "a check before the first step": "teacher.min_accuracy",
     "a checkpoint is a copy of the state, at any step": (
         "checkpoint.every_epochs checkpoint.every_steps checkpoint.keep checkpoint.resume checkpoint.stop_after_steps"
     ),
@@ -34,18 +41,16 @@ _BY_REASON_REFUSED = {
     "initial weights, order of the samples, dropout": "seed",
     # The fingerprint of the data is that of the training split, and of 512 of its images.
     "the images and labels": (
-        "data.source data.image_column data.label_column data.train_split data.test_split data.image_size data.val_fraction "
-        "data.limit_train data.limit_test"
+        "data.source data.image_column data.label_column data.labels data.train_split data.val_split "
+        "data.image_size data.val_fraction data.test_fraction data.limit_train"
     ),
     "the pixels of a view and their normalization": (
-        "data.augment data.crop_padding data.views data.view_seed data.mean data.std"
+        "data.augment data.crop_padding data.views data.view_seed data.mean data.std data.background data.pixel_range"
     ),
     # The initial weights are not used again, but config.yaml must describe where the training began.
     "the network and its initial weights": "model.arch model.stem model.weights model.arch_args",
     # Live and stored outputs are equal only for some storage types, devices and shapes of batches.
-    "the outputs of the teacher": (
-        "teacher.arch teacher.stem teacher.arch_args teacher.mean teacher.std teacher.outputs teacher.cache.dtype"
-    ),
+    "the outputs of the teacher": "teacher.outputs teacher.cache.dtype",
     "the loss": (
         "distill.temperature distill.alpha distill.label_weight distill.logits.loss distill.logits.args "
         "distill.features.NAME.loss distill.features.NAME.weight distill.features.NAME.layers distill.features.NAME.args "
@@ -68,6 +73,9 @@ _BY_REASON_REFUSED = {
 
 ACCEPTED: Mapping[str, str] = {name: reason for reason, names in _BY_REASON_ACCEPTED.items() for name in names.split()}
 """Settings that may change, by dotted name: why the results stay the same."""
+
+OF_RESULTS = frozenset({"data.test_split", "data.limit_test"})
+"""Settings among those of `ACCEPTED` that may not change once the run is finished."""
 
 REFUSED: Mapping[str, str] = {name: reason for reason, names in _BY_REASON_REFUSED.items() for name in names.split()}
 """Settings that may not change, by dotted name (NAME is that of a feature loss): what depends on them."""

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import yaml
 
+from kd_accel.config.paths import absolute_paths, moved_paths
 from kd_accel.errors import UserError
 from kd_accel.io.files import lock, read_json, refuse_links, write_whole
 from kd_accel.io.safe_yaml import load_yaml_file
 from kd_accel.training.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
 from kd_accel.training.progress import print_line
-from kd_accel.training.resume_settings import ACCEPTED, setting_changes
+from kd_accel.training.resume_settings import ACCEPTED, OF_RESULTS, setting_changes
 from kd_accel.training.state import Position
 
 
@@ -62,7 +63,7 @@ class RunDirectory:
 
     Args:
         path: The directory, which may not exist yet.
-        settings: All settings of the run, as plain nested values.
+        settings: All settings of the run, as plain nested values; they are stored with absolute paths.
         resume: The mode `checkpoint.resume`: auto, never or must.
         stop_after_steps: The step of the next pause, as `checkpoint.stop_after_steps`; None = no pause.
     """
@@ -72,6 +73,10 @@ class RunDirectory:
     resume: Literal["auto", "never", "must"] = "auto"
     stop_after_steps: int | None = None
     _changes: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Convert the paths among the settings to their absolute form."""
+        object.__setattr__(self, "settings", absolute_paths(self.settings))
 
     def finished_summary(self) -> dict[str, Any] | None:
         """Return the content of summary.json if the directory has all results of a run, else None.
@@ -89,7 +94,7 @@ class RunDirectory:
             stored = None
         if not isinstance(stored, dict):
             raise UserError(f"{self.path / 'config.yaml'}: is missing or damaged: {remedy}")
-        self._refuse_changes(setting_changes(stored, self.settings), where=self.path / "config.yaml", is_finished=True)
+        self._compare(stored, where=self.path / "config.yaml", is_finished=True)
         if not isinstance(summary.get("data"), dict):
             raise UserError(f"{self.path / 'summary.json'}: is damaged (no data): {remedy}")
         return summary
@@ -122,10 +127,9 @@ class RunDirectory:
                 f"{found}: is damaged ({', '.join(wrong)} wrong or missing); remove it to resume from an earlier one, or use "
                 "another run_dir"
             )
-        changes = setting_changes(checkpoint.state["config"], self.settings)
-        self._refuse_changes(changes, where=found, is_finished=False)
+        changes = self._compare(checkpoint.state["config"], where=found, is_finished=False)
         self._refuse_past_pause(checkpoint)
-        self._changes[:] = changes.values()
+        self._changes[:] = changes
         return found
 
     def claim(self, *, resumed_from: Path | None) -> int:
@@ -187,11 +191,20 @@ class RunDirectory:
                 "out to train to the end"
             )
 
-    def _refuse_changes(self, changes: Mapping[str, str], *, where: Path, is_finished: bool) -> None:
-        """Raise UserError if a setting has changed that may not."""
-        refused = {name: change for name, change in changes.items() if name not in ACCEPTED}
+    def _compare(self, stored: Mapping[str, Any], *, where: Path, is_finished: bool) -> list[str]:
+        """Compare the settings of the run with the present ones, and describe the changes.
+
+        Raises:
+            UserError: If a setting has changed that may not. A path may change if the directory or file was moved: the data
+                are compared by their contents, and initial weights are not used again.
+        """
+        before = absolute_paths(stored)
+        changes, accepted = setting_changes(before, self.settings), {*ACCEPTED, *moved_paths(before, self.settings)}
+        if is_finished:
+            accepted -= OF_RESULTS
+        refused = {name: change for name, change in changes.items() if name not in accepted}
         if not refused:
-            return
+            return list(changes.values())
         remedy = "Set them back, or start from scratch in another run_dir"
         # A network of another architecture cannot start from these weights.
         if not any(name.startswith(("model.arch", "model.stem")) for name in refused):
@@ -219,7 +232,8 @@ def refuse_other_teacher(stored: Mapping[str, Any], fingerprint: str | None, *, 
     if stored.get("teacher_fingerprint") != fingerprint:
         raise UserError(
             f"teacher: {where} was trained with the teacher {stored.get('teacher_fingerprint')}, the present one is "
-            f"{fingerprint}; use the same teacher, or start from scratch in another run_dir"
+            f"{fingerprint}; use the same teacher with the same mean, std and class_map, or start from scratch in another "
+            "run_dir"
         )
 
 
@@ -230,6 +244,18 @@ def refuse_other_cache(checkpoint: Checkpoint, cache: str | None) -> None:
             f"teacher.cache.dir: {checkpoint.path} was trained from the cache {checkpoint.state['cache']}, the present one is "
             f"{cache}; use the same cache, or start from scratch in another run_dir"
         )
+
+
+def replaceable_samples(checkpoint: Checkpoint | None, *unreadable: int) -> list[int]:
+    """Return the training samples that could not be read in the run, so that their images may be replaced.
+
+    Args:
+        checkpoint: Checkpoint that the run was resumed from, with such samples of the time before; None for a new run.
+        *unreadable: Samples that cannot be read now.
+    """
+    earlier = [] if checkpoint is None else checkpoint.state["data"].get("replaceable", [])
+    is_valid = isinstance(earlier, list) and all(map(_is_count, earlier))
+    return sorted({*(earlier if is_valid else []), *unreadable})
 
 
 def refuse_other_data(stored: Mapping[str, Any], fields_now: Mapping[str, Any], *, where: str) -> None:

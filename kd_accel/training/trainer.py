@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,18 +18,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kd_accel.config.schema import TrainConfig
 from kd_accel.data.loader import TrainLoader
 from kd_accel.distributed import Accelerator
-from kd_accel.errors import UserError
+from kd_accel.errors import UnreadableImage, UserError
 from kd_accel.losses.distiller import Distiller, DistillerOutput, LossWeights
 from kd_accel.profiling import StepProfiler, profiled, profiler_range
 from kd_accel.training.evaluation import HeldOut, evaluate, synchronize_buffers
 from kd_accel.training.metrics import MetricsLog
 from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import set_learning_rate
-from kd_accel.training.preemption import PreemptionHandler, preempted
+from kd_accel.training.preemption import FAILED, PreemptionHandler, preempted
 from kd_accel.training.progress import Progress
 from kd_accel.training.saving import CheckpointSaver
 from kd_accel.training.schedules import TrainingSchedule
 from kd_accel.training.state import Position, TrainState
+from kd_accel.training.unreadable import AHEAD_STEPS, ReadAhead, raise_on_all_ranks
 from kd_accel.types import Batch, TeacherOutput, TeacherSource
 
 
@@ -50,6 +52,7 @@ class Trainer:
         preemption: Handler of the signals that stop the training.
         guard: Detection of losses and gradients that are not finite.
         validation: The split that is evaluated after epochs; None = no evaluation.
+        note_unreadable: Function that receives the index of a training sample that cannot be read, before a checkpoint.
     """
 
     accelerator: Accelerator
@@ -65,7 +68,9 @@ class Trainer:
     preemption: PreemptionHandler
     guard: NonFiniteGuard
     validation: HeldOut | None = None
+    note_unreadable: Callable[[int], None] = lambda sample: None
     _distiller: Distiller = field(init=False)
+    _steps: ReadAhead | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Only once: each call of Accelerate's unwrap_model searches the installed packages, which takes about a millisecond.
@@ -91,7 +96,8 @@ class Trainer:
         """
         self._refuse_single_samples()
         position = self.train_state.position
-        while not self.must_stop:
+        # An epoch without its evaluation, which has failed before this resume, is finished first.
+        while not self.must_stop or (self.is_done and position.step_in_epoch):
             with determinism_errors_explained():
                 self.fit_epoch()
             if self.must_stop:
@@ -104,11 +110,12 @@ class Trainer:
 
     def fit_epoch(self) -> None:
         """Run steps to the end of the epoch or of the schedule, or to `checkpoint.stop_after_steps`."""
+        if self.must_stop:
+            return
         position, train_state = self.train_state.position, self.train_state
         train_state.module.train()
         clock = _Clock(position)
-        steps = self.loader.epoch(position.epoch, start_step=position.step_in_epoch)
-        for micro_batches in profiled("loader", steps):
+        for micro_batches in profiled("loader", self._read_steps()):
             weights, lr = self.schedule.weights_at(position.epoch, position.step), self.schedule.lr_at(position.step)
             self.step(micro_batches, weights, lr)
             position.step += 1
@@ -128,6 +135,33 @@ class Trainer:
                 break
             self._stop_if_due()
         position.elapsed_s = clock.elapsed_s
+
+    def _read_steps(self) -> Iterator[Sequence[Batch]]:
+        """Return the steps of the epoch, of which the first are read. Raises UnreadableImage, on all ranks, if that fails."""
+        position, is_in_memory = self.train_state.position, self.loader.is_in_memory
+        steps = self.loader.epoch(position.epoch, start_step=position.step_in_epoch)
+        self._steps = ReadAhead(steps, ahead_steps=0 if is_in_memory else AHEAD_STEPS)
+        if not is_in_memory:
+            self._steps.fill(AHEAD_STEPS)
+            self._stop_if_unreadable(self._steps.failure)
+        return self._steps
+
+    def _stop_if_unreadable(self, failure: UnreadableImage | None) -> None:
+        """Raise UnreadableImage, on all ranks after a checkpoint, if a rank has failed to read a training image."""
+        try:
+            raise_on_all_ranks(failure, self.accelerator)
+        except UnreadableImage as error:
+            self.note_unreadable(error.sample)
+            self._stop_for(error)
+
+    def _stop_for(self, error: UnreadableImage) -> NoReturn:
+        """Raise an error that all ranks have, after a checkpoint."""
+        self.save()
+        self.checkpoints.wait()
+        raise error.with_remedy(
+            f"stopped after step {self.train_state.position.step}, with a checkpoint. Restore or replace the image, then run "
+            "the same command again to resume; to train without such images, set data.on_error to skip in another run_dir"
+        ) from None
 
     def step(self, micro_batches: Sequence[Batch], weights: LossWeights, lr: float) -> None:
         """Make one update from all micro-batches; the ranks exchange gradients only in the last backward pass.
@@ -168,16 +202,25 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Evaluate on the validation samples and save a checkpoint, each if it is due, and advance to the next epoch."""
         position, saving = self.train_state.position, self.checkpoints.settings
-        position.epoch, position.step_in_epoch = position.epoch + 1, 0
-        if self.validation is not None and (self.is_done or _is_due(position.epoch, self.settings.eval_every_epochs)):
-            with profiler_range("evaluation"):
-                result = self.evaluate(self.validation)
-            position.best_val_accuracy = max(result["accuracy"], position.best_val_accuracy or 0.0)
-            self.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "val", **result})
-            self.progress.note_epoch(position.epoch, result)
+        epochs_done = position.epoch + 1
+        if self.validation is not None and (self.is_done or _is_due(epochs_done, self.settings.eval_every_epochs)):
+            result = self._validate(self.validation)
+            if (accuracy := result.get("accuracy")) is not None:
+                position.best_val_accuracy = max(accuracy, position.best_val_accuracy or 0.0)
+            self.metrics_log.write({"step": position.step, "epoch": epochs_done, "split": "val", **result})
+            self.progress.note_epoch(epochs_done, result)
+        position.epoch, position.step_in_epoch = epochs_done, 0
         is_due = _is_due(position.epoch, saving.every_epochs) or _is_due(position.step, saving.every_steps)
         if self.must_stop or is_due:
             self.save()
+
+    def _validate(self, validation: HeldOut) -> dict[str, float]:
+        """Evaluate on the validation samples. If one cannot be read, the checkpoint is at the end of the open epoch."""
+        try:
+            with profiler_range("evaluation"):
+                return self.evaluate(validation)
+        except UnreadableImage as error:
+            self._stop_for(error)
 
     def evaluate(self, held_out: HeldOut) -> dict[str, float]:
         """Evaluate the student, or its moving average if there is one, on a split. Every rank must call it.
@@ -226,7 +269,7 @@ class Trainer:
         set_learning_rate(train_state.optimizer, lr)
         train_state.optimizer.step()
         if train_state.average is not None:
-            train_state.average.update(self._distiller.student)
+            train_state.average.update(self._distiller.student, step=train_state.position.step)
         train_state.optimizer.zero_grad(set_to_none=True)
 
     def _log(self, values: dict[str, float], clock: _Clock) -> None:
@@ -251,8 +294,11 @@ class Trainer:
     def _stop_if_due(self) -> None:
         """Raise UserError for a failed write, or Preempted after a checkpoint, on all ranks at the same step."""
         self.checkpoints.poll()
-        number = self.preemption.requested()
-        if number is not None:
+        failure = self._steps.failure if self._steps else None
+        number = self.preemption.requested(has_failed=failure is not None)
+        if number == FAILED:
+            self._stop_if_unreadable(failure)
+        elif number is not None:
             self.save()
             self.checkpoints.wait()
             raise preempted(number, step=self.train_state.position.step)

@@ -18,6 +18,7 @@ from benchmarks.bare import LIMITS
 from benchmarks.jobs import Size, open_bench
 from benchmarks.operators import OperatorCounter, StepCounts, counted, is_free
 from benchmarks.training_case import TRAININGS, CaseBuilder
+from kd_accel.data.batches import BatchLoader
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.profiling import observed, profiler_range
@@ -238,7 +239,8 @@ def test_counts_match_those_with_fake_cuda_tensors(counts, precision, tmp_path):
     with mode:
         stored = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device="cuda").contiguous(memory_format=torch.channels_last)
         images = SimpleNamespace(labels=np.zeros(8, np.int64))
-        loader = TrainLoader(images, ViewTransform("crop_flip", 32), samples=np.arange(8), batch_size=4)
+        batches = BatchLoader({"train": images}, ViewTransform("crop_flip", 32))
+        loader = TrainLoader(batches, samples=np.arange(8), batch_size=4)
         loader.keep_images(stored)
         terms = bench.accelerator.unwrap_model(trainer.train_state.module).term_names
         meters, counter = Meters(torch.device("cuda"), terms=terms, has_teacher=True), FakeCudaCounter()

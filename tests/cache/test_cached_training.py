@@ -185,5 +185,5 @@ def _reverse_samples(cache_dir, keep=()):
 
 def _drawn_samples():
     """Return the positions of the samples that a training recomputes at its start, among the 128 training samples."""
-    train_samples = split_samples(160, 41, DataConfig(val_fraction=0.2)).train
+    train_samples = split_samples(np.arange(160) % 4, DataConfig(val_fraction=0.2), num_test=41).train
     return np.searchsorted(train_samples, drawn_samples(train_samples, rank=0))

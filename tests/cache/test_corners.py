@@ -101,6 +101,7 @@ def test_an_outlier_makes_int8_coarser_and_passes_the_comparison_with_the_teache
     flags = [
         *flags_of(teacher_run, tmp_path / "cache"),
         "--data.source=import:tests.support.models:images_with_an_outlier",
+        "--teacher.min_accuracy=null",
     ]
     int8 = [*flags, "--teacher.cache.dtype=int8"]
     cache("build", *int8)

@@ -37,12 +37,16 @@ MSE = TargetSettings(
 def fingerprints():
     """Yield the fingerprint fields of caches that together have every field that a build can record."""
     network = build_model("import:tests.support.models:teacher", num_classes=4)
-    teacher = Teacher(network, [0.5] * 3, [0.2] * 3, arch="torchvision/resnet18", arch_args={"zero_init_residual": True})
+    described = {"arch": "torchvision/resnet18", "arch_args": {"zero_init_residual": True}, "class_map": [1, 0, 3, 2]}
+    teacher = Teacher(network, [0.5] * 3, [0.2] * 3, **described)
     for device, cpu_kernels in (("cpu", "auto"), ("cpu", "never"), ("cuda", "always")):
         switches = {"precision": "bf16", "channels_last": None, "compiled": False, "tf32": True, "cpu_kernels": cpu_kernels}
         numerics = teacher.numerics(torch.device(device), layers=["layer1"], image_size=32, **switches)
         for augment in get_args(Augment):
-            data = load_data(DataConfig(source="import:tests.support.models:images", augment=augment))
+            data = load_data(DataConfig(source="import:tests.support.models:images", augment=augment, val_split="val"))
+            # With `data.on_error: skip`, samples that cannot be decoded.
+            for images in (data.train, data.val, data.test):
+                images.unreadable = {3: "sample 3 cannot be decoded"}
             fields = data_fields(data)
             contents = {"contents": dict.fromkeys(SPLITS, "0" * 32)}
             yield {
@@ -74,7 +78,7 @@ def test_every_field_of_a_fingerprint_has_its_settings(recorded):
 def test_settings_of_fields_exist():
     named = {setting for field in FIELDS.values() for setting in field.settings}
     assert named <= SETTINGS and len(named) > 15
-    assert [name for name, field in FIELDS.items() if not field.settings] == ["views.version"]
+    assert [name for name, field in FIELDS.items() if not field.settings] == ["pixels.version", "views.version"]
     samples = {setting for split in SPLITS for setting in settings_of_samples(split).split(" or ")}
     contents = {setting for split in SPLITS for setting in settings_of_contents(split).split(" or ")}
     assert samples | contents <= SETTINGS
@@ -90,7 +94,7 @@ def test_a_difference_of_any_field_names_its_settings_and_both_values(recorded):
         assert re.search(r".+ in the cache, .+ now", line)
         for setting in field.settings:
             assert setting in line
-        internal = re.findall(r"\b(?:numerics|views|data\.contents|data\.label_names|targets)\.\w+|conv_bn", line)
+        internal = re.findall(r"\b(?:numerics|pixels|views|data\.contents|data\.label_names|targets)\.\w+|conv_bn", line)
         assert internal == [], line
 
 
@@ -101,6 +105,16 @@ def test_a_difference_of_any_field_names_its_settings_and_both_values(recorded):
             {"numerics": {"precision": "float32"}},
             {"numerics": {"precision": "bf16"}},
             "train.precision: float32 in the cache, bf16 now",
+        ),
+        (
+            {"teacher": {"class_map": [0, 2, 1]}},
+            {"teacher": {"class_map": [0, 1, 2]}},
+            "teacher.class_map: class 1 is 2 in the cache, 1 now (index of the teacher's logit for each class)",
+        ),
+        (
+            {"teacher": {}},
+            {"teacher": {"class_map": [1, 0]}},
+            "teacher.class_map: null in the cache, [1, 0] now (index of the teacher's logit for each class)",
         ),
         (
             {"numerics": {"channels_last": True}},
@@ -121,12 +135,12 @@ def test_a_difference_of_any_field_names_its_settings_and_both_values(recorded):
         (
             {"data": {"label_names": ["cat", "dog"]}},
             {"data": {"label_names": ["cat", "cow"]}},
-            "data.source: class 1 is dog in the cache, cow now (class names)",
+            "data.source or data.labels: class 1 is dog in the cache, cow now (class names)",
         ),
         (
             {"data": {"label_names": ["cat", "dog"]}},
             {"data": {"label_names": ["cat"]}},
-            "data.source: 2 classes in the cache, 1 now (class names)",
+            "data.source or data.labels: 2 classes in the cache, 1 now (class names)",
         ),
         (
             {"views": {"version": 1}},

@@ -19,8 +19,8 @@ from tests.support.launching import ROOT, SMALL, environment
     [
         (["report", "run"], "missing: --out (usage: kd-accel report RUN ... --out DIR [--bench FILE])"),
         (["report"], "missing: RUN, --out (usage: kd-accel report RUN ... --out DIR [--bench FILE])"),
-        (["evaluate", "a", "b"], "b: unexpected argument (usage: kd-accel evaluate RUN [--split test|val])"),
-        (["evaluate", "a", "--splt=val"], "--splt: no such option; did you mean --split? (usage: kd-accel evaluate"),
+        (["evaluate", "a", "b"], "b: unexpected argument (usage: kd-accel evaluate RUN [--split test|val] [--a.b VALUE ...])"),
+        (["evaluate", "a"], "a/config.yaml: is missing: no finished run in this directory; train it first"),
         (
             ["evaluate", "a", "--split=vall"],
             "--split: invalid choice: 'vall' (choose from 'test', 'val') (usage: kd-accel evaluate",
@@ -33,7 +33,7 @@ from tests.support.launching import ROOT, SMALL, environment
         (["plan", "--jsn"], "--jsn: no such option; did you mean --json?"),
         (["plan", "--json", "--sed=3"], "--sed: no such setting; did you mean --seed?"),
         (["cache", "biuld"], "cache 'biuld' is not a command; did you mean build? (build, verify or info)"),
-        (["trian"], "'trian' is not a command; did you mean train? (commands: train, cache, plan"),
+        (["trian"], "'trian' is not a command; did you mean train? (commands: train, cache, data, plan"),
         (
             ["train", "--teacher.run=x", "--distill.features.mze={}"],
             "not the name of a loss between features; did you mean mse?",
@@ -50,20 +50,23 @@ def test_wrong_arguments_are_refused(argv, expected, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "values"),
+    ("argv", "split", "source"),
     [
-        (["a", "--split=val"], {"split": "val"}),
-        (["a"], {"split": "test"}),
-        (["--split", "val", "a"], {"split": "val"}),
+        (["a", "--split=val"], "val", "import:a:b"),
+        (["a"], "test", "import:a:b"),
+        (["--split", "val", "--data.source", "imagefolder:c", "a"], "val", "imagefolder:c"),
     ],
 )
-def test_arguments_reach_the_command(monkeypatch, argv, values):
+def test_arguments_reach_the_command(monkeypatch, tmp_path, argv, split, source):
     seen = {}
     module = type(sys)("kd_accel.commands.evaluate")
-    module.run_evaluation = lambda run, **given: seen.update(given, run=str(run))
+    module.run_evaluation = lambda run, config, split: seen.update(run=str(run), source=config.data.source, split=split)
     monkeypatch.setitem(sys.modules, "kd_accel.commands.evaluate", module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.yaml").write_text("data: {source: import:a:b}")
     main(["evaluate", *argv])
-    assert seen == {"run": "a", **values}
+    assert seen == {"run": "a", "source": source, "split": split}
 
 
 def test_settings_and_arguments_are_accepted_in_any_order(monkeypatch):

@@ -62,7 +62,8 @@ def test_help_of_the_commands_that_take_a_run(capsys, argv):
 def test_help_of_other_commands(capsys):
     assert "  --batch_sizes [INT, ...]  (default [1, 32]) Images per forward." in help_of(capsys, "bench")
     assert "  --runs [TEXT, ...]  (required) Config files" in help_of(capsys, "reproduce")
-    assert "--split {test,val}" in help_of(capsys, "evaluate")
+    text = help_of(capsys, "evaluate")
+    assert "--split {test,val}" in text and "  --data.source TEXT  (default digits) Data set" in text
     assert "--out" in help_of(capsys, "report")
 
 

@@ -59,23 +59,26 @@ def test_layer_that_is_missing_or_not_a_feature_map_is_refused(tmp_path, teacher
     check_message(done, "'fc' of SmallNet is not a feature map", "use one of layer1, layer2")
 
 
-def test_too_few_images_for_the_pca_are_refused(tmp_path, teacher_run):
-    flags = [f"--teacher.run={teacher_run}", "--distill.features.mse={layers: [layer2], args: {pca_images: 2}}"]
-    check_message(train(tmp_path / "run", *flags, code=2), "8 pixels of layer2 are too few", "16 components", "pca_images")
+def test_a_single_pixel_for_the_pca_is_refused(tmp_path, teacher_run):
+    flags = [f"--teacher.run={teacher_run}", "--distill.features.mse={layers: [layer2], args: {pca_images: 1}}"]
+    done = train(tmp_path / "run", *flags, "--data.image_size=16", code=2)
+    check_message(done, "a PCA of layer2 needs two pixels or more, the images have 1", "pca_images")
 
 
 def test_a_teacher_with_other_classes(tmp_path, teacher_run):
     check_message(
         run("train", f"--run_dir={tmp_path / 'run'}", f"--teacher.run={teacher_run}", code=2),
-        "has 4 classes, the data has 10",
+        "teacher.class_map: null, but the teacher has 4 classes, and the data 10, of which the teacher lacks 10 by name",
     )
     renamed = tmp_path / "renamed"
     shutil.copytree(teacher_run, renamed)
     card = renamed / "model.json"
     card.write_text(card.read_text().replace('"green"', '"lime"'))
     check_message(
-        train(tmp_path / "run", f"--teacher.run={renamed}", code=2), "class 1 is 'lime' in", "but 'green' in the data"
+        train(tmp_path / "run", f"--teacher.run={renamed}", code=2),
+        "lacks 1 by name ('green'; it has 'red', 'lime', 'blue', 'olive'); use a teacher that was trained on these classes",
     )
+    train(tmp_path / "run", f"--teacher.run={renamed}", "--teacher.class_map.green=lime", "--train.max_steps=1")
 
 
 def test_missing_empty_or_damaged_teacher_is_refused(tmp_path, teacher_run):

@@ -12,7 +12,8 @@ from tests.support.in_process import cache, say, train
 from tests.support.launching import metrics, summary
 from tests.support.parsing import SECTIONS
 
-IN_CONFIG = ("validation.py", "parsing.py", "help.py", "fields.py", "settings.py", "run_name.py")
+RULES = ("validation.py", "loss_weights.py", "schedule_rules.py")
+IN_CONFIG = (*RULES, "parsing.py", "help.py", "fields.py", "settings.py", "run_name.py")
 NOT_READERS = (*(f"config/{name}" for name in IN_CONFIG), "pydantic")
 
 
@@ -37,7 +38,7 @@ def read(monkeypatch):
 def test_each_setting_is_read(tmp_path, teacher_run, read):
     (tmp_path / "data").mkdir()
     for split, count in (("train", 40), ("test", 8)):
-        images = [encoded(Image.new("RGB", (32, 32), (5 * number, 0, 0))) for number in range(count)]
+        images = [encoded(Image.new("RGB", (32, 32), (5 * number, 4 * number, 3 * number))) for number in range(count)]
         write_parquet(tmp_path / "data", split, images, [number % 2 for number in range(count)])
     columns = [f"--data.source=parquet:{tmp_path}/data", "--data.image_column=img", "--data.val_fraction=0.2"]
     train(tmp_path / "parquet", *columns, "--train.batch_size=8", "--train.epochs=1", "--profile=1")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kd_accel.config.loss_weights import notices_of_weights
 from kd_accel.config.schema import BenchConfig, ReproduceConfig
 from tests.support.parsing import mistakes, parse
 
@@ -11,10 +12,34 @@ from tests.support.parsing import mistakes, parse
     [
         (["--data.source", "floppy"], "data.source: 'floppy' must be"),
         (["--data.val_fraction", "1"], "data.val_fraction"),
+        (["--data.source=csv:x", "--data.test_fraction=1.0"], "data.test_fraction: 1.0 must be above 0 and below 1"),
+        (["--data.source=csv:x", "--data.test_fraction=0.0"], "data.test_fraction: 0.0 must be above 0 and below 1"),
+        (["--data.source=csv:x", "--data.val_split=train"], "data.val_split: 'train' must be another split than"),
+        (["--data.source=csv:x", "--data.val_split=test"], "data.val_split: 'test' must be another split than"),
+        (
+            ["--data.source=csv:x", "--data.val_split=val", "--data.val_fraction=0.2"],
+            "data.val_fraction: has no effect (with data.val_split val)",
+        ),
+        (
+            ["--data.source=csv:x", "--data.test_split=b", "--data.test_fraction=0.2"],
+            "data.test_split: has no effect (with data.test_fraction)",
+        ),
+        (["--data.val_split=val"], "data.val_split: has no effect (with source digits)"),
+        (["--data.on_error=skip"], "data.on_error: has no effect (with source digits)"),
+        (
+            ["--data.source=imagefolder:x", "--data.test_split=train"],
+            "data.test_split: 'train' is also data.train_split, so that the accuracy would be that of training samples",
+        ),
+        (["--data.test_fraction=0.2"], "data.test_fraction: has no effect (with source digits)"),
+        (["--data.source=imagefolder:x", "--data.image_column=img"], "data.image_column: has no effect (with this source)"),
         (["--data.views", "0"], "data.views: 0 must be at least 1"),
         (["--data.mean", "[0.5,0.5,0.5]"], "data.mean and data.std: one of them is set; set both or none"),
         (["--data.mean", "[0.5]", "--data.std", "[1,1,1]"], "three numbers"),
         (["--data.mean", "[0,0,0]", "--data.std", "[0,1,1]"], "must be above 0"),
+        (["--data.pixel_range", "[0]"], "data.pixel_range: [0.0] must be [low, high] with low below high, such as [0, 4095]"),
+        (["--data.pixel_range", "[1, 1]"], "data.pixel_range: [1.0, 1.0] must be [low, high] with low below high"),
+        (["--data.pixel_range", "[0, .inf]"], "data.pixel_range: [0.0, inf] must be [low, high]"),
+        (["--data.background", "gray"], "data.background"),
         (["--data.augment", "flip"], "data.augment"),
         (["--model.arch", "resnet18"], "model.arch: 'resnet18' must start with"),
         (["--name", "a/b"], "name: 'a/b' must be a single directory name"),
@@ -22,9 +47,35 @@ from tests.support.parsing import mistakes, parse
         (["--teacher.run", "x", "--teacher.arch", "torchvision/resnet50"], "set either teacher.run"),
         (["--teacher.run", "x", "--teacher.stem", "cifar"], "teacher.stem: has no effect"),
         (["--teacher.arch", "torchvision/resnet50"], "teacher.weights: null, but a teacher must be trained"),
+        (["--teacher.run", "x", "--teacher.class_map", "[]"], "teacher.class_map: [] must name at least one class"),
+        (
+            ["--teacher.run", "x", "--data.source=parquet:x", "--data.label_column=null", "--teacher.class_map=auto"],
+            "teacher.class_map: has no effect (with data.label_column null the classes are the teacher's)",
+        ),
+        (["--teacher.run", "x", "--teacher.min_accuracy", "85"], "teacher.min_accuracy: 85.0 must be at least 0 and at most 1"),
+        (
+            ["--teacher.arch", "torchvision/resnet50", "--teacher.weights", "w", "--teacher.mean", "[0.5, 0.5, 0.5]"],
+            "teacher.mean and teacher.std: one of them is set; set both or none",
+        ),
+        (
+            ["--teacher.arch", "torchvision/resnet50", "--teacher.weights", "w.safetensors"],
+            "teacher.mean and teacher.std: missing; with a weights file set those",
+        ),
         (["--teacher.run", "x", "--role", "teacher"], "role: teacher has no effect"),
-        (["--teacher.run", "x", "--distill.alpha", "1.5"], "distill.alpha: 1.5 must be at most 1"),
-        (["--teacher.run", "x", "--distill.temperature", "0"], "distill.temperature: 0.0 must be above 0"),
+        (["--teacher.run", "x", "--distill.alpha", "1.5"], "distill.alpha: 1.5 must be at least 0 and at most 1"),
+        (
+            ["--teacher.run", "x", "--distill.temperature", "0.009"],
+            "distill.temperature: 0.009 must be at least 0.01 and at most 1000",
+        ),
+        (["--teacher.run", "x", "--distill.temperature", "1001"], "distill.temperature: 1001.0 must be at least 0.01"),
+        (
+            ["--teacher.run", "x", "--distill.temperature", "{start: 0.5, floor: 0.001, decay: 0.9}"],
+            "distill.temperature.floor: 0.001 must be at least 0.01",
+        ),
+        (
+            ["--teacher.run", "x", "--distill.temperature", "{kind: linear, start: 2000, end: 5000}"],
+            "distill.temperature.end: 5000.0 must be at least 0.01",
+        ),
         (["--teacher.run", "x", "--distill.alpha.start", "0.5"], "distill.alpha.floor: missing"),
         (
             ["--teacher.run", "x", "--distill.alpha", '{"kind": "linear", "start": 1, "end": 0, "decay": 0.5}'],
@@ -37,6 +88,10 @@ from tests.support.parsing import mistakes, parse
         (
             ["--teacher.run", "x", "--distill.features.mse.weight", "0"],
             "distill.features.mse.weight: 0, so that the term has no effect; remove it with distill.features.mse: null",
+        ),
+        (
+            ["--teacher.run", "x", "--distill.features.mse.weight", "{start: 0, floor: 0, decay: 0.9}"],
+            "distill.features.mse.weight: 0, so that the term has no effect",
         ),
         (["--teacher.run", "x", "--distill.features.mse.weight", "-1"], "distill.features.mse.weight: -1.0 must be at least 0"),
         (
@@ -72,7 +127,6 @@ from tests.support.parsing import mistakes, parse
         (["--seed", "-1"], "seed: -1 must be at least 0"),
         (["--data.image_column", "img"], "data.image_column: has no effect (with source digits)"),
         (["--data.test_split", "val"], "data.test_split: has no effect (with source digits)"),
-        (["--data.source", "imagefolder:x", "--data.label_column", "y"], "data.label_column: has no effect (with this source)"),
         (["--data.augment", "none", "--data.view_seed", "1"], "data.view_seed: has no effect (with augment none)"),
         (["--data.augment", "none", "--data.views", "3"], "data.views: has no effect (with augment none"),
         (["--data.augment", "resized_crop", "--data.crop_padding", "2"], "data.crop_padding: has no effect"),
@@ -108,7 +162,75 @@ def test_each_rule_names_field_value_and_rule(flags, part):
 def test_alpha_above_one_needs_a_label_weight():
     flags = ["--teacher.run=x", "--distill.alpha=5", "--distill.label_weight=1"]
     assert parse(*flags).distill.alpha == 5.0
-    assert mistakes(*flags[:2]) == "distill.alpha: 5.0 must be at most 1 (on the command line)"
+    assert mistakes(*flags[:2]) == "distill.alpha: 5.0 must be at least 0 and at most 1 (on the command line)"
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1000, {"start": 1000, "floor": 0.01, "decay": 0.5}])
+def test_temperatures_from_a_hundredth_to_a_thousand_are_valid(temperature):
+    parse("--teacher.run=x", f"--distill.temperature={temperature}")
+
+
+@pytest.mark.parametrize(
+    ("distill", "field"),
+    [
+        ("{label_weight: 0}", "distill.label_weight: 0"),
+        ("{label_weight: {kind: constant, start: 0}}", "distill.label_weight: 0"),
+        ("{label_weight: {start: 0, floor: 0, decay: 0.9}}", "distill.label_weight: 0"),
+        ("{alpha: 1}", "distill.alpha: 1"),
+        ("{alpha: {kind: cosine, start: 1, end: 1}}", "distill.alpha: 1"),
+        ("{alpha: {start: 1, floor: 0.5, decay: 1}}", "distill.alpha: 1"),
+        ("{alpha: {start: 0.5, floor: 1, decay: 0.9}}", "distill.alpha: 1"),
+    ],
+)
+def test_label_smoothing_without_a_weight_of_the_labels_has_no_effect(distill, field):
+    message = mistakes("--teacher.run=x", f"--distill={distill}", "--train.label_smoothing=0.1")
+    assert message.startswith(f"train.label_smoothing: 0.1 has no effect ({field}")
+
+
+@pytest.mark.parametrize(
+    "distill",
+    [
+        "{alpha: 0.9}",
+        "{alpha: 1, label_weight: 0.1}",
+        "{alpha: {start: 1, floor: 0.5, decay: 0.9}}",
+        "{alpha: {kind: linear, start: 1, end: 0}}",
+        "{label_weight: {kind: linear, start: 0, end: 1}}",
+    ],
+)
+def test_label_smoothing_of_labels_that_have_a_weight_at_some_step_is_valid(distill):
+    parse("--teacher.run=x", f"--distill={distill}", "--train.label_smoothing=0.1")
+
+
+@pytest.mark.parametrize(
+    ("distill", "is_unused"),
+    [
+        ("{alpha: 0}", True),
+        ("{alpha: {start: 0, floor: 0, decay: 0.9}}", True),
+        ("{alpha: 0, features: {mse: {}}}", False),
+        ("{alpha: {kind: linear, start: 0, end: 1}}", False),
+        ("{alpha: 0.1}", False),
+    ],
+)
+def test_a_teacher_without_a_weight_is_reported(distill, is_unused):
+    notices = notices_of_weights(parse("--teacher.run=x", f"--distill={distill}"))
+    assert [notice.startswith("distill.alpha: 0 and no distill.features: the teacher has no weight") for notice in notices] == (
+        [True] if is_unused else []
+    )
+    assert notices_of_weights(parse()) == []
+
+
+def test_the_forms_of_a_class_map():
+    assert parse("--teacher.run=x").teacher.class_map is None
+    assert parse("--teacher.run=x", "--teacher.class_map=auto").teacher.class_map == "auto"
+    assert parse("--teacher.run=x", "--teacher.class_map=[2, dog]").teacher.class_map == [2, "dog"]
+    flags = ["--teacher.run=x", "--teacher.class_map.cat=3", "--teacher.class_map.7=dog"]
+    assert parse(*flags).teacher.class_map == {"cat": 3, "7": "dog"}
+    assert "teacher.class_map: must be one of auto or a list" in mistakes("--teacher.run=x", "--teacher.class_map=1.5")
+
+
+def test_a_library_teacher_needs_no_mean_and_std():
+    teacher = parse("--teacher.arch=torchvision/resnet50", "--teacher.weights=IMAGENET1K_V2").teacher
+    assert teacher.mean is None and teacher.min_accuracy == "auto"
 
 
 def test_distillation_of_features_alone_is_valid():

@@ -1,11 +1,15 @@
 """Tests of the data module: loaders, batches, sample digests, and images on a GPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from kd_accel.config.schema import DataConfig
+from kd_accel.data.batches import BatchLoader
 from kd_accel.data.datamodule import DataModule, keep_images_on_gpu, load_data
+from kd_accel.data.dataset import MemoryImages
 from kd_accel.data.loader import TrainLoader
 from kd_accel.errors import UserError
 
@@ -34,7 +38,8 @@ def test_settings_reach_the_module():
 
 def test_training_batches_are_views_of_the_training_samples(data):
     loader = data.train_loader(batch_size=8, seed=4)
-    own = TrainLoader(data.train, data.transform, samples=data.splits.train, batch_size=8, seed=4, views=3)
+    batches = BatchLoader({"train": data.train}, data.transform)
+    own = TrainLoader(batches, samples=data.splits.train, batch_size=8, seed=4, views=3)
     for epoch in (1, 3):
         for (batch,), (expected,) in zip(loader.epoch(epoch), own.epoch(epoch), strict=True):
             assert batch.view == epoch % 3 and torch.equal(batch.index, expected.index)
@@ -86,10 +91,23 @@ def test_covered_samples_have_the_digests_of_their_images(data):
 def test_fingerprint_fields_identify_the_samples(data):
     fields = data.fingerprint_fields()
     assert fields["train_samples"] == 24 == len(data.splits.train)
-    assert (fields["val_samples"], fields["test_samples"]) == (len(data.splits.val), len(data.splits.test))
+    assert fields["val_samples"] == len(data.splits.val)
     assert fields["label_names"] == list(data.label_names)
     assert load_data(DataConfig(**SETTINGS, views=9, limit_train=24)).fingerprint_fields() == fields
     assert load_data(DataConfig(**SETTINGS, limit_train=23)).fingerprint_fields()["digest"] != fields["digest"]
+    # No training depends on the test samples.
+    fewer = load_data(DataConfig(**SETTINGS, limit_train=24, limit_test=3))
+    assert fewer.fingerprint_fields() == fields and fewer.test_fields() != data.test_fields()
+
+
+def test_a_sample_whose_image_may_be_replaced_still_counts_by_index_and_label(data):
+    train, changed = data.splits.train, data.train.pixels(np.arange(data.train.num_samples)).copy()
+    changed[train[5]] = 0
+    other = replace(data, train=MemoryImages(changed, data.train.labels, data.label_names))
+    assert other.fingerprint_fields() != data.fingerprint_fields()
+    fields = [each.fingerprint_fields(replaceable=[int(train[5])]) for each in (data, other)]
+    assert fields[0] == fields[1] and fields[0]["replaceable"] == [train[5]]
+    assert other.fingerprint_fields(replaceable=[int(train[6])]) != data.fingerprint_fields(replaceable=[int(train[6])])
 
 
 def test_images_stay_in_host_memory_without_a_gpu(data):

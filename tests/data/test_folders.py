@@ -27,7 +27,7 @@ def load(directory, *extra, **settings):
 
 
 def test_the_class_is_the_first_directory_below_the_split(tmp_path):
-    train, test = load(tmp_path, "train/cat/2023/5.png", "train/cat/2024/may/6.png")
+    train, _, test = load(tmp_path, "train/cat/2023/5.png", "train/cat/2024/may/6.png")
     assert train.label_names == test.label_names == ("cat", "dog")
     assert train.labels.tolist() == [0, 0, 0, 1]
     assert train.pixels(np.arange(4))[:, 0, 0, 0].tolist() == [10, 50, 60, 120]
@@ -35,7 +35,7 @@ def test_the_class_is_the_first_directory_below_the_split(tmp_path):
 
 def test_samples_have_the_order_of_torchvision(tmp_path):
     torchvision = pytest.importorskip("torchvision")
-    train, _ = load(
+    train, *_ = load(
         tmp_path, "train/cat/10.png", "train/cat/a/b/0.png", "train/cat/a-b/2.png", "train/Zebra/1.png", "test/Zebra/1.png"
     )
     folder = torchvision.datasets.ImageFolder(tmp_path / "train", transform=lambda image: np.asarray(image)[0, 0, 0])
@@ -49,7 +49,7 @@ def test_linked_class_folders_and_files_are_read(tmp_path):
     (tmp_path / "data/train/wolf").symlink_to(tmp_path / "elsewhere/wolf")
     (tmp_path / "data/train/dog/linked.png").symlink_to(tmp_path / "elsewhere/one/8.png")
     (tmp_path / "data/train/dog/loop").symlink_to(tmp_path / "data/train/dog")
-    train, _ = load_splits(config(tmp_path / "data"))
+    train, *_ = load_splits(config(tmp_path / "data"))
     assert train.label_names == ("cat", "dog", "wolf")
     assert train.labels.tolist() == [0, 1, 1, 2]
     assert train.pixels(np.arange(4))[:, 0, 0, 0].tolist() == [10, 120, 80, 70]
@@ -57,7 +57,7 @@ def test_linked_class_folders_and_files_are_read(tmp_path):
 
 
 def test_underscores_make_a_class_and_archives_of_macos_do_not(tmp_path):
-    train, _ = load(tmp_path, "train/__background__/5.png", "test/__background__/5.png", "train/__MACOSX/cat/1.png")
+    train, *_ = load(tmp_path, "train/__background__/5.png", "test/__background__/5.png", "train/__MACOSX/cat/1.png")
     assert train.label_names == ("__background__", "cat", "dog")
     assert train.notices == (f"data.source: {tmp_path}/train: 1 file left out (in __MACOSX)",)
 
@@ -67,7 +67,7 @@ def test_left_out_files_are_counted_by_kind(tmp_path):
     for name in ("cat/a.heic", "dog/b.HEIC", "cat/README", "cat/.DS_Store", "notes.txt"):
         (tmp_path / "train" / name).write_text("x")
     (tmp_path / "train/bird").mkdir()
-    train, test = load_splits(config(tmp_path))
+    train, _, test = load_splits(config(tmp_path))
     assert train.num_samples == 2 and test.notices == ()
     assert set(train.notices) == {
         f"data.source: {tmp_path}/train: {line}"
@@ -120,7 +120,7 @@ def test_different_classes_are_named_with_escapes(tmp_path):
 def test_an_empty_class_folder_of_the_test_split_is_a_class_without_samples(tmp_path):
     write_folder(tmp_path, BOTH[:3])
     (tmp_path / "test/dog").mkdir()
-    _, test = load_splits(config(tmp_path))
+    *_, test = load_splits(config(tmp_path))
     assert test.label_names == ("cat", "dog") and test.labels.tolist() == [0]
     assert test.notices == (f"data.source: {tmp_path}/test: class folders without files left out: 'dog'",)
 
@@ -128,7 +128,7 @@ def test_an_empty_class_folder_of_the_test_split_is_a_class_without_samples(tmp_
 def test_avif_is_read(tmp_path):
     write_folder(tmp_path, BOTH)
     color(9).save(tmp_path / "train/cat/photo.AVIF", "AVIF", quality=100)
-    train, _ = load_splits(config(tmp_path))
+    train, *_ = load_splits(config(tmp_path))
     assert abs(int(train.pixels(np.array([1]))[0, 0, 0, 0]) - 90) <= 3
 
 
@@ -140,7 +140,7 @@ def test_each_format_has_its_endings():
 
 def test_files_outside_the_directory_are_reached_by_links_only(tmp_path, monkeypatch):
     """The paths of samples are below the directory, without `..`."""
-    train, _ = load(tmp_path / "a" / ".." / "a")
+    train, *_ = load(tmp_path / "a" / ".." / "a")
     assert train.num_samples == 2
     monkeypatch.chdir(tmp_path)
     assert load_splits(config("a"))[0].num_samples == 2

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from kd_accel.config.schema import DataConfig
 from kd_accel.data import datamodule
+from kd_accel.data.batches import BatchLoader
 from kd_accel.data.datamodule import DataModule
+from kd_accel.data.decode import Decoder
 from kd_accel.data.loader import EvalLoader, TrainLoader, epoch_order
 from kd_accel.data.sources import MemoryImages
-from kd_accel.data.splits import SplitSamples, channel_statistics, split_samples
+from kd_accel.data.splits import SplitSamples, channel_statistics
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.errors import UserError
 
@@ -22,10 +23,15 @@ def image_set(samples=100, size=8):
     return MemoryImages(images, np.arange(samples) % 5, list("abcde"))
 
 
-def loader(images=None, samples=None, **settings):
+def batch_loader(images=None, num_workers=0):
     images = images or image_set()
+    by_split = {"train": images, "val": images, "test": images}
+    return BatchLoader(by_split, ViewTransform("crop_flip", 8, crop_padding=1), num_workers=num_workers)
+
+
+def loader(images=None, samples=None, num_workers=0, **settings):
     samples = np.arange(10, 90) if samples is None else samples
-    return TrainLoader(images, ViewTransform("crop_flip", 8, crop_padding=1), samples=samples, **{"batch_size": 16, **settings})
+    return TrainLoader(batch_loader(images, num_workers), samples=samples, **{"batch_size": 16, **settings})
 
 
 def indices_of(batches):
@@ -100,7 +106,7 @@ def test_images_copied_to_a_device_are_those_of_the_samples(kind, monkeypatch):
     images = kind(own.pixels(np.arange(100)), own.labels, own.label_names)
     splits = SplitSamples(samples, samples[:0], samples[:0])
     transform = ViewTransform("crop_flip", 8, crop_padding=1)
-    data = DataModule(images, images, splits, [0.5] * 3, [0.5] * 3, transform, num_workers=1)
+    data = DataModule(images, images, images, splits, [0.5] * 3, [0.5] * 3, transform, num_workers=1, decoder=Decoder(8))
     copied = datamodule.images_on(torch.device("cpu"), data)
     assert copied.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(copied.permute(0, 2, 3, 1).numpy(), images.pixels(samples))
@@ -119,7 +125,7 @@ def test_loaders_do_not_use_global_generators():
     before = states()
     for workers in (0, 1):
         list(loader(num_workers=workers).epoch(0))
-        list(EvalLoader(image_set(), samples=np.arange(9), batch_size=4, num_workers=workers))
+        list(EvalLoader(batch_loader(num_workers=workers), "test", samples=np.arange(9), batch_size=4))
     assert states() == before
 
 
@@ -135,7 +141,7 @@ def test_an_unreadable_image_is_a_user_error_with_and_without_workers(workers):
     images = Unreadable(np.zeros((40, 8, 8, 3), dtype=np.uint8), np.zeros(40, dtype=np.int64), ["a"])
     for batches in (
         loader(images, np.arange(40), num_workers=workers).epoch(0),
-        EvalLoader(images, samples=np.arange(9), batch_size=4, num_workers=workers),
+        EvalLoader(batch_loader(images, workers), "val", samples=np.arange(9), batch_size=4),
     ):
         with pytest.raises(UserError) as raised:
             list(batches)
@@ -146,7 +152,8 @@ def test_an_unreadable_image_is_a_user_error_with_and_without_workers(workers):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_uses_each_sample_once(world_size):
     samples = np.array([3, 1, 4, 15, 9])
-    shares = [EvalLoader(image_set(), samples=samples, batch_size=2, rank=r, world_size=world_size) for r in range(world_size)]
+    settings = {"samples": samples, "batch_size": 2, "world_size": world_size}
+    shares = [EvalLoader(batch_loader(), "test", rank=rank, **settings) for rank in range(world_size)]
     assert sum((batch.index.tolist() for share in shares for batch in share), []) == samples.tolist()
     assert all(len(list(share)) == len(share) for share in shares)
 
@@ -156,21 +163,6 @@ def test_batch_sizes_that_do_not_fit_are_refused():
         loader(world_size=3)
     with pytest.raises(UserError, match="16 is more than the 10 training samples"):
         loader(samples=np.arange(10))
-
-
-def test_validation_samples_do_not_depend_on_limits():
-    complete = split_samples(1000, 100, DataConfig(val_fraction=0.1))
-    limited = split_samples(1000, 100, DataConfig(val_fraction=0.1, limit_train=90, limit_test=7))
-    assert (len(complete.train), len(complete.val), len(complete.test)) == (900, 100, 100)
-    assert (len(limited.train), len(limited.val), len(limited.test)) == (90, 10, 7)
-    assert set(limited.val) <= set(complete.val)
-    assert set(limited.train) <= set(complete.train)
-    assert not set(complete.train) & set(complete.val)
-    for samples in (complete.train, complete.val, limited.train, limited.val, limited.test):
-        assert np.array_equal(samples, np.sort(samples))
-    assert len(split_samples(1000, 100, DataConfig(val_fraction=0.0)).val) == 0
-    with pytest.raises(UserError, match="leaves none for training"):
-        split_samples(1, 1, DataConfig(val_fraction=0.9))
 
 
 def test_channel_statistics_equal_those_of_all_pixels():

@@ -50,6 +50,6 @@ def test_a_moved_or_missing_package_is_noticed():
 
 def test_versions_of_stored_data_are_those_of_the_source():
     named = re.findall(r"`(\w*VERSION)` in `(\S+)`", PAGE.split("## Versions of stored data")[1])
-    assert len(named) == 3
+    assert len(named) == 4
     for name, file in named:
         assert re.search(rf"^{name} = \d+$", (ROOT / "kd_accel" / file).read_text(), re.MULTILINE), file

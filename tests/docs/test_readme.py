@@ -91,7 +91,8 @@ def test_commands_run(photos):
         "bench": ["--batch_sizes=[1]", "--min_iterations=2", "--min_time_s=0.01", "--threads=1"],
     }
     small["cache"] = small["train"]
-    printed = [say(*command, *small.get(command[0], [])) for command in commands]
+    distilled = ["--teacher.min_accuracy=null"]  # a ResNet-50 after one epoch of 160 photos is at chance
+    printed = [say(*each, *small.get(each[0], []), *(distilled if "student.yaml" in each else [])) for each in commands]
     (teacher, student) = (json.loads((photos / "runs" / name / "summary.json").read_text()) for name in ("teacher", "student"))
     assert (teacher["role"], student["role"]) == ("teacher", "distilled")
     assert (photos / "caches/teacher/manifest.json").is_file() and (photos / "report/results.md").is_file()

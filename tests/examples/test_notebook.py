@@ -35,7 +35,8 @@ def assigned_names(source):
 @pytest.mark.slow
 def test_cells_run_in_order(tmp_path):
     assert assigned_names(SMALL) == assigned_names(CODE[0])
-    program = "\n".join([SMALL, *CODE[1:]])
+    # The teacher of two epochs is at chance.
+    program = "\n".join([SMALL, *CODE[1:]]).replace('"outputs": "cached"', '"outputs": "cached", "min_accuracy": None')
     done = python("-c", program, cwd=tmp_path)
     assert "64 training images of 10 classes, 32 test images" in done.stdout
     assert done.stdout.count(" M parameters") == 3 and done.stdout.count("predicted") == 5

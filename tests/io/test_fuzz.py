@@ -15,7 +15,7 @@ import xxhash
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from kd_accel.builders.trainer import run_directory
+from kd_accel.builders.run import run_directory
 from kd_accel.cache.info import info_text
 from kd_accel.cache.manifest import (
     CachedSamples,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kd_accel.cache.shard import decode, encode
 from kd_accel.errors import UserError
 from kd_accel.losses.targets import PCA, Identity, build_target
 
@@ -52,19 +53,69 @@ def test_pca_does_not_depend_on_batching():
     torch.testing.assert_close(single.projector.conv.bias, batched.projector.conv.bias, atol=1e-6, rtol=0)
 
 
-def test_pca_of_constant_features_explains_all_of_the_variance():
+@pytest.mark.parametrize("value", [1.0, 7.3])
+def test_pca_of_constant_features_has_no_direction_and_explains_all_of_the_variance(value):
     pca = PCA(1)
-    pca.fit([torch.ones(4, 2, 1, 1)])
-    assert pca.explained == 1.0
-    assert pca(torch.ones(1, 2, 1, 1)).item() == pytest.approx(0, abs=1e-6)
+    pca.fit(torch.full((21, 2, 1, 1), value).split(9))
+    assert pca.explained == 1.0 and pca.directions == 0
+    assert pca(torch.rand(1, 2, 1, 1)).item() == 0
 
 
-@pytest.mark.parametrize("features", [[torch.rand(3, 6, 1, 1)], []])
-def test_pca_with_too_few_pixels_is_refused(features):
+FEW = {
+    "30 images with maps of one pixel, 48 channels of 64": (30, 64, 48, 64),
+    "200 pixels with 20 of 64 channels dead": (200, 64, 48, 44),
+    "two pixels": (2, 64, 48, 64),
+    "as many directions as channels": (49, 64, 48, 64),
+}
+
+
+@pytest.mark.parametrize(("pixels", "teacher_channels", "channels", "alive"), FEW.values(), ids=FEW)
+def test_pca_of_pixels_with_few_directions_is_numpys_and_zero_beyond_them(pixels, teacher_channels, channels, alive):
+    generator = np.random.default_rng(0)
+    samples = np.maximum(generator.standard_normal((pixels, teacher_channels)) * np.linspace(9, 1, teacher_channels) + 3, 0)
+    samples[:, alive:] = 0
+    features = torch.from_numpy(samples.astype(np.float32))[:, :, None, None]
+    pca = PCA(channels)
+    pca.fit(features.split(16))
+    mean, components, singular = numpy_pca(features.double().numpy()[:, :, 0, 0], min(channels, pixels - 1, alive))
+    directions = len(components)
+    assert pca.directions == directions == min(channels, pixels - 1, alive)
+    np.testing.assert_allclose(pca.projector.conv.weight[:directions, :, 0, 0].numpy(), components, atol=1e-6)
+    scores = pca(features).detach()[:, :, 0, 0].numpy()
+    expected = (features.double().numpy()[:, :, 0, 0] - mean) @ components.T
+    np.testing.assert_allclose(scores[:, :directions], expected, atol=1e-4)
+    assert not scores[:, directions:].any()
+    unseen = pca(100 * torch.randn(8, teacher_channels, 2, 2, generator=torch.Generator().manual_seed(0)))
+    assert unseen.shape == (8, channels, 2, 2) and not unseen[:, directions:].any() and unseen[:, :directions].all()
+    assert pca.explained == pytest.approx((singular[:directions] ** 2).sum() / (singular**2).sum())
+
+
+def test_a_pca_with_few_directions_is_deterministic_and_restored_from_its_tensors():
+    features = torch.rand(20, 64, 1, 1, generator=torch.Generator().manual_seed(0))
+    first, second, loaded = PCA(32), PCA(32), PCA(32)
+    assert first.directions == 0
+    first.fit(features.split(8))
+    second.fit(features.split(8))
+    loaded.load(first.tensors())
+    assert torch.equal(first.projector.conv.weight, second.projector.conv.weight)
+    assert torch.equal(first.projector.conv.bias, second.projector.conv.bias)
+    assert loaded.directions == first.directions == 19
+    assert torch.equal(loaded(features), first(features))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_channels_without_a_direction_stay_zero_in_each_storage_type(dtype):
+    pca = PCA(32)
+    pca.fit([torch.rand(20, 64, 1, 1)])
+    stored, scale = encode(pca(torch.rand(9, 64, 1, 1)), dtype, name="layer4")
+    decoded = decode(stored, scale)
+    assert not decoded[:, 19:].any() and decoded[:, :19].any(0).all()
+
+
+@pytest.mark.parametrize("features", [[torch.rand(1, 6, 1, 1)], []])
+def test_pca_without_two_pixels_is_refused(features):
     count = sum(len(feature) for feature in features)
-    with pytest.raises(
-        UserError, match=f"{count} pixels of layer4 are too few to fit a PCA with 3 components; raise args.pca_images"
-    ):
+    with pytest.raises(UserError, match=f"a PCA of layer4 needs two pixels or more, the images have {count}; raise"):
         PCA(3).fit(features, layer="layer4")
 
 

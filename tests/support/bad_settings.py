@@ -151,7 +151,7 @@ OWN_CODE = [
         "function that returns no images",
         None,
         [*OWN, "--data.source=import:tests.support.models:no_images"],
-        "must return a mapping",
+        "must return a data set of pairs or dicts, or a mapping",
     ),
     ("malformed name", None, [*OWN, "--data.source=import:x"], "must have the form"),
 ]
@@ -219,7 +219,17 @@ FOREIGN = [
         "run to evaluate",
         None,
         ["evaluate", "{p}/run"],
-        "run/model.json names 'import:tests.support.models:teacher'...add --allow_import",
+        "model.arch: ...run/config.yaml names 'import:tests.support.models:teacher'...add --allow_import",
+    ),
+    (
+        "model of a run to evaluate",
+        lambda place: (
+            SPY(place),
+            put("run/model.json", arch="import:spy:f")(place),
+            write("run/config.yaml", "data: {source: digits}")(place),
+        ),
+        ["evaluate", "{p}/run"],
+        "evaluate: ...run/model.json names 'import:spy:f'",
     ),
     ("data of a run to evaluate", make.library_run, ["evaluate", "{p}/run"], "run/config.yaml names 'import:spy:f'"),
     ("run to measure", None, ["bench", "{p}/run"], "run/model.json names 'import:tests.support.models:teacher'"),

@@ -81,13 +81,27 @@ def without_a_classifier(num_classes: int) -> nn.Module:
 
 def images(split: str, image_size: int) -> dict[str, object]:
     """Create noise around one mean color for each class, the same in every call."""
-    generator = torch.Generator().manual_seed({"train": int(os.environ.get("KD_TEST_NOISE_SEED", "1")), "test": 2}[split])
-    samples = {"train": 160, "test": 41}[split]
+    seeds = {"train": int(os.environ.get("KD_TEST_NOISE_SEED", "1")), "test": 2, "val": 3}
+    generator = torch.Generator().manual_seed(seeds[split])
+    samples = {"train": 160, "test": 41, "val": 24}[split]
     labels = torch.arange(samples) % 4
     colors = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [150, 150, 40]])
     noise = torch.randint(-40, 40, (samples, image_size, image_size, 3), generator=generator)
     pixels = (colors[labels][:, None, None] + noise).clamp(0, 255).to(torch.uint8)
     return {"images": pixels.numpy(), "labels": labels.tolist(), "label_names": ["red", "green", "blue", "olive"]}
+
+
+def partly_labeled_images(split: str, image_size: int) -> dict[str, object]:
+    """Remove the labels of four of seven training samples: -1 or None."""
+    content = images(split, image_size)
+    if split == "train":
+        labels = enumerate(content["labels"])
+        content["labels"] = [label if sample % 7 < 3 else (-1, None)[sample % 2] for sample, label in labels]
+    return content
+
+
+def unlabeled_images(split: str, image_size: int) -> dict[str, object]:
+    return {"images": images(split, image_size)["images"]}
 
 
 def no_images(split: str, image_size: int) -> list[int]:
@@ -215,6 +229,12 @@ def breaking(num_classes: int) -> nn.Module:
     return BreakingNet(num_classes, width=8)
 
 
+def images_without_olive(split: str, image_size: int) -> dict[str, object]:
+    """Label the olive images red, so that half of the samples are red and a class is empty."""
+    content = images(split, image_size)
+    return {**content, "labels": [label % 3 for label in content["labels"]]}
+
+
 def images_with_an_outlier(split: str, image_size: int) -> dict[str, object]:
     """Create images of little contrast, and a checkerboard, whose features are many times larger."""
     content = images(split, image_size)
@@ -238,3 +258,12 @@ class NamedLogits(SmallNet):
 
 def named_logits(num_classes: int) -> nn.Module:
     return NamedLogits(num_classes)
+
+
+def olive_and_red_images(split: str, image_size: int) -> dict[str, object]:
+    """Create the images of two of the four classes of `images`, in another order."""
+    content = images(split, image_size)
+    labels = torch.tensor(content["labels"])
+    kept = (labels == 0) | (labels == 3)
+    pixels = content["images"][kept.numpy()]
+    return {"images": pixels, "labels": (labels[kept] == 0).long().tolist(), "label_names": ["olive", "red"]}

@@ -139,7 +139,7 @@ def test_the_guard_and_the_average_read_nothing():
         assert guard.without_gradient() == []
         norm = guard.gradient_norm(1)
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm)
-        average.update(network)
+        average.update(network, step=1)
         found_inf = wrapped.optimizer.found_inf
         for tensor in (loss, norm, found_inf, average.module.fc.weight):
             assert tensor.device.type == "cuda"

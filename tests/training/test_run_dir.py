@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from kd_accel.builders.trainer import run_directory
+from kd_accel.builders.run import run_directory
 from kd_accel.config.parsing import load_config_file
 from kd_accel.config.schema import RunConfig
 from kd_accel.errors import UserError
@@ -114,7 +114,7 @@ def test_nothing_is_written_next_to_the_run_directory(tmp_path, teacher_run):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     accuracy = summary(tmp_path / "run")["teacher_accuracy"]
     assert accuracy == summary(teacher_run)["accuracy"]
-    assert f"the teacher's accuracy on the test samples is {100 * accuracy:.2f} %" in text
+    assert text.count(f", live, accuracy {100 * accuracy:.2f} % on the test samples") == 1
 
 
 @pytest.fixture
@@ -175,11 +175,14 @@ def test_a_disk_that_is_full_when_the_results_are_due(tmp_path, small_disk, proc
     happens = {"KD_TEST_AT": "test:24", "KD_TEST_HAPPENS": str(small_disk / "ballast")}
     ended = train(run_dir, *flags, processes=processes, code=2 if processes == 1 else None, **happens)
     assert ended.stderr.count("kd-accel: ") == 1 and "No space left" in ended.stderr
-    assert not (run_dir / "summary.json").exists() and not (run_dir / "model.safetensors").exists()
+    # The disk fills up during the evaluation on the test samples, before which the model is written.
+    model = (run_dir / "model.safetensors").read_bytes()
+    assert not (run_dir / "summary.json").exists()
     (small_disk / "ballast").unlink()
     train(run_dir, *flags, processes=processes)
     train(tmp_path / "straight", *flags, processes=processes)
     assert_same_training(run_dir, tmp_path / "straight")
+    assert (run_dir / "model.safetensors").read_bytes() == model
 
 
 def opened(run_dir):

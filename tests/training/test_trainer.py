@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd_accel.builders import trainer
-from kd_accel.builders.trainer import build_run
+from kd_accel.builders import run as builders_run
+from kd_accel.builders.run import build_run
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.datamodule import notices_of_small_batches
@@ -91,7 +91,7 @@ def test_an_idle_parameter_is_refused(tmp_path):
 
 def test_sizes_of_a_forward_reach_the_notice_for_gpus(tmp_path, monkeypatch):
     as_on_a_gpu = lambda device, **sizes: notices_of_small_batches(torch.device("cuda"), **sizes)  # noqa: E731
-    monkeypatch.setattr(trainer, "notices_of_small_batches", as_on_a_gpu)
+    monkeypatch.setattr(builders_run, "notices_of_small_batches", as_on_a_gpu)
     flags = ["--data.image_size=24", "--train.grad_accum_steps=2", "--train.max_steps=1"]
     text = in_process.train(tmp_path / "run", *flags)
     expected = "16 over 1 processes x 2 accumulation steps gives 8 images of 24 pixels in a forward pass"

@@ -1,0 +1,33 @@
+"""`kd-accel data check`: every image is decoded once, and what is wrong or unusual is listed."""
+
+from __future__ import annotations
+
+import json
+
+from kd_accel.config.schema import RunConfig
+from kd_accel.data.check import check_data
+from kd_accel.distributed import leave_processes, peers_needed, start_processes
+from kd_accel.errors import UserError
+
+
+def run_data_check(config: RunConfig, *, as_json: bool) -> None:
+    """Check the data of a config and print the report.
+
+    Args:
+        config: Config of a run; only its data settings are used.
+        as_json: Whether the report is printed as JSON.
+
+    Raises:
+        UserError: If an image cannot be decoded, after the report.
+    """
+    accelerator = start_processes("float32", timeout_s=config.train.timeout_s)
+    with peers_needed(accelerator, lambda: "during the check of the data"):
+        report = check_data(config.data, accelerator)
+    accelerator.print(json.dumps(report.as_values()) if as_json else report.as_text())
+    leave_processes(accelerator)
+    if report.num_unreadable:
+        samples = sum(split.samples for split in report.splits.values())
+        raise UserError(
+            f"data.source: {report.num_unreadable} of {samples} images cannot be decoded; restore or remove them, or set "
+            "data.on_error to skip, which leaves them out"
+        )

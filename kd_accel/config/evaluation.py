@@ -1,0 +1,121 @@
+"""Settings of an evaluation: those of a finished run, with changes to its data, its teacher and the size of its batches.
+
+A run stores all its settings. Some of them can lose their effect by a change, as the columns of the run's own source do if the
+data is another; those that the user has not typed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kd_accel.config.command_line import CommandParser
+from kd_accel.config.fields import Keys, exists
+from kd_accel.config.parsing import checked_config
+from kd_accel.config.schema import RunConfig
+from kd_accel.config.settings import CALL, COMMAND_LINE, Settings, nested
+from kd_accel.config.validation import problems
+
+_TAKEN = ("data", "teacher", "train.eval_batch_size", "train.precision")
+_BY_REASON_REFUSED = {
+    "model.json determines it": "data.image_size data.mean data.std",
+    "held-out samples are not augmented": "data.augment data.crop_padding data.views data.view_seed",
+    "a training checks it": "teacher.min_accuracy",
+    "it decides the contents of a new cache": "teacher.cache.dtype teacher.cache.shard_mib teacher.cache.batch_size",
+}
+_REFUSED = {name: reason for reason, names in _BY_REASON_REFUSED.items() for name in names.split()}
+_NO_EFFECT = ": has no effect"
+
+
+def is_evaluation_setting(name: str) -> bool:
+    """Return whether a setting, by its dotted name, can be changed for an evaluation."""
+    return any(name == each or name.startswith(f"{each}.") for each in _TAKEN) and name not in _REFUSED
+
+
+def parse_evaluation(argv: Sequence[str], *, parser: CommandParser) -> tuple[RunConfig, argparse.Namespace]:
+    """Parse and check the command line of an evaluation.
+
+    Args:
+        argv: The command's own arguments, among them the run directory `run`, and flags.
+        parser: Parser of these arguments.
+
+    Returns:
+        The config of the run with the changes of the flags, and the values of the command's own arguments.
+
+    Raises:
+        UserError: If the directory has no config, or a setting is not valid. The message lists every mistake.
+    """
+    flags, own = parser.split(argv)
+    arguments, settings = parser.parse(own), Settings(RunConfig)
+    _add_run(settings, arguments.run)
+    settings.add_flags(flags)
+    return _checked(settings, parser.losses, parser.options()), arguments
+
+
+def build_evaluation(run: Path, changes: Mapping[str, Any], *, losses: Mapping[str, Sequence[str]]) -> RunConfig:
+    """Build and check the config of an evaluation from Python.
+
+    Args:
+        run: Run directory.
+        changes: Values by dotted name.
+        losses: Names of the registered losses by kind.
+
+    Raises:
+        UserError: If the directory has no config, or a setting is not valid. The message lists every mistake.
+    """
+    settings = Settings(RunConfig)
+    _add_run(settings, run)
+    for name, value in changes.items():
+        settings.add(nested(tuple(name.split(".")), value), CALL)
+    return _checked(settings, losses, ())
+
+
+def _add_run(settings: Settings, run: Path) -> None:
+    config_file = run / "config.yaml"
+    if config_file.is_file():
+        settings.add_file(str(config_file))
+        settings.values.pop("role", None)  # a label, which excludes a teacher
+    else:
+        settings.mistakes.append(
+            f"{config_file}: is missing: no finished run in this directory; train it first, or choose another directory"
+        )
+
+
+def _checked(settings: Settings, losses: Mapping[str, Sequence[str]], command_options: Sequence[str]) -> RunConfig:
+    changed = {keys: where for keys, where in settings.origins.items() if where in (COMMAND_LINE, CALL)}
+    sections = {keys[:length] for keys in changed for length in range(1, len(keys))}
+    for keys in sorted(changed.keys() - sections):
+        name = ".".join(keys)
+        if exists(RunConfig, keys) and not is_evaluation_setting(name):
+            reason = _REFUSED.get(name, f"only {', '.join(_TAKEN[:-1])} and {_TAKEN[-1]} can be changed")
+            shown = f"--{name}" if changed[keys] == COMMAND_LINE else name
+            settings.mistakes.append(f"{shown}{_NO_EFFECT} on an evaluation ({reason}); leave it out")
+            _remove(settings.values, keys)
+    _leave_out_ineffective(settings)
+    config: RunConfig = checked_config(settings, losses, command_options)
+    return config
+
+
+def _leave_out_ineffective(settings: Settings) -> None:
+    """Reset the settings of the run that have no effect with the changes to their defaults."""
+    while True:
+        try:
+            broken = problems(RunConfig.model_validate(settings.values))
+        except ValidationError:  # reported with all other mistakes
+            return
+        named = (tuple(rule.partition(_NO_EFFECT)[0].split(".")) for rule in broken if _NO_EFFECT in rule)
+        left_out = [keys for keys in named if settings.origin(keys) not in (COMMAND_LINE, CALL, None)]
+        if not left_out:
+            return
+        for keys in left_out:
+            _remove(settings.values, keys)
+
+
+def _remove(values: dict[str, Any], keys: Keys) -> None:
+    for key in keys[:-1]:
+        values = values[key]
+    values.pop(keys[-1], None)

@@ -1,0 +1,64 @@
+"""Weights of the loss terms over an entire training, to find settings that have no effect at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kd_accel.config.schema import DistillConfig, RunConfig, Schedule
+
+
+def value_range(value: float | Schedule) -> tuple[float, float]:
+    """Return the smallest and the largest value of a number or a schedule, for a training of any length."""
+    if not isinstance(value, Schedule):
+        return value, value
+    if value.kind == "constant":
+        return value.start, value.start
+    if value.kind == "exponential":
+        floor = value.start if value.floor is None else value.floor
+        highest = max(value.start, floor)
+        return (highest if value.decay == 1 else floor), highest
+    end = value.start if value.end is None else value.end
+    return min(value.start, end), max(value.start, end)
+
+
+def labels_without_weight(config: RunConfig) -> str | None:
+    """Return the setting that gives the labels no weight at any step, as "field: value"; None if they have a weight."""
+    if config.teacher is None:
+        return None
+    distill = config.distill or DistillConfig()
+    if distill.label_weight is not None:
+        return None if value_range(distill.label_weight)[1] > 0 else "distill.label_weight: 0"
+    return None if value_range(distill.alpha)[0] < 1 else "distill.alpha: 1, with distill.label_weight null"
+
+
+def unlabeled_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each setting that does not fit data without labels (`data.label_column: null`)."""
+    teacher = config.teacher
+    if config.data.label_column is not None:
+        return
+    if teacher is None:
+        yield "data.label_column: null means that no labels are read, which needs a teacher; set teacher.run, or a column"
+        return
+    if labels_without_weight(config) is None:
+        yield (
+            "distill.label_weight: the cross-entropy has a weight, but with data.label_column null no sample has a label; set "
+            "distill.label_weight to 0"
+        )
+    if config.data.labels != "keep":
+        yield "data.labels: has no effect with data.label_column null; leave it out"
+    if teacher.class_map is not None:
+        yield "teacher.class_map: has no effect with data.label_column null, whose classes are the teacher's; leave it out"
+    if isinstance(teacher.min_accuracy, float):
+        yield "teacher.min_accuracy: has no effect with data.label_column null, because no accuracy is measured; leave it out"
+
+
+def notices_of_weights(config: RunConfig) -> list[str]:
+    """Return a notice if there is a teacher but no term of the loss compares the student with it."""
+    distill = config.distill or DistillConfig()
+    is_unused = config.teacher is not None and not distill.features and value_range(distill.alpha)[1] == 0
+    if not is_unused:
+        return []
+    return [
+        "distill.alpha: 0 and no distill.features: the teacher has no weight in the loss, and only its agreement with the "
+        "student is measured; set teacher to null for plain training"
+    ]

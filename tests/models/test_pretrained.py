@@ -1,0 +1,87 @@
+"""Classes and preprocessing of pretrained weights, as the libraries state them, without network access."""
+
+import dataclasses
+
+import pytest
+import timm
+from torchvision import models
+
+from kd_accel.models.factory import build_model
+from kd_accel.models.pretrained import WeightsInfo, random_weights_notices, weights_info
+from kd_accel.models.weights import ModelCard, save_model
+
+CARD = ModelCard("import:tests.support.models:student", "imagenet", {}, list("abcd"), [0.1, 0.2, 0.3], [0.7] * 3, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("resnet50", "IMAGENET1K_V2"), ("resnet50", "DEFAULT"), ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1")]
+)
+def test_torchvision_weights_are_described_by_their_transforms(name, weights):
+    expected = models.get_model_weights(name)[weights]
+    info = weights_info(weights, f"torchvision/{name}")
+    assert (info.mean, info.std, info.image_size) == (
+        expected.transforms().mean,
+        expected.transforms().std,
+        expected.transforms().crop_size[0],
+    )
+    assert info.class_names == tuple(expected.meta["categories"]) and info.num_classes == 1000 and not info.is_of_run
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("resnet18", "pretrained"), ("resnet18", "a1_in1k"), ("vit_tiny_patch16_224", "augreg_in21k")]
+)
+def test_timm_weights_are_described_by_their_pretrained_cfg(name, weights):
+    expected = timm.get_pretrained_cfg(name if weights == "pretrained" else f"{name}.{weights}")
+    info = weights_info(weights, f"timm/{name}")
+    assert (tuple(info.mean), tuple(info.std), info.num_classes, info.image_size) == (
+        expected.mean,
+        expected.std,
+        expected.num_classes,
+        expected.input_size[1],
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "arch"),
+    [
+        ("IMAGENET1K_V9", "torchvision/resnet50"),
+        ("DEFAULT", "torchvision/resnet5000"),
+        ("nope", "timm/resnet18"),
+        ("pretrained", "timm/resnet5000"),
+        ("other.safetensors", "torchvision/resnet50"),
+        ("best", "import:tests.support.models:student"),
+    ],
+)
+def test_nothing_is_known_about_other_weights(weights, arch):
+    assert weights_info(weights, arch) == WeightsInfo()
+
+
+def test_weights_of_a_run_are_described_by_its_card(tmp_path):
+    save_model(tmp_path, build_model(CARD.arch, num_classes=4), card=CARD)
+    for weights in (tmp_path, tmp_path / "model.safetensors"):
+        info = weights_info(str(weights), CARD.arch)
+        assert dataclasses.astuple(info) == (CARD.mean, CARD.std, 4, tuple("abcd"), 64, True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "notices"),
+    [
+        (
+            "torchvision/resnet18",
+            [
+                "model.weights: null, so that torchvision/resnet18 starts from random weights; torchvision has IMAGENET1K_V1 "
+                "for model.weights"
+            ],
+        ),
+        (
+            "timm/resnet18",
+            [
+                "model.weights: null, so that timm/resnet18 starts from random weights; timm has a1_in1k, a2_in1k, a3_in1k, "
+                "... for model.weights"
+            ],
+        ),
+        ("import:tests.support.models:student", []),
+    ],
+)
+def test_random_weights_of_a_library_model_are_noticed(arch, notices):
+    assert random_weights_notices(arch) == notices
