@@ -179,7 +179,7 @@ def _build_s(part: Part, rates: FirstRates) -> float:
 
 def pair(stem: Stem, seeds: Sequence[int]) -> Part:
     """Return part `pair`, ResNet-50 to ResNet-18, with the feature of layer4 alone, which suffices by docs/experiments.md."""
-    data = {"data.augment": "crop_flip", "data.mean": [0.4914, 0.4822, 0.4465], "data.std": [0.2470, 0.2435, 0.2616]}
+    data = {"data.transform": "crop_flip", "data.mean": [0.4914, 0.4822, 0.4465], "data.std": [0.2470, 0.2435, 0.2616]}
     teacher = {"role": "teacher", "model.arch": "torchvision/resnet50", "model.arch_args": {"zero_init_residual": True}}
     student = {"model.arch": "torchvision/resnet18"}
     features = {"mse": {"weight": 0.1, "layers": ["layer4"], "args": {"direction": "both"}}}

@@ -35,7 +35,7 @@ from kd_accel.data.datamodule import DataModule, images_on
 from kd_accel.data.dataset import MemoryImages
 from kd_accel.data.decode import Decoder
 from kd_accel.data.splits import Split, SplitSamples
-from kd_accel.data.transforms import ViewTransform
+from kd_accel.data.transforms import CropFlip
 from kd_accel.distributed import Accelerator, start_processes
 from kd_accel.losses.features import Direction
 from kd_accel.losses.targets import PCA
@@ -52,14 +52,14 @@ IMAGE_SIZE = 32
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 """Arguments of torch.optim.SGD."""
 MEAN, STD = [0.5] * 3, [0.25] * 3
-VIEWS = ViewTransform("crop_flip", IMAGE_SIZE)
+VIEWS = CropFlip(IMAGE_SIZE)
 STUDENT = {"layer1": (64, 8, 8), "layer2": (128, 4, 4), "layer3": (256, 2, 2), "layer4": (512, 1, 1)}
 """{layer: shape of its output (D, H, W)} of the student."""
 TEACHER = {"layer1": (256, 8, 8), "layer2": (512, 4, 4), "layer3": (1024, 2, 2), "layer4": (2048, 1, 1)}
 """{layer: shape of its output (D, H, W)} of the teacher."""
 LAYERS = list(STUDENT)
 PLAIN = RunConfig(
-    data=DataConfig(augment="crop_flip", val_fraction=0.0),
+    data=DataConfig(transform="crop_flip", val_fraction=0.0),
     optim=OptimConfig(**SGD),
     checkpoint=CheckpointConfig(every_epochs=None),
 )

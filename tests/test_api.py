@@ -21,7 +21,7 @@ from tests.support.models import images as own_images
 from tests.support.models import teacher as teacher_network
 
 SMALL = {
-    "data": {"source": "import:tests.support.models:images", "augment": "crop_flip", "val_fraction": 0.2},
+    "data": {"source": "import:tests.support.models:images", "transform": "crop_flip", "val_fraction": 0.2},
     "model": {"arch": "import:tests.support.models:student"},
     "optim": {"lr": 0.05},
     "train": {"batch_size": 16, "epochs": 3, "log_every_steps": 1},

@@ -13,7 +13,7 @@ from benchmarks.acceptance.starting import Starter
 
 SYNTHETIC = "import:benchmarks.synthetic"
 UNTRACKED = ("--tracking.wandb=disabled",)
-_VIEWS = ("--data.val_fraction=0", "--data.limit_test=64", "--data.augment=crop_flip")
+_VIEWS = ("--data.val_fraction=0", "--data.limit_test=64", "--data.transform=crop_flip")
 IMAGES = (f"--data.source={SYNTHETIC}:images", *_VIEWS)
 MANY_IMAGES = (f"--data.source={SYNTHETIC}:many_images", *_VIEWS)
 _ARCH_ARGS = {"zero_init_residual": True}

@@ -67,7 +67,6 @@ def build_header(config: RunConfig, data: DataModule, teacher: Teacher, accelera
         "cache": str(config.teacher.cache.dir),
         **processes_header(config, accelerator),
         **data_header(config, data),
-        "views": f"{data.num_views} of each training sample",
         "teacher": model if name is None else f"{name}, {model}",
     }
 
@@ -107,13 +106,14 @@ def processes_header(config: RunConfig, accelerator: Accelerator) -> dict[str, s
 
 
 def data_header(config: RunConfig, data: DataModule) -> dict[str, str]:
-    """Return the lines of the data: source, samples of each split, and classes with their training samples."""
+    """Return the lines of the data: source, samples of each split, classes with their training samples, and views."""
     samples = ", ".join(f"{len(samples):,} {split}" for split, samples in data.splits.by_name().items())
     unlabeled = len(data.unlabeled_samples)
     return {
         "data": _source(config),
         "samples": f"{samples}; {unlabeled:,} train without a label" if unlabeled else samples,
         "classes": _classes(data),
+        "views": _views(data),
     }
 
 
@@ -172,6 +172,17 @@ def _classes(data: DataModule) -> str:
         return f"{len(counts)}, each with {counts[least]:,} training samples, {empty}"
     ends = (f"{counts[label]:,} ({ascii(data.label_names[label])[:40]})" for label in (least, most))
     return f"{len(counts)}, with {' to '.join(ends)} training samples, {empty}"
+
+
+def _views(data: DataModule) -> str:
+    """Return the transforms, and the number of views of each training sample."""
+    transform = data.transform.fingerprint_fields()["transform"]
+    arguments = {name: ", ".join(f"{key}={value}" for key, value in settings.items()) for name, settings in transform.items()}
+    names = [f"{name}({text})" for name, text in arguments.items()]
+    if not names:
+        return "none, each sample without a transform"
+    number = "new ones in each epoch" if data.num_views is None else f"{data.num_views} of each training sample"
+    return f"{', '.join(names)}; {number}"
 
 
 def _steps(run: Run) -> str:

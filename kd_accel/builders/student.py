@@ -174,4 +174,5 @@ def model_card(config: RunConfig, data: DataModule) -> ModelCard:
         image_size=config.data.image_size,
         background=config.data.background,
         pixel_range=config.data.pixel_range,
+        crop_pct=config.data.crop_pct,
     )

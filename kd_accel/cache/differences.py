@@ -14,13 +14,13 @@ from kd_accel.cache.spec import TensorSpec
 from kd_accel.config.fields import flatten
 from kd_accel.data.splits import Split
 from kd_accel.io.hashing import tensors_digest
+from kd_accel.io.safe_yaml import dump_yaml
 from kd_accel.losses.targets import TargetFunction
 
 LAYERS = "distill.features.NAME.layers"
 MEMORY_FORMAT = "numerics.channels_last"
 CONTENTS = "data.contents"
-_TRANSFORM = "views.transform"
-_OF_TRANSFORM = ("views.view_seed", "views.crop_padding")
+_TRANSFORM, _VIEW_SEED = "views.transform", "views.view_seed"
 _LABELS = "data.label_names"
 _CLASS_MAP = "teacher.class_map"
 _LONGEST_VALUE = 80
@@ -80,11 +80,12 @@ FIELDS = {
     "pixels.version": Field((), "of kd_accel's image decoding, not a setting"),
     "pixels.background": Field(("data.background",)),
     "pixels.pixel_range": Field(("data.pixel_range",)),
-    _TRANSFORM: Field(("data.augment",)),
+    "pixels.crop_pct": Field(("data.crop_pct",)),
+    _TRANSFORM: Field(("data.transform",)),
+    "views.order": Field(("data.transform",), "order of the transforms", default="the usual order"),
     "views.version": Field((), "of kd_accel's augmentations, not a setting"),
     "views.image_size": Field(("data.image_size",)),
-    "views.view_seed": Field(("data.view_seed",)),
-    "views.crop_padding": Field(("data.crop_padding",)),
+    _VIEW_SEED: Field(("data.view_seed",)),
 }
 """Each field of a fingerprint by its dotted name; a field below one of these (an argument in `arch_args`) belongs to it."""
 
@@ -129,9 +130,9 @@ def differing_fields(
     """
     stored, now = (_flat(each) for each in (stored_fields, fields))
     different = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
-    # A setting that only one of two transforms has differs as a consequence of the transform, which is listed.
-    if _TRANSFORM in different:
-        different = [key for key in different if key not in _OF_TRANSFORM or (key in stored and key in now)]
+    # Views without a transform have no seed. That the other views have a transform is listed.
+    if any(key.startswith(_TRANSFORM) for key in different):
+        different = [key for key in different if key != _VIEW_SEED or (key in stored and key in now)]
     if any_memory_format:
         different = [key for key in different if key != MEMORY_FORMAT]
     return [_field_line(key, stored.get(key), now.get(key), layers) for key in different]
@@ -194,7 +195,7 @@ def describe_target(description: Mapping[str, Any]) -> str:
 
 
 def describe_views(fields: Mapping[str, Any]) -> str:
-    """Format the fingerprint fields of the views by the names of their settings, as `augment=crop, image_size=32`."""
+    """Format the fingerprint fields of the views by the names of their settings, as `image_size=32, view_seed=0`."""
     names = {key: FIELDS.get(f"views.{key}", _UNKNOWN).settings for key in fields}
     shown = (f"{names[key][0].rpartition('.')[2]}={_text(value)}" for key, value in fields.items() if names[key])
     return ", ".join(shown)
@@ -279,4 +280,5 @@ def _text(value: Any, *, default: str = "not set") -> str:
     if value is None:
         return default
     text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = dump_yaml(value, in_one_line=True).strip() if isinstance(value, Mapping) else text
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

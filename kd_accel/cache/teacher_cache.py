@@ -157,11 +157,7 @@ class TeacherCache:
             UserError: If the samples, their contents, the classes or the image size differ from those of the cache.
         """
         stored = self._cache.cache_spec.fingerprint_fields["views"]
-        transform = ViewTransform(
-            augment=stored["transform"],
-            image_size=data.module.transform.image_size,
-            crop_padding=stored.get("crop_padding", 0),
-        )
+        transform = ViewTransform.from_fingerprint({**stored, "image_size": data.module.transform.image_size})
         views = ViewDataset(data, transform, num_views=self.num_views, view_seed=stored.get("view_seed", 0))
         self.check_data(views.module)
         return views

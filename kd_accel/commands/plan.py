@@ -6,6 +6,7 @@ import json
 
 from kd_accel.builders.measure import estimate_costs
 from kd_accel.cache.estimate import estimate_text
+from kd_accel.config.data_schema import has_transform
 from kd_accel.config.schema import RunConfig
 from kd_accel.distributed import leave_processes, start_processes
 from kd_accel.errors import UserError
@@ -28,7 +29,7 @@ def run_plan(config: RunConfig, *, as_json: bool) -> None:
     accelerator = start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
     result = estimate_costs(config, accelerator)
     text = estimate_text(result)
-    if config.data.views is None and config.data.augment != "none":
+    if config.data.views is None and has_transform(config.data):
         text += "\ndata.views is null (new views in each epoch): counted as one view for each epoch"
     accelerator.print(json.dumps(result) if as_json else text)
     leave_processes(accelerator)

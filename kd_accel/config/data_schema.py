@@ -1,4 +1,4 @@
-"""Settings of the data as a frozen pydantic model, and the base of all groups of settings.
+"""Settings of the data as a frozen pydantic model.
 
 The "Args:" of a class is the `--help` of its settings.
 """
@@ -7,20 +7,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from kd_accel.config.section import Section
+from kd_accel.config.transform_schema import Preset, TransformConfig, transform_config
 
 MAX_IMAGE_SIZE = 4096
 
 LabelRule = Literal["keep", "remap"]
 OnError = Literal["stop", "skip"]
 Background = Literal["black", "white"]
-Augment = Literal["none", "crop", "crop_flip", "resized_crop", "trivial_augment"]
-
-
-class Section(BaseModel):
-    """A group of settings: frozen, strictly typed (`true` is not a number, `1.5` is not an integer), without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class DataConfig(Section):
@@ -43,8 +37,8 @@ class DataConfig(Section):
         background: Color behind transparent pixels: black or white.
         pixel_range: Values [low, high] that become black and white in images of more than 8 bits per channel, linear between
             them; null = the range of the type, or an error if the type does not define it. 8-bit images are used as they are.
-        augment: Random transform that turns an image into a view.
-        crop_padding: Zero padding before a random crop, in pixels (crop, crop_flip, trivial_augment).
+        crop_pct: Side of the central square that is used where nothing is random, as a fraction of the image's shorter side.
+        transform: Random transforms that make a view: a preset, or settings by name, applied in their order.
         views: Number of different views of each sample, used in turn (view = epoch mod views); null = new views each epoch.
         view_seed: Seed of the views, independent of the run's seed, so that runs of any seed see the same views.
         val_fraction: Fraction of the training samples held out for validation, of each class; the choice depends on the
@@ -70,8 +64,8 @@ class DataConfig(Section):
     image_size: int = 32
     background: Background = "black"
     pixel_range: list[float] | None = None
-    augment: Augment = "crop"
-    crop_padding: int = 4
+    crop_pct: float = 1.0
+    transform: Preset | TransformConfig = "crop"
     views: int | None = None
     view_seed: int = 0
     val_fraction: float = 0.1
@@ -82,3 +76,8 @@ class DataConfig(Section):
     memory_limit_mib: int = 4096
     num_workers: int = 0
     on_error: OnError = "stop"
+
+
+def has_transform(data: DataConfig) -> bool:
+    """Return whether views differ from their images."""
+    return any(True for _ in transform_config(data.transform).items())

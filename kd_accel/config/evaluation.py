@@ -23,7 +23,7 @@ from kd_accel.config.validation import problems
 _TAKEN = ("data", "teacher", "train.eval_batch_size", "train.precision")
 _BY_REASON_REFUSED = {
     "model.json determines it": "data.image_size data.mean data.std",
-    "held-out samples are not augmented": "data.augment data.crop_padding data.views data.view_seed",
+    "held-out samples are not augmented": "data.transform data.views data.view_seed",
     "a training checks it": "teacher.min_accuracy",
     "it decides the contents of a new cache": "teacher.cache.dtype teacher.cache.shard_mib teacher.cache.batch_size",
 }

@@ -31,9 +31,9 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return next((option for option in options(annotation) if isinstance(option, type) and issubclass(option, BaseModel)), None)
 
 
-def is_number(annotation: Any) -> bool:
-    """Return whether a float is a value of this type, as it is for `float | Schedule`."""
-    return float in options(annotation)
+def takes_scalar(annotation: Any) -> bool:
+    """Return whether a number or a name is a value of this type, as for `float | Schedule` and `Preset | TransformConfig`."""
+    return any(option is float or typing.get_origin(option) is Literal for option in options(annotation))
 
 
 def entry_of(annotation: Any) -> Any:
@@ -57,9 +57,9 @@ def exists(annotation: Any, keys: Keys) -> bool:
 
 
 def leaves(annotation: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Yield name and type of every setting that is not a section. Schedules, which may be written as numbers, are settings."""
+    """Yield name and type of every setting that is not a section. A section that may be written as a scalar is a setting."""
     section = section_of(annotation)
-    if section is None or is_number(annotation):
+    if section is None or takes_scalar(annotation):
         inner = entry_of(annotation)
         yield from leaves(inner, (*keys, NAME)) if section_of(inner) else ((keys, annotation),)
         return

@@ -16,12 +16,21 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from kd_accel.config.fields import NAME, entry_of, options, section_of
+from kd_accel.config.fields import NAME, entry_of, options, section_of, takes_scalar
 from kd_accel.config.schema import Argument, Schedule
+from kd_accel.config.transform_schema import TransformConfig
 from kd_accel.io.safe_yaml import dump_yaml
 
 _WIDTH = 120
-_LABELS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", types.NoneType: "null", Schedule: "SCHEDULE"}
+_LABELS = {
+    bool: "BOOL",
+    int: "INT",
+    float: "FLOAT",
+    str: "TEXT",
+    types.NoneType: "null",
+    Schedule: "SCHEDULE",
+    TransformConfig: "TRANSFORMS",
+}
 _RULES = (
     "settings: --a.b VALUE, or a: {b: VALUE} in a YAML file. Files are merged in their order, then the flags: a mapping is\n"
     "merged key by key, and null removes an entry of a mapping {NAME: ...} or {KEY: ...}."
@@ -56,6 +65,10 @@ def settings_help(
     lines = list(_section_help(config_class, "", ""))
     if any("SCHEDULE" in line for line in lines):
         lines += _section_help(Schedule, "a.b.", "SCHEDULE: {start: FLOAT, ...} in place of a number, for any --a.b above")
+    if any("TRANSFORMS" in line for line in lines):
+        lines += _section_help(
+            TransformConfig, "data.transform.", "TRANSFORMS: {random_crop: {padding: 4}, ...}, in their order"
+        )
     named = [f"losses ({kind}): {', '.join(names)}, or import:package.module:Class" for kind, names in losses.items()]
     return "\n".join(["", _RULES, *lines, *(["", *named] if named else []), ""])
 
@@ -67,7 +80,7 @@ def _section_help(
     texts, inner, lines = descriptions(section), [], []
     for name, field in section.model_fields.items():
         below = section_of(field.annotation) or section_of(entry_of(field.annotation))
-        if below not in (None, Schedule):
+        if below is not None and not takes_scalar(field.annotation):
             is_mapping = entry_of(field.annotation) is not None
             default = "  (default null)" if field.default is None and field.default_factory is None else ""
             key = f"{prefix}{name}.{NAME}" if is_mapping else f"{prefix}{name}"

@@ -11,10 +11,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from kd_accel.config.data_schema import MAX_IMAGE_SIZE as MAX_IMAGE_SIZE
-from kd_accel.config.data_schema import Augment as Augment
 from kd_accel.config.data_schema import DataConfig as DataConfig
-from kd_accel.config.data_schema import Section as Section
 from kd_accel.config.run_name import AUTO, run_name
+from kd_accel.config.section import Section as Section
 
 Stem = Literal["imagenet", "no_pool", "cifar"]
 Precision = Literal["float32", "bf16", "fp16"]

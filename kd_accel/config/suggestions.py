@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from kd_accel.config.fields import NAME, Keys, child, entry_of, exists, is_number, is_text, leaves, match, section_of
+from kd_accel.config.fields import NAME, Keys, child, entry_of, exists, is_text, leaves, match, section_of, takes_scalar
 
 _USUAL_NAMES = {
     "name": "run_name experiment experiment_name exp_name wandb_name wandb_run_name",
@@ -16,7 +16,8 @@ _USUAL_NAMES = {
     "seed": "random_seed manual_seed data_seed",
     "data.source": "dataset dataset_name dataset_dir dataset_path data_dir data_path data_root data_set train_dir",
     "data.image_size": "img_size imgsz input_size resolution crop_size",
-    "data.augment": "aa aug auto_augment augmentation augmentations transform transforms",
+    "data.transform": "aa aug augment auto_augment augmentation augmentations transforms",
+    "data.transform.random_crop.padding": "crop_padding",
     "data.val_fraction": "val_ratio validation_ratio",
     "data.val_split": "validation_split valid_split",
     "data.test_fraction": "test_ratio test_size",
@@ -130,7 +131,7 @@ def _nested(suggestion: Suggestion) -> str:
 def main_setting(annotation: Any) -> str | None:
     """Return the setting for which a text in place of a section most likely stands: the first, if it takes text."""
     section = section_of(annotation)
-    if section is None or is_number(annotation):
+    if section is None or takes_scalar(annotation):
         return None
     name, field = next(iter(section.model_fields.items()))
     return name if is_text(field.annotation) else None
@@ -209,8 +210,8 @@ def _siblings(config_class: type[BaseModel], keys: Keys, value: Any) -> list[str
     parent: Any = config_class
     for key in keys[:-1]:
         parent = child(parent, key)
-    takes_scalar = {name: is_number(field) or section_of(field) is None for name, field in _fields(parent)}
-    return [name for name, is_scalar in takes_scalar.items() if is_scalar or isinstance(value, dict)]
+    is_scalar = {name: takes_scalar(field) or section_of(field) is None for name, field in _fields(parent)}
+    return [name for name in is_scalar if is_scalar[name] or isinstance(value, dict)]
 
 
 def _known(config_class: type[BaseModel], *, is_section: bool) -> list[Keys]:

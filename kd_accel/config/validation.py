@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from kd_accel.config.data_schema import has_transform
 from kd_accel.config.fields import nearest
 from kd_accel.config.loss_weights import labels_without_weight, unlabeled_problems, value_range
 from kd_accel.config.schedule_rules import schedule_problems
@@ -27,6 +28,7 @@ from kd_accel.config.schema import (
     RunConfig,
     TeacherConfig,
 )
+from kd_accel.config.transform_schema import transform_config
 from kd_accel.io.user_code import PREFIX
 
 SOURCES = ("hub:", "parquet:", "disk:", "imagefolder:", "csv:", "import:")
@@ -110,8 +112,8 @@ def _data(config: RunConfig) -> Iterator[str]:
     if data.source != "digits" and not data.source.startswith(SOURCES):
         yield f"data.source: {data.source!r} must be digits or start with one of {', '.join(SOURCES)}"
     yield from _at_least(data, "data", 1, "image_size", "views", "limit_train", "limit_test", "memory_limit_mib")
-    yield from _at_least(data, "data", 0, "crop_padding", "num_workers", "view_seed")
-    for name, most in (("image_size", MAX_IMAGE_SIZE), ("crop_padding", data.image_size), ("num_workers", _MAX_WORKERS)):
+    yield from _at_least(data, "data", 0, "num_workers", "view_seed")
+    for name, most in (("image_size", MAX_IMAGE_SIZE), ("num_workers", _MAX_WORKERS)):
         if getattr(data, name) > most:
             yield f"data.{name}: {getattr(data, name)} must be at most {most}"
     if not 0 <= data.val_fraction < 1:
@@ -125,7 +127,10 @@ def _data(config: RunConfig) -> Iterator[str]:
             f"data.test_split: {data.test_split!r} is also data.train_split, so that the accuracy would be that of training "
             "samples; set another split, or data.test_fraction to hold out a part of it"
         )
+    if not 0 < data.crop_pct <= 1:
+        yield f"data.crop_pct: {data.crop_pct} must be above 0 and at most 1"
     yield from _pixel_range(data.pixel_range)
+    yield from _transform(data)
     yield from _data_without_effect(data)
     yield from unlabeled_problems(config)
     if (data.mean is None) != (data.std is None):
@@ -141,6 +146,14 @@ def _pixel_range(pixel_range: list[float] | None) -> Iterator[str]:
         yield f"data.pixel_range: {pixel_range} must be [low, high] with low below high, such as [0, 4095]"
 
 
+def _transform(data: DataConfig) -> Iterator[str]:
+    transform = transform_config(data.transform)
+    yield from (f"data.transform.{problem}" for problem in transform.problems())
+    crop = transform.random_crop
+    if crop is not None and crop.padding > data.image_size:
+        yield f"data.transform.random_crop.padding: {crop.padding} must be at most data.image_size ({data.image_size})"
+
+
 def _data_without_effect(data: DataConfig) -> Iterator[str]:
     splits = ("train_split", "val_split", "test_split", "test_fraction")
     if data.source == "digits":
@@ -152,12 +165,10 @@ def _data_without_effect(data: DataConfig) -> Iterator[str]:
         yield from _no_effect(data, "data", ("val_fraction",), because=f"with data.val_split {data.val_split}")
     if data.test_fraction is not None:
         yield from _no_effect(data, "data", ("test_split",), because="with data.test_fraction")
-    if data.augment == "none":
-        yield from _no_effect(data, "data", ("view_seed", "crop_padding"), because="with augment none")
+    if not has_transform(data):
+        yield from _no_effect(data, "data", ("view_seed",), because="with transform none")
         if data.views not in (None, 1):
-            yield "data.views: has no effect (with augment none all views are equal); leave it out"
-    if data.augment == "resized_crop":
-        yield from _no_effect(data, "data", ("crop_padding",), because="with augment resized_crop")
+            yield "data.views: has no effect (with transform none all views are equal); leave it out"
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -217,7 +228,7 @@ def _outputs(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
         return
     if cache.dir is None:
         yield f"teacher.cache.dir: missing; with teacher.outputs {outputs} set the directory of the cache"
-    if config.data.views is None and config.data.augment != "none":
+    if config.data.views is None and has_transform(config.data):
         yield f"data.views: null means new views in each epoch; with teacher.outputs {outputs} set the number of cached views"
     if outputs == "mixed" and (config.distill is None or not config.distill.features):
         yield "teacher.outputs: mixed differs from cached only in the features; without distill.features use cached"

@@ -148,9 +148,8 @@ class _BatchDataset(Dataset[_Arrays | UserError]):
     def arrays(self, request: _Request) -> _Arrays:
         """Prepare the arrays of a batch. Raises UserError if an image cannot be decoded."""
         images, (indices, view) = self._images[request.split], request.share
-        pixels = images.pixels(indices)
-        if request.is_augmented and request.split == "train":
-            pixels = self._transform(pixels, indices, view)
+        is_augmented = request.is_augmented and request.split == "train"
+        pixels = self._transform.view(images, indices, view) if is_augmented else images.pixels(indices)
         return pixels, images.labels[indices], indices, view
 
     def __getitem__(self, request: _Request) -> _Arrays | UserError:

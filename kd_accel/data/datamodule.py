@@ -193,7 +193,7 @@ class DataModule:
 
     def view_batch(self, indices: np.ndarray, view: int) -> Batch:
         """Compute one view of training samples, in host memory. indices: int64 [n], positions in the source split."""
-        pixels = self.transform(self.train.pixels(indices), indices, view)
+        pixels = self.transform.view(self.train, indices, view)
         return make_batch(pixels, self.train.labels[indices], indices, view)
 
     def _images(self, split: Split) -> ImageSet:
@@ -255,13 +255,8 @@ def build_module(
         mean, std = config.mean, config.std
     else:
         mean, std = channel_statistics(train, splits.train, inventory)
-    transform = ViewTransform(
-        augment=config.augment,
-        image_size=config.image_size,
-        crop_padding=config.crop_padding,
-        view_seed=config.view_seed,
-    )
-    num_views = 1 if config.augment == "none" else config.views
+    transform = ViewTransform.from_config(config)
+    num_views = 1 if transform.is_identity else config.views
     return DataModule(
         **by_split,
         splits=splits,

@@ -1,13 +1,15 @@
 """Image decoding: encoded bytes, a PIL image or an array, to RGB uint8 [S, S, 3].
 
-An image is converted to 8-bit RGB (`color.py`), turned upright by its EXIF orientation, center-cropped to a square and resized
-(bicubic). A large JPEG is reduced while it is decoded. A truncated or damaged file is an error, never a partly gray image.
+An image is converted to 8-bit RGB (`color.py`), turned upright by its EXIF orientation, cropped and resized: by default the
+central square, bicubic. A large JPEG is reduced while it is decoded. A truncated or damaged file is an error, never a partly
+gray image.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,21 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _ALPHA_MODES = ("LA", "RGBA")
+_SWAPPED = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
+_FROM_RIGHT = (
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+)
+"""Methods that move the right or lower edge of a file to the left edge."""
+_FROM_BELOW = (
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+)
+"""Methods that move the right or lower edge of a file to the upper edge."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,6 +65,23 @@ _UPRIGHT = {
 }
 
 
+Box = tuple[float, float, float, float]
+"""(left, top, width, height) in pixels."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Part of an image that is resized to the image size.
+
+    Attributes:
+        box: Function of width and height of the upright image, in pixels, that returns the part.
+        resampling: Filter of the resizing.
+    """
+
+    box: Callable[[int, int], Box]
+    resampling: Image.Resampling = Image.Resampling.BICUBIC
+
+
 @dataclass(frozen=True)
 class Decoder:
     """Conversion of image files and images to RGB uint8 [S, S, 3].
@@ -57,27 +91,40 @@ class Decoder:
         background: Color behind transparent pixels.
         pixel_range: Values that become black and white in an image of more than 8 bits per channel; None = the range of its
             type, or an error if the type does not define it.
+        crop_pct: Side of the central square that is used, as a fraction of the image's shorter side.
     """
 
     image_size: int
     background: Background = "black"
     pixel_range: PixelRange | None = None
+    crop_pct: float = 1.0
 
     @classmethod
     def from_config(cls, config: DataConfig) -> Decoder:
         """Create the decoder of the data settings."""
-        return cls(config.image_size, config.background, as_range(config.pixel_range))
+        return cls(config.image_size, config.background, as_range(config.pixel_range), config.crop_pct)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what decides the pixels besides the file and the image size."""
         pixel_range = None if self.pixel_range is None else [float(value) for value in self.pixel_range]
-        return {"version": DECODE_VERSION, "background": self.background, "pixel_range": pixel_range}
+        return {
+            "version": DECODE_VERSION,
+            "background": self.background,
+            "pixel_range": pixel_range,
+            "crop_pct": float(self.crop_pct),
+        }
 
-    def decode(self, data: bytes) -> np.ndarray:
+    def center(self, width: int, height: int) -> Box:
+        """Return the central square of an image."""
+        side = min(width, height) * self.crop_pct
+        return (width - side) / 2, (height - side) / 2, side, side
+
+    def decode(self, data: bytes, crop: Crop | None = None) -> np.ndarray:
         """Decode an image file.
 
         Args:
             data: Content of the file.
+            crop: Part of the image; None = the central square.
 
         Returns:
             RGB image, uint8 [S, S, 3].
@@ -87,7 +134,7 @@ class Decoder:
         """
         try:
             with warnings.catch_warnings(action="ignore"):
-                return self._decode_file(data)
+                return self._decode_file(data, crop or Crop(self.center))
         except UnknownRangeError:
             raise
         except UnidentifiedImageError:
@@ -96,17 +143,21 @@ class Decoder:
             # Each decoder of Pillow raises its own exceptions on damaged bytes.
             raise ValueError(str(error) or type(error).__name__) from None
 
-    def fit_array(self, image: np.ndarray) -> np.ndarray:
-        """Center-crop and resize an image: uint8 [H, W, 3] to uint8 [S, S, 3]; unchanged if it already has that size."""
-        if image.shape == (self.image_size, self.image_size, 3):
-            return image
-        return _square(Image.fromarray(image), self.image_size)
+    def fit_array(self, image: np.ndarray, crop: Crop | None = None) -> np.ndarray:
+        """Crop and resize an image: uint8 [H, W, 3] to uint8 [S, S, 3]; unchanged if the crop already has that size.
 
-    def fit_image(self, image: Image.Image) -> np.ndarray:
-        """Convert a PIL image to RGB, center-crop and resize it, without its EXIF orientation.
+        Args:
+            image: RGB image, uint8 [H, W, 3].
+            crop: Part of the image; None = the central square.
+        """
+        return _resized(Image.fromarray(image), self.image_size, crop or Crop(self.center))
+
+    def fit_image(self, image: Image.Image, crop: Crop | None = None) -> np.ndarray:
+        """Convert a PIL image to RGB, crop and resize it, without its EXIF orientation.
 
         Args:
             image: Image of any mode.
+            crop: Part of the image; None = the central square.
 
         Returns:
             RGB image, uint8 [S, S, 3].
@@ -114,32 +165,33 @@ class Decoder:
         Raises:
             ValueError: If its values cannot be converted, as those of a float image without `pixel_range`.
         """
-        return _square(flatten(to_eight_bits(image, pixel_range=self.pixel_range), self.background), self.image_size)
+        rgb = flatten(to_eight_bits(image, pixel_range=self.pixel_range), self.background)
+        return _resized(rgb, self.image_size, crop or Crop(self.center))
 
-    def _decode_file(self, data: bytes) -> np.ndarray:
+    def _decode_file(self, data: bytes, crop: Crop) -> np.ndarray:
         try:
-            return self._decode_bytes(data)
+            return self._decode_bytes(data, crop)
         except ValueError:
             # Pillow refuses texts and color profiles that are large when decompressed. They do not affect the pixels.
             reduced = _without_metadata(data)
             if len(reduced) == len(data):
                 raise
-        return self._decode_bytes(reduced)
+        return self._decode_bytes(reduced, crop)
 
-    def _decode_bytes(self, data: bytes) -> np.ndarray:
+    def _decode_bytes(self, data: bytes, crop: Crop) -> np.ndarray:
         with _open(data) as image:
             width, height = image.size
-            scale = _reduce_jpeg(image, self.image_size)
+            scale = _reduce_jpeg(image, self.image_size, crop)
             levels = to_eight_bits(image, pixel_range=self.pixel_range, reopen=lambda: _open(data))
             # Some orientations and metadata are known only when the pixels are loaded.
             image.load()
-            # Sides are rounded up by a reduction. The fractions keep the square where it is in the file.
-            extent = levels.size if scale == 1 else (width / scale, height / scale)
-            factor = _block_size(levels, self.image_size)
+            method = _UPRIGHT.get(_orientation(image))
+            box = crop.box(*_upright_size((width, height), method))
+            factor = _block_size(levels, min(box[2:]) / scale, self.image_size)
             if factor > 1:
-                levels, extent = levels.reduce(factor), (extent[0] / factor, extent[1] / factor)
-            rgb = flatten(levels, self.background)
-            return _upright_square(rgb, extent, self.image_size, _UPRIGHT.get(_orientation(image)))
+                levels, scale = levels.reduce(factor), scale * factor
+            upright, box = _in_reduced(flatten(levels, self.background), box, (width, height), scale, method)
+            return _resized(upright, self.image_size, Crop(lambda width, height: box, crop.resampling))
 
 
 def as_range(pixel_range: list[float] | None) -> PixelRange | None:
@@ -147,20 +199,27 @@ def as_range(pixel_range: list[float] | None) -> PixelRange | None:
     return None if pixel_range is None else (pixel_range[0], pixel_range[1])
 
 
-def jpeg_scale(width: int, height: int, image_size: int) -> int:
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of an image file, without decoding it. Raises OSError or ValueError if it is not an image."""
+    with warnings.catch_warnings(action="ignore"), _open(data) as image:
+        return image.size
+
+
+def jpeg_scale(width: int, height: int, side: float, image_size: int) -> int:
     """Return the factor by which a JPEG is reduced while it is decoded: 1, 2, 4 or 8.
 
-    The shorter side keeps at least twice the pixels of the result, as in Pillow's thumbnails, so that the result is nearly the
-    same (a mean difference of about 1 of 255 levels in photos); above 64 megapixels at least those of the result, so that it is
-    never enlarged.
+    The shorter side of the crop keeps at least twice the pixels of the result, as in Pillow's thumbnails, so that the result is
+    nearly the same (a mean difference of about 1 of 255 levels in photos); in images above 64 megapixels at least those of the
+    result, so that it is never enlarged.
 
     Args:
         width: Width in the file, in pixels.
         height: Height in the file, in pixels.
+        side: Shorter side of the crop in the file, in pixels.
         image_size: Side of the result, in pixels.
     """
     margin = 1 if width * height > _LARGE_PIXELS else _JPEG_MARGIN
-    fitting = [scale for scale in (2, 4, 8) if min(width, height) // scale >= margin * image_size]
+    fitting = [scale for scale in (2, 4, 8) if side // scale >= margin * image_size]
     return max(fitting, default=1)
 
 
@@ -174,12 +233,13 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     return JpegImagePlugin.jpeg_factory(io.BytesIO(data))
 
 
-def _reduce_jpeg(image: ImageFile.ImageFile, image_size: int) -> int:
+def _reduce_jpeg(image: ImageFile.ImageFile, image_size: int, crop: Crop) -> int:
     """Set the reduction of a JPEG. Returns its factor. Raises ValueError if an image exceeds the limit of pixels."""
     (width, height), scale = image.size, 1
     is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
     if is_jpeg and width * height <= MAX_JPEG_PIXELS:
-        scale = jpeg_scale(width, height, image_size)
+        box = crop.box(*_upright_size((width, height), _UPRIGHT.get(_orientation(image))))
+        scale = jpeg_scale(width, height, min(box[2:]), image_size)
         image.draft(None, (width // scale, height // scale))
     limit = MAX_JPEG_PIXELS if is_jpeg and width * height > MAX_JPEG_PIXELS else MAX_PIXELS
     if image.width * image.height > limit:
@@ -187,13 +247,18 @@ def _reduce_jpeg(image: ImageFile.ImageFile, image_size: int) -> int:
     return scale
 
 
-def _block_size(image: Image.Image, image_size: int) -> int:
+def _block_size(image: Image.Image, side: float, image_size: int) -> int:
     """Return the side of the blocks of pixels that are averaged in a large image before its background is added.
 
     The background needs several times the memory of the image.
+
+    Args:
+        image: The image.
+        side: Shorter side of the crop, in pixels.
+        image_size: Side of the result, in pixels.
     """
     is_large = image.width * image.height > _LARGE_PIXELS and image.mode in _ALPHA_MODES
-    return max(1, min(image.size) // (2 * image_size)) if is_large else 1
+    return max(1, int(side // (2 * image_size))) if is_large else 1
 
 
 def _orientation(image: Image.Image) -> int:
@@ -217,20 +282,36 @@ def _without_metadata(data: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _upright_square(image: Image.Image, extent: tuple[float, float], size: int, method: Image.Transpose | None) -> np.ndarray:
-    """Turn an image upright and crop it, in the order in which the square is exact."""
-    if method is None:
-        return _square(image, size, extent)
-    if extent == image.size:
-        return _square(image.transpose(method), size)
-    return np.asarray(Image.fromarray(_square(image, size, extent)).transpose(method))
+def _upright_size(size: tuple[int, int], method: Image.Transpose | None) -> tuple[int, int]:
+    return (size[1], size[0]) if method in _SWAPPED else size
 
 
-def _square(image: Image.Image, size: int, extent: tuple[float, float] | None = None) -> np.ndarray:
-    """Center-crop and resize an image. extent: Width and height of its content, in pixels; None = the entire image."""
-    width, height = extent or image.size
-    if (width, height) != (size, size):
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+def _in_reduced(
+    image: Image.Image, box: Box, size: tuple[int, int], scale: int, method: Image.Transpose | None
+) -> tuple[Image.Image, Box]:
+    """Turn a reduced image upright.
+
+    Args:
+        image: Image that is reduced by `scale`, with sides that are rounded up.
+        box: Part of the upright image that is not reduced.
+        size: Width and height in the file, in pixels.
+        scale: Factor of the reduction.
+        method: Method that turns the image upright; None = it is upright.
+
+    Returns:
+        The upright image, and the part in it; fractions of a pixel keep the part where it is in the file.
+    """
+    upright = image if method is None else image.transpose(method)
+    width, height = _upright_size(size, method)
+    left = upright.width - width / scale if method in _FROM_RIGHT else 0.0
+    top = upright.height - height / scale if method in _FROM_BELOW else 0.0
+    return upright, (left + box[0] / scale, top + box[1] / scale, box[2] / scale, box[3] / scale)
+
+
+def _resized(image: Image.Image, size: int, crop: Crop) -> np.ndarray:
+    """Crop and resize an RGB image: uint8 [S, S, 3]."""
+    left, top, width, height = crop.box(*image.size)
+    if (width, height) != image.size or image.size != (size, size):
+        right, lower = min(left + width, image.width), min(top + height, image.height)
+        image = image.resize((size, size), crop.resampling, box=(left, top, right, lower))
     return np.asarray(image)

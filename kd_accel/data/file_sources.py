@@ -58,7 +58,7 @@ class FolderSource:
 
     @cached_property
     def _is_flat(self) -> bool:
-        """Whether the directory is that of a single split."""
+        """True if the directory is that of a single split."""
         names = folder_names(self.directory)
         usual = {*_USUAL_SPLITS, self.config.train_split, self.config.test_split, self.config.val_split}
         has_images = bool(names) or (self.directory / _METADATA).exists()

@@ -21,7 +21,8 @@ import PIL
 
 import kd_accel
 from kd_accel.config.data_schema import OnError
-from kd_accel.data.dataset import Decoded, Digests, EncodedImages, ImageSet, MemoryImages, empty_images, unreadable_image
+from kd_accel.data.dataset import Decoded, Digests, ImageSet, MemoryImages, empty_images
+from kd_accel.data.encoded import EncodedImages, unreadable_image
 from kd_accel.data.passes import Peers, over_samples
 from kd_accel.errors import UserError
 from kd_accel.io.hashing import arrays_digest, settings_digest

@@ -16,11 +16,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from kd_accel.config.data_schema import DataConfig
-from kd_accel.data.dataset import EncodedImages, ImageSet
+from kd_accel.config.transform_schema import transform_config
+from kd_accel.data.dataset import ImageSet
 from kd_accel.data.decode import Decoder
+from kd_accel.data.encoded import EncodedImages
 from kd_accel.data.folders import quoted
 from kd_accel.data.inventory import in_memory, stamp_of
 from kd_accel.data.labels import LabelEncoding, LabelSource, no_labels
+from kd_accel.data.passes import over_samples
 from kd_accel.errors import UserError
 
 Role = Literal["train", "val", "test"]
@@ -76,7 +79,6 @@ class EncodedSplit(SourceSplit):
         self, labels: np.ndarray, label_names: Sequence[str], config: DataConfig, *, notices: Sequence[str]
     ) -> ImageSet:
         """Create the image set; see `SourceSplit.image_set`."""
-        is_small = fits_in_memory(len(labels), config)
         encoded = EncodedImages(
             self.column,
             labels,
@@ -85,9 +87,11 @@ class EncodedSplit(SourceSplit):
             decoder=Decoder.from_config(config),
             roots=self.roots,
             notices=notices,
-            stamp=None if is_small else stamp_of(self.files(), selection=self.selection),
         )
-        return in_memory(encoded, on_error=config.on_error, num_workers=config.num_workers) if is_small else encoded
+        if fits_in_memory(len(labels), config) and not (needs_originals(config) and has_other_sizes(encoded, config)):
+            return in_memory(encoded, on_error=config.on_error, num_workers=config.num_workers)
+        encoded.stamp = stamp_of(self.files(), selection=self.selection)
+        return encoded
 
 
 class Source(Protocol):
@@ -114,6 +118,21 @@ class Source(Protocol):
 def fits_in_memory(samples: int, config: DataConfig) -> bool:
     """Return whether the decoded images of a split are held in memory."""
     return samples * config.image_size**2 * 3 <= config.memory_limit_mib * 2**20
+
+
+def needs_originals(config: DataConfig) -> bool:
+    """Return whether views are cut from the original images, of which those in memory keep only a square."""
+    return transform_config(config.transform).random_resized_crop is not None
+
+
+def has_other_sizes(encoded: EncodedImages, config: DataConfig) -> bool:
+    """Return whether an original image is not a square of the image size."""
+    samples = np.arange(encoded.num_samples)
+    if not encoded.are_of_image_size(samples[:1]):
+        return True
+    title = f"sizes of {encoded.split}"
+    workers = config.num_workers or None
+    return not all(over_samples(encoded.are_of_image_size, samples, num_workers=workers, title=title))
 
 
 def image_sets(

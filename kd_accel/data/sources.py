@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 
 from kd_accel.config.data_schema import DataConfig
-from kd_accel.data.dataset import EncodedImages as EncodedImages
 from kd_accel.data.dataset import ImageSet as ImageSet
 from kd_accel.data.dataset import MemoryImages as MemoryImages
 from kd_accel.data.decode import Decoder

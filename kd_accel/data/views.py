@@ -28,7 +28,7 @@ from kd_accel.data.wrapped import Columns, dataset_split
 
 Item = dict[str, Any]
 
-_VIEW_SETTINGS = ("augment", "crop_padding", "views", "view_seed")
+_VIEW_SETTINGS = ("transform", "views", "view_seed")
 _WRAPPED = "import:datasets of this program"
 _SOURCE_SETTINGS = ("train_split", "val_split", "test_split")
 
@@ -86,7 +86,7 @@ class ImageDataset(Dataset[Item]):
             if refused := settings.keys() & set(_SOURCE_SETTINGS):
                 raise ValueError(f"{min(refused)}: has no effect with a dataset; pass its splits as source and test")
             columns = Columns(image_column, label_column, prefix="")
-            config = _check_settings({"source": _WRAPPED, **shared}).model_copy(update={"augment": "none"})
+            config = _check_settings({"source": _WRAPPED, **shared}).model_copy(update={"transform": "none"})
             self.module = _wrap_datasets(source, test, config, columns, class_names)
         for notice in self.module.notices:
             warnings.warn(notice, stacklevel=2)
@@ -185,7 +185,7 @@ class ViewDataset(Dataset[Item]):
             raise ValueError(f"num_views: {num_views} must be at least 1, or None")
         if view_seed < 0:
             raise ValueError(f"view_seed: {view_seed} must be at least 0")
-        if transform.augment == "none":
+        if transform.is_identity:
             if num_views not in (None, 1):
                 raise ValueError(f"num_views: {num_views} views are all equal without augmentation; leave it out")
             num_views = 1
@@ -224,7 +224,7 @@ class ViewDataset(Dataset[Item]):
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
         """Return several items at once, as a DataLoader requests a batch."""
         indices, view = self.module.splits.train[np.asarray(positions, dtype=np.int64)], self.view
-        pixels = self.module.transform(self.module.train.pixels(indices), indices, view)
+        pixels = self.module.transform.view(self.module.train, indices, view)
         return [{**item, "view": view} for item in _make_items(pixels, self.module.train.labels[indices], indices)]
 
 

@@ -16,11 +16,12 @@ import numpy as np
 from torch import Tensor
 
 from kd_accel.config.data_schema import DataConfig
-from kd_accel.data.dataset import EncodedImages, ImageSet, MemoryImages, empty_images
-from kd_accel.data.decode import Decoder
+from kd_accel.data.dataset import ImageSet, MemoryImages, empty_images
+from kd_accel.data.decode import Crop, Decoder
+from kd_accel.data.encoded import EncodedImages
 from kd_accel.data.inventory import in_memory
 from kd_accel.data.labels import LabelSource, no_labels
-from kd_accel.data.source_splits import SourceSplit, fits_in_memory
+from kd_accel.data.source_splits import SourceSplit, fits_in_memory, needs_originals
 from kd_accel.data.tables import table_split
 from kd_accel.errors import UserError, describe_error
 from kd_accel.io.user_code import call_import
@@ -141,11 +142,14 @@ class WrappedImages(EncodedImages):
     def _cells(self, samples: np.ndarray) -> list[int]:
         return samples.tolist()
 
-    def _read(self, cell: int) -> Any:
+    def _cropped(self, sample: int, cell: int, crop: Crop) -> np.ndarray:
+        return self._guarded(sample, cell, lambda: self._read(cell, crop))
+
+    def _read(self, cell: int, crop: Crop | None = None) -> Any:
         """Return the pixels of an item, uint8 [S, S, 3]. Raises ValueError if it cannot be read, or has changed its label."""
         try:
             image, label = self._items[cell]
-            pixels = square_pixels(image, self.decoder, where=self._items.name(cell))
+            pixels = square_pixels(image, self.decoder, crop, where=self._items.name(cell))
         except Exception as error:
             # User code raises any exception.
             raise ValueError(describe_error(error)) from error
@@ -153,7 +157,7 @@ class WrappedImages(EncodedImages):
             raise ValueError(f"its label is {label!r}, but was {expected!r} when the labels were read")
         return np.ascontiguousarray(pixels)
 
-    def _decode(self, content: Any) -> np.ndarray:
+    def _decode(self, content: Any, crop: Crop | None = None) -> np.ndarray:
         pixels: np.ndarray = content
         return pixels
 
@@ -178,7 +182,7 @@ class WrappedSplit(SourceSplit):
             return MemoryImages(self.pixels, labels, label_names, notices=notices)
         decoder = Decoder.from_config(config)
         images = WrappedImages(self.items, labels, label_names, raw_labels=self.labels, decoder=decoder, notices=notices)
-        if fits_in_memory(len(labels), config):
+        if fits_in_memory(len(labels), config) and not needs_originals(config):
             return in_memory(images, on_error=config.on_error, num_workers=config.num_workers)
         _refuse_random_items(images, self.items.name(0))
         return images
@@ -189,7 +193,7 @@ def _refuse_random_items(images: WrappedImages, name: str) -> None:
     first = np.array([0])
     if not np.array_equal(images.pixels(first), images.pixels(first)):
         raise UserError(
-            f"{name} has other pixels at each call; remove the random transform, because data.augment makes the views"
+            f"{name} has other pixels at each call; remove the random transform, because data.transform makes the views"
         )
 
 
@@ -314,6 +318,8 @@ def _read_items(items: Items, config: DataConfig) -> tuple[list[Any], np.ndarray
         labels.append(label)
         if pixels is not None:
             pixels[position] = square_pixels(image, decoder, where=items.name(position))
+            if needs_originals(config) and _size(image) != (config.image_size, config.image_size):
+                pixels = None
     return labels, pixels
 
 
@@ -343,12 +349,21 @@ def class_names(dataset: Any, label_column: str | None) -> list[str] | None:
     return None if names is None else [str(name) for name in names]
 
 
-def square_pixels(image: Any, decoder: Decoder, *, where: str) -> np.ndarray:
+def _size(image: Any) -> tuple[int, int]:
+    """Return width and height of an image that `square_pixels` accepts."""
+    if hasattr(image, "convert"):
+        return (image.width, image.height)
+    height, width = image.shape[1:] if image.shape[0] == 3 and image.shape[2] != 3 else image.shape[:2]
+    return (width, height)
+
+
+def square_pixels(image: Any, decoder: Decoder, crop: Crop | None = None, *, where: str) -> np.ndarray:
     """Convert one image to RGB and resize it.
 
     Args:
         image: PIL image, or uint8 array or tensor [H, W, 3] or [3, H, W].
         decoder: Conversion to RGB and S, the size in pixels.
+        crop: Part of the image; None = the central square.
         where: Argument and position of the image, for error messages.
 
     Returns:
@@ -359,7 +374,7 @@ def square_pixels(image: Any, decoder: Decoder, *, where: str) -> np.ndarray:
     """
     if hasattr(image, "convert"):
         try:
-            return decoder.fit_image(image)
+            return decoder.fit_image(image, crop)
         except ValueError as error:
             raise ValueError(f"{where}: the image cannot be converted to RGB ({error})") from None
     array = image.numpy(force=True) if isinstance(image, Tensor) else image
@@ -370,7 +385,7 @@ def square_pixels(image: Any, decoder: Decoder, *, where: str) -> np.ndarray:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise UnexpectedItemError(f"{where}: the image must have the shape [H, W, 3] or [3, H, W], not {list(array.shape)}")
-    return decoder.fit_array(np.ascontiguousarray(array))
+    return decoder.fit_array(np.ascontiguousarray(array), crop)
 
 
 def _plain_label(label: Any) -> Any:

@@ -1,7 +1,7 @@
 """Arrays kept between starts under `$KD_ACCEL_HOME` (default ~/.cache/kd_accel). Everything there can be computed again.
 
 A file is a safetensors file with a checksum. A damaged or foreign file counts as absent, and a file that cannot be written is
-not kept. Two processes may write the same file: each replaces it as a whole.
+not kept. Two processes may write the same file: each replaces the complete file.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Model:
     def __init__(self, network: nn.Module, card: ModelCard) -> None:
         self.network, self.card = network.eval(), card
         self._normalize = Normalize(card.mean, card.std)
-        self._decoder = Decoder(card.image_size, card.background, as_range(card.pixel_range))
+        self._decoder = Decoder(card.image_size, card.background, as_range(card.pixel_range), card.crop_pct)
 
     @property
     def class_names(self) -> list[str]:

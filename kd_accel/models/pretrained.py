@@ -15,7 +15,7 @@ _LISTED = 3
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What is known about weights.
+    """Facts about weights.
 
     Attributes:
         mean: Channel means in 0..1 with which the weights were trained; None if unknown.

@@ -41,6 +41,7 @@ class ModelCard:
         image_size: Height and width of the training images, in pixels.
         background: Color behind transparent pixels.
         pixel_range: Values that become black and white in images of more than 8 bits per channel; None = the range of the type.
+        crop_pct: Side of the central square that is used, as a fraction of the image's shorter side.
     """
 
     arch: str
@@ -52,6 +53,7 @@ class ModelCard:
     image_size: int
     background: Background = "black"
     pixel_range: list[float] | None = None
+    crop_pct: float = 1.0
 
 
 def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
@@ -86,7 +88,7 @@ def load_card(directory: Path) -> ModelCard:
     path = directory / "model.json"
     content = read_json(path, remedy="no finished run in this directory; train it first, or choose another directory")
     # Cards of 0.1.0 lack the settings of the decoding, which were fixed.
-    content = {"background": "black", "pixel_range": None, **content}
+    content = {"background": "black", "pixel_range": None, "crop_pct": 1.0, **content}
     wrong = [name for name, is_valid in _VALID.items() if not is_valid(content.get(name))]
     if wrong:
         raise UserError(f"{path}: is damaged ({', '.join(wrong)} wrong or missing); train the run again")
@@ -117,6 +119,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "image_size": lambda value: _is_number(value) and isinstance(value, int) and 0 < value <= MAX_IMAGE_SIZE,
     "background": lambda value: value in get_args(Background),
     "pixel_range": lambda value: value is None or _is_range(value),
+    "crop_pct": lambda value: _is_number(value) and 0 < value <= 1,
 }
 
 

@@ -45,7 +45,7 @@ _BY_REASON_REFUSED = {
         "data.image_size data.val_fraction data.test_fraction data.limit_train"
     ),
     "the pixels of a view and their normalization": (
-        "data.augment data.crop_padding data.views data.view_seed data.mean data.std data.background data.pixel_range"
+        "data.transform data.views data.view_seed data.mean data.std data.background data.pixel_range data.crop_pct"
     ),
     # The initial weights are not used again, but config.yaml must describe where the training began.
     "the network and its initial weights": "model.arch model.stem model.weights model.arch_args",

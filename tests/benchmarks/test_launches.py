@@ -20,7 +20,7 @@ from benchmarks.operators import OperatorCounter, StepCounts, counted, is_free
 from benchmarks.training_case import TRAININGS, CaseBuilder
 from kd_accel.data.batches import BatchLoader
 from kd_accel.data.loader import TrainLoader
-from kd_accel.data.transforms import ViewTransform
+from kd_accel.data.transforms import CropFlip
 from kd_accel.profiling import observed, profiler_range
 from kd_accel.training.metrics import Meters
 from tests.support.fake_cuda import autocast
@@ -239,7 +239,7 @@ def test_counts_match_those_with_fake_cuda_tensors(counts, precision, tmp_path):
     with mode:
         stored = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device="cuda").contiguous(memory_format=torch.channels_last)
         images = SimpleNamespace(labels=np.zeros(8, np.int64))
-        batches = BatchLoader({"train": images}, ViewTransform("crop_flip", 32))
+        batches = BatchLoader({"train": images}, CropFlip(32))
         loader = TrainLoader(batches, samples=np.arange(8), batch_size=4)
         loader.keep_images(stored)
         terms = bench.accelerator.unwrap_model(trainer.train_state.module).term_names

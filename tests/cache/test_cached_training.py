@@ -27,13 +27,13 @@ DIRECTIONS = {
 STUDENT = "--model.arch=import:tests.support.models:student_with_everything"
 
 
-def flags(teacher_run, direction, *, augment="crop_flip"):
+def flags(teacher_run, direction, *, transform="crop_flip"):
     return [
         STUDENT,
         f"--teacher.run={teacher_run}",
         "--distill.temperature={start: 4.0, floor: 2.0, decay: 0.9}",
         FEATURE % DIRECTIONS[direction],
-        f"--data.augment={augment}",
+        f"--data.transform={transform}",
         "--data.views=2",
     ]
 
@@ -51,14 +51,14 @@ def weights(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("direction", "augment", "image_size"),
+    ("direction", "transform", "image_size"),
     [("both", "crop_flip", 32), ("both", "trivial_augment", 32), ("both", "none", 32), ("teacher_to_student", "crop_flip", 32)]
     + [("student_to_teacher", "trivial_augment", 32)]
     + [("student_to_teacher", "crop_flip", 16), ("both", "crop_flip", 16)],  # maps of one pixel
 )
-def test_cached_equals_live(tmp_path, teacher_run, direction, augment, image_size):
-    common = [*flags(teacher_run, direction, augment=augment), f"--data.image_size={image_size}"]
-    if augment == "none":
+def test_cached_equals_live(tmp_path, teacher_run, direction, transform, image_size):
+    common = [*flags(teacher_run, direction, transform=transform), f"--data.image_size={image_size}"]
+    if transform == "none":
         common.remove("--data.views=2")
     train(tmp_path / "live", *common)
     build(*common, *cached(tmp_path / "cache"))

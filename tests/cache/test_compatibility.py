@@ -80,8 +80,19 @@ INTERNAL = r"\b(numerics|views|targets|data\.contents|data\.label_names)\.\w|con
     ("change", "message"),
     [
         ("--data.view_seed=1", f"{MATCH}data.view_seed: 0 in the cache, 1 now. Restore"),
-        ("--data.augment=crop", f"{MATCH}data.augment: crop_flip in the cache, crop now. Restore"),
-        ("--data.crop_padding=2", f"{MATCH}data.crop_padding: 4 in the cache, 2 now. Restore"),
+        (
+            "--data.transform=crop",
+            f"{MATCH}data.transform.random_horizontal_flip.p: 0.5 in the cache, not set now. Restore",
+        ),
+        (
+            "--data.transform={random_crop: {padding: 2}, random_horizontal_flip: {}}",
+            f"{MATCH}data.transform.random_crop.padding: 4 in the cache, 2 now. Restore",
+        ),
+        (
+            "--data.transform={random_horizontal_flip: {}, random_crop: {padding: 4}}",
+            f"{MATCH}data.transform: the usual order in the cache, ['random_horizontal_flip', 'random_crop'] now (order of",
+        ),
+        ("--data.crop_pct=0.9", f"{MATCH}data.crop_pct: 1.0 in the cache, 0.9 now. Restore"),
         ("--data.image_size=24", f"{MATCH}data.image_size: 32 in the cache, 24 now. Restore"),
         ("--train.precision=bf16", f"{MATCH}train.precision: float32 in the cache, bf16 now. Restore"),
         (

@@ -22,12 +22,14 @@ from kd_accel.cache.differences import (
 )
 from kd_accel.cache.spec import SPLITS, TensorSpec
 from kd_accel.config.fields import flatten, leaves
-from kd_accel.config.schema import Augment, DataConfig, RunConfig
+from kd_accel.config.schema import DataConfig, RunConfig
+from kd_accel.config.transform_schema import Preset
 from kd_accel.data.datamodule import load_data
 from kd_accel.losses.targets import PCA, Identity
 from kd_accel.models.factory import build_model
 from kd_accel.teacher.teacher import Teacher
 
+UNUSUAL = {"color_jitter": {"hue": 0.1}, "rand_augment": {}, "random_erasing": {}, "random_crop": {"padding": 1}}
 SETTINGS = {".".join(keys) for keys, _ in leaves(RunConfig)}
 MSE = TargetSettings(
     "distill.features.mse.layers", tuple(f"distill.features.mse.args.{arg}" for arg in ("direction", "pca_images"))
@@ -42,8 +44,8 @@ def fingerprints():
     for device, cpu_kernels in (("cpu", "auto"), ("cpu", "never"), ("cuda", "always")):
         switches = {"precision": "bf16", "channels_last": None, "compiled": False, "tf32": True, "cpu_kernels": cpu_kernels}
         numerics = teacher.numerics(torch.device(device), layers=["layer1"], image_size=32, **switches)
-        for augment in get_args(Augment):
-            data = load_data(DataConfig(source="import:tests.support.models:images", augment=augment, val_split="val"))
+        for transform in (*get_args(Preset), UNUSUAL):
+            data = load_data(DataConfig(source="import:tests.support.models:images", transform=transform, val_split="val"))
             # With `data.on_error: skip`, samples that cannot be decoded.
             for images in (data.train, data.val, data.test):
                 images.unreadable = {3: "sample 3 cannot be decoded"}
@@ -88,7 +90,7 @@ def test_a_difference_of_any_field_names_its_settings_and_both_values(recorded):
     for key, value in recorded.items():
         if key.startswith(CONTENTS):
             continue
-        field = FIELDS[key] if key in FIELDS else FIELDS["teacher.arch_args"]
+        field, _ = find_field(key)
         (line,) = differing_fields(nested(key, value), nested(key, "something else"))
         assert "something else now" in line
         assert re.search(r".+ in the cache, .+ now", line)
@@ -153,16 +155,20 @@ def test_a_difference_of_any_field_names_its_settings_and_both_values(recorded):
             "later (recorded by another version of kd_accel): 1 in the cache, not set now",
         ),
         (
-            {"views": {"transform": "crop", "view_seed": 3, "crop_padding": 4}},
-            {"views": {"transform": "none"}},
-            "data.augment: crop in the cache, none now",
+            {"views": {"transform": {"random_crop": {"padding": 4}}, "view_seed": 3}},
+            {"views": {"transform": {}}},
+            "data.transform.random_crop.padding: 4 in the cache, not set now",
         ),
         (
-            {"views": {"transform": "crop"}},
-            {"views": {"transform": "crop", "view_seed": 3}},
+            {"views": {"transform": {"random_crop": {"padding": 4}}}},
+            {"views": {"transform": {"random_crop": {"padding": 4}}, "view_seed": 3}},
             "data.view_seed: not set in the cache, 3 now",
         ),
-        ({"views": {}}, {"views": {"transform": "crop"}}, "data.augment: not set in the cache, crop now"),
+        (
+            {"views": {"transform": {"random_crop": {"padding": 4}}, "order": ["random_erasing", "random_crop"]}},
+            {"views": {"transform": {"random_crop": {"padding": 4}}}},
+            "data.transform: ['random_erasing', 'random_crop'] in the cache, the usual order now (order of the transforms)",
+        ),
     ],
 )
 def test_a_difference_is_worded_as_a_config_has_it(stored, now, line):
@@ -233,7 +239,8 @@ def test_equal_differences_of_several_layers_are_one_line():
 
 
 def test_a_description_of_views_has_the_names_of_settings():
-    data = load_data(DataConfig(source="import:tests.support.models:images", augment="crop", view_seed=3))
-    assert describe_views(data.transform.fingerprint_fields()) == "augment=crop, image_size=32, view_seed=3, crop_padding=4"
-    resized = replace(data.transform, augment="resized_crop")
-    assert describe_views(resized.fingerprint_fields()) == "augment=resized_crop, image_size=32, view_seed=3"
+    data = load_data(DataConfig(source="import:tests.support.models:images", transform="crop", view_seed=3))
+    shown = describe_views(data.transform.fingerprint_fields())
+    assert shown == "transform={random_crop: {padding: 4}}, image_size=32, view_seed=3"
+    identity = replace(data.transform, operations=())
+    assert describe_views(identity.fingerprint_fields()) == "transform={}, image_size=32"

@@ -138,7 +138,7 @@ def test_python_and_the_command_build_the_same_files(tmp_path, teacher_run):
     flags = [flag for flag in flags_of(teacher_run, tmp_path / "command") if "channels_last" not in flag]
     cache("build", *flags, "--teacher.cache.dtype=float16", *SMALL_FILES)
     data = load_data(
-        DataConfig(source="import:tests.support.models:images", augment="crop_flip", val_fraction=0.2, views=2, num_workers=0)
+        DataConfig(source="import:tests.support.models:images", transform="crop_flip", val_fraction=0.2, views=2, num_workers=0)
     )
     layers = {"layer1": PCA(8, images=64), "layer2": PCA(16, images=64)}
     assert "layers: [layer1, layer2]" in FEATURE and "pca_images: 64" in FEATURE

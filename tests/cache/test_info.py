@@ -57,7 +57,7 @@ def test_an_intact_cache_is_complete(copied):
     assert (about["missing_files"], about["wrong_size_files"], about["unlisted_files"]) == ([], {}, [])
     assert ": complete, 8 files" in text.splitlines()[0]
     assert "missing" not in text and "cache build" not in text
-    assert "data augment=crop_flip, image_size=32, view_seed=0, crop_padding=4" in text
+    assert "data transform={random_crop: {padding: 4}, random_horizontal_flip: {p: 0.5}}, image_size=32, view_seed=0" in text
 
 
 @pytest.mark.parametrize("names", [SHARDS[:1], SHARDS])

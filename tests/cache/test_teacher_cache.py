@@ -21,7 +21,7 @@ MEAN, STD = [0.5, 0.4, 0.5], [0.2, 0.3, 0.2]
 
 def data_of(source="images", **changes):
     source = f"import:tests.support.models:{source}"
-    return load_data(DataConfig(**{"source": source, "augment": "crop_flip", "views": 2, "val_fraction": 0.2, **changes}))
+    return load_data(DataConfig(**{"source": source, "transform": "crop_flip", "views": 2, "val_fraction": 0.2, **changes}))
 
 
 def teacher_of(seed=0):
@@ -86,7 +86,7 @@ def test_the_teacher_of_an_opened_cache_is_checked(built):
 
 
 def test_views_equal_those_of_the_build(built, data):
-    other = data_of(views=None, view_seed=5, augment="none", limit_train=64)
+    other = data_of(views=None, view_seed=5, transform="none", limit_train=64)
     views = built.views(ImageDataset.from_module(other))
     assert (views.num_views, views.module.transform) == (2, data.transform)
     assert np.array_equal(views.module.splits.train, other.splits.train)

@@ -207,7 +207,7 @@ def test_python_opens_the_same_cache(copied):
     assert opened.fingerprint == read_spec(copied).fingerprint and set(opened.shapes) == {"layer1", "layer2"}
     result = api.train(
         {
-            "data": {"source": "import:tests.support.models:images", "views": 2, "augment": "crop_flip", "val_fraction": 0.2},
+            "data": {"source": "import:tests.support.models:images", "views": 2, "transform": "crop_flip", "val_fraction": 0.2},
             "model": {"arch": "import:tests.support.models:student"},
             "teacher": {"outputs": "cached", "cache": {"dir": copied}},
             "train": {"batch_size": 16, "max_steps": 2},

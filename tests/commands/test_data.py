@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from kd_accel.data.dataset import EncodedImages
+from kd_accel.data.encoded import EncodedImages
 from tests.support import image_files
 from tests.support.in_process import cache, say, train
 from tests.support.launching import summary

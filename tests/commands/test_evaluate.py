@@ -257,7 +257,7 @@ def test_help_lists_the_settings_of_an_evaluation_only(capsys):
     text = say("evaluate", "--help")
     for name in ("data.source", "data.test_split", "teacher.run", "teacher.cache.dir", "train.eval_batch_size"):
         assert f"  --{name} " in text
-    for name in ("optim.lr", "data.mean", "data.augment", "model.arch", "train.epochs", "teacher.cache.dtype", "config"):
+    for name in ("optim.lr", "data.mean", "data.transform", "model.arch", "train.epochs", "teacher.cache.dtype", "config"):
         assert f"--{name} " not in text, name
     assert "losses (" not in text and "optim:" not in text
 

@@ -12,7 +12,7 @@ from tests.support.in_process import cache, train
 from tests.support.launching import summary
 
 PAGE = (Path(__file__).parents[2] / "docs/start.md").read_text()
-NAMES = ["run", "device", "processes", "precision", "model", "data", "samples", "classes", "steps", "start", "teacher"]
+NAMES = ["run", "device", "processes", "precision", "model", "data", "samples", "classes", "views", "steps", "start", "teacher"]
 
 
 def header(text):
@@ -38,6 +38,7 @@ def test_a_training_begins_with_its_header(tmp_path):
     assert found["model"] == f"import:tests.support.models:student, {count:,} parameters"
     assert found["data"] == "import:tests.support.models:images, 32x32 pixels"
     assert found["samples"] == "128 train, 32 val, 41 test"
+    assert found["views"] == "random_crop(padding=4), random_horizontal_flip(p=0.5); new ones in each epoch"
     assert found["steps"] == "10 in total, 8 per epoch, 16 samples each in 2 parts"
     assert found["start"] == "from scratch" and found["teacher"] == "none"
 
@@ -78,8 +79,10 @@ def test_the_line_of_the_teacher_names_its_cache(tmp_path, distilled, teacher_ru
     directory, flags = tmp_path / "cache", [*distilled, "--data.views=2", "--train.max_steps=1"]
     stored = ["--teacher.outputs=cached", f"--teacher.cache.dir={directory}"]
     build = header(cache("build", *flags, *stored))
-    assert list(build) == ["cache", *NAMES[1:4], *NAMES[5:8], "views", "teacher"]
-    assert build["cache"] == str(directory) and build["views"] == "2 of each training sample"
+    assert list(build) == ["cache", *NAMES[1:4], *NAMES[5:9], "teacher"]
+    assert build["cache"] == str(directory) and build["views"].endswith(
+        "random_horizontal_flip(p=0.5); 2 of each training sample"
+    )
     assert build["teacher"].startswith(f"{teacher_run}, import:tests.support.models:teacher, ")
     for outputs, expected in (("cached", f"cached in {directory}"), ("mixed", f"logits cached in {directory}, features live")):
         found = header(train(tmp_path / outputs, *flags, *stored, f"--teacher.outputs={outputs}"))

@@ -108,5 +108,5 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path, teacher_run):
     assert "starts from random weights" not in same
     assert summary(tmp_path / "same")["accuracy"] == summary(teacher_run)["accuracy"]
     assert summary(tmp_path / "same")["tf32"] is None, "a CPU has none"
-    digits = train(tmp_path / "digits", *flags, "--data.source=digits", "--data.augment=crop")
+    digits = train(tmp_path / "digits", *flags, "--data.source=digits", "--data.transform=crop")
     assert "fc: starts from random weights" in digits

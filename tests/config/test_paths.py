@@ -14,7 +14,7 @@ from kd_accel.config.schema import RunConfig
 from tests.support import in_process
 from tests.support.launching import ROOT
 
-OWN_DATA = ["--data.augment=none", "--data.image_size=16", "--train.max_steps=6"]
+OWN_DATA = ["--data.transform=none", "--data.image_size=16", "--train.max_steps=6"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from kd_accel.data.batches import BatchLoader
 from kd_accel.data.sources import MemoryImages
-from kd_accel.data.transforms import ViewTransform
+from kd_accel.data.transforms import CropFlip
 from kd_accel.errors import UserError
 
 SHARES = [(np.arange(start, start + 4), 3) for start in range(0, 20, 4)]
@@ -34,7 +34,7 @@ def loader():
         )
         for split in ("train", "val", "test")
     }
-    batches = BatchLoader(images, ViewTransform("crop_flip", 8, crop_padding=1), num_workers=2)
+    batches = BatchLoader(images, CropFlip(8, padding=1), num_workers=2)
     yield batches
     batches.close()
 

@@ -11,7 +11,7 @@ from kd_accel.cache.compatibility import data_fields
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.check import check_data
 from kd_accel.data.datamodule import load_data
-from kd_accel.data.dataset import EncodedImages
+from kd_accel.data.encoded import EncodedImages
 from kd_accel.errors import UserError
 from tests.support import image_files
 
@@ -112,7 +112,7 @@ def test_without_a_check_a_training_makes_its_own(folder, monkeypatch):
 
 
 def test_the_other_samples_stay_in_their_splits(folder, clean, tmp_path):
-    """Which samples are for validation does not depend on those that are left out."""
+    """The choice of the validation samples does not depend on those that are left out."""
     whole = load_data(settings(image_files.write_noise(tmp_path / "whole", train=50, test=45))).splits.by_name()
     for split, samples in load_data(settings(folder, on_error="skip")).splits.by_name().items():
         assert samples.tolist() == [sample for sample in whole[split] if sample not in ([54] if split == "test" else [7, 58])]

@@ -11,9 +11,10 @@ from kd_accel.data.batches import BatchLoader
 from kd_accel.data.datamodule import DataModule, keep_images_on_gpu, load_data
 from kd_accel.data.dataset import MemoryImages
 from kd_accel.data.loader import TrainLoader
+from kd_accel.data.transforms import CropFlip
 from kd_accel.errors import UserError
 
-SETTINGS = {"source": "import:tests.support.models:images", "image_size": 8, "augment": "crop_flip", "crop_padding": 1}
+SETTINGS = {"source": "import:tests.support.models:images", "image_size": 8, "transform": "crop_flip"}
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +28,12 @@ def plain(images, indices):
 
 
 def test_settings_reach_the_module():
-    data = load_data(DataConfig(**{**SETTINGS, "augment": "none"}, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], views=7))
+    data = load_data(DataConfig(**{**SETTINGS, "transform": "none"}, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], views=7))
     assert (data.mean, data.std, data.num_views) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 1)
     data = load_data(DataConfig(**SETTINGS, views=7, view_seed=3, num_workers=2))
     assert (data.num_views, data.num_workers) == (7, 2)
-    assert (data.transform.augment, data.transform.image_size) == ("crop_flip", 8)
-    assert (data.transform.crop_padding, data.transform.view_seed) == (1, 3)
+    assert (data.transform.operations, data.transform.image_size) == (CropFlip(8).operations, 8)
+    assert data.transform.view_seed == 3
     assert data.label_names == data.train.label_names
 
 

@@ -11,9 +11,10 @@ from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from sklearn.datasets import load_sample_images
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import functional
 
 from kd_accel.data import decode as decode_module
-from kd_accel.data.decode import MAX_JPEG_PIXELS, MAX_PIXELS, Decoder, jpeg_scale
+from kd_accel.data.decode import MAX_JPEG_PIXELS, MAX_PIXELS, Crop, Decoder, jpeg_scale
 from tests.support.image_files import color, encoded, png, png_chunk, tiff
 
 RED_LEFT = np.zeros((8, 8, 3), dtype=np.uint8)
@@ -87,12 +88,41 @@ def test_exif_orientation_is_applied(kind, orientation):
     assert np.array_equal(Decoder(24).decode(data), Decoder(24).fit_array(upright))
 
 
-def test_orientation_of_a_reduced_jpeg_is_applied():
-    image = photo(2)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(640, 427), (637, 421)])
+def test_orientation_of_a_reduced_jpeg_is_applied(orientation, size):
+    image = photo(2).resize(size)
     exif = image.getexif()
-    exif[0x0112] = 6
-    rotated, upright = (Decoder(64).decode(encoded(image, "JPEG", **options)) for options in ({"exif": exif}, {}))
-    assert np.array_equal(rotated, np.rot90(upright, -1))
+    exif[0x0112] = orientation
+    data = encoded(image, "JPEG", quality=95, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    for crop in (None, Crop(lambda width, height: (width / 3, height / 5, width / 2, height / 2))):
+        full, reduced = Decoder(48).fit_array(upright, crop), Decoder(48).decode(data, crop)
+        difference = np.abs(full.astype(int) - reduced)
+        assert difference.max() > 0 and difference.mean() < 2, (orientation, difference.mean())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF"])
+@pytest.mark.parametrize("box", [(0, 0, 90, 60), (13, 7, 30, 41), (13.5, 7.25, 24, 24), (60, 30, 30, 30), (0, 0, 24, 24)])
+def test_a_crop_is_cut_from_the_original_image(kind, box):
+    data = encoded(photo().crop((0, 0, 90, 60)), kind)
+    original = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    left, top, width, height = box
+    crop = Crop(lambda *size: box if size == (90, 60) else None, Image.Resampling.BILINEAR)
+    expected = Image.fromarray(original).resize(
+        (24, 24), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+    )
+    assert np.array_equal(Decoder(24).decode(data, crop), np.asarray(expected))
+    assert np.array_equal(Decoder(24).fit_array(original, crop), np.asarray(expected))
+
+
+@pytest.mark.parametrize("crop_pct", [0.5, 0.875, 1.0])
+def test_the_central_square_is_that_of_resize_and_center_crop(crop_pct):
+    image = photo().resize((448, 448))
+    # These sizes divide each other, so that torchvision rounds no position.
+    resized = functional.resize(image, round(112 / crop_pct), functional.InterpolationMode.BICUBIC)
+    actual = Decoder(112, crop_pct=crop_pct).decode(encoded(image, "PNG"))
+    assert np.abs(actual.astype(int) - np.asarray(functional.center_crop(resized, 112))).max() <= 1
 
 
 def with_segment(content):
@@ -255,14 +285,14 @@ def test_truncated_and_damaged_files_are_refused(data, reason):
     ],
 )
 def test_a_jpeg_is_reduced_to_at_least_twice_the_image_size(size, image_size, scale):
-    assert jpeg_scale(*size, image_size) == scale
+    assert jpeg_scale(*size, min(size), image_size) == scale
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 640, 427), (0, 0, 427, 427), (3, 0, 404, 427)])
 @pytest.mark.parametrize("image_size", [32, 48, 64, 100])
 def test_a_reduced_jpeg_is_nearly_equal_to_a_full_one(image_size, crop, monkeypatch):
     data = encoded(photo().crop(crop), "JPEG", quality=92)
-    assert jpeg_scale(crop[2] - crop[0], crop[3], image_size) > 1
+    assert jpeg_scale(crop[2] - crop[0], crop[3], min(crop[2] - crop[0], crop[3]), image_size) > 1
     reduced = Decoder(image_size).decode(data).astype(float)
     monkeypatch.setattr(decode_module, "jpeg_scale", lambda *sizes: 1)
     full = Decoder(image_size).decode(data)
@@ -310,7 +340,7 @@ def test_a_jpeg_beyond_the_limit_of_pillow_is_read(monkeypatch):
 def test_a_photo_of_200_megapixels_is_read():
     gray = photo().convert("L")
     data = encoded(gray.resize((16_320, 12_240), Image.Resampling.BILINEAR), "JPEG", quality=60)
-    assert jpeg_scale(16_320, 12_240, 64) == 8
+    assert jpeg_scale(16_320, 12_240, 12_240, 64) == 8
     small = Decoder(64).fit_image(gray.resize((1632, 1224), Image.Resampling.BILINEAR)).astype(float)
     assert np.abs(Decoder(64).decode(data) - small).mean() < 1
 

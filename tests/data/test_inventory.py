@@ -10,7 +10,7 @@ import xxhash
 
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.datamodule import load_data
-from kd_accel.data.dataset import EncodedImages
+from kd_accel.data.encoded import EncodedImages
 from kd_accel.data.inventory import Inventory, stamp_of
 from kd_accel.io.home import home
 from tests.support import image_files

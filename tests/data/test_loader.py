@@ -13,7 +13,7 @@ from kd_accel.data.decode import Decoder
 from kd_accel.data.loader import EvalLoader, TrainLoader, epoch_order
 from kd_accel.data.sources import MemoryImages
 from kd_accel.data.splits import SplitSamples, channel_statistics
-from kd_accel.data.transforms import ViewTransform
+from kd_accel.data.transforms import CropFlip
 from kd_accel.errors import UserError
 
 
@@ -26,7 +26,7 @@ def image_set(samples=100, size=8):
 def batch_loader(images=None, num_workers=0):
     images = images or image_set()
     by_split = {"train": images, "val": images, "test": images}
-    return BatchLoader(by_split, ViewTransform("crop_flip", 8, crop_padding=1), num_workers=num_workers)
+    return BatchLoader(by_split, CropFlip(8, padding=1), num_workers=num_workers)
 
 
 def loader(images=None, samples=None, num_workers=0, **settings):
@@ -70,7 +70,7 @@ def test_a_batch_contains_the_view_of_its_samples():
     images = image_set()
     batch = next(loader(images).epoch(1))[0]
     samples = batch.index.numpy()
-    expected = ViewTransform("crop_flip", 8, crop_padding=1)(images.pixels(samples), samples, 1)
+    expected = CropFlip(8, padding=1)(images.pixels(samples), samples, 1)
     assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), expected)
     assert np.array_equal(batch.labels.numpy(), images.labels[samples])
     assert batch.images.is_contiguous()
@@ -105,7 +105,7 @@ def test_images_copied_to_a_device_are_those_of_the_samples(kind, monkeypatch):
     samples = np.arange(10, 90)
     images = kind(own.pixels(np.arange(100)), own.labels, own.label_names)
     splits = SplitSamples(samples, samples[:0], samples[:0])
-    transform = ViewTransform("crop_flip", 8, crop_padding=1)
+    transform = CropFlip(8, padding=1)
     data = DataModule(images, images, images, splits, [0.5] * 3, [0.5] * 3, transform, num_workers=1, decoder=Decoder(8))
     copied = datamodule.images_on(torch.device("cpu"), data)
     assert copied.is_contiguous(memory_format=torch.channels_last)

@@ -93,7 +93,7 @@ def test_the_version_of_the_decoding_is_part_of_the_fingerprint(folder, monkeypa
 
 def test_a_saved_model_decodes_as_in_training(folder, tmp_path):
     source, run = folder(ink), tmp_path / "run"
-    flags = [f"--data.source={source}", "--data.background=white", "--data.pixel_range=[0, 4095]", "--data.augment=none"]
+    flags = [f"--data.source={source}", "--data.background=white", "--data.pixel_range=[0, 4095]", "--data.transform=none"]
     train(run, *flags, "--train.max_steps=1", "--train.batch_size=4", "--data.mean=[0,0,0]", "--data.std=[1,1,1]")
     card = json.loads((run / "model.json").read_text())
     assert (card["background"], card["pixel_range"]) == ("white", [0, 4095])

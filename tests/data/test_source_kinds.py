@@ -11,7 +11,8 @@ import pytest
 
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.datamodule import load_data
-from kd_accel.data.sources import EncodedImages, load_splits
+from kd_accel.data.encoded import EncodedImages
+from kd_accel.data.sources import load_splits
 from kd_accel.errors import UserError
 from tests.support.image_files import color, encoded, write_folder, write_named, write_parquet
 

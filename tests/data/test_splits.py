@@ -49,7 +49,7 @@ def test_each_class_is_held_out_in_proportion_and_keeps_a_training_sample(sizes,
 
 
 def test_equal_remainders_are_ordered_by_chance():
-    """Of 40 classes with five samples each, 20 have a validation sample, and these are not the first 20."""
+    """20 of 40 classes with five samples each have a validation sample, and these are not the first 20."""
     labels = np.arange(200) % 40
     chosen = np.nonzero(counts(labels, split(labels).val))[0]
     assert len(chosen) == 20

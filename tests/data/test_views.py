@@ -19,10 +19,15 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (20, SIZE, SIZE, 3), dtype=np
 LABELS = [position % 3 for position in range(20)]
 TRANSFORMS = {
     "none": kd.transforms.Identity(32),
-    "crop": kd.transforms.Crop(32, padding=2),
+    "crop": kd.transforms.Compose([kd.transforms.RandomCrop(padding=4)], image_size=32),
     "crop_flip": kd.transforms.CropFlip(32),
-    "resized_crop": kd.transforms.ResizedCrop(32),
-    "trivial_augment": kd.transforms.TrivialAugment(32),
+    "resized_crop_flip": kd.transforms.Compose(
+        [kd.transforms.RandomResizedCrop(), kd.transforms.RandomHorizontalFlip()], image_size=32
+    ),
+    "trivial_augment": kd.transforms.Compose(
+        [kd.transforms.RandomCrop(padding=4), kd.transforms.RandomHorizontalFlip(), kd.transforms.TrivialAugmentWide()],
+        image_size=32,
+    ),
 }
 
 
@@ -205,7 +210,7 @@ def test_invalid_datasets_are_refused(source, error, message):
     [
         ("digits", {"test": []}, "test: has no effect with the source 'digits'"),
         ("digits", {"class_names": ["a"]}, "class_names: has no effect"),
-        ("digits", {"augment": "crop"}, "augment: is a setting of the views; pass it to ViewDataset"),
+        ("digits", {"transform": "crop"}, "transform: is a setting of the views; pass it to ViewDataset"),
         ("digits", {"image_column": "x"}, "image_column: has no effect"),
         ("digits", {"limit_trian": 5}, "limit_trian: no such setting; did you mean data.limit_train"),
         ("digits", {"image_size": 0}, "image_size: 0 must be at least 1"),
@@ -235,12 +240,12 @@ def test_an_unknown_split_is_refused(digits):
         digits.split("validation")
 
 
-@pytest.mark.parametrize("augment", TRANSFORMS)
-def test_views_equal_those_of_a_run(digits, augment):
-    settings = {} if augment == "none" else {"views": 3, "view_seed": 5, "crop_padding": 2 if augment == "crop" else 4}
-    expected = load_data(DataConfig(source="digits", augment=augment, limit_train=40, limit_test=30, **settings))
-    seeds = {} if augment == "none" else {"num_views": 3, "view_seed": 5}
-    views = kd.ViewDataset(digits, TRANSFORMS[augment], **seeds)
+@pytest.mark.parametrize("preset", TRANSFORMS)
+def test_views_equal_those_of_a_run(digits, preset):
+    settings = {} if preset == "none" else {"views": 3, "view_seed": 5}
+    expected = load_data(DataConfig(source="digits", transform=preset, limit_train=40, limit_test=30, **settings))
+    seeds = {} if preset == "none" else {"num_views": 3, "view_seed": 5}
+    views = kd.ViewDataset(digits, TRANSFORMS[preset], **seeds)
     assert (len(views), views.num_views) == (40, expected.num_views)
     for view in range(views.num_views):
         views.set_view(view)

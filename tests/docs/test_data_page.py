@@ -1,22 +1,29 @@
 """Examples of docs/data.md: each row of its table reads small files of that layout, with the settings of the row."""
 
 import io
+import json
 import re
 import shlex
 import tarfile
 from pathlib import Path
+from typing import get_args
 
 import datasets
 import numpy as np
 import pytest
 import sklearn.datasets  # noqa: F401  (its import takes seconds)
 import torchvision  # noqa: F401
+import yaml
 from PIL import Image
 
+import kd_accel
+from kd_accel.config.fields import section_of
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import RunConfig
+from kd_accel.config.transform_schema import Preset, TransformConfig
 from kd_accel.config.validation import SOURCES
 from kd_accel.data.datamodule import load_data
+from kd_accel.data.operations import operation_name
 from tests.support.image_files import encoded
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text()
@@ -137,3 +144,42 @@ def test_an_example_is_read(tmp_path, monkeypatch, row):
 def test_each_kind_of_source_has_an_example():
     kinds = {flags(row)[1].partition(":")[0] + ":" for row in ROWS}
     assert kinds == {*SOURCES, "digits:"}
+
+
+def transforms_section():
+    return PAGE.split("## Transforms")[1].split("\n## ")[0]
+
+
+def test_the_table_of_transforms_is_that_of_the_settings():
+    rows = dict(
+        re.findall(
+            r"^\| `(\w+)` \| (.*`.*|`padding` \(required\)) \|$", transforms_section().split("| preset")[0], re.MULTILINE
+        )
+    )
+    assert set(rows) == set(TransformConfig.model_fields)
+    for name, cells in rows.items():
+        documented = dict(re.findall(r"`(\w+): ([^`]+)`", cells)) | dict.fromkeys(re.findall(r"`(\w+)` \(required\)", cells))
+        fields = section_of(TransformConfig.model_fields[name].annotation).model_fields
+        assert set(documented) == set(fields)
+        for setting, field in fields.items():
+            if field.is_required():
+                assert documented[setting] is None
+            else:
+                shown, default = yaml.safe_load(documented[setting]), field.default
+                assert shown == pytest.approx(default, abs=1e-4) if isinstance(default, list) else shown == default, setting
+
+
+def test_the_table_of_presets_is_complete_and_its_example_is_valid():
+    assert re.findall(r"^\| `(\w+)`(?: \(default\))? \|", transforms_section().split("| preset")[1], re.MULTILINE) == list(
+        get_args(Preset)
+    )
+    example = yaml.safe_load(re.search(r"```yaml\n(.*?)```", transforms_section(), re.DOTALL)[1])
+    config, _ = parse_config(RunConfig, [f"--data.transform={json.dumps(example['data']['transform'])}"])
+    assert [name for name, _ in config.data.transform.items()] == [
+        "random_resized_crop",
+        "random_horizontal_flip",
+        "random_erasing",
+    ]
+    python = re.search(r"`(kd\.transforms\.Compose.*)`", transforms_section())[1]
+    names = [operation_name(operation) for operation in eval(python, {"kd": kd_accel}).operations]  # noqa: S307
+    assert names == ["random_crop", "random_erasing"]

@@ -7,7 +7,7 @@ from tests.support.launching import LAUNCH, python, run
 
 pytestmark = pytest.mark.slow
 
-DATA = ["--data.source=digits", "--data.augment=crop", "--data.views=2", "--data.limit_train=192"]
+DATA = ["--data.source=digits", "--data.transform=crop", "--data.views=2", "--data.limit_train=192"]
 DISTILLATION = [
     "--teacher.min_accuracy=null",
     "--teacher.outputs=cached",

@@ -69,7 +69,12 @@ CONFIGS = [
     ("lone surrogate in arguments", None, ["train", '--model.arch_args={"\\ud800": [[]]}'], "model.arch_args"),
     ("huge image size", config("data: {image_size: 100000}"), PARSE, "data.image_size: 100000 must be at most 4096"),
     ("more memory than allowed", config("data: {image_size: 4000}"), PARSE, "data.memory_limit_mib: 4096"),
-    ("huge padding", config("data: {crop_padding: 1000000}"), PARSE, "data.crop_padding: 1000000 must be at most 32"),
+    (
+        "huge padding",
+        config("data: {transform: {random_crop: {padding: 1000000}}}"),
+        PARSE,
+        "data.transform.random_crop.padding: 1000000 must be",
+    ),
     ("a million workers", config("data: {num_workers: 1000000}"), PARSE, "data.num_workers: 1000000 must be at most 1024"),
     ("allow_import in a file", config("allow_import: true"), PARSE, "allow_import: no such setting"),
     ("allow_import with a value", None, ["train", "--allow_import=yes"], "allow_import: no such setting"),

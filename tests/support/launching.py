@@ -17,7 +17,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 SMALL = [
     "--data.source=import:tests.support.models:images",
-    "--data.augment=crop_flip",
+    "--data.transform=crop_flip",
     "--data.val_fraction=0.2",
     "--model.arch=import:tests.support.models:student",
     "--optim.lr=0.05",

@@ -8,7 +8,7 @@ import sys
 
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.datamodule import load_data
-from kd_accel.data.dataset import EncodedImages
+from kd_accel.data.encoded import EncodedImages
 from kd_accel.distributed import leave_processes, start_processes
 from kd_accel.errors import UserError
 

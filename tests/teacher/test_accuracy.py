@@ -94,7 +94,7 @@ def test_the_build_of_a_cache_with_a_constant_teacher_stops_before_a_file_is_wri
 
 @pytest.mark.slow
 def test_two_processes_stop_with_one_message(tmp_path, constant_run):
-    flags = ["--data.source=import:tests.support.models:images", "--data.augment=crop_flip", "--tracking.wandb=disabled"]
+    flags = ["--data.source=import:tests.support.models:images", "--data.transform=crop_flip", "--tracking.wandb=disabled"]
     model = "--model.arch=import:tests.support.models:student"
     done = run("train", f"--run_dir={tmp_path}/run", *flags, model, f"--teacher.run={constant_run}", processes=2, code=None)
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("kd-accel: ")]

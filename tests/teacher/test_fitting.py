@@ -20,7 +20,7 @@ NORMALIZE = Normalize([0.5] * 3, [0.25] * 3)
 
 @pytest.fixture(scope="module")
 def data():
-    return load_data(DataConfig(source="import:tests.support.models:images", augment="crop_flip", val_fraction=0.2))
+    return load_data(DataConfig(source="import:tests.support.models:images", transform="crop_flip", val_fraction=0.2))
 
 
 @pytest.fixture(scope="module")

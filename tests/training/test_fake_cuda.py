@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_accel.cache.reader import StoredValues, decode_on
-from kd_accel.data.transforms import ViewTransform
+from kd_accel.data.transforms import CropFlip
 from kd_accel.losses.distiller import Distiller, DistillerOutput, LossWeights
 from kd_accel.losses.features import MSE, pooled_by_products
 from kd_accel.losses.logits import KL
@@ -34,10 +34,10 @@ LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 MEAN, STD = [0.5] * 3, [0.25] * 3
 
 
-def batch_on(device, augment="crop_flip"):
+def batch_on(device):
     index = np.arange(4)
     stored = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=device)
-    images = ViewTransform(augment, 32).on_device(stored, index, 1)
+    images = CropFlip(32).on_device(stored, index, 1)
     return Batch(images, torch.zeros(4, dtype=torch.int64, device=device), torch.from_numpy(index).to(device), 1)
 
 

@@ -151,7 +151,7 @@ def test_without_a_label_column_the_teacher_alone_is_learned_and_its_agreement_r
     assert result["data"]["label_names"] == ["red", "green", "blue", "olive"]
     evaluated = json.loads(in_process.say("evaluate", tmp_path / "run").splitlines()[-1])
     assert evaluated["agreement"] == result["agreement"] and "accuracy" not in evaluated
-    # The trained model knows the classes of its teacher, and is measured on labeled data.
+    # The trained model has the classes of its teacher, and is measured on labeled data.
     labeled = ["--data.source=import:tests.support.models:images", "--data.label_column=label"]
     assert 0 < json.loads(in_process.say("evaluate", tmp_path / "run", *labeled).splitlines()[-1])["accuracy"] <= 1
     in_process.say("report", tmp_path / "run", "--out", tmp_path / "report")

@@ -1,0 +1,302 @@
+"""Operations that make a view: random crops, mirroring, color changes and erasing, as functions of hash words.
+
+Input: images and one row of hash words per image. Output: images in new memory. Each operation is its settings, declared in
+`config/transform_schema.py`, with a `__call__`.
+
+Shapes: n images, S side in pixels; images are uint8 [n, S, S, 3], in either memory format of `ImageSet.pixels`. Hash words are
+uint64 [n, num_words].
+
+References:
+    TorchVision 0.29, `torchvision.transforms`: names, defaults and definitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from kd_accel.config.transform_schema import (
+    MAX_AUGMENT_OPS,
+    ColorJitterSettings,
+    RandAugmentSettings,
+    RandomCropSettings,
+    RandomErasingSettings,
+    RandomHorizontalFlipSettings,
+    RandomResizedCropSettings,
+    TransformSettings,
+    TrivialAugmentWideSettings,
+)
+from kd_accel.data.dataset import channels_last
+from kd_accel.data.decode import Box, Crop, Decoder
+from kd_accel.data.image_operations import AugmentSpace, jitter_color, rand_augment, trivial_augment
+
+_TRIES = 10
+"""Number of random rectangles that are tried before the fallback, as in torchvision."""
+
+
+class Operation(TransformSettings):
+    """Step from images to images; abstract.
+
+    Attributes:
+        num_words: Number of hash words per image.
+
+    Raises:
+        ValueError: If a setting is not valid.
+    """
+
+    num_words: ClassVar[int]
+
+    def model_post_init(self, context: object) -> None:
+        """Raise ValueError for the first broken rule."""
+        if problem := next(self.problems(), None):
+            raise ValueError(problem)
+
+    def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Apply the operation.
+
+        Args:
+            pixels: Images, uint8 [n, S, S, 3].
+            words: Hash words, uint64 [n, num_words].
+
+        Returns:
+            Images, uint8 [n, S, S, 3].
+        """
+        raise NotImplementedError
+
+
+class RandomCrop(RandomCropSettings, Operation):
+    """Random crop of the zero-padded image. Settings: padding, in pixels."""
+
+    num_words: ClassVar[int] = 2
+
+    def offsets(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (top, left) of each crop in the padded image: int64 [n]."""
+        choices = np.uint64(2 * self.padding + 1)
+        top, left = ((words[:, axis] >> np.uint64(32)) % choices for axis in (0, 1))
+        return top.astype(np.int64), left.astype(np.int64)
+
+    def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Crop the zero-padded images, in their memory format.
+
+        Every possible crop of an image is an overlapping view of its padded memory. So all crops of a batch form one strided
+        array [n, top, left, plane, row], and one crop per image is selected by advanced indexing. An item of that array is a
+        complete row of pixels, of NumPy's void type: copying rows is several times as fast as copying single bytes.
+        """
+        count, size, padding = len(pixels), pixels.shape[1], self.padding
+        is_channels_first = pixels.strides[2] == 1
+        # A row has one channel (three planes) or interleaved RGB (one plane); a step to the right is 1 or 3 bytes.
+        planes, step = (3, 1) if is_channels_first else (1, 3)
+        images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2) if is_channels_first else pixels)
+        row, choices, padded_size = f"V{size * step}", 2 * padding + 1, size + 2 * padding
+        padded = np.zeros((count, planes, padded_size, padded_size * step), dtype=np.uint8)
+        by_image, by_plane, by_row, _ = padded.strides
+        # A crop one pixel further down starts a row later, and a crop one pixel further right starts `step` bytes later.
+        strides = (by_image, by_row, step, by_plane, by_row)
+        crops = np.ndarray((count, choices, choices, planes, size), row, padded, 0, strides)
+        # Writing the images as their centered crops fills the padded array.
+        crops[:, padding, padding] = images.reshape(count, planes, size, size * step).view(row)[..., 0]
+        top, left = self.offsets(words)
+        views = np.ascontiguousarray(crops[np.arange(count), top, left]).view(np.uint8).reshape(images.shape)
+        return views.transpose(0, 2, 3, 1) if is_channels_first else views
+
+
+class RandomResizedCrop(RandomResizedCropSettings, Operation):
+    """Random crop of the original image, resized to the image size. Settings: scale, ratio, interpolation."""
+
+    num_words: ClassVar[int] = 2 * _TRIES + 2
+
+    def boxes(self, sizes: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Choose the crop of each image, in pixels of the original image.
+
+        Args:
+            sizes: Width and height of each image, int64 [n, 2].
+            words: Hash words, uint64 [n, num_words].
+
+        Returns:
+            (left, top, width, height) of each crop, int64 [n, 4].
+        """
+        found, width, height = _first_fitting(sizes, words, scale=self.scale, ratio=self.ratio, is_ratio_of_height=False)
+        left, top = _positions(sizes, width, height, words[:, -2:])
+        boxes = np.stack([left, top, width, height], axis=1)
+        return np.where(found[:, None], boxes, self._central(sizes))
+
+    def _central(self, sizes: np.ndarray) -> np.ndarray:
+        """Return the largest centered crop of an allowed aspect ratio: int64 [n, 4]."""
+        width, height = sizes[:, 0], sizes[:, 1]
+        ratio = np.clip(width / height, self.ratio[0], self.ratio[1])
+        crop_width = np.minimum(width, np.rint(height * ratio).astype(np.int64)).clip(1)
+        crop_height = np.minimum(height, np.rint(width / ratio).astype(np.int64)).clip(1)
+        return np.stack([(width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height], axis=1)
+
+    def crop(self, words: np.ndarray) -> Crop:
+        """Return the crop of one image of any size. words: its hash words, uint64 [num_words]."""
+
+        def box(width: int, height: int) -> Box:
+            left, top, crop_width, crop_height = self.boxes(np.array([[width, height]]), words[None])[0].tolist()
+            return left, top, crop_width, crop_height
+
+        return Crop(box, Image.Resampling[self.interpolation.upper()])
+
+    def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Crop and resize images that are squares of the image size already."""
+        images, decoder = channels_last(pixels), Decoder(pixels.shape[1])
+        return np.stack([decoder.fit_array(image, self.crop(word)) for image, word in zip(images, words, strict=True)])
+
+
+class RandomHorizontalFlip(RandomHorizontalFlipSettings, Operation):
+    """Mirror image, left and right exchanged. Settings: p."""
+
+    num_words: ClassVar[int] = 1
+
+    def is_mirrored(self, words: np.ndarray) -> np.ndarray:
+        """Return whether each image is mirrored: bool [n]."""
+        return _uniform(words[:, 0]) < self.p
+
+    def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Mirror some of the images, in their memory format."""
+        chosen = np.flatnonzero(self.is_mirrored(words))
+        views = pixels.copy(order="K")
+        # Of NumPy, PyTorch and Pillow, PyTorch mirrors a batch fastest.
+        if pixels.strides[2] == 1:
+            planes = views.transpose(0, 3, 1, 2)
+            planes[chosen] = torch.from_numpy(planes[chosen]).flip(3).numpy()
+        else:
+            views[chosen] = torch.from_numpy(views[chosen]).flip(2).numpy()
+        return views
+
+
+class RandomErasing(RandomErasingSettings, Operation):
+    """Random rectangle in one color. Settings: p, scale, ratio, value."""
+
+    num_words: ClassVar[int] = 2 * _TRIES + 3
+
+    def boxes(self, size: int, words: np.ndarray) -> np.ndarray:
+        """Return (left, top, width, height) of each rectangle, int64 [n, 4]; the width is 0 where nothing is erased."""
+        sizes = np.full((len(words), 2), size)
+        found, width, height = _first_fitting(sizes, words, scale=self.scale, ratio=self.ratio, is_ratio_of_height=True)
+        left, top = _positions(sizes, width, height, words[:, -3:-1])
+        is_erased = found & (_uniform(words[:, -1]) < self.p)
+        return np.stack([left, top, np.where(is_erased, width, 0), height], axis=1)
+
+    def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Fill the rectangles, in the memory format of the images."""
+        views = pixels.copy(order="K")
+        for view, (left, top, width, height) in zip(views, self.boxes(pixels.shape[1], words).tolist(), strict=True):
+            view[top : top + height, left : left + width] = self.value
+        return views
+
+
+class _ImageOperation(Operation):
+    """Operation on one Pillow image at a time."""
+
+    def apply(self, image: Image.Image, words: list[int]) -> Image.Image:
+        """Apply the operation to one image. words: hash words of the image."""
+        raise NotImplementedError
+
+    def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """Apply the operation to each image."""
+        images = channels_last(pixels)
+        views = np.empty_like(images)
+        for view, image, word in zip(views, images, words.tolist(), strict=True):
+            view[:] = np.asarray(self.apply(Image.fromarray(image), word))
+        return views
+
+
+class RandAugment(RandAugmentSettings, _ImageOperation):
+    """Several random operations of equal magnitude. Settings: num_ops, magnitude, num_magnitude_bins."""
+
+    num_words: ClassVar[int] = 2 * MAX_AUGMENT_OPS
+
+    def apply(self, image: Image.Image, words: list[int]) -> Image.Image:
+        """Apply `num_ops` random operations to one image."""
+        space = AugmentSpace(self.num_magnitude_bins, is_wide=False)
+        return rand_augment(image, words, space, num_ops=self.num_ops, magnitude=self.magnitude)
+
+
+class TrivialAugmentWide(TrivialAugmentWideSettings, _ImageOperation):
+    """One random operation of random magnitude. Settings: num_magnitude_bins."""
+
+    num_words: ClassVar[int] = 3
+
+    def apply(self, image: Image.Image, words: list[int]) -> Image.Image:
+        """Apply one random operation to one image."""
+        return trivial_augment(image, words, AugmentSpace(self.num_magnitude_bins, is_wide=True))
+
+
+class ColorJitter(ColorJitterSettings, _ImageOperation):
+    """Random brightness, contrast, saturation and hue, in random order. Settings: those four."""
+
+    num_words: ClassVar[int] = 8
+
+    def apply(self, image: Image.Image, words: list[int]) -> Image.Image:
+        """Change brightness, contrast, saturation and hue of one image, in random order."""
+        ranges = {name: _factor_range(getattr(self, name)) for name in ("brightness", "contrast", "saturation")}
+        hue = self.hue if isinstance(self.hue, list) else [-self.hue, self.hue]
+        return jitter_color(image, words, {**ranges, "hue": hue})
+
+
+OPERATIONS: Mapping[str, type[Operation]] = {
+    "random_resized_crop": RandomResizedCrop,
+    "random_crop": RandomCrop,
+    "random_horizontal_flip": RandomHorizontalFlip,
+    "rand_augment": RandAugment,
+    "trivial_augment_wide": TrivialAugmentWide,
+    "color_jitter": ColorJitter,
+    "random_erasing": RandomErasing,
+}
+"""Operations by the name that configs use."""
+
+
+def operation_name(operation: Operation) -> str:
+    """Return the name of an operation in a config."""
+    return next(name for name, kind in OPERATIONS.items() if type(operation) is kind)
+
+
+def _factor_range(value: float | list[float]) -> list[float]:
+    return value if isinstance(value, list) else [max(0.0, 1 - value), 1 + value]
+
+
+def _uniform(words: np.ndarray) -> np.ndarray:
+    """Map 64-bit words to [0, 1), by their upper 53 bits: float64, same shape."""
+    return (words >> np.uint64(11)).astype(np.float64) / (1 << 53)
+
+
+def _first_fitting(
+    sizes: np.ndarray, words: np.ndarray, *, scale: list[float], ratio: list[float], is_ratio_of_height: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw rectangles of random area and aspect ratio, and take the first that fits into the image.
+
+    The area is uniform in `scale`, and the logarithm of the aspect ratio is uniform.
+
+    Args:
+        sizes: Width and height of each image, int64 [n, 2].
+        words: Hash words, uint64 [n, 2 * _TRIES or more].
+        scale: Smallest and largest area, as a fraction of the image's area.
+        ratio: Smallest and largest aspect ratio.
+        is_ratio_of_height: Whether the ratio is height / width, and the rectangle is smaller than the image.
+
+    Returns:
+        (is_found, width, height): bool, int64, int64, each [n]. Where no rectangle fits, width and height are at most 1.
+    """
+    draws = _uniform(words[:, : 2 * _TRIES]).reshape(len(words), _TRIES, 2)
+    area = sizes.prod(1, keepdims=True) * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + (high - low) * draws[..., 1])
+    long, short = np.rint(np.sqrt(area * aspect)).astype(np.int64), np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    width, height = (short, long) if is_ratio_of_height else (long, short)
+    room = sizes[:, None] - int(is_ratio_of_height)
+    fits = (width > 0) & (height > 0) & (width <= room[..., 0]) & (height <= room[..., 1])
+    found, chosen = fits.any(1), (np.arange(len(words)), fits.argmax(1))
+    return found, np.where(found, width[chosen], 1), np.where(found, height[chosen], 1)
+
+
+def _positions(sizes: np.ndarray, width: np.ndarray, height: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return random (left, top) of rectangles inside of their images: int64 [n]. words: uint64 [n, 2]."""
+    room = sizes - np.stack([width, height], axis=1) + 1
+    left_top = np.floor(_uniform(words) * room).astype(np.int64)
+    return left_top[:, 0], left_top[:, 1]
