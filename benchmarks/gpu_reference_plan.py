@@ -235,7 +235,12 @@ def reference() -> Part:
 def scaled_down(part: Part) -> Part:
     """Return the part with small settings for a CPU: ResNet-18 as teacher and student, two epochs, two views, one layer."""
     small = {"train.batch_size": 4, "train.log_every_steps": 1, "train.precision": "float32"}
-    layers = {"distill.features.mse.layers": ["layer1"], "distill.features.mse.args.pca_images": 16}
+    # Two epochs of a few images leave the teacher at chance.
+    layers = {
+        "distill.features.mse.layers": ["layer1"],
+        "distill.features.mse.args.pca_images": 16,
+        "teacher.min_accuracy": None,
+    }
     return replace(
         part,
         epochs=2,

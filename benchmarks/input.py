@@ -9,11 +9,14 @@ pixels, in one process without workers and with `--threads` threads. All but `ga
     student         training steps of the student (ResNet-18), to show the share of the loader in a step. With a GPU this
                     training makes its views on the GPU, and `loader` is the case of data sets that do not fit on the GPU.
 
+`--size 224` measures the decoding of photos instead (`benchmarks/photos.py`).
+
 The result is images/s; a block is an epoch; the cases take turns. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.harness import Result, benchmark_parser, finish, measure_in_turns
 from benchmarks.jobs import MEAN, PLAIN, STD, Bench, Size, build_training, epochs_of, open_bench, with_settings
+from benchmarks.photos import PHOTO_SIZES, photo_cases
 from benchmarks.pil_images import PilImages, crop_flip_transform, pil_images
 from kd_accel.models.preprocess import Normalize
 
@@ -33,14 +37,31 @@ FAST_EPOCHS = 20
 
 
 def main() -> None:
-    arguments = benchmark_parser(__doc__, repeats=9).parse_args()
+    parser = benchmark_parser(__doc__, repeats=9)
+    parser.add_argument("--size", type=int, help="side of images that are cut from JPEG photos, in pixels")
+    arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.size is not None:
+        measure_photos(arguments)
+        return
     bench = open_bench(Size(arguments.batch_size, arguments.steps))
     with tempfile.TemporaryDirectory() as directory:
         rates = measure_in_turns(cases(bench, Path(directory), arguments.repeats), repeats=arguments.repeats)
     result = Result.of_repeats("input", rates, notes={"batch_size": arguments.batch_size, "steps_per_block": arguments.steps})
     for numerator, denominator in (("loader", "v2"), ("loader", "with_transform"), ("loader", "gather"), ("loader", "student")):
         result.add_ratio(numerator, denominator)
+    finish(result)
+
+
+def measure_photos(arguments: argparse.Namespace) -> None:
+    """Measure the cases of `benchmarks/photos.py`."""
+    sizes = {"image_size": arguments.size, "batch_size": arguments.batch_size, "steps": arguments.steps}
+    with tempfile.TemporaryDirectory() as directory:
+        rates = measure_in_turns(photo_cases(Path(directory), **sizes), repeats=arguments.repeats)
+    result = Result.of_repeats("input-photos", rates, notes=sizes)
+    for width, height in PHOTO_SIZES:
+        for kind in ("v2_tensor", "v2_pil"):
+            result.add_ratio(f"loader/{width}x{height}", f"{kind}/{width}x{height}")
     finish(result)
 
 

@@ -146,6 +146,7 @@ def build_distiller(
         target_shapes=target_shapes,
         image_size=config.data.image_size,
         label_smoothing=config.train.label_smoothing,
+        has_unlabeled=len(data.unlabeled_samples) > 0,
         seed=config.seed,
         memory_format=image_memory_format(config.train.channels_last, device),
     )

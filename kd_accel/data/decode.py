@@ -10,15 +10,19 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
+from torch import Tensor
 
 from kd_accel.config.data_schema import Background
 from kd_accel.config.schema import DataConfig
+from kd_accel.config.transform_schema import Interpolation
 from kd_accel.data.color import PixelRange, UnknownRangeError, flatten, to_eight_bits
+from kd_accel.data.resize import Box, decode_plain_jpeg, resized_crop
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Accepted image formats. Pillow supports about forty; its EPS reader starts another program, and many of its decoders are
@@ -65,21 +69,17 @@ _UPRIGHT = {
 }
 
 
-Box = tuple[float, float, float, float]
-"""(left, top, width, height) in pixels."""
-
-
 @dataclass(frozen=True)
 class Crop:
     """Part of an image that is resized to the image size.
 
     Attributes:
         box: Function of width and height of the upright image, in pixels, that returns the part.
-        resampling: Filter of the resizing.
+        interpolation: Interpolation by PyTorch (`resize.py`); None = Pillow's, bicubic, with fractions of pixels.
     """
 
     box: Callable[[int, int], Box]
-    resampling: Image.Resampling = Image.Resampling.BICUBIC
+    interpolation: Interpolation | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,10 @@ class Decoder:
             image: RGB image, uint8 [H, W, 3].
             crop: Part of the image; None = the central square.
         """
-        return _resized(Image.fromarray(image), self.image_size, crop or Crop(self.center))
+        crop = crop or Crop(self.center)
+        is_resized_by_torch = crop.interpolation is not None
+        source = torch.from_numpy(image).permute(2, 0, 1) if is_resized_by_torch else Image.fromarray(image)
+        return _resized(source, self.image_size, crop)
 
     def fit_image(self, image: Image.Image, crop: Crop | None = None) -> np.ndarray:
         """Convert a PIL image to RGB, crop and resize it, without its EXIF orientation.
@@ -182,6 +185,9 @@ class Decoder:
         with _open(data) as image:
             width, height = image.size
             scale = _reduce_jpeg(image, self.image_size, crop)
+            is_plain = scale == 1 and crop.interpolation is not None and _is_plain_jpeg(image)
+            if is_plain and (pixels := decode_plain_jpeg(data)) is not None:
+                return _resized(pixels, self.image_size, crop)
             levels = to_eight_bits(image, pixel_range=self.pixel_range, reopen=lambda: _open(data))
             # Some orientations and metadata are known only when the pixels are loaded.
             image.load()
@@ -191,7 +197,7 @@ class Decoder:
             if factor > 1:
                 levels, scale = levels.reduce(factor), scale * factor
             upright, box = _in_reduced(flatten(levels, self.background), box, (width, height), scale, method)
-            return _resized(upright, self.image_size, Crop(lambda width, height: box, crop.resampling))
+            return _resized(upright, self.image_size, replace(crop, box=lambda width, height: box))
 
 
 def as_range(pixel_range: list[float] | None) -> PixelRange | None:
@@ -245,6 +251,11 @@ def _reduce_jpeg(image: ImageFile.ImageFile, image_size: int, crop: Crop) -> int
     if image.width * image.height > limit:
         raise ValueError(f"{width}x{height} pixels exceed the limit of {limit}")
     return scale
+
+
+def _is_plain_jpeg(image: ImageFile.ImageFile) -> bool:
+    is_rgb = isinstance(image, JpegImagePlugin.JpegImageFile) and image.mode == "RGB"
+    return is_rgb and image.width * image.height <= _LARGE_PIXELS and _UPRIGHT.get(_orientation(image)) is None
 
 
 def _block_size(image: Image.Image, side: float, image_size: int) -> int:
@@ -308,10 +319,18 @@ def _in_reduced(
     return upright, (left + box[0] / scale, top + box[1] / scale, box[2] / scale, box[3] / scale)
 
 
-def _resized(image: Image.Image, size: int, crop: Crop) -> np.ndarray:
-    """Crop and resize an RGB image: uint8 [S, S, 3]."""
-    left, top, width, height = crop.box(*image.size)
-    if (width, height) != image.size or image.size != (size, size):
-        right, lower = min(left + width, image.width), min(top + height, image.height)
-        image = image.resize((size, size), crop.resampling, box=(left, top, right, lower))
+def _resized(image: Image.Image | Tensor, size: int, crop: Crop) -> np.ndarray:
+    """Crop and resize an RGB image or a tensor, uint8 [3, H, W]. Returns uint8 [S, S, 3]."""
+    if isinstance(image, Tensor):
+        height, width = image.shape[1:]
+    else:
+        width, height = image.size
+    box = crop.box(width, height)
+    if crop.interpolation is not None:
+        return resized_crop(image, box, size, crop.interpolation)
+    assert isinstance(image, Image.Image)
+    if box[2:] != image.size or image.size != (size, size):
+        left, top = box[:2]
+        right, lower = min(left + box[2], width), min(top + box[3], height)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, lower))
     return np.asarray(image)

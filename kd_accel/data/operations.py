@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -32,8 +33,9 @@ from kd_accel.config.transform_schema import (
     TrivialAugmentWideSettings,
 )
 from kd_accel.data.dataset import channels_last
-from kd_accel.data.decode import Box, Crop, Decoder
+from kd_accel.data.decode import Crop, Decoder
 from kd_accel.data.image_operations import AugmentSpace, jitter_color, rand_augment, trivial_augment
+from kd_accel.data.resize import Box
 
 _TRIES = 10
 """Number of random rectangles that are tried before the fallback, as in torchvision."""
@@ -110,42 +112,40 @@ class RandomResizedCrop(RandomResizedCropSettings, Operation):
 
     num_words: ClassVar[int] = 2 * _TRIES + 2
 
-    def boxes(self, sizes: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Choose the crop of each image, in pixels of the original image.
+    def crops(self, words: np.ndarray) -> list[Crop]:
+        """Return the crop of each image, which may have any size. words: Hash words, uint64 [n, num_words]."""
+        return [Crop(partial(self._box, draws), self.interpolation) for draws in _uniform(words).tolist()]
+
+    def _box(self, draws: list[float], width: int, height: int) -> Box:
+        """Choose the crop of an image, as torchvision does: the first that fits, of random area and aspect ratio.
+
+        The area is uniform in `scale`, and the logarithm of the aspect ratio is uniform.
 
         Args:
-            sizes: Width and height of each image, int64 [n, 2].
-            words: Hash words, uint64 [n, num_words].
-
-        Returns:
-            (left, top, width, height) of each crop, int64 [n, 4].
+            draws: `num_words` numbers in [0, 1).
+            width: Width of the image, in pixels.
+            height: Height of the image, in pixels.
         """
-        found, width, height = _first_fitting(sizes, words, scale=self.scale, ratio=self.ratio, is_ratio_of_height=False)
-        left, top = _positions(sizes, width, height, words[:, -2:])
-        boxes = np.stack([left, top, width, height], axis=1)
-        return np.where(found[:, None], boxes, self._central(sizes))
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for draw in range(0, 2 * _TRIES, 2):
+            area = width * height * (self.scale[0] + (self.scale[1] - self.scale[0]) * draws[draw])
+            aspect = math.exp(low + (high - low) * draws[draw + 1])
+            crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left, top = int(draws[-2] * (width - crop_width + 1)), int(draws[-1] * (height - crop_height + 1))
+                return left, top, crop_width, crop_height
+        return self._central(width, height)
 
-    def _central(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the largest centered crop of an allowed aspect ratio: int64 [n, 4]."""
-        width, height = sizes[:, 0], sizes[:, 1]
-        ratio = np.clip(width / height, self.ratio[0], self.ratio[1])
-        crop_width = np.minimum(width, np.rint(height * ratio).astype(np.int64)).clip(1)
-        crop_height = np.minimum(height, np.rint(width / ratio).astype(np.int64)).clip(1)
-        return np.stack([(width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height], axis=1)
-
-    def crop(self, words: np.ndarray) -> Crop:
-        """Return the crop of one image of any size. words: its hash words, uint64 [num_words]."""
-
-        def box(width: int, height: int) -> Box:
-            left, top, crop_width, crop_height = self.boxes(np.array([[width, height]]), words[None])[0].tolist()
-            return left, top, crop_width, crop_height
-
-        return Crop(box, Image.Resampling[self.interpolation.upper()])
+    def _central(self, width: int, height: int) -> Box:
+        """Return the largest centered crop of an allowed aspect ratio."""
+        ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+        crop_width, crop_height = max(1, min(width, round(height * ratio))), max(1, min(height, round(width / ratio)))
+        return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
     def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
         """Crop and resize images that are squares of the image size already."""
         images, decoder = channels_last(pixels), Decoder(pixels.shape[1])
-        return np.stack([decoder.fit_array(image, self.crop(word)) for image, word in zip(images, words, strict=True)])
+        return np.stack([decoder.fit_array(image, crop) for image, crop in zip(images, self.crops(words), strict=True)])
 
 
 class RandomHorizontalFlip(RandomHorizontalFlipSettings, Operation):
@@ -177,11 +177,17 @@ class RandomErasing(RandomErasingSettings, Operation):
 
     def boxes(self, size: int, words: np.ndarray) -> np.ndarray:
         """Return (left, top, width, height) of each rectangle, int64 [n, 4]; the width is 0 where nothing is erased."""
-        sizes = np.full((len(words), 2), size)
-        found, width, height = _first_fitting(sizes, words, scale=self.scale, ratio=self.ratio, is_ratio_of_height=True)
-        left, top = _positions(sizes, width, height, words[:, -3:-1])
-        is_erased = found & (_uniform(words[:, -1]) < self.p)
-        return np.stack([left, top, np.where(is_erased, width, 0), height], axis=1)
+        uniform = _uniform(words)
+        area = size * size * (self.scale[0] + (self.scale[1] - self.scale[0]) * uniform[:, : 2 * _TRIES : 2])
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        aspect = np.exp(low + (high - low) * uniform[:, 1 : 2 * _TRIES : 2])
+        heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (heights < size) & (widths < size)
+        first = np.arange(len(words)), fits.argmax(1)
+        height, width = heights[first], widths[first]
+        left, top = np.floor(uniform[:, -3] * (size - width + 1)), np.floor(uniform[:, -2] * (size - height + 1))
+        is_erased = fits.any(1) & (uniform[:, -1] < self.p)
+        return np.stack([left, top, np.where(is_erased, width, 0), height], axis=1).astype(np.int64)
 
     def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
         """Fill the rectangles, in the memory format of the images."""
@@ -264,39 +270,3 @@ def _factor_range(value: float | list[float]) -> list[float]:
 def _uniform(words: np.ndarray) -> np.ndarray:
     """Map 64-bit words to [0, 1), by their upper 53 bits: float64, same shape."""
     return (words >> np.uint64(11)).astype(np.float64) / (1 << 53)
-
-
-def _first_fitting(
-    sizes: np.ndarray, words: np.ndarray, *, scale: list[float], ratio: list[float], is_ratio_of_height: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw rectangles of random area and aspect ratio, and take the first that fits into the image.
-
-    The area is uniform in `scale`, and the logarithm of the aspect ratio is uniform.
-
-    Args:
-        sizes: Width and height of each image, int64 [n, 2].
-        words: Hash words, uint64 [n, 2 * _TRIES or more].
-        scale: Smallest and largest area, as a fraction of the image's area.
-        ratio: Smallest and largest aspect ratio.
-        is_ratio_of_height: Whether the ratio is height / width, and the rectangle is smaller than the image.
-
-    Returns:
-        (is_found, width, height): bool, int64, int64, each [n]. Where no rectangle fits, width and height are at most 1.
-    """
-    draws = _uniform(words[:, : 2 * _TRIES]).reshape(len(words), _TRIES, 2)
-    area = sizes.prod(1, keepdims=True) * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = np.exp(low + (high - low) * draws[..., 1])
-    long, short = np.rint(np.sqrt(area * aspect)).astype(np.int64), np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    width, height = (short, long) if is_ratio_of_height else (long, short)
-    room = sizes[:, None] - int(is_ratio_of_height)
-    fits = (width > 0) & (height > 0) & (width <= room[..., 0]) & (height <= room[..., 1])
-    found, chosen = fits.any(1), (np.arange(len(words)), fits.argmax(1))
-    return found, np.where(found, width[chosen], 1), np.where(found, height[chosen], 1)
-
-
-def _positions(sizes: np.ndarray, width: np.ndarray, height: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return random (left, top) of rectangles inside of their images: int64 [n]. words: uint64 [n, 2]."""
-    room = sizes - np.stack([width, height], axis=1) + 1
-    left_top = np.floor(_uniform(words) * room).astype(np.int64)
-    return left_top[:, 0], left_top[:, 1]

@@ -110,8 +110,7 @@ class ViewTransform:
         if not isinstance(first, RandomResizedCrop):
             return self(images.pixels(samples), samples, view)
         words = self._words(first, samples, view)
-        crops = [first.crop(word) for word in words]
-        return self._apply(self.operations[1:], images.crops(samples, crops), samples, view)
+        return self._apply(self.operations[1:], images.crops(samples, first.crops(words)), samples, view)
 
     def __call__(self, pixels: np.ndarray, samples: np.ndarray, view: int) -> np.ndarray:
         """Compute one view of images that are squares of the image size.

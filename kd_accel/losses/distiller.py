@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,7 @@ class Distiller(nn.Module):
         target_shapes: Shape (D, H, W) of each target by teacher layer, as in `TeacherCache.shapes`.
         image_size: Height and width of the images in pixels, for a forward that determines the shapes of the student's layers.
         label_smoothing: Label smoothing of the cross-entropy, from 0 to 1.
+        has_unlabeled: Whether labels may be -1 (no label); such samples count as 0 in the cross-entropy.
         seed: Seed of the initial weights of learned projectors.
         memory_format: Memory format of images and feature maps; `torch.preserve_format` = that of the images.
 
@@ -100,6 +102,7 @@ class Distiller(nn.Module):
         target_shapes: Mapping[str, Shape] | None = None,
         image_size: int = 32,
         label_smoothing: float = 0.0,
+        has_unlabeled: bool = False,
         seed: int = 0,
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
@@ -107,7 +110,7 @@ class Distiller(nn.Module):
         self.student = student
         self.normalize = Normalize(mean, std, memory_format=memory_format)
         self.logit_loss = logits
-        self._label_smoothing = label_smoothing
+        self._cross_entropy = partial(cross_entropy, label_smoothing=label_smoothing, has_unlabeled=has_unlabeled)
         self._layers = _layers_by_loss(features or {}, layers or {})
         recorded = list(dict.fromkeys(layer for pairs in self._layers.values() for layer in pairs))
         shapes = probe_layers(student, recorded, image_size=image_size)
@@ -197,7 +200,7 @@ class Distiller(nn.Module):
         weights: LossWeights,
         index: Tensor | None,
     ) -> DistillerOutput:
-        terms = {"ce": cross_entropy(logits, labels, label_smoothing=self._label_smoothing)}
+        terms = {"ce": self._cross_entropy(logits, labels)}
         loss = terms["ce"]
         label_weight = weights.label_weight
         if self.logit_loss is not None:

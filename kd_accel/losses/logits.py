@@ -19,7 +19,7 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, has_unlabeled: bool = False) -> Tensor:
     """Compute the cross-entropy with labels.
 
     A sample without a label counts as 0 in the mean over the batch. So each label has the same weight in every batch, and the
@@ -29,14 +29,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
         logits: Logits, [B, C].
         labels: Class indices, int64 [B]; -1 = no label.
         label_smoothing: Probability mass of the target that is spread evenly over all classes, from 0 to 1.
+        has_unlabeled: Whether labels may be -1, which costs two kernel launches per step; False = they are class indices.
 
     Returns:
         The mean over the batch, a scalar.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        total = functional.cross_entropy(
-            full_precision(logits), labels, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing
-        )
+        student = full_precision(logits)
+        if not has_unlabeled:
+            return functional.cross_entropy(student, labels, label_smoothing=label_smoothing)
+        total = functional.cross_entropy(student, labels, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
         return total / len(labels)
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from sklearn.datasets import load_sample_images
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms import functional
+from torchvision.transforms import functional, v2
 
 from kd_accel.data import decode as decode_module
 from kd_accel.data.decode import MAX_JPEG_PIXELS, MAX_PIXELS, Crop, Decoder, jpeg_scale
@@ -103,17 +103,41 @@ def test_orientation_of_a_reduced_jpeg_is_applied(orientation, size):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF"])
-@pytest.mark.parametrize("box", [(0, 0, 90, 60), (13, 7, 30, 41), (13.5, 7.25, 24, 24), (60, 30, 30, 30), (0, 0, 24, 24)])
-def test_a_crop_is_cut_from_the_original_image(kind, box):
+@pytest.mark.parametrize("box", [(0, 0, 90, 60), (13, 7, 30, 41), (60, 30, 30, 30), (0, 0, 24, 24)])
+@pytest.mark.parametrize("interpolation", [None, "nearest", "bilinear", "bicubic"])
+def test_a_crop_is_cut_from_the_original_image(kind, box, interpolation):
     data = encoded(photo().crop((0, 0, 90, 60)), kind)
-    original = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    original = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
     left, top, width, height = box
-    crop = Crop(lambda *size: box if size == (90, 60) else None, Image.Resampling.BILINEAR)
-    expected = Image.fromarray(original).resize(
-        (24, 24), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
-    )
-    assert np.array_equal(Decoder(24).decode(data, crop), np.asarray(expected))
-    assert np.array_equal(Decoder(24).fit_array(original, crop), np.asarray(expected))
+    crop = Crop(lambda *size: box if size == (90, 60) else None, interpolation)
+    if interpolation is None:
+        edges = (left, top, left + width, top + height)
+        expected = np.asarray(Image.fromarray(original).resize((24, 24), Image.Resampling.BICUBIC, box=edges))
+    else:
+        mode = functional.InterpolationMode("nearest-exact" if interpolation == "nearest" else interpolation)
+        tensor = torch.from_numpy(original).permute(2, 0, 1)
+        expected = v2.functional.resized_crop(tensor, top, left, height, width, [24, 24], mode).permute(1, 2, 0).numpy()
+    assert np.array_equal(Decoder(24).decode(data, crop), expected)
+    assert np.array_equal(Decoder(24).fit_array(original, crop), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 2}, {"quality": 30}], ids=str
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_crop_of_a_jpeg_is_the_same_with_both_decoders(mode, options, monkeypatch):
+    data = encoded(photo().convert(mode), "JPEG", **{"quality": 90, **options})
+    crop = Crop(lambda width, height: (50, 60, 130, 99), "bilinear")
+    expected = Decoder(64).decode(data, crop)
+    monkeypatch.setattr(decode_module, "decode_plain_jpeg", lambda data: None)
+    assert np.array_equal(Decoder(64).decode(data, crop), expected)
+
+
+@pytest.mark.parametrize("cut", [2, 500, 20_000])
+def test_a_crop_of_a_truncated_jpeg_is_refused(cut):
+    data = encoded(photo(), "JPEG", quality=90)
+    with pytest.raises(ValueError, match="truncated"):
+        Decoder(64).decode(data[:-cut], Crop(lambda width, height: (0, 0, 64, 64), "bilinear"))
 
 
 @pytest.mark.parametrize("crop_pct", [0.5, 0.875, 1.0])

@@ -123,12 +123,12 @@ GOLDEN = {
     "flip": "f9168e749b0e6fa0",
     "crop_flip": "b3642e81218f828a",
     "flip_crop": "9f4e3aba51fb301c",
-    "resized_crop": "5b40277c4441b255",
+    "resized_crop": "ea2386178bfb5977",
     "rand_augment": "67f3aa36714c8771",
     "trivial_augment": "fc1f5e7c12805b24",
     "color_jitter": "b55241ff8a5b9dc4",
     "erasing": "7f512d25995f56bb",
-    "all": "c7688214800795a0",
+    "all": "196cd5123aa86bf5",
 }
 
 

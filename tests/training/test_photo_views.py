@@ -60,8 +60,8 @@ def test_photos_are_cut_from_their_originals(photos):
     words = hash_words((11, 5, 1, 0), indices, RandomResizedCrop.num_words)
     files = sorted(photos.glob("train/*/*.jpg"))
     expected = [
-        Decoder(32).decode(files[index].read_bytes(), RandomResizedCrop(scale=scale).crop(word))
-        for index, word in zip(indices, words, strict=True)
+        Decoder(32).decode(files[index].read_bytes(), crop)
+        for index, crop in zip(indices, RandomResizedCrop(scale=scale).crops(words), strict=True)
     ]
     batch = data.view_batch(indices, 1)
     assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), expected)

@@ -31,14 +31,14 @@ def test_a_sample_without_a_label_counts_as_zero_in_the_cross_entropy(smoothing)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     labels, kept = torch.tensor([1, -1, 3, -1, -1, 0]), [0, 2, 5]
-    value = cross_entropy(logits, labels, label_smoothing=smoothing)
+    value = cross_entropy(logits, labels, label_smoothing=smoothing, has_unlabeled=True)
     (gradient,) = torch.autograd.grad(value, logits)
     expected = functional.cross_entropy(logits[kept], labels[kept], label_smoothing=smoothing) * 3 / 6
     (expected_gradient,) = torch.autograd.grad(expected, logits)
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     assert torch.allclose(gradient, expected_gradient, rtol=1e-12, atol=0)
     assert not gradient[[1, 3, 4]].any()
-    assert cross_entropy(logits, torch.full((6,), -1)).item() == 0
+    assert cross_entropy(logits, torch.full((6,), -1), has_unlabeled=True).item() == 0
 
 
 def test_the_training_accuracy_is_that_of_the_labeled_samples():
