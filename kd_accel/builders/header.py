@@ -170,7 +170,7 @@ def _classes(data: DataModule) -> str:
     empty = f"{len(counts) - len(filled)} empty"
     if counts[least] == counts[most]:
         return f"{len(counts)}, each with {counts[least]:,} training samples, {empty}"
-    ends = (f"{counts[label]:,} ({ascii(data.label_names[label])[:40]})" for label in (least, most))
+    ends = (f"{counts[label]:,} ({data.label_names[label][:40]!r})" for label in (least, most))
     return f"{len(counts)}, with {' to '.join(ends)} training samples, {empty}"
 
 

@@ -100,8 +100,8 @@ class DataModule:
                 total = len(samples) + len(self.splits.by_name()[split])
                 example = self._images(split).unreadable[int(samples[0])]
                 lines.append(
-                    f"data.on_error: skip leaves out {len(samples)} of {total} {split} samples that cannot be decoded, such as "
-                    f"{example}; `kd-accel data check` lists them all"
+                    f"data.on_error: skip leaves out {len(samples)} of {total} {split} samples ({example}); "
+                    "`kd-accel data check` lists them all"
                 )
         return lines
 

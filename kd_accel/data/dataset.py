@@ -90,7 +90,8 @@ class ImageSet(Protocol):
             samples: Indices, int64 [n].
 
         Returns:
-            RGB images, uint8 [n, S, S, 3]; either C-contiguous (channels-last) or contiguous as [n, 3, S, S] (channels-first).
+            RGB images in new memory, uint8 [n, S, S, 3]; either C-contiguous (channels-last) or contiguous as [n, 3, S, S]
+            (channels-first).
 
         Raises:
             UserError: If an image cannot be decoded; the message contains its index.
@@ -105,7 +106,7 @@ class ImageSet(Protocol):
             crops: Part of each image.
 
         Returns:
-            RGB images, uint8 [n, S, S, 3], C-contiguous.
+            RGB images in new memory, uint8 [n, S, S, 3], C-contiguous.
 
         Raises:
             UserError: If an image cannot be decoded.

@@ -211,20 +211,21 @@ def image_size(data: bytes) -> tuple[int, int]:
         return image.size
 
 
-def jpeg_scale(width: int, height: int, side: float, image_size: int) -> int:
+def jpeg_scale(width: int, height: int, side: float, image_size: int, *, is_random: bool = False) -> int:
     """Return the factor by which a JPEG is reduced while it is decoded: 1, 2, 4 or 8.
 
     The shorter side of the crop keeps at least twice the pixels of the result, as in Pillow's thumbnails, so that the result is
-    nearly the same (a mean difference of about 1 of 255 levels in photos); in images above 64 megapixels at least those of the
-    result, so that it is never enlarged.
+    nearly the same (a mean difference of about 1 of 255 levels in photos); in random crops, and in images above 64 megapixels,
+    at least those of the result, so that it is never enlarged.
 
     Args:
         width: Width in the file, in pixels.
         height: Height in the file, in pixels.
         side: Shorter side of the crop in the file, in pixels.
         image_size: Side of the result, in pixels.
+        is_random: Whether the crop is a random one.
     """
-    margin = 1 if width * height > _LARGE_PIXELS else _JPEG_MARGIN
+    margin = 1 if is_random or width * height > _LARGE_PIXELS else _JPEG_MARGIN
     fitting = [scale for scale in (2, 4, 8) if side // scale >= margin * image_size]
     return max(fitting, default=1)
 
@@ -245,7 +246,7 @@ def _reduce_jpeg(image: ImageFile.ImageFile, image_size: int, crop: Crop) -> int
     is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
     if is_jpeg and width * height <= MAX_JPEG_PIXELS:
         box = crop.box(*_upright_size((width, height), _UPRIGHT.get(_orientation(image))))
-        scale = jpeg_scale(width, height, min(box[2:]), image_size)
+        scale = jpeg_scale(width, height, min(box[2:]), image_size, is_random=crop.interpolation is not None)
         image.draft(None, (width // scale, height // scale))
     limit = MAX_JPEG_PIXELS if is_jpeg and width * height > MAX_JPEG_PIXELS else MAX_PIXELS
     if image.width * image.height > limit:

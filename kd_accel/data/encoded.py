@@ -69,6 +69,7 @@ class EncodedImages:
         self.label_names = tuple(label_names)
         self.split = split
         self._roots = tuple(roots)
+        self._prefixes = tuple(os.path.join(root, "") for root in roots)  # noqa: PTH118
         self.decoder = decoder
 
     @property
@@ -172,17 +173,17 @@ class EncodedImages:
 
     def _read_file(self, path: str) -> bytes:
         """Read an image file inside the dataset's directories: a downloaded table could name any file of this machine."""
-        # Links are not resolved: a link inside the dataset's directory may point to a file outside it.
-        absolute = Path(os.path.abspath(self._roots[0] / path))  # noqa: PTH100
-        if not any(absolute.is_relative_to(root) for root in self._roots):
+        # Links are not resolved: a link inside the dataset's directory may point to a file outside it. Path objects would take
+        # a tenth of the time in which a small photo is decoded.
+        absolute = os.path.abspath(os.path.join(self._roots[0], path))  # noqa: PTH100, PTH118
+        if not any(absolute.startswith(root) for root in self._prefixes):
             raise ValueError("its path is outside the dataset")
-        if not absolute.is_file():
+        if not os.path.isfile(absolute):  # noqa: PTH113
             raise ValueError("file not found")
-        with absolute.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
-        return data
+        with open(absolute, "rb") as file:  # noqa: PTH123
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise ValueError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+            return file.read()
 
     def _cells(self, samples: np.ndarray) -> Any:
         cells = self._column[samples.tolist()]

@@ -1,7 +1,7 @@
 """Operations that make a view: random crops, mirroring, color changes and erasing, as functions of hash words.
 
-Input: images and one row of hash words per image. Output: images in new memory. Each operation is its settings, declared in
-`config/transform_schema.py`, with a `__call__`.
+Input: images and one row of hash words per image. Output: images, in new memory or that of the input. Each operation is its
+settings, declared in `config/transform_schema.py`, with a `__call__`.
 
 Shapes: n images, S side in pixels; images are uint8 [n, S, S, 3], in either memory format of `ImageSet.pixels`. Hash words are
 uint64 [n, num_words].
@@ -46,12 +46,14 @@ class Operation(TransformSettings):
 
     Attributes:
         num_words: Number of hash words per image.
+        is_in_place: Whether the images are changed in their memory.
 
     Raises:
         ValueError: If a setting is not valid.
     """
 
     num_words: ClassVar[int]
+    is_in_place: ClassVar[bool] = False
 
     def model_post_init(self, context: object) -> None:
         """Raise ValueError for the first broken rule."""
@@ -152,28 +154,29 @@ class RandomHorizontalFlip(RandomHorizontalFlipSettings, Operation):
     """Mirror image, left and right exchanged. Settings: p."""
 
     num_words: ClassVar[int] = 1
+    is_in_place: ClassVar[bool] = True
 
     def is_mirrored(self, words: np.ndarray) -> np.ndarray:
         """Return whether each image is mirrored: bool [n]."""
         return _uniform(words[:, 0]) < self.p
 
     def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Mirror some of the images, in their memory format."""
+        """Mirror some of the images, in place."""
         chosen = np.flatnonzero(self.is_mirrored(words))
-        views = pixels.copy(order="K")
         # Of NumPy, PyTorch and Pillow, PyTorch mirrors a batch fastest.
         if pixels.strides[2] == 1:
-            planes = views.transpose(0, 3, 1, 2)
+            planes = pixels.transpose(0, 3, 1, 2)
             planes[chosen] = torch.from_numpy(planes[chosen]).flip(3).numpy()
         else:
-            views[chosen] = torch.from_numpy(views[chosen]).flip(2).numpy()
-        return views
+            pixels[chosen] = torch.from_numpy(pixels[chosen]).flip(2).numpy()
+        return pixels
 
 
 class RandomErasing(RandomErasingSettings, Operation):
     """Random rectangle in one color. Settings: p, scale, ratio, value."""
 
     num_words: ClassVar[int] = 2 * _TRIES + 3
+    is_in_place: ClassVar[bool] = True
 
     def boxes(self, size: int, words: np.ndarray) -> np.ndarray:
         """Return (left, top, width, height) of each rectangle, int64 [n, 4]; the width is 0 where nothing is erased."""
@@ -190,11 +193,10 @@ class RandomErasing(RandomErasingSettings, Operation):
         return np.stack([left, top, np.where(is_erased, width, 0), height], axis=1).astype(np.int64)
 
     def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Fill the rectangles, in the memory format of the images."""
-        views = pixels.copy(order="K")
-        for view, (left, top, width, height) in zip(views, self.boxes(pixels.shape[1], words).tolist(), strict=True):
-            view[top : top + height, left : left + width] = self.value
-        return views
+        """Fill the rectangles, in place."""
+        for image, (left, top, width, height) in zip(pixels, self.boxes(pixels.shape[1], words).tolist(), strict=True):
+            image[top : top + height, left : left + width] = self.value
+        return pixels
 
 
 class _ImageOperation(Operation):

@@ -108,7 +108,7 @@ class ViewTransform:
         """
         first = self.operations[0] if self.operations else None
         if not isinstance(first, RandomResizedCrop):
-            return self(images.pixels(samples), samples, view)
+            return self._apply(self.operations, images.pixels(samples), samples, view)
         words = self._words(first, samples, view)
         return self._apply(self.operations[1:], images.crops(samples, first.crops(words)), samples, view)
 
@@ -124,7 +124,8 @@ class ViewTransform:
             Augmented images, uint8 [n, S, S, 3], in new memory.
         """
         assert pixels.shape[1:] == (self.image_size, self.image_size, 3), pixels.shape
-        return self._apply(self.operations, pixels, samples, view) if self.operations else pixels.copy(order="K")
+        needs_copy = not self.operations or self.operations[0].is_in_place
+        return self._apply(self.operations, pixels.copy(order="K") if needs_copy else pixels, samples, view)
 
     @property
     def supports_device(self) -> bool:

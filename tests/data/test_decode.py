@@ -103,7 +103,7 @@ def test_orientation_of_a_reduced_jpeg_is_applied(orientation, size):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF"])
-@pytest.mark.parametrize("box", [(0, 0, 90, 60), (13, 7, 30, 41), (60, 30, 30, 30), (0, 0, 24, 24)])
+@pytest.mark.parametrize("box", [(0, 0, 90, 60), (13, 7, 30, 41), (60, 30, 30, 30), (0, 0, 32, 32)])
 @pytest.mark.parametrize("interpolation", [None, "nearest", "bilinear", "bicubic"])
 def test_a_crop_is_cut_from_the_original_image(kind, box, interpolation):
     data = encoded(photo().crop((0, 0, 90, 60)), kind)
@@ -112,13 +112,13 @@ def test_a_crop_is_cut_from_the_original_image(kind, box, interpolation):
     crop = Crop(lambda *size: box if size == (90, 60) else None, interpolation)
     if interpolation is None:
         edges = (left, top, left + width, top + height)
-        expected = np.asarray(Image.fromarray(original).resize((24, 24), Image.Resampling.BICUBIC, box=edges))
+        expected = np.asarray(Image.fromarray(original).resize((32, 32), Image.Resampling.BICUBIC, box=edges))
     else:
         mode = functional.InterpolationMode("nearest-exact" if interpolation == "nearest" else interpolation)
         tensor = torch.from_numpy(original).permute(2, 0, 1)
-        expected = v2.functional.resized_crop(tensor, top, left, height, width, [24, 24], mode).permute(1, 2, 0).numpy()
-    assert np.array_equal(Decoder(24).decode(data, crop), expected)
-    assert np.array_equal(Decoder(24).fit_array(original, crop), expected)
+        expected = v2.functional.resized_crop(tensor, top, left, height, width, [32, 32], mode).permute(1, 2, 0).numpy()
+    assert np.array_equal(Decoder(32).decode(data, crop), expected)
+    assert np.array_equal(Decoder(32).fit_array(original, crop), expected)
 
 
 @pytest.mark.parametrize(
@@ -312,13 +312,18 @@ def test_a_jpeg_is_reduced_to_at_least_twice_the_image_size(size, image_size, sc
     assert jpeg_scale(*size, min(size), image_size) == scale
 
 
+@pytest.mark.parametrize(("side", "scale"), [(447, 1), (448, 2), (895, 2), (896, 4), (1792, 8), (3000, 8)])
+def test_a_jpeg_is_reduced_to_at_least_the_image_size_for_a_random_crop(side, scale):
+    assert jpeg_scale(4000, 3000, side, 224, is_random=True) == scale
+
+
 @pytest.mark.parametrize("crop", [(0, 0, 640, 427), (0, 0, 427, 427), (3, 0, 404, 427)])
 @pytest.mark.parametrize("image_size", [32, 48, 64, 100])
 def test_a_reduced_jpeg_is_nearly_equal_to_a_full_one(image_size, crop, monkeypatch):
     data = encoded(photo().crop(crop), "JPEG", quality=92)
     assert jpeg_scale(crop[2] - crop[0], crop[3], min(crop[2] - crop[0], crop[3]), image_size) > 1
     reduced = Decoder(image_size).decode(data).astype(float)
-    monkeypatch.setattr(decode_module, "jpeg_scale", lambda *sizes: 1)
+    monkeypatch.setattr(decode_module, "jpeg_scale", lambda *sizes, **options: 1)
     full = Decoder(image_size).decode(data)
     # 1.0 to 3.4 without the fractions of a pixel by which a reduction rounds the sides up.
     assert np.abs(reduced - full).mean() < 1.1

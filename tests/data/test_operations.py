@@ -169,7 +169,7 @@ def test_erased_rectangles_have_the_color_and_the_rest_is_unchanged():
     operation = operations.RandomErasing(p=0.25, value=[255, 0, 7])
     images = np.stack([np.asarray(picture(seed=seed)) for seed in range(4)]).repeat(250, axis=0)
     words = words_of(operation, 1000)
-    views = operation(images, words)
+    views = operation(images.copy(), words)
     boxes = operation.boxes(32, words)
     for view, image, (left, top, width, height) in zip(views, images, boxes.tolist(), strict=True):
         expected = image.copy()
@@ -182,7 +182,7 @@ def test_erased_rectangles_have_the_color_and_the_rest_is_unchanged():
 def test_the_share_of_mirrored_images_is_p(p):
     operation = operations.RandomHorizontalFlip(p=p)
     images = np.repeat(np.asarray(picture())[None], 2000, axis=0)
-    is_mirrored = (operation(images, words_of(operation, 2000)) == images[:, :, ::-1]).all((1, 2, 3))
+    is_mirrored = (operation(images.copy(), words_of(operation, 2000)) == images[:, :, ::-1]).all((1, 2, 3))
     assert abs(is_mirrored.mean() - p) < 0.03
 
 
