@@ -1,6 +1,6 @@
 """Item c, agreement of views made on the device with views made on the host, and of cached outputs with live outputs.
 
-views/PRESET       the views must be equal bit for bit
+views/TRANSFORM    the views must be equal bit for bit
 cached-live/TYPE   a cache of this storage type against the live teacher, with the same batch shape: largest difference
 """
 
@@ -19,11 +19,15 @@ from benchmarks.caches import write_cache
 from benchmarks.jobs import IMAGE_SIZE, Bench, Size, build_live_teacher, hybrid, open_bench
 from kd_accel.cache.verify import largest_difference, tolerance
 from kd_accel.config.schema import StorageType
-from kd_accel.config.transform_schema import Preset, transform_config
-from kd_accel.data.transforms import ViewTransform, operations_of
+from kd_accel.data.transforms import RandomCrop, RandomErasing, RandomHorizontalFlip, ViewTransform
 from kd_accel.teacher.teacher import LiveTeacher
 
-PRESETS: tuple[Preset, ...] = ("none", "crop", "crop_flip")
+TRANSFORMS = {
+    "none": (),
+    "crop": (RandomCrop(padding=4),),
+    "crop_flip": (RandomCrop(padding=4), RandomHorizontalFlip()),
+    "crop_flip_erasing": (RandomCrop(padding=4), RandomHorizontalFlip(), RandomErasing(value=[1, 2, 3])),
+}
 TYPES: tuple[StorageType, ...] = ("float32", "float16", "bfloat16", "int8")
 _VIEWS = (0, 1, 7)
 
@@ -33,15 +37,15 @@ def build(setting: Setting, part: str) -> Cases:
     bench = open_bench(Size(setting.size(128, 4), 2))
     # Built once, by the first case that needs it.
     teacher = cache(partial(_live_teacher, bench))
-    cases = {f"views/{preset}": partial(views_agree, preset, bench.device) for preset in PRESETS}
+    cases = {f"views/{name}": partial(views_agree, name, bench.device) for name in TRANSFORMS}
     return cases | {
         f"cached-live/{dtype}": partial(cached_and_live, bench, teacher, setting.scratch / dtype, dtype) for dtype in TYPES
     }
 
 
-def views_agree(preset: Preset, device: torch.device) -> Figures:
+def views_agree(name: str, device: torch.device) -> Figures:
     """Make the same views on the host and on the device, and count the values that differ."""
-    transform = ViewTransform(operations_of(transform_config(preset)), IMAGE_SIZE)
+    transform = ViewTransform(TRANSFORMS[name], IMAGE_SIZE)
     generator = np.random.default_rng(1)
     pixels = generator.integers(0, 256, (256, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     samples = np.sort(generator.choice(50_000, len(pixels), replace=False))

@@ -55,7 +55,8 @@ VIEWS_VERSION = 2
 _HASH_KEY = 11
 """Hash key of the views, different from the keys of all other uses of `hash_words`."""
 _OPERATION_KEYS = {name: key for key, name in enumerate(OPERATIONS)}
-_ON_DEVICE = (RandomCrop, RandomHorizontalFlip)
+_GATHERED = (RandomCrop, RandomHorizontalFlip)
+"""Operations that a device computes as one gather."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,10 @@ class ViewTransform:
 
     @property
     def supports_device(self) -> bool:
-        """True if `on_device` supports the operations."""
-        return all(isinstance(operation, _ON_DEVICE) for operation in self.operations)
+        """True if `on_device` supports the operations: crops and mirroring, then perhaps erasing."""
+        first, last = self.operations[:-1], self.operations[-1:]
+        is_last_supported = all(isinstance(operation, (*_GATHERED, RandomErasing)) for operation in last)
+        return is_last_supported and all(isinstance(operation, _GATHERED) for operation in first)
 
     def on_device(self, pixels: Tensor, samples: np.ndarray, view: int) -> Tensor:
         """Compute one view of images on their device with one gather; the pixels equal those of `__call__`.
@@ -145,8 +148,19 @@ class ViewTransform:
             augmentation.
         """
         assert self.supports_device, self.operations
-        if not self.operations:
-            return pixels.clone()
+        last = self.operations[-1] if self.operations else None
+        if not isinstance(last, RandomErasing):
+            return self._gathered(pixels, samples, view) if last else pixels.clone()
+        views = self._gathered(pixels, samples, view) if len(self.operations) > 1 else pixels
+        boxes = torch.from_numpy(last.boxes(self.image_size, self._words(last, samples, view)))
+        left, top, width, height = boxes.to(pixels.device, non_blocking=True).T[..., None, None, None]
+        steps = torch.arange(self.image_size, device=pixels.device)
+        is_erased = (steps >= left) & (steps < left + width) & ((steps >= top) & (steps < top + height)).mT
+        color = torch.tensor(last.value, dtype=torch.uint8).to(pixels.device, non_blocking=True)
+        return torch.where(is_erased, color[:, None, None], views)
+
+    def _gathered(self, pixels: Tensor, samples: np.ndarray, view: int) -> Tensor:
+        """Crop and mirror images on their device; see `on_device`."""
         padding, *offsets = self._gather(samples, view)
         # A blocking copy to a GPU would synchronize with all queued work.
         top, left, is_mirrored = (torch.from_numpy(array).to(pixels.device, non_blocking=True) for array in offsets)

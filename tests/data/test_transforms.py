@@ -23,6 +23,12 @@ TRANSFORMS = {
     "trivial_augment": [transforms.TrivialAugmentWide()],
     "color_jitter": [transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)],
     "erasing": [transforms.RandomErasing()],
+    "crop_flip_erasing": [
+        transforms.RandomCrop(padding=4),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomErasing(p=0.7, value=[1, 2, 3]),
+    ],
+    "erasing_crop": [transforms.RandomErasing(), transforms.RandomCrop(padding=4)],
     "all": [
         transforms.RandomResizedCrop(interpolation="bicubic"),
         transforms.RandomHorizontalFlip(),
@@ -32,7 +38,7 @@ TRANSFORMS = {
         transforms.RandomErasing(p=0.25, value=[255, 0, 0]),
     ],
 }
-ON_DEVICE = ["none", "crop", "flip", "crop_flip", "flip_crop"]
+ON_DEVICE = ["none", "crop", "flip", "crop_flip", "flip_crop", "erasing", "crop_flip_erasing"]
 SAMPLES = np.arange(100, 164)
 
 
@@ -128,6 +134,8 @@ GOLDEN = {
     "trivial_augment": "fc1f5e7c12805b24",
     "color_jitter": "b55241ff8a5b9dc4",
     "erasing": "7f512d25995f56bb",
+    "crop_flip_erasing": "4d8dbd7f2cf209e8",
+    "erasing_crop": "dd2244ee3e4dff8d",
     "all": "196cd5123aa86bf5",
 }
 
@@ -151,6 +159,7 @@ def test_views_on_a_device_equal_those_in_host_memory(name):
         assert np.array_equal(on_device.permute(0, 2, 3, 1).numpy(), views(pixels(), SAMPLES, 3))
         assert on_device.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(views.on_device(stored.contiguous(), SAMPLES, 3), on_device)
+        assert stored.data_ptr() != on_device.data_ptr() and torch.equal(stored, torch.from_numpy(pixels()).permute(0, 3, 1, 2))
 
 
 def test_crops_have_all_offsets_with_equal_probability():
