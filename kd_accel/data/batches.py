@@ -9,6 +9,8 @@ change the dropout masks of a resumed run.
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +57,8 @@ class BatchLoader:
         self._requests = _Requests()
         self._workers: dict[bool, DataLoader[Batch | UserError]] = {}
         self._iteration = 0
+        # Unlike __del__, it stops the workers before a garbage collection can close their queues.
+        weakref.finalize(self, _stop, self._workers, os.getpid())
 
     def load(
         self, split: Split, shares: Sequence[Share], *, is_augmented: bool = True, pin_memory: bool = False
@@ -93,10 +97,7 @@ class BatchLoader:
 
     def close(self) -> None:
         """Stop the worker processes; a later batch starts them again."""
-        for loader in self._workers.values():
-            # Without its iterator a DataLoader has no workers; it offers no other way to stop them.
-            loader._iterator = None
-        self._workers.clear()
+        _stop(self._workers, os.getpid())
 
     def _loader(self, pin_memory: bool) -> DataLoader[Batch | UserError]:
         if pin_memory not in self._workers:
@@ -111,6 +112,15 @@ class BatchLoader:
                 collate_fn=_batch_or_error,  # type: ignore[arg-type]
             )
         return self._workers[pin_memory]
+
+
+def _stop(loaders: dict[bool, DataLoader[Batch | UserError]], owner: int) -> None:
+    """Stop the workers of loaders, in the process that has started them."""
+    if os.getpid() == owner:
+        for loader in loaders.values():
+            # Without its iterator a DataLoader has no workers; it offers no other way to stop them.
+            loader._iterator = None
+        loaders.clear()
 
 
 def make_batch(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray, view: int) -> Batch:

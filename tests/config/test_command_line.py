@@ -175,7 +175,7 @@ sys.exit(process.wait())
         ["--help"],
         ["train", "--help"],
         ["train", "--print_config"],
-        ["losses"],
+        pytest.param(["losses"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

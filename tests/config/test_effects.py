@@ -114,7 +114,15 @@ def test_weight_decay_adds_its_fraction_of_each_weight_to_the_update(tmp_path, p
         torch.testing.assert_close(with_decay[name] - without[name], 0.05 * 0.5 * weight.detach(), rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("flags", [["--data.num_workers=1"], ["--train.channels_last=true"], ["--train.compile=true"]], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data.num_workers=1"],
+        ["--train.channels_last=true"],
+        pytest.param(["--train.compile=true"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_settings_for_speed_do_not_change_the_losses(tmp_path, flags):
     train(tmp_path / "plain", "--train.max_steps=6")
     train(tmp_path / "run", "--train.max_steps=6", *flags)

@@ -1,6 +1,8 @@
 """Tests of the batch loader: its worker processes live as long as itself, and serve all splits."""
 
+import gc
 import os
+import time
 
 import numpy as np
 import psutil
@@ -80,3 +82,16 @@ def test_a_second_iteration_ends_the_first_with_an_error(loader):
     list(loader.load("val", SHARES[:4]))
     with pytest.raises(RuntimeError, match="a second iteration has started"):
         next(first)
+
+
+def test_workers_of_a_loader_in_a_reference_cycle_are_stopped_at_once(loader):
+    own = BatchLoader(loader.images, loader.transform, num_workers=2)
+    with pytest.raises(UserError) as raised:
+        list(own.load("val", SHARES))
+    first = {process.pid for process in psutil.Process().children() if process.is_running()}
+    own.cycle = (own, raised)
+    del own, raised
+    started_at = time.perf_counter()
+    gc.collect()
+    assert time.perf_counter() - started_at < 3
+    assert not any(psutil.pid_exists(process) for process in first)

@@ -1,7 +1,8 @@
 """Time limit of tests that are not marked slow, as a pytest plugin.
 
 A test above the limit runs once more at the end of the session, alone and with a warm file cache, because on a new machine the
-first test that imports a library includes reading it from the disk. The run fails if the test is above the limit again.
+first test that imports a library includes reading it from the disk. The run fails if the test is then above the limit by half,
+because a test of nearly three seconds would fail now and then.
 """
 
 import os
@@ -23,9 +24,11 @@ def pytest_runtest_makereport(item, call):
     report = yield
     item.stash[SECONDS] = item.stash.get(SECONDS, 0.0) + call.duration
     is_marked = any(item.get_closest_marker(name) for name in ("slow", "faults"))
-    if call.when == "call" and report.passed and item.stash[SECONDS] > LIMIT_S and not is_marked:
+    is_second_try = bool(os.environ.get(IS_SECOND_TRY))
+    limit_s = 1.5 * LIMIT_S if is_second_try else LIMIT_S
+    if call.when == "call" and report.passed and item.stash[SECONDS] > limit_s and not is_marked:
         report.user_properties.append((PROPERTY, item.nodeid))
-        if os.environ.get(IS_SECOND_TRY):
+        if is_second_try:
             report.outcome = "failed"
             report.longrepr = f"took {item.stash[SECONDS]:.1f} s, more than {LIMIT_S:g} s: mark it slow, or make it faster"
     return report

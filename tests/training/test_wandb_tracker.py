@@ -47,6 +47,7 @@ def test_an_offline_run_holds_config_curves_temperature_and_alpha(tmp_path, dist
     assert any("results" in key for line in run["history"] for key in line)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_id_and_a_run_without_a_teacher_the_configured_role(tmp_path):
     flags = ["--tracking.wandb=offline", "--role=teacher"]
     train(tmp_path / "run", *flags, "--checkpoint.stop_after_steps=3")
@@ -84,6 +85,7 @@ def test_a_key_without_a_network_is_tracked_offline(tmp_path, is_listening):
     assert len([line for line in read_run(tmp_path / "run")["history"] if "train/loss" in line]) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_service_does_not_stop_the_training(tmp_path):
     process = start("train", f"--run_dir={tmp_path / 'run'}", *SMALL, "--tracking.wandb=offline", "--train.epochs=40")
     try:
