@@ -85,13 +85,15 @@ def test_a_second_iteration_ends_the_first_with_an_error(loader):
 
 
 def test_workers_of_a_loader_in_a_reference_cycle_are_stopped_at_once(loader):
+    before = {process.pid for process in psutil.Process().children()}
     own = BatchLoader(loader.images, loader.transform, num_workers=2)
     with pytest.raises(UserError) as raised:
         list(own.load("val", SHARES))
-    first = {process.pid for process in psutil.Process().children() if process.is_running()}
+    workers = {process.pid for process in psutil.Process().children()} - before
+    assert len(workers) == 2
     own.cycle = (own, raised)
     del own, raised
     started_at = time.perf_counter()
     gc.collect()
     assert time.perf_counter() - started_at < 3
-    assert not any(psutil.pid_exists(process) for process in first)
+    assert not any(psutil.pid_exists(process) for process in workers)
