@@ -54,3 +54,9 @@ def distilled(teacher_run):
         "--distill.alpha={start: 0.8, floor: 0.5, decay: 0.95}",
         "--distill.features.mse={weight: 0.1, layers: [layer1, layer2], args: {direction: both, pca_images: 64}}",
     ]
+
+
+@pytest.fixture
+def own_home(tmp_path, monkeypatch):
+    """An empty directory for what the program keeps between runs."""
+    monkeypatch.setenv("KD_ACCEL_HOME", str(tmp_path / "home"))

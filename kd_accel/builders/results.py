@@ -71,7 +71,7 @@ def _summary(run: Run, test_metrics: dict[str, float]) -> dict[str, Any]:
         "device": _device_name(accelerator.device),
         "is_scheduled": _is_scheduled(config),
         "source": run.directory.settings["data"]["source"],
-        "data": {**run.data.fingerprint_fields(), "test": run.data.test_fields()},
+        "data": {**run.data.fingerprint_fields(), "test": run.data.fields_of_test_split()},
         "teacher_fingerprint": run.teacher.fingerprint if run.teacher else None,
         "explained": dict(run.teacher.explained) if run.teacher else {},
         "versions": {

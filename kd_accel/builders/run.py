@@ -166,7 +166,7 @@ def _check_inputs(config: RunConfig, accelerator: Accelerator) -> _CheckedInputs
 def _refuse_other_finished_run(finished: Mapping[str, Any], config: RunConfig, data: DataModule) -> None:
     """Raise UserError if the finished run in the directory was trained on other data, or with another teacher."""
     where = str(config.directory)
-    refuse_other_data(finished.get("data", {}), {**data.fingerprint_fields(), "test": data.test_fields()}, where=where)
+    refuse_other_data(finished.get("data", {}), {**data.fingerprint_fields(), "test": data.fields_of_test_split()}, where=where)
     fingerprint = teacher_fingerprint(config, data)
     # A finished run needs no cache, so that without a teacher there may be nothing to compare.
     if config.teacher is None or fingerprint is not None:

@@ -124,7 +124,7 @@ class DataModule:
             **({"replaceable": list(replaceable)} if replaceable else {}),
         }
 
-    def test_fields(self) -> dict[str, Any]:
+    def fields_of_test_split(self) -> dict[str, Any]:
         """Return what identifies the test samples, on which no training depends, but the results of a finished run do."""
         return {"samples": len(self.splits.test), "digest": samples_digest(self.test, self.splits.test)}
 

@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
@@ -41,7 +42,7 @@ _TRIES = 10
 """Number of random rectangles that are tried before the fallback, as in torchvision."""
 
 
-class Operation(TransformSettings):
+class Operation(TransformSettings, ABC):
     """Step from images to images; abstract.
 
     Attributes:
@@ -60,6 +61,7 @@ class Operation(TransformSettings):
         if problem := next(self.problems(), None):
             raise ValueError(problem)
 
+    @abstractmethod
     def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
         """Apply the operation.
 
@@ -70,7 +72,6 @@ class Operation(TransformSettings):
         Returns:
             Images, uint8 [n, S, S, 3].
         """
-        raise NotImplementedError
 
 
 class RandomCrop(RandomCropSettings, Operation):
@@ -199,12 +200,12 @@ class RandomErasing(RandomErasingSettings, Operation):
         return pixels
 
 
-class _ImageOperation(Operation):
+class _ImageOperation(Operation, ABC):
     """Operation on one Pillow image at a time."""
 
+    @abstractmethod
     def apply(self, image: Image.Image, words: list[int]) -> Image.Image:
         """Apply the operation to one image. words: hash words of the image."""
-        raise NotImplementedError
 
     def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
         """Apply the operation to each image."""

@@ -2,14 +2,12 @@
 
 import json
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from kd_accel.bench import runner
-from kd_accel.bench.graphs import capture
 from kd_accel.bench.latency import compile_for_latency, measure_latency
 from kd_accel.bench.model_stats import count_macs, count_parameters, model_bytes
 from kd_accel.bench.provenance import is_measured
@@ -39,45 +37,6 @@ class Sleeper(nn.Module):
         self.log.append((self.seconds, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
         time.sleep(self.seconds)
         return images.sum()
-
-
-@pytest.fixture(autouse=True)
-def kernels():
-    """Restore the global settings that a benchmark changes."""
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    yield
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@pytest.fixture
-def second_gpu(monkeypatch):
-    """Fake GPU cuda:1: a log of calls and an input. It tests the order of calls, not CUDA itself."""
-    calls = []
-
-    class Device:
-        def __init__(self, device):
-            self.device = str(device)
-
-        def __enter__(self):
-            calls.append(f"enter {self.device}")
-
-        def __exit__(self, *args):
-            calls.append(f"leave {self.device}")
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            calls.append("record")
-
-        def elapsed_time(self, end):
-            return 1.0
-
-    monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(f"synchronize {device}"))
-    return calls, SimpleNamespace(device=torch.device("cuda:1"))
 
 
 @pytest.fixture
@@ -199,42 +158,6 @@ def test_autocast_is_entered_once_per_forward(monkeypatch):
     images = {name: torch.zeros(1) for name in models}
     measure_latency(models, images, min_iterations=10, min_time_s=0.0, precision="bf16")
     assert entered == [torch.bfloat16] * len(log) and len(log) >= 2 * 30
-
-
-def test_measured_gpu_is_the_current_device(second_gpu):
-    calls, images = second_gpu
-    figures = measure_latency({"x": lambda _: calls.append("forward")}, {"x": images}, min_iterations=10, min_time_s=0.0)["x"]
-    assert (calls[0], calls[-1]) == ("enter cuda:1", "leave cuda:1")
-    assert set(calls[1:-1]) == {"forward", "record", "synchronize cuda:1"}
-    assert "record forward record" in " ".join(calls)
-    assert figures["median_ms"] == 1.0 and figures["host_median_ms"] > 0
-    assert figures["graph_median_ms"] is None and "graph_error" not in figures
-
-
-def test_cuda_graph_is_replayed_when_enabled(second_gpu, monkeypatch):
-    calls, images = second_gpu
-    monkeypatch.setattr("kd_accel.bench.latency.capture", lambda forward, device: lambda: calls.append(f"replay on {device}"))
-    limits = {"min_iterations": 10, "min_time_s": 0.0}
-    figures = measure_latency({"x": lambda _: calls.append("forward")}, {"x": images}, **limits, cuda_graph=True)["x"]
-    assert figures["graph_median_ms"] == 1.0
-    assert "record replay on cuda:1 record" in " ".join(calls) and calls[-1] == "leave cuda:1"
-    assert "forward" not in calls[calls.index("replay on cuda:1") :]
-
-
-def test_failed_capture_is_reported_with_the_eager_latency(second_gpu, monkeypatch):
-    def fail(forward, device):
-        try:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        finally:
-            # torch.cuda.graph raises a second error at the end of a failed capture.
-            raise RuntimeError("the end of the capture")
-
-    monkeypatch.setattr("kd_accel.bench.latency.capture", fail)
-    limits = {"min_iterations": 10, "min_time_s": 0.0}
-    figures = measure_latency({"x": lambda _: None}, {"x": second_gpu[1]}, **limits, cuda_graph=True)["x"]
-    assert figures["graph_median_ms"] is None
-    assert figures["graph_error"] == "operation not permitted when stream is capturing"
-    assert figures["median_ms"] == 1.0
 
 
 def test_runs_and_architectures_by_name(saved, tmp_path, threads):
@@ -370,42 +293,3 @@ def test_command_line(saved, tmp_path):
     assert json.loads(out.read_text())["models"][0]["name"] == str(saved)
     assert f"run directory '{tmp_path}/nowhere' not found" in run("bench", tmp_path / "nowhere", code=2).stderr
     assert "is a directory; give the path of a JSON file" in run("bench", saved, f"--out={tmp_path}", code=2).stderr
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
-def test_gpu_events_agree_with_the_host_clock():
-    figures = bench_models(["torchvision/resnet18"], BenchConfig(batch_sizes=[64], device="cuda", min_time_s=0.2))
-    (latency,) = figures["models"][0]["latency"]
-    assert 0 < latency["median_ms"] <= 1.5 * latency["host_median_ms"]
-    assert figures["device"] == torch.cuda.get_device_name()
-
-
-class Synchronizing(nn.Linear):
-    """Layer whose forward reads a value back from the device."""
-
-    def forward(self, images):
-        return super().forward(images) * images.sum().item()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_gpu_graph_equals_the_forward_and_is_faster(precision):
-    model = build_model("torchvision/resnet18", num_classes=10).eval().cuda()
-    images = torch.randn(1, 3, 32, 32, device="cuda")
-    with torch.inference_mode():
-        eager = model(images)
-        replayed = capture(lambda: model(images), images.device)()
-        torch.testing.assert_close(replayed, eager, rtol=1e-3, atol=1e-3)
-    settings = {"min_iterations": 100, "min_time_s": 0.1, "precision": precision, "cuda_graph": True}
-    figures = measure_latency({"model": model}, {"model": images}, **settings)["model"]
-    assert 0 < figures["graph_median_ms"] < figures["median_ms"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU")
-def test_gpu_forward_that_synchronizes_is_not_captured():
-    images = torch.ones(1, 4, device="cuda")
-    models = {"synchronizing": Synchronizing(4, 4).cuda(), "plain": nn.Linear(4, 4).cuda()}
-    settings = {"min_iterations": 10, "min_time_s": 0.0, "cuda_graph": True}
-    figures = measure_latency(models, dict.fromkeys(models, images), **settings)
-    assert "synchronizing" in figures["synchronizing"]["graph_error"]
-    assert figures["synchronizing"]["graph_median_ms"] is None and figures["plain"]["graph_median_ms"] > 0

@@ -10,10 +10,7 @@ from tests.support import image_files
 from tests.support.in_process import cache, say, train
 from tests.support.launching import summary
 
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("KD_ACCEL_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture

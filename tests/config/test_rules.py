@@ -2,8 +2,8 @@
 
 import pytest
 
-from kd_accel.config.loss_weights import notices_of_weights
-from kd_accel.config.schema import BenchConfig, ReproduceConfig
+from kd_accel.config.loss_weights import labels_without_weight, notices_of_weights
+from kd_accel.config.schema import BenchConfig, ReproduceConfig, Schedule
 from tests.support.parsing import mistakes, parse
 
 
@@ -179,7 +179,8 @@ def test_alpha_above_one_needs_a_label_weight():
 
 @pytest.mark.parametrize("temperature", [0.01, 1000, {"start": 1000, "floor": 0.01, "decay": 0.5}])
 def test_temperatures_from_a_hundredth_to_a_thousand_are_valid(temperature):
-    parse("--teacher.run=x", f"--distill.temperature={temperature}")
+    found = parse("--teacher.run=x", f"--distill.temperature={temperature}").distill.temperature
+    assert found == (Schedule(**temperature) if isinstance(temperature, dict) else temperature)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,8 @@ def test_label_smoothing_without_a_weight_of_the_labels_has_no_effect(distill, f
     ],
 )
 def test_label_smoothing_of_labels_that_have_a_weight_at_some_step_is_valid(distill):
-    parse("--teacher.run=x", f"--distill={distill}", "--train.label_smoothing=0.1")
+    config = parse("--teacher.run=x", f"--distill={distill}", "--train.label_smoothing=0.1")
+    assert config.train.label_smoothing == 0.1 and labels_without_weight(config) is None
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,7 @@ from kd_accel.data.encoded import EncodedImages
 from kd_accel.errors import UserError
 from tests.support import image_files
 
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("KD_ACCEL_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture

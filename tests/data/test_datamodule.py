@@ -98,7 +98,7 @@ def test_fingerprint_fields_identify_the_samples(data):
     assert load_data(DataConfig(**SETTINGS, limit_train=23)).fingerprint_fields()["digest"] != fields["digest"]
     # No training depends on the test samples.
     fewer = load_data(DataConfig(**SETTINGS, limit_train=24, limit_test=3))
-    assert fewer.fingerprint_fields() == fields and fewer.test_fields() != data.test_fields()
+    assert fewer.fingerprint_fields() == fields and fewer.fields_of_test_split() != data.fields_of_test_split()
 
 
 def test_a_sample_whose_image_may_be_replaced_still_counts_by_index_and_label(data):

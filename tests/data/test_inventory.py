@@ -16,10 +16,7 @@ from kd_accel.io.home import home
 from tests.support import image_files
 from tests.support.launching import LAUNCH, python
 
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("KD_ACCEL_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def settings(folder, **changes):
 
 def found(data):
     """Return what a start determines from the images."""
-    return data.fingerprint_fields(), data.test_fields(), data.mean, data.std, data.notices
+    return data.fingerprint_fields(), data.fields_of_test_split(), data.mean, data.std, data.notices
 
 
 def test_a_second_start_reads_no_image(folder, reads):
@@ -97,16 +94,16 @@ def test_a_changed_time_size_or_name_of_any_file_reads_the_split_again(folder, r
 
 
 def test_bytes_that_change_under_the_same_size_and_time_are_found_by_reading_again(folder):
-    before = load_data(settings(folder)).test_fields()
+    before = load_data(settings(folder)).fields_of_test_split()
     file = folder / "test" / "cat" / "000.png"
     content, state = bytearray(file.read_bytes()), file.stat()
     content[-1] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert load_data(settings(folder)).test_fields() == before
-    found_again = load_data(settings(folder), rereads=True).test_fields()
+    assert load_data(settings(folder)).fields_of_test_split() == before
+    found_again = load_data(settings(folder), rereads=True).fields_of_test_split()
     assert found_again != before
-    assert load_data(settings(folder)).test_fields() == found_again
+    assert load_data(settings(folder)).fields_of_test_split() == found_again
 
 
 def test_other_labels_and_other_decoding_do_not_use_the_same_files(folder, reads):
@@ -203,7 +200,11 @@ def test_the_ranks_of_a_launch_share_the_work_and_find_the_same(folder, tmp_path
         ranks = [json.loads(line) for line in lines if line.startswith("{")]
         assert [rank.pop("reads") for rank in ranks] == [reads, reads]
         alone = load_data(settings(folder))
-        assert ranks[0] == ranks[1] == {"train": alone.fingerprint_fields(), "test": alone.test_fields(), "mean": alone.mean}
+        assert (
+            ranks[0]
+            == ranks[1]
+            == {"train": alone.fingerprint_fields(), "test": alone.fields_of_test_split(), "mean": alone.mean}
+        )
         assert len(list(home().rglob("*.safetensors"))) == 3
 
 

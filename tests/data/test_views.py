@@ -160,7 +160,8 @@ def test_labels_of_a_wrapped_dataset_become_class_indices(labels, settings, name
 
 def test_a_wrapped_dataset_with_gaps_between_its_labels_is_reported():
     with pytest.warns(UserWarning, match="labels: 1 of 3 classes have no training sample: '1'; set labels to remap"):
-        wrapped([(IMAGE, 0), (IMAGE, 2)], val_fraction=0.0)
+        dataset = wrapped([(IMAGE, 0), (IMAGE, 2)], val_fraction=0.0)
+    assert dataset.class_names == ("0", "1", "2") and [item["label"] for item in dataset] == [0, 2]
 
 
 class Unbounded(IterableDataset):

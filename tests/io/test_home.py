@@ -9,10 +9,7 @@ import pytest
 
 from kd_accel.io.home import home, keep_arrays, load_arrays
 
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("KD_ACCEL_HOME", str(tmp_path / "home"))
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def write_often(value):

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     except UserError as error:
         line = str(error)
     else:
-        found = {"train": data.fingerprint_fields(), "test": data.test_fields(), "mean": data.mean}
+        found = {"train": data.fingerprint_fields(), "test": data.fields_of_test_split(), "mean": data.mean}
         line = json.dumps({"reads": len(seen), **found})
     # One write for each line, so that the lines of two processes do not mix.
     sys.stdout.write(f"{line}\n")

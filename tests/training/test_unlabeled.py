@@ -117,12 +117,18 @@ def test_held_out_samples_need_a_label(tmp_path, monkeypatch):
     assert "data.label_column: 1 of 3 samples of the test split have no label (null or -1; the first is sample 2)" in said
 
 
-@pytest.mark.slow
-def test_a_cached_training_with_unlabeled_samples_resumes_and_ends_like_a_live_one(tmp_path, teacher_run):
-    flags = distillation(teacher_run, "--data.views=2")
+def train_live_and_build(tmp_path, flags):
+    """Train with the live teacher, and build a cache. Returns the flags that use it."""
     stored = ["--teacher.outputs=cached", f"--teacher.cache.dir={tmp_path}/cache", "--teacher.cache.dtype=float32"]
     in_process.train(tmp_path / "live", *flags)
     in_process.cache("build", *flags, *stored)
+    return stored
+
+
+@pytest.mark.slow
+def test_a_cached_training_with_unlabeled_samples_resumes_and_ends_like_a_live_one(tmp_path, teacher_run):
+    flags = distillation(teacher_run, "--data.views=2")
+    stored = train_live_and_build(tmp_path, flags)
     in_process.train(tmp_path / "cached", *flags, *stored, "--checkpoint.stop_after_steps=5")
     in_process.train(tmp_path / "cached", *flags, *stored)
     assert losses(tmp_path / "cached") == losses(tmp_path / "live")
@@ -160,9 +166,7 @@ def test_without_a_label_column_the_teacher_alone_is_learned_and_its_agreement_r
 @pytest.mark.slow
 def test_a_cached_training_without_labels_ends_like_a_live_one(tmp_path, teacher_run):
     flags = without_labels(teacher_run, "--data.views=2")
-    stored = ["--teacher.outputs=cached", f"--teacher.cache.dir={tmp_path}/cache", "--teacher.cache.dtype=float32"]
-    in_process.train(tmp_path / "live", *flags)
-    in_process.cache("build", *flags, *stored)
+    stored = train_live_and_build(tmp_path, flags)
     in_process.train(tmp_path / "cached", *flags, *stored)
     in_process.train(tmp_path / "alone", *flags, *stored, "--teacher.run=null")
     assert losses(tmp_path / "cached") == losses(tmp_path / "live") == losses(tmp_path / "alone")
