@@ -13,6 +13,7 @@ _AGREEMENT = (
     "views/none",
     "views/crop",
     "views/crop_flip",
+    "views/crop_flip_erasing",
     *(f"cached-live/{dtype}" for dtype in ("float32", "float16", "bfloat16", "int8")),
 )
 RESUME = ("resume/float32", "resume/bf16", "logits/bf16", "gradient/bf16")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.acceptance import ranks, speed, steps
+from benchmarks.acceptance import agreement, ranks, speed, steps
 from benchmarks.acceptance.guard import Part
 from benchmarks.acceptance.plan import ITEMS, planned
 from benchmarks.acceptance.runs import relative_difference
@@ -140,6 +140,12 @@ def test_only_runs_the_named_items(tmp_path):
     assert "== f-verify" in (tmp_path / "gpu_acceptance.log").read_text()
     done = acceptance(tmp_path, "--trial", "--only=f,h")
     assert done.returncode == 2 and "--only: h is not a valid item; choose from a, b, c, d, e, f, g" in done.stderr
+
+
+def test_every_transform_and_storage_type_is_planned():
+    (part,) = [part for part in planned(is_trial=False) if part.build == "benchmarks.acceptance.agreement:build"]
+    views = [f"views/{name}" for name in agreement.TRANSFORMS]
+    assert list(part.cases) == [*views, *(f"cached-live/{dtype}" for dtype in agreement.TYPES)]
 
 
 def test_gpu_page_has_a_row_for_each_item():
