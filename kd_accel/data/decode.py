@@ -22,7 +22,8 @@ from kd_accel.config.data_schema import Background
 from kd_accel.config.schema import DataConfig
 from kd_accel.config.transform_schema import Interpolation
 from kd_accel.data.color import PixelRange, UnknownRangeError, flatten, to_eight_bits
-from kd_accel.data.resize import Box, decode_plain_jpeg, resized_crop
+from kd_accel.data.jpeg import decode_plain_jpeg, plain_jpeg_size
+from kd_accel.data.resize import Box, resized_crop
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Accepted image formats. Pillow supports about forty; its EPS reader starts another program, and many of its decoders are
@@ -151,8 +152,7 @@ class Decoder:
             crop: Part of the image; None = the central square.
         """
         crop = crop or Crop(self.center)
-        is_resized_by_torch = crop.interpolation is not None
-        source = torch.from_numpy(image).permute(2, 0, 1) if is_resized_by_torch else Image.fromarray(image)
+        source = Image.fromarray(image) if crop.interpolation is None else torch.from_numpy(image)
         return _resized(source, self.image_size, crop)
 
     def fit_image(self, image: Image.Image, crop: Crop | None = None) -> np.ndarray:
@@ -182,6 +182,8 @@ class Decoder:
         return self._decode_bytes(reduced, crop)
 
     def _decode_bytes(self, data: bytes, crop: Crop) -> np.ndarray:
+        if self._is_plain_and_full(data, crop) and (pixels := decode_plain_jpeg(data)) is not None:
+            return _resized(pixels, self.image_size, crop)
         with _open(data) as image:
             width, height = image.size
             scale = _reduce_jpeg(image, self.image_size, crop)
@@ -198,6 +200,13 @@ class Decoder:
                 levels, scale = levels.reduce(factor), scale * factor
             upright, box = _in_reduced(flatten(levels, self.background), box, (width, height), scale, method)
             return _resized(upright, self.image_size, replace(crop, box=lambda width, height: box))
+
+    def _is_plain_and_full(self, data: bytes, crop: Crop) -> bool:
+        """Return whether a file is a plain JPEG of a random crop that is not reduced, without opening it."""
+        size = None if crop.interpolation is None else plain_jpeg_size(data)
+        if size is None or size[0] * size[1] > _LARGE_PIXELS:
+            return False
+        return jpeg_scale(*size, min(crop.box(*size)[2:]), self.image_size, is_random=True) == 1
 
 
 def as_range(pixel_range: list[float] | None) -> PixelRange | None:
@@ -321,9 +330,9 @@ def _in_reduced(
 
 
 def _resized(image: Image.Image | Tensor, size: int, crop: Crop) -> np.ndarray:
-    """Crop and resize an RGB image or a tensor, uint8 [3, H, W]. Returns uint8 [S, S, 3]."""
+    """Crop and resize an RGB image or a tensor, uint8 [H, W, 3]. Returns uint8 [S, S, 3]."""
     if isinstance(image, Tensor):
-        height, width = image.shape[1:]
+        height, width = image.shape[:2]
     else:
         width, height = image.size
     box = crop.box(width, height)

@@ -1,7 +1,6 @@
 """Random crops of decoded images, resized by PyTorch's antialiased interpolation of uint8, as torchvision's tensors are.
 
-For photos of the usual sizes, decoding by torchvision and resizing by PyTorch take about half of Pillow's time. Both decoders
-give equal pixels; the interpolations differ by rounding.
+It takes a fraction of the time of Pillow's interpolation, from which it differs by rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def resized_crop(image: Image.Image | Tensor, box: Box, size: int, interpolation
     """Crop and resize an image.
 
     Args:
-        image: RGB image, or uint8 tensor [3, H, W].
+        image: RGB image, or uint8 tensor [H, W, 3].
         box: Part of the image, rounded to complete pixels.
         size: S, in pixels.
         interpolation: Interpolation of the resizing.
@@ -32,21 +31,12 @@ def resized_crop(image: Image.Image | Tensor, box: Box, size: int, interpolation
     """
     left, top, right, lower = round(box[0]), round(box[1]), round(box[0] + box[2]), round(box[1] + box[3])
     if isinstance(image, Tensor):
-        part = image[:, top:lower, left:right]
+        part = image[top:lower, left:right]
     else:
-        part = torch.from_numpy(np.array(image.crop((left, top, right, lower)))).permute(2, 0, 1)
-    if part.shape[1:] != (size, size):
+        part = torch.from_numpy(np.array(image.crop((left, top, right, lower))))
+    if part.shape[:2] != (size, size):
         options = {"mode": "nearest-exact"} if interpolation == "nearest" else {"mode": interpolation, "antialias": True}
-        part = interpolate(part[None], size=(size, size), **options)[0]
-    return part.permute(1, 2, 0).numpy()
-
-
-def decode_plain_jpeg(data: bytes) -> Tensor | None:
-    """Decode a JPEG of three channels, without its EXIF orientation. Returns uint8 [3, H, W], or None if it fails."""
-    # Its import takes as long as that of torch, and most commands decode no JPEG.
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except RuntimeError:
-        return None
+        # PyTorch detects channels_last by the strides of [1, H, W, 3], but not of [3, H, W] with an added axis. In this format
+        # it takes two thirds of the time, and the result is copied to a batch without a transposition.
+        part = interpolate(part[None].permute(0, 3, 1, 2), size=(size, size), **options)[0].permute(1, 2, 0)
+    return part.numpy()
