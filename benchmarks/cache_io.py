@@ -1,11 +1,11 @@
 """Speed of reading and building a cache: `python -m benchmarks.cache_io`.
 
-Reading: batches of 256 random samples out of 50,000, into an allocated buffer, with a warm page cache. A sample has 7,680
-float16 values, the features of ResNet-50 at 32x32 with direction `both`.
-    reader          the Reader of kd_accel, on shards of 48 MiB that are mapped into memory
-    index_select    torch.index_select on one tensor in memory, the limit of the hardware
+Reading: batches of 256 random samples out of 50,000, with a warm page cache. A sample has 7,680 float16 values, the features of
+ResNet-50 at 32x32 with direction `both`.
+    reader          the Reader of kd_accel, on shards of 48 MiB that are mapped into memory; each batch in new memory
+    index_select    torch.index_select on one tensor in memory, into an allocated buffer
     files           torch.load of one file per sample, and a copy; on fewer samples, because it is slow
-Building: ResNet-50 on a block of 32x32 images (jobs.py).
+Building: ResNet-50 on 32x32 images (jobs.py), with files of at most 2 MiB, so that there are four blocks.
     build           `cache build`: views, normalization, teacher, projection, encoding, checksums, files, flush to disk
     forward         teacher and projection alone, on the same views, normalized in advance and held in memory
 
@@ -30,9 +30,11 @@ from benchmarks.jobs import Bench, Size, build_live_teacher, hybrid, open_bench
 from kd_accel.cache.reader import Reader
 from kd_accel.cache.shard import write_shard
 from kd_accel.cache.spec import CacheSpec, TensorSpec, samples_in_a_shard
+from kd_accel.data.splits import Split
 
 TENSOR, VALUES = "features", 7680
 SHARD_MIB = 48
+BUILT_SHARD_MIB = 2
 BATCH_SAMPLES = 256
 READING_TURNS = 5
 """Turns of the reading cases per turn of the building cases, which take ten times as long."""
@@ -88,7 +90,7 @@ def reading_spec(samples: int) -> CacheSpec:
     """Return the spec of a cache with one tensor and one view."""
     tensors = {TENSOR: TensorSpec((VALUES,), "float16")}
     per_shard = samples_in_a_shard(tensors, shard_mib=SHARD_MIB, batch_samples=BATCH_SAMPLES)
-    covered = {"train": samples, "val": 0, "test": 0}
+    covered: dict[Split, int] = {"train": samples, "val": 0, "test": 0}
     return CacheSpec({}, samples=covered, views=1, tensors=tensors, samples_per_shard=per_shard, batch_samples=BATCH_SAMPLES)
 
 
@@ -108,11 +110,10 @@ def write_files(directory: Path, values: Tensor) -> None:
 def reader_case(directory: Path, cache_spec: CacheSpec, order: list[np.ndarray]) -> Callable[[], float]:
     """Return the case `reader`. order: sample indices of each batch."""
     reader = Reader(directory, cache_spec, "train", np.arange(cache_spec.samples["train"]), [TENSOR])
-    buffer = _buffer()
 
     def block() -> float:
         for samples in order:
-            reader.read_into(0, samples, TENSOR, buffer[: len(samples)])
+            reader.read(0, samples)
         return sum(map(len, order))
 
     return block
@@ -147,7 +148,7 @@ def building_cases(bench: Bench, directory: Path) -> Cases:
     """Return the building cases; a call processes view 0 of all samples."""
     teacher, count = build_live_teacher(bench, hybrid()).live, itertools.count()
     assert teacher is not None
-    cache_spec = write_cache_spec(bench, directory / "spec", teacher, views=1)
+    cache_spec = write_cache_spec(bench, directory / "spec", teacher, views=1, shard_mib=BUILT_SHARD_MIB)
     shares = [(share, 0) for share in np.split(bench.samples, bench.size.steps)]
     images = [teacher.normalize(batch.images) for batch in bench.batches("train", shares)]
 

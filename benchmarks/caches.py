@@ -38,9 +38,15 @@ def write_cache(
 
 
 def write_cache_spec(
-    bench: Bench, directory: Path, teacher: LiveTeacher, *, views: int, dtype: StorageType = "float16"
+    bench: Bench,
+    directory: Path,
+    teacher: LiveTeacher,
+    *,
+    views: int,
+    dtype: StorageType = "float16",
+    shard_mib: float = 64.0,
 ) -> CacheSpec:
-    """Write the files that describe a cache without held-out samples, and return its spec."""
+    """Write the files that describe a cache without held-out samples, and return its spec. Arguments as in `CacheBuild`."""
     directory.mkdir(parents=True, exist_ok=True)
     build = CacheBuild(
         directory,
@@ -50,8 +56,10 @@ def write_cache_spec(
         teacher.normalize,
         bench.accelerator,
         batch_samples=bench.size.batch_size,
+        shard_mib=shard_mib,
     )
-    cache_spec, _ = write_requested_spec(build, None, teacher.targets)
+    with bench.accelerator.autocast():
+        cache_spec, _ = write_requested_spec(build, None, teacher.targets)
     return cache_spec
 
 

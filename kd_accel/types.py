@@ -20,11 +20,14 @@ class Batch:
     """A batch of samples in one view.
 
     Attributes:
-        images: Pixels of the view, uint8 [B, 3, H, W]. Dense, and either contiguous (decoded images held in memory, uncropped
-            or cropped) or channels_last (images decoded on demand, resized crops, TrivialAugment, crops made on a GPU).
-            Code that needs one memory format must convert.
-        labels: Class indices, int64 [B]; -1 = no label.
-        index: Each sample's position in its source split, before any subset, int64 [B]. Always in host memory: a cache is
+        images: Pixels of the view, [B, 3, H, W]: uint8, or float32 in 0..255 in each training batch of a transform with mixup.
+            Dense, and either contiguous (decoded images held in memory, uncropped or cropped) or channels_last (images
+            decoded on demand, resized crops, TrivialAugment, crops made on a GPU). Code that needs one memory format must
+            convert.
+        labels: Class indices, int64 [B]; -1 = no label. In each training batch of a transform with mixup or cutmix the share
+            of each class, float32 [B, C]: rows sum to 1, or are zero if a sample or its partner has no label.
+        index: Each sample's position in its source split, before any subset, int64 [B]; 2**40 is added for samples of
+            `data.unlabeled`. Always in host memory: a cache is
             read by (index, view), and a copy from a GPU would synchronize the device.
         view: Number of the view that the pixels show.
     """

@@ -14,6 +14,8 @@ _AGREEMENT = (
     "views/crop",
     "views/crop_flip",
     "views/crop_flip_erasing",
+    "views/crop_flip_mixup",
+    "views/crop_flip_cutmix",
     *(f"cached-live/{dtype}" for dtype in ("float32", "float16", "bfloat16", "int8")),
 )
 RESUME = ("resume/float32", "resume/bf16", "logits/bf16", "gradient/bf16")

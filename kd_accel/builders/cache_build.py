@@ -176,7 +176,7 @@ def _recompute(config: RunConfig, parts: _Parts, cache_spec: CacheSpec, accelera
     cache.load_targets(targets)
     for target in targets.values():
         target.to(accelerator.device)
-    live = live_teacher(config, *_network(config, parts, accelerator), targets, accelerator)
+    live = live_teacher(config, *_network(config, parts, accelerator), targets, accelerator, for_few=True)
     try:
         return refuse_other_outputs(
             cache,

@@ -112,6 +112,7 @@ def data_header(config: RunConfig, data: DataModule) -> dict[str, str]:
     return {
         "data": _source(config),
         "samples": f"{samples}; {unlabeled:,} train without a label" if unlabeled else samples,
+        **({"unlabeled": f"{config.data.unlabeled}, {data.unlabeled_per_epoch:,} samples in each epoch"} if data.turns else {}),
         "classes": _classes(data),
         "views": _views(data),
     }

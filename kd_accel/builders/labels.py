@@ -1,4 +1,4 @@
-"""Check of a run's labels against its teacher, and the class names of data without labels."""
+"""Check of a run's labels against its teacher, the class names of data without labels, and the settings that mix labels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kd_accel.cache.stored_teacher import StoredTeacher
 from kd_accel.config.schema import RunConfig
+from kd_accel.config.transform_schema import MixingSettings, transform_config
 from kd_accel.data.datamodule import DataModule
 from kd_accel.errors import UserError
 from kd_accel.models.factory import build_model
@@ -23,6 +24,12 @@ def check_labels(config: RunConfig, data: DataModule) -> None:
             f"first is sample {unlabeled[0]} of the {config.data.train_split} split), and training on them needs a teacher; "
             "set teacher.run, or remove these samples (if -1 is a class, store names as strings)"
         )
+
+
+def mixing_settings(config: RunConfig) -> list[str]:
+    """Return the dotted names of the transforms that mix samples and their labels; empty without mixup and cutmix."""
+    transforms = transform_config(config.data.transform).items()
+    return [f"data.transform.{name}" for name, settings in transforms if isinstance(settings, MixingSettings)]
 
 
 def unlabeled_class_names(config: RunConfig) -> tuple[str, ...] | None:

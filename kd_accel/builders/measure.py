@@ -60,10 +60,12 @@ def estimate_costs(config: RunConfig, accelerator: Accelerator) -> dict[str, Any
     dtype = config.teacher.cache.dtype or "float16"
     kinds = sample_bytes(len(data.label_names), shapes, targets, dtype)
     kind = stored_kind(targets if config.teacher.outputs != "mixed" else {})
-    steps = max(1, len(data.splits.train) // config.train.batch_size)
+    steps = max(1, data.epoch_samples // config.train.batch_size)
     epochs = math.ceil(build_schedule(config, steps_per_epoch=steps).total_steps / steps)
     views = data.num_views or config.train.epochs
-    training = PlannedTraining(len(data.splits.train), views, epochs, accelerator.num_processes, kinds[kind])
+    training = PlannedTraining(
+        len(data.training_samples), views, epochs, accelerator.num_processes, kinds[kind], data.epoch_samples
+    )
     free_bytes = shutil.disk_usage(directory).free
     return estimate(measured, training, kinds=kinds, kind=kind, dtype=dtype, free_bytes=free_bytes)
 
@@ -126,7 +128,7 @@ def _with_random_tensors(targets: Mapping[str, TargetFunction], shapes: Mapping[
 def _batches(config: RunConfig, data: DataModule, accelerator: Accelerator) -> Iterator[Batch]:
     loader = build_train_loader(config, data, accelerator)
     # Otherwise all images would be decoded first, which can take longer than the measurement.
-    if data.train.is_in_memory:
+    if data.training_images.is_in_memory:
         keep_images_on_gpu(loader, data, accelerator.device)
     for epoch in itertools.count():
         for micro_batches in loader.epoch(epoch):

@@ -231,7 +231,7 @@ def _build_trainer(
         The trainer, and a notice for each thing that differs from an uninterrupted training.
     """
     config, checkpoint = inputs.config, inputs.checkpoint
-    train_state = build_train_state(config, distiller, accelerator, has_unlabeled=len(inputs.data.unlabeled_samples) > 0)
+    train_state = build_train_state(config, distiller, accelerator, has_unlabeled=inputs.data.has_unlabeled)
     notices = [] if checkpoint is None else _restore_checkpoint(train_state, checkpoint, accelerator)
     keep_images_on_gpu(inputs.loader, inputs.data, accelerator.device)
     state, tensors = _checkpoint_extra(inputs, teacher, tracker)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kd_accel.builders.labels import mixing_settings
 from kd_accel.config.schema import DataConfig, DistillConfig, FeatureLossConfig, RunConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.errors import UserError
@@ -47,7 +48,8 @@ def build_losses(config: RunConfig) -> Losses:
     """Build the losses of a config; empty without a teacher.
 
     Raises:
-        UserError: If losses or their settings are unknown or not valid. The message lists the mistakes of all losses.
+        UserError: If losses or their settings are unknown or not valid, or a loss does not support mixed labels. The message
+            lists the mistakes of all losses.
     """
     if config.teacher is None:
         return Losses()
@@ -62,6 +64,7 @@ def build_losses(config: RunConfig) -> Losses:
     for section, (kind, loss, args) in sections.items():
         try:
             built[section] = build_loss(kind, loss, args, field=f"distill.{section}")
+            _refuse_mixed_labels(config, section, loss, built[section])
         except UserError as error:
             mistakes.append(str(error))
     if mistakes:
@@ -69,6 +72,16 @@ def build_losses(config: RunConfig) -> Losses:
     features = {name: built[f"features.{name}"] for name in distill.features}
     layers = {name: _layer_pairs(feature) for name, feature in distill.features.items()}
     return Losses(built.get("logits"), features, layers)
+
+
+def _refuse_mixed_labels(config: RunConfig, section: str, name: str, loss: LogitLoss | FeatureLoss) -> None:
+    """Raise UserError if a loss needs the class of each sample, and samples are mixed."""
+    mixing = " and ".join(mixing_settings(config))
+    if mixing and not loss.supports_mixed_labels:
+        raise UserError(
+            f"distill.{section}: {name} needs the one true class of each sample, which samples of {mixing} do not have; remove "
+            f"{mixing}, or choose another loss (`kd-accel losses` shows those with mixed labels)"
+        )
 
 
 def _layer_pairs(feature: FeatureLossConfig) -> dict[str, str]:
@@ -146,7 +159,7 @@ def build_distiller(
         target_shapes=target_shapes,
         image_size=config.data.image_size,
         label_smoothing=config.train.label_smoothing,
-        has_unlabeled=len(data.unlabeled_samples) > 0,
+        has_unlabeled=data.has_unlabeled,
         seed=config.seed,
         memory_format=image_memory_format(config.train.channels_last, device),
     )

@@ -193,11 +193,14 @@ def live_teacher(
     normalize: nn.Module,
     targets: Mapping[str, TargetFunction],
     accelerator: Accelerator,
+    *,
+    for_few: bool = False,
 ) -> LiveTeacher:
-    """Build the forward of the teacher, with the numerics of the config."""
-    live = LiveTeacher(network, normalize, targets=targets, autocast=accelerator.autocast)
-    if config.train.compile:
-        compile_with_hooks(network)
+    """Build the forward of the teacher, with the numerics of the config. for_few: few samples, which a compilation outlasts."""
+    image_size = config.data.image_size
+    live = LiveTeacher(network, normalize, targets=targets, autocast=accelerator.autocast, image_size=image_size)
+    if config.train.compile and not for_few:
+        compile_with_hooks(live.network, dynamic=False)
     return live
 
 
@@ -233,7 +236,7 @@ def build_teacher_setup(
         notices += _fit(targets, data, model, normalize, accelerator, checkpoint)
     for target in targets.values():
         target.to(accelerator.device)
-    live = live_teacher(config, model, normalize, targets, accelerator)
+    live = live_teacher(config, model, normalize, targets, accelerator, for_few=cache is not None)
     explained = {layer: target.explained for layer, target in targets.items() if target.explained is not None}
     setup = TeacherSetup(live, lambda split: live, teacher.fingerprint, target_shapes, None, live, targets, explained, notices)
     return setup if cache is None else _with_cache(setup, cache, live, config, data, accelerator)
@@ -265,6 +268,8 @@ def _with_cache(
         live.close()
         live.network.cpu()
         return TeacherSetup(source=cache.source("train"), **common)
+    if config.train.compile:
+        compile_with_hooks(live.network, dynamic=False)
     mixed = _LogitsFrom(cache.source("train"), live)
     return TeacherSetup(source=mixed, live=live, targets=setup.targets, **common)
 
@@ -289,12 +294,16 @@ def _setup_without_teacher(config: RunConfig, data: DataModule, network: nn.Modu
 
 
 def _refuse_absent_run(teacher: TeacherConfig) -> None:
-    """Raise UserError for a teacher that is not on this machine although its outputs may be."""
-    if teacher.outputs == "cached" and teacher.run is not None and not (Path(teacher.run) / "model.json").is_file():
-        raise UserError(
-            f"teacher.run: no finished run in {teacher.run}; train it first, or choose another directory. To train from the "
-            "stored outputs alone, set teacher.run to null: they are then used without a comparison with the teacher"
+    """Raise UserError for a teacher that is not on this machine, although its stored outputs may be."""
+    if teacher.run is None or (Path(teacher.run) / "model.json").exists():
+        return
+    message = f"teacher.run: no finished run in {teacher.run}; train it first, or choose another directory"
+    if teacher.outputs == "cached":
+        message += (
+            ". To train from the stored outputs alone, set teacher.run to null: they are then used without a comparison with "
+            "the teacher"
         )
+    raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -330,7 +339,7 @@ def _fit(
     for layer, (tensors, explained) in on_main_process(accelerator, fit).items():
         targets[layer].load(tensors)
         targets[layer].explained = explained
-    return fit_notices(targets, num_samples=len(data.splits.train))
+    return fit_notices(targets, num_samples=len(data.training_samples))
 
 
 def load_saved(targets: Mapping[str, TargetFunction], tensors: Mapping[str, Tensor], explained: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kd_accel.builders.labels import mixing_settings
 from kd_accel.config.schema import DistillConfig, RunConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.loader import TrainLoader
@@ -59,7 +60,7 @@ def build_train_state(
     decay = config.train.ema_decay
     average = None if decay is None else MovingAverage(distiller.student, decay=decay)
     if config.train.compile:
-        compile_with_hooks(distiller.student)
+        compile_with_hooks(distiller.student, dynamic=False)
     module, optimizer = wrap_for_training(accelerator, distiller, build_optimizer(distiller.parameters(), config.optim))
     meters = Meters(
         accelerator.device,
@@ -67,6 +68,7 @@ def build_train_state(
         has_teacher=config.teacher is not None,
         counts_overflows=accelerator.scaler is not None,
         has_unlabeled=has_unlabeled,
+        has_mixed_labels=bool(mixing_settings(config)),
     )
     return TrainState(module, optimizer, meters, average)
 
@@ -111,7 +113,7 @@ def build_trainer(  # noqa: PLR0913  (the parts of a training)
         metrics_log=MetricsLog(directory / "metrics.jsonl", is_main=is_main, tracker=tracker),
         progress=progress,
         profiler=StepProfiler(directory / "profile", steps=config.profile, rank=accelerator.process_index, say=progress.say),
-        preemption=PreemptionHandler(accelerator, timeout_s=config.train.timeout_s),
+        preemption=PreemptionHandler(accelerator, timeout_s=config.train.timeout_s, every_step=not loader.is_in_memory),
         guard=NonFiniteGuard(accelerator, train_state.module, train_state.optimizer),
     )
 
@@ -135,4 +137,4 @@ def build_held_out(
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
-    return HeldOut(loader, teacher=source)
+    return HeldOut(loader, teacher=source, padded_to=config.train.eval_batch_size if config.train.compile else None)

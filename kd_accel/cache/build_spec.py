@@ -80,6 +80,11 @@ def find_own_spec(build: CacheBuild) -> CacheSpec | None:
     # Raises for a manifest that lists paths outside the cache, before any file is changed.
     find_manifest(build.directory, cache_spec)
     check_fingerprint(build.directory, cache_spec, build.request)
+    if cache_spec.samples.keys() != build.request.samples.keys():
+        raise UserError(
+            f"data.unlabeled: not set, but the cache in {build.directory} also holds outputs for such samples, which a build "
+            "must be able to compute; set it as in the first build, or set another teacher.cache.dir"
+        )
     return cache_spec
 
 
@@ -135,7 +140,7 @@ def _fit(build: CacheBuild, specs: Mapping[str, TensorSpec]) -> None:
                 f"{layer} again gives other tensors; build with the config and on the machine of the first build, or remove "
                 "the directory and build from scratch"
             )
-    for notice in fit_notices(lacking, num_samples=len(build.data.splits.train)):
+    for notice in fit_notices(lacking, num_samples=len(build.data.training_samples)):
         build.accelerator.print(notice)
 
 
@@ -226,9 +231,7 @@ def _stored_samples(build: CacheBuild, found: CacheSpec) -> Samples:
     for split, requested in build.request.samples.items():
         check_samples(build.directory, split, stored[split], requested)
     indices = {split: cached.indices for split, cached in stored.items()}
-    for split, current in covered_samples(
-        replace(build.data, splits=SplitSamples(indices["train"], indices["val"], indices["test"]))
-    ).items():
+    for split, current in covered_samples(replace(build.data, splits=SplitSamples(**indices))).items():
         check_samples(build.directory, split, stored[split], current)
     return stored
 

@@ -24,7 +24,7 @@ from kd_accel.cache.differences import (
 )
 from kd_accel.cache.manifest import CachedSamples
 from kd_accel.cache.shard import find_damage
-from kd_accel.cache.spec import LOGITS, CacheSpec
+from kd_accel.cache.spec import LOGITS, VIEWED_SPLITS, CacheSpec
 from kd_accel.config.schema import Precision, StorageType
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import Split
@@ -36,7 +36,7 @@ from kd_accel.teacher.teacher import Teacher
 BUILD_COMMAND = "`kd-accel cache build` with this config"
 _ANOTHER = f"or set another teacher.cache.dir (or remove this directory) and run {BUILD_COMMAND}"
 _LISTED = 5
-_SPLITS = {"train": "training", "val": "validation", "test": "test"}
+_SPLITS = {"train": "training", "val": "validation", "test": "test", "unlabeled": "unlabeled"}
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,9 @@ def data_fields(data: DataModule) -> dict[str, Any]:
     if data.val is not data.train:
         sizes["val_size"] = data.val.num_samples
     sets = {"train": data.train, **({} if data.val is data.train else {"val": data.val}), "test": data.test}
+    if data.unlabeled is not None:
+        sizes["unlabeled_size"] = data.unlabeled.num_samples
+        sets["unlabeled"] = data.unlabeled
     left_out = {split: sorted(images.unreadable) for split, images in sets.items() if images.unreadable}
     return {
         "data": {"label_names": classes, **sizes, **({"left_out": left_out} if left_out else {})},
@@ -261,8 +264,8 @@ def check_headers(
         cache_spec: Spec of the cache.
         files: Checksums of the manifest, by file name.
         splits: Splits to check.
-        views: Number of views of the training split to check.
-        tensors: Tensors of the training split to check.
+        views: Number of views of the training samples to check.
+        tensors: Tensors of the training samples to check.
 
     Raises:
         UserError: If a file is missing or damaged.
@@ -270,8 +273,8 @@ def check_headers(
     shards = [
         shard
         for split in splits
-        for view in range(views if split == "train" else 1)
-        for name in (tensors if split == "train" else (LOGITS,))
+        for view in range(views if split in VIEWED_SPLITS else 1)
+        for name in (tensors if split in VIEWED_SPLITS else (LOGITS,))
         for shard in cache_spec.shards(split, view, name)
     ]
     unlisted = [shard.name for shard in shards if shard.name not in files]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from kd_accel.cache.spec import TensorSpec
 from kd_accel.config.fields import flatten
@@ -20,9 +20,11 @@ from kd_accel.losses.targets import TargetFunction
 LAYERS = "distill.features.NAME.layers"
 MEMORY_FORMAT = "numerics.channels_last"
 CONTENTS = "data.contents"
-_TRANSFORM, _VIEW_SEED = "views.transform", "views.view_seed"
+UNLABELED_SIZE = "data.unlabeled_size"
+_TRANSFORM, _VIEW_SEED, _PARTNERS = "views.transform", "views.view_seed", "views.partners"
 _LABELS = "data.label_names"
 _CLASS_MAP = "teacher.class_map"
+_UNLABELED = ("data.unlabeled", "data.unlabeled_split")
 _LONGEST_VALUE = 80
 
 
@@ -73,16 +75,23 @@ FIELDS = {
     "data.val_size": Field(
         ("data.val_split",), "number of samples of the split", default="the validation samples are training samples"
     ),
-    **{f"data.left_out.{split}": _LEFT_OUT for split in ("train", "val", "test")},
+    UNLABELED_SIZE: Field(_UNLABELED, "number of samples of the source", default="null"),
+    **{f"data.left_out.{split}": _LEFT_OUT for split in get_args(Split)},
     f"{CONTENTS}.train": Field(("data.source", "data.train_split")),
     f"{CONTENTS}.val": Field(("data.source", "data.train_split", "data.val_split")),
     f"{CONTENTS}.test": Field(("data.source", "data.test_split")),
+    f"{CONTENTS}.unlabeled": Field(_UNLABELED),
     "pixels.version": Field((), "of kd_accel's image decoding, not a setting"),
     "pixels.background": Field(("data.background",)),
     "pixels.pixel_range": Field(("data.pixel_range",)),
     "pixels.crop_pct": Field(("data.crop_pct",)),
     _TRANSFORM: Field(("data.transform",)),
     "views.order": Field(("data.transform",), "order of the transforms", default="the usual order"),
+    _PARTNERS: Field(
+        ("data.limit_train", "data.val_fraction", "data.test_fraction", "data.on_error"),
+        "digest of the list of the training samples, among which mixup and cutmix draw",
+        default="none",
+    ),
     "views.version": Field((), "of kd_accel's augmentations, not a setting"),
     "views.image_size": Field(("data.image_size",)),
     _VIEW_SEED: Field(("data.view_seed",)),
@@ -130,9 +139,12 @@ def differing_fields(
     """
     stored, now = (_flat(each) for each in (stored_fields, fields))
     different = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
-    # Views without a transform have no seed. That the other views have a transform is listed.
+    # Views without a transform have no seed, and those without mixing no partners. That the others have one is listed.
     if any(key.startswith(_TRANSFORM) for key in different):
-        different = [key for key in different if key != _VIEW_SEED or (key in stored and key in now)]
+        different = [key for key in different if key not in (_VIEW_SEED, _PARTNERS) or (key in stored and key in now)]
+    # A cache may hold unlabeled samples that are not requested.
+    if UNLABELED_SIZE not in now:
+        different = [key for key in different if key in now or key not in (UNLABELED_SIZE, "data.left_out.unlabeled")]
     if any_memory_format:
         different = [key for key in different if key != MEMORY_FORMAT]
     return [_field_line(key, stored.get(key), now.get(key), layers) for key in different]
@@ -180,6 +192,8 @@ def differing_types(specs: Mapping[str, TensorSpec], requested: Mapping[str, str
 
 def settings_of_samples(split: Split) -> str:
     """Return the settings that decide which samples a split has."""
+    if split == "unlabeled":
+        return " or ".join(_UNLABELED)
     return "data.limit_test or data.test_fraction" if split == "test" else "data.limit_train or data.val_fraction"
 
 
@@ -197,8 +211,8 @@ def describe_target(description: Mapping[str, Any]) -> str:
 def describe_views(fields: Mapping[str, Any]) -> str:
     """Format the fingerprint fields of the views by the names of their settings, as `image_size=32, view_seed=0`."""
     names = {key: FIELDS.get(f"views.{key}", _UNKNOWN).settings for key in fields}
-    shown = (f"{names[key][0].rpartition('.')[2]}={_text(value)}" for key, value in fields.items() if names[key])
-    return ", ".join(shown)
+    kept = {key: value for key, value in fields.items() if names[key] and f"views.{key}" != _PARTNERS}
+    return ", ".join(f"{names[key][0].rpartition('.')[2]}={_text(value)}" for key, value in kept.items())
 
 
 def find_field(key: str) -> tuple[Field, str]:

@@ -55,6 +55,7 @@ class PlannedTraining:
         epochs: Number of epochs of one student.
         processes: Number of processes.
         sample_bytes: Size of one sample in one view in the cache.
+        epoch_samples: Number of samples in an epoch; None = all. Unlabeled samples may take turns.
     """
 
     samples: int
@@ -62,6 +63,7 @@ class PlannedTraining:
     epochs: int
     processes: int
     sample_bytes: int
+    epoch_samples: int | None = None
 
 
 def estimate(
@@ -102,10 +104,11 @@ def costs(measured: Measured, training: PlannedTraining) -> dict[str, Any]:
         cached_s}; and `break_even_epoch`, the first epoch, counted over all students, after which building and reading the
         cache has taken less time than live outputs. None if reading a sample takes longer than running the teacher.
     """
-    per_epoch = training.samples / training.processes
+    per_view = training.samples / training.processes
+    per_epoch = (training.epoch_samples or training.samples) / training.processes
     read_s = training.sample_bytes / measured.read_bytes_per_s
     write_s = training.sample_bytes / measured.write_bytes_per_s
-    build_s = training.views * per_epoch * (measured.view_s + measured.teacher_s + write_s)
+    build_s = training.views * per_view * (measured.view_s + measured.teacher_s + write_s)
     shared_s = measured.view_s + measured.student_s
     live_epoch_s, cached_epoch_s = per_epoch * (shared_s + measured.teacher_s), per_epoch * (shared_s + read_s)
     saved_s = live_epoch_s - cached_epoch_s

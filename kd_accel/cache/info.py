@@ -14,7 +14,7 @@ from typing import Any
 from kd_accel.cache.differences import describe_target, describe_views
 from kd_accel.cache.manifest import read_manifest, read_spec, read_teacher_accuracy
 from kd_accel.cache.shard import MISSING, find_size_damage
-from kd_accel.cache.spec import SPLITS, CacheSpec, TensorSpec
+from kd_accel.cache.spec import CacheSpec, TensorSpec
 from kd_accel.errors import UserError
 from kd_accel.io.files import readable_size
 
@@ -81,7 +81,7 @@ def info_text(info: Mapping[str, Any], cache_spec: CacheSpec) -> str:
     """
     teacher, views = (_fields(info, cache_spec, name) for name in ("teacher", "views"))
     accuracy, rates = info["teacher_accuracy"], info["bytes_per_sample_and_view"]
-    counts = ", ".join(f"{cache_spec.samples[split]} {split}" for split in SPLITS)
+    counts = ", ".join(f"{count} {split}" for split, count in cache_spec.samples.items())
     lines = [
         f"{info['directory']}: {'complete' if info['is_complete'] else 'not complete'}, {info['files']} files, "
         f"{readable_size(info['bytes'])}",

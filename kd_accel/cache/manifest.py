@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd_accel.cache.spec import LOGITS, SPLITS, VERSION, CacheSpec, TensorSpec, spec_from_json, spec_to_json
+from kd_accel.cache.spec import LOGITS, VERSION, CacheSpec, TensorSpec, spec_from_json, spec_to_json
 from kd_accel.data.splits import Split
 from kd_accel.errors import UserError
 from kd_accel.io.files import flush, lock, read_json, unlock, write_json, write_whole
@@ -202,7 +202,7 @@ def read_samples(directory: Path, cache_spec: CacheSpec) -> dict[Split, CachedSa
     try:
         samples: dict[Split, CachedSamples] = {
             split: CachedSamples(tensors[f"{split}.indices"].numpy(), tensors[f"{split}.digests"].numpy().view(np.uint64))
-            for split in SPLITS
+            for split in cache_spec.samples
         }
         is_intact = all(_are_intact(cache_spec, split, cached) for split, cached in samples.items())
     except (KeyError, ValueError, TypeError):

@@ -1,9 +1,9 @@
 """Random access to the samples of a cache: memory-mapped files, one copy per sample, no pickle.
 
-A file is opened when its view is first read, in the process that reads; a pickled reader opens its own files. Opening a file
-checks its header. If the view fits in free memory, the first opening also checks every byte of the data, a pass that loads the
-file into the page cache in order. Mapped pages belong to the page cache; memory use is otherwise independent of the size of the
-cache.
+A file is opened when its view is first read, in the process that reads, and stays mapped for the next epochs of the view; a
+pickled reader opens its own files. Opening a file checks its header. If the view fits in free memory, the first opening also
+checks every byte of the data, a pass that loads the file into the page cache in order. Mapped pages belong to the page cache;
+memory use is otherwise independent of the size of the cache.
 
 `open_cache` checks a cache against a request. `CachedTeacher` is a source of teacher outputs, interchangeable with a live
 teacher.
@@ -34,35 +34,25 @@ from kd_accel.cache.differences import differing_fields
 from kd_accel.cache.manifest import CachedSamples, read_manifest, read_samples, read_spec, read_targets
 from kd_accel.cache.shard import (
     INT8_LARGEST,
-    TORCH_TYPE,
     decode,
     find_damage,
     is_data_intact,
     open_shard,
-    read_scale,
-    values_offset,
 )
-from kd_accel.cache.spec import LOGITS, CacheSpec, Shard
+from kd_accel.cache.spec import LOGITS, VIEWED_SPLITS, CacheSpec, Shard
+from kd_accel.cache.view_files import StoredValues, ViewFiles
 from kd_accel.config.fields import flatten
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import HeldOutSplit, Split
+from kd_accel.data.unlabeled import UNLABELED_OFFSET
 from kd_accel.errors import UserError
 from kd_accel.io.hashing import settings_digest
 from kd_accel.losses.targets import TargetFunction
 from kd_accel.types import Batch, TeacherOutput
 
-
-@dataclass(frozen=True)
-class StoredValues:
-    """Samples of one tensor in their storage type.
-
-    Attributes:
-        values: Values, [n, ...].
-        scale: Scale per sample and channel, float32 [n, D]; None for the float types.
-    """
-
-    values: Tensor
-    scale: Tensor | None
+_MAX_FILES = 1024
+"""Number of mapped files from which the next view replaces those before; Linux allows 65,530 mappings per process."""
+_CPU = torch.device("cpu")
 
 
 class Reader:
@@ -85,8 +75,7 @@ class Reader:
         # binary search.
         self._position = np.full(indices.max(initial=-1) + 1, -1)
         self._position[indices] = np.arange(len(indices))
-        self._files: dict[str, _View] = {}
-        self._view: int | None = None
+        self._views: dict[int, ViewFiles] = {}
         self._checked: set[str] = set()
 
     def covers(self, indices: np.ndarray) -> bool:
@@ -94,53 +83,37 @@ class Reader:
         is_inside = not len(indices) or (indices.min() >= 0 and indices.max() < len(self._position))
         return bool(is_inside and (self._position[indices] >= 0).all())
 
-    def read(self, view: int, indices: np.ndarray, *, pin_memory: bool = False) -> dict[str, StoredValues]:
+    def read(self, view: int, indices: np.ndarray, *, device: torch.device = _CPU) -> dict[str, StoredValues]:
         """Copy samples into new memory.
 
         Args:
             view: Number of the view.
             indices: Indices of covered samples, int64 [n].
-            pin_memory: Whether the memory is page-locked.
+            device: Device of the result.
 
         Returns:
-            Samples by the name of the tensor, in host memory.
+            Samples by the name of the tensor.
 
         Raises:
             UserError: If a file of the view is missing or damaged.
         """
-        positions = self._positions(indices)
-        self._open(view)
-        return {name: self._files[name].read(positions, pin_memory=pin_memory) for name in self._tensors}
-
-    def read_into(self, view: int, indices: np.ndarray, tensor: str, out: Tensor) -> None:
-        """Copy samples of one tensor into existing memory.
-
-        Args:
-            view: Number of the view.
-            indices: Indices of covered samples, int64 [n].
-            tensor: Name of the tensor.
-            out: Tensor to fill, [n, ...] of the storage type, contiguous, in host memory.
-
-        Raises:
-            UserError: If a file of the view is missing or damaged.
-        """
-        self._open(view)
-        self._files[tensor].copy(self._positions(indices), out)
-
-    def _positions(self, indices: np.ndarray) -> np.ndarray:
         positions = self._position.take(indices)
         assert positions.min(initial=0) >= 0, "the cache does not cover all of these samples"
-        return positions
+        return self._open(view).read(positions, device)
 
-    def _open(self, view: int) -> None:
-        if view == self._view:
-            return
-        shards = {name: self._cache_spec.shards(self._split, view, name) for name in self._tensors}
+    def _open(self, view: int) -> ViewFiles:
+        if view in self._views:
+            return self._views[view]
         reads_data = _view_bytes(self._cache_spec, self._split, self._tensors) < available_bytes()
         files = {}
-        for name, parts in shards.items():
-            files[name] = _View(self._cache_spec, parts, [self._open_shard(shard, reads_data=reads_data) for shard in parts])
-        self._files, self._view = files, view
+        for name in self._tensors:
+            shards = self._cache_spec.shards(self._split, view, name)
+            files[name] = [(shard, self._open_shard(shard, reads_data=reads_data)) for shard in shards]
+        # The first access to a page of a new mapping is a page fault, about a quarter of the time of an epoch's reads.
+        if sum(map(len, files.values())) * (len(self._views) + 1) > _MAX_FILES:
+            self._views.clear()
+        self._views[view] = ViewFiles(self._cache_spec, files)
+        return self._views[view]
 
     def _open_shard(self, shard: Shard, *, reads_data: bool) -> memoryview:
         damage = find_damage(self._directory, self._cache_spec, shard, reads_data=False)
@@ -156,51 +129,52 @@ class Reader:
         )
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}, "_view": None}
+        return {**self.__dict__, "_views": {}}
 
 
-class _View:
-    """Open files of one tensor and view."""
+class JoinedReader:
+    """Random access to the labeled and the unlabeled training samples of a cache, by their indices in a training.
 
-    def __init__(self, cache_spec: CacheSpec, shards: Sequence[Shard], files: Sequence[memoryview]) -> None:
-        spec = cache_spec.tensors[shards[0].tensor]
-        self._shape, self._dtype, self._sample_bytes = spec.shape, TORCH_TYPE[spec.dtype], spec.sample_bytes
-        self._samples_per_shard = cache_spec.samples_per_shard
-        self._values = [file[values_offset(cache_spec, shard) :] for file, shard in zip(files, shards, strict=True)]
-        scales = [read_scale(file, cache_spec, shard) for file, shard in zip(files, shards, strict=True)]
-        self._scales = torch.stack([scale for scale in scales if scale is not None]) if spec.is_scaled else None
+    Args:
+        labeled: Reader of the split train.
+        unlabeled: Reader of the split unlabeled.
+    """
 
-    def read(self, positions: np.ndarray, *, pin_memory: bool) -> StoredValues:
-        out = torch.empty((len(positions), *self._shape), dtype=self._dtype, pin_memory=pin_memory)
-        self.copy(positions, out)
-        scale = None if self._scales is None else self._scales[torch.from_numpy(positions // self._samples_per_shard)]
-        return StoredValues(out, scale)
+    def __init__(self, labeled: Reader, unlabeled: Reader) -> None:
+        self._labeled, self._unlabeled = labeled, unlabeled
 
-    def copy(self, positions: np.ndarray, out: Tensor) -> None:
-        # All files but the last have the same number of samples, and all samples the same number of bytes, so one division
-        # gives the file of a sample and the offset in the file. Assigning a slice of one memoryview to another is a memcpy, a
-        # few hundred nanoseconds per sample. Gathering with tensor operations would need one pass and one copy per file.
-        length, values = self._sample_bytes, self._values
-        target = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        shards, offsets = np.divmod(positions, self._samples_per_shard)
-        starts, end = offsets * length, 0
-        # Iterating over an array would create a NumPy scalar for each element; lists hold plain integers.
-        for shard, start, stop in zip(shards.tolist(), starts.tolist(), (starts + length).tolist(), strict=True):
-            begin, end = end, end + length
-            target[begin:end] = values[shard][start:stop]
+    def covers(self, indices: np.ndarray) -> bool:
+        """Return whether the cache holds all samples with these indices."""
+        is_unlabeled = indices >= UNLABELED_OFFSET
+        own = indices[is_unlabeled] - UNLABELED_OFFSET
+        return self._labeled.covers(indices[~is_unlabeled]) and self._unlabeled.covers(own)
+
+    def read(self, view: int, indices: np.ndarray, *, device: torch.device = _CPU) -> dict[str, StoredValues]:
+        """Copy samples into new memory; see `Reader.read`. Samples of both splits are in host memory."""
+        is_unlabeled = indices >= UNLABELED_OFFSET
+        if not is_unlabeled.any():
+            return self._labeled.read(view, indices, device=device)
+        own = indices[is_unlabeled] - UNLABELED_OFFSET
+        if is_unlabeled.all():
+            return self._unlabeled.read(view, own, device=device)
+        labeled, unlabeled = self._labeled.read(view, indices[~is_unlabeled]), self._unlabeled.read(view, own)
+        # Position of each sample of the batch among the labeled samples, then the unlabeled ones.
+        order = torch.from_numpy(np.argsort(np.argsort(is_unlabeled, kind="stable")))
+        is_pinned = device.type == "cuda"
+        return {name: labeled[name].joined(unlabeled[name], order, pin_memory=is_pinned) for name in labeled}
 
 
 class CachedTeacher:
     """Source of teacher outputs that reads a cache by index and view; the pixels of a batch are not used.
 
     Args:
-        reader: Reader of the split, with the logits among its tensors.
+        reader: Reader of the samples, with the logits among its tensors.
         layers: The teacher's layers to read.
         channels_last: Whether feature maps are returned in the channels_last memory format, as the live teacher computes them.
             The last bits of a sum over a map depend on the format.
     """
 
-    def __init__(self, reader: Reader, layers: Sequence[str], *, channels_last: bool) -> None:
+    def __init__(self, reader: Reader | JoinedReader, layers: Sequence[str], *, channels_last: bool) -> None:
         self._reader, self._layers = reader, tuple(layers)
         self._map_memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -219,7 +193,7 @@ class CachedTeacher:
         Returns:
             Logits [n, C], and features [n, D, H, W] by the teacher's layer, both float32.
         """
-        stored = self._reader.read(view, indices, pin_memory=device.type == "cuda")
+        stored = self._reader.read(view, indices, device=device)
         values = {name: decode_on(device, samples, self._map_memory_format) for name, samples in stored.items()}
         return TeacherOutput(values[LOGITS], {layer: values[layer] for layer in self._layers})
 
@@ -272,10 +246,18 @@ class OpenCache:
             target.explained = stored[layer].explained
 
     def source(self, split: Split) -> CachedTeacher:
-        """Return the source of the teacher's outputs for a split; features are stored for the training split only."""
-        layers = self.layers if split == "train" else ()
-        reader = Reader(self.directory, self.cache_spec, split, self.samples[split].indices, (LOGITS, *layers))
+        """Return the source of the teacher's outputs for a split, with features unless it is a held-out split.
+
+        The source of `train` also has the unlabeled samples, by their indices in a training.
+        """
+        layers = self.layers if split in VIEWED_SPLITS else ()
+        reader: Reader | JoinedReader = self._reader(split, layers)
+        if split == "train" and "unlabeled" in self.samples:
+            reader = JoinedReader(self._reader(split, layers), self._reader("unlabeled", layers))
         return CachedTeacher(reader, layers, channels_last=self.cache_spec.fingerprint_fields["numerics"]["channels_last"])
+
+    def _reader(self, split: Split, layers: Sequence[str]) -> Reader:
+        return Reader(self.directory, self.cache_spec, split, self.samples[split].indices, (LOGITS, *layers))
 
 
 def open_cache(directory: Path, request: CacheRequest) -> OpenCache:
@@ -347,7 +329,8 @@ def decode_on(device: torch.device, stored: StoredValues, map_memory_format: tor
     values = stored.values.to(device, non_blocking=True)
     scale = None if stored.scale is None else stored.scale.to(device, non_blocking=True)
     memory_format = map_memory_format if values.ndim == 4 else torch.contiguous_format
-    return decode(values.contiguous(memory_format=memory_format), scale)
+    # The last bits of a matrix product on a CPU may depend on the alignment of the memory, which a copy ensures.
+    return decode(values.to(torch.float32, memory_format=memory_format, copy=device.type == "cpu"), scale)
 
 
 def available_bytes() -> int:

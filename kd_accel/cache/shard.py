@@ -47,7 +47,7 @@ def encode(values: Tensor, dtype: StorageType, *, name: str) -> tuple[Tensor, Te
     """Convert values to a storage type.
 
     Args:
-        values: Values, float32 [n, D, ...].
+        values: Values [n, D, ...], float32, or already of the storage type unless that is int8.
         dtype: Storage type.
         name: Name of the tensor, for the error.
 
@@ -58,10 +58,13 @@ def encode(values: Tensor, dtype: StorageType, *, name: str) -> tuple[Tensor, Te
         UserError: If a value is not finite, or too large for the type.
     """
     if dtype == "int8":
-        largest = values.abs().transpose(0, 1).flatten(1).amax(1)
+        other = [axis for axis in range(values.ndim) if axis != 1]
+        largest = torch.maximum(values.amax(other), -values.amin(other))
         _check_finite(largest, name, dtype)
         scale = torch.where(largest > 0, largest / INT8_LARGEST, torch.ones_like(largest))
-        return torch.round(values / _by_channel(scale, values)).clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8), scale
+        # In place: the copies of a large file take longer than the arithmetic.
+        steps = (values / _by_channel(scale, values)).round_().clamp_(-INT8_LARGEST, INT8_LARGEST)
+        return steps.to(torch.int8), scale
     stored = values.to(TORCH_TYPE[dtype])
     _check_finite(stored, name, dtype)
     return stored, None
@@ -87,9 +90,8 @@ def _by_channel(scale: Tensor, values: Tensor) -> Tensor:
 
 
 def _check_finite(values: Tensor, name: str, dtype: StorageType) -> None:
-    # NaN propagates through amax and amin, which are ten times as fast as isfinite on all values.
-    extremes = torch.stack([values.amax(), values.amin()])
-    if not torch.isfinite(extremes).all():
+    # NaN propagates through aminmax, which is thirty times as fast as isfinite on all values.
+    if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
         raise UserError(
             f"teacher.cache.dtype: the teacher's output {name} has a value that is not finite, or too large for {dtype}; use "
             "bfloat16 or float32, and check the teacher with `kd-accel evaluate` if the error remains"
@@ -197,12 +199,10 @@ def is_data_intact(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> boo
     return xxhash.xxh3_128_hexdigest(file[start:]) == _header_checksum(bytes(file[:start]))
 
 
-def read_scale(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> Tensor | None:
-    """Read the scale per channel, float32 [D]; None for the float types."""
-    spec = cache_spec.tensors[shard.tensor]
-    if not spec.is_scaled:
-        return None
-    return torch.from_numpy(np.frombuffer(file, np.float32, count=spec.shape[0], offset=data_offset(cache_spec, shard)).copy())
+def read_scale(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> Tensor:
+    """Read the scale per channel of an int8 tensor, float32 [D]."""
+    channels = cache_spec.tensors[shard.tensor].shape[0]
+    return torch.from_numpy(np.frombuffer(file, np.float32, count=channels, offset=data_offset(cache_spec, shard)).copy())
 
 
 def values_offset(cache_spec: CacheSpec, shard: Shard) -> int:

@@ -9,6 +9,7 @@ File names follow from the spec alone; a name found on the disk is never opened.
       train/view-0000/logits-00000-of-00049.safetensors    [n, C]
       train/view-0000/layer1-00000-of-00049.safetensors    [n, D, H, W], named after the teacher's layer
       val/view-0000/logits-...   test/view-0000/logits-... held-out samples: logits, for the agreement with the student
+      unlabeled/view-0000/...                              samples of `data.unlabeled`, if any: as those of train
       manifest.json                                        checksums of all shards, and the teacher's accuracy; last
 
 All tensors of a split are divided into shards at the same samples, so one forward of the teacher fills one shard of each
@@ -32,6 +33,10 @@ from kd_accel.io.hashing import settings_digest
 VERSION = 2
 LOGITS = "logits"
 SPLITS: tuple[Split, ...] = get_args(Split)
+VIEWED_SPLITS: frozenset[Split] = frozenset({"train", "unlabeled"})
+"""Splits that are stored with all views and tensors; the others have view 0 and the logits."""
+OPTIONAL_SPLITS: frozenset[Split] = frozenset({"unlabeled"})
+"""Splits that a cache need not have."""
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 MAX_FILES = 400_000
 """Number of files that a manifest can list within `MAX_JSON_BYTES`."""
@@ -109,8 +114,8 @@ class CacheSpec:
 
     Attributes:
         fingerprint_fields: Settings and digests that decide the stored values: teacher, numerics, data, views.
-        samples: Number of samples of each split.
-        views: Number of views of the training split; held-out splits have one, without augmentation.
+        samples: Number of samples of each split, in the order of `SPLITS`.
+        views: Number of views of the training samples; held-out splits have one, without augmentation.
         tensors: The logits and the teacher's layers, by name.
         samples_per_shard: Number of samples in a file; the last file of a split may have fewer.
         batch_samples: Number of samples in one forward of the teacher during the build.
@@ -118,7 +123,7 @@ class CacheSpec:
     """
 
     fingerprint_fields: dict[str, Any]
-    samples: dict[str, int]
+    samples: dict[Split, int]
     views: int
     tensors: dict[str, TensorSpec]
     samples_per_shard: int
@@ -143,25 +148,30 @@ class CacheSpec:
 
     def all_shards(self) -> Iterator[Shard]:
         """Yield every file of the cache."""
-        for split in SPLITS:
-            is_train = split == "train"
-            for view in range(self.views if is_train else 1):
-                for tensor in self.tensors if is_train else (LOGITS,):
+        for split in self.samples:
+            is_viewed = split in VIEWED_SPLITS
+            for view in range(self.views if is_viewed else 1):
+                for tensor in self.tensors if is_viewed else (LOGITS,):
                     yield from self.shards(split, view, tensor)
 
     def num_files(self) -> int:
         """Count all shards without creating them."""
-        parts = {split: -(-samples // self.samples_per_shard) for split, samples in self.samples.items()}
-        return parts["train"] * self.views * len(self.tensors) + parts["val"] + parts["test"]
+        per_part = {split: self.views * len(self.tensors) if split in VIEWED_SPLITS else 1 for split in self.samples}
+        return sum(-(-samples // self.samples_per_shard) * per_part[split] for split, samples in self.samples.items())
 
     def sample_bytes(self) -> int:
         """Return the size of one training sample in one view, in bytes: all tensors, without scales."""
         return sum(spec.sample_bytes for spec in self.tensors.values())
 
+    def viewed_samples(self) -> int:
+        """Return the number of samples that are stored in all views."""
+        return sum(count for split, count in self.samples.items() if split in VIEWED_SPLITS)
+
     def total_bytes(self) -> int:
         """Return the size of all values in bytes, without headers and scales."""
-        held_out = self.samples["val"] + self.samples["test"]
-        return self.samples["train"] * self.views * self.sample_bytes() + held_out * self.tensors[LOGITS].sample_bytes
+        viewed = self.viewed_samples()
+        held_out = sum(self.samples.values()) - viewed
+        return viewed * self.views * self.sample_bytes() + held_out * self.tensors[LOGITS].sample_bytes
 
     def extended(self, *, views: int, tensors: Mapping[str, TensorSpec]) -> CacheSpec:
         """Return a spec with at least `views` views, and with `tensors` added; tensors of this spec keep their entries."""
@@ -197,7 +207,11 @@ def spec_from_json(content: Mapping[str, Any]) -> CacheSpec:
     json.dumps(content, ensure_ascii=False).encode()
     cache_spec = CacheSpec(
         fingerprint_fields=dict(content["fingerprint_fields"]),
-        samples={split: _count(content["samples"][split], least=0) for split in SPLITS},
+        samples={
+            split: _count(content["samples"][split], least=0)
+            for split in SPLITS
+            if split not in OPTIONAL_SPLITS or split in content["samples"]
+        },
         views=_count(content["views"]),
         tensors={name: _tensor_from_json(name, spec) for name, spec in content["tensors"].items()},
         samples_per_shard=_count(content["samples_per_shard"]),

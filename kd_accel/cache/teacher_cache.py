@@ -21,7 +21,7 @@ from kd_accel.cache.compatibility import (
 from kd_accel.cache.differences import differing_fields
 from kd_accel.cache.manifest import read_manifest, read_samples, read_spec
 from kd_accel.cache.reader import CachedTeacher, OpenCache
-from kd_accel.cache.spec import LOGITS, SPLITS
+from kd_accel.cache.spec import LOGITS, VIEWED_SPLITS
 from kd_accel.cache.verify import find_damaged_files
 from kd_accel.cache.writer import build_cache, locked_for_building
 from kd_accel.config.schema import Precision, StorageType
@@ -140,7 +140,8 @@ class TeacherCache:
             different = differing_fields(stored, {**stored, "teacher": present})
             _refuse(directory, "the outputs of another teacher", different)
         samples, files = read_samples(directory, cache_spec), read_manifest(directory, cache_spec)
-        check_headers(directory, cache_spec, files, splits=SPLITS, views=cache_spec.views, tensors=tuple(cache_spec.tensors))
+        names, splits = tuple(cache_spec.tensors), cache_spec.samples
+        check_headers(directory, cache_spec, files, splits=splits, views=cache_spec.views, tensors=names)
         layers = tuple(name for name in cache_spec.tensors if name != LOGITS)
         return cls(OpenCache(directory, cache_spec, samples, layers))
 
@@ -198,7 +199,7 @@ class TeacherCache:
             UserError: If a file is missing or damaged.
         """
         indices = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
-        number, num_views = _single_view(view), self.num_views if split == "train" else 1
+        number, num_views = _single_view(view), self.num_views if split in VIEWED_SPLITS else 1
         if not 0 <= number < num_views:
             stored = "only view 0" if num_views == 1 else f"views 0 to {num_views - 1}"
             raise ValueError(f"view: {number} is not in the cache; the {split} split has {stored}")

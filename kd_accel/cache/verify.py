@@ -18,6 +18,7 @@ from kd_accel.cache.spec import LOGITS, CacheSpec, Shard
 from kd_accel.config.schema import Precision
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.hashing import hashed_order
+from kd_accel.data.unlabeled import sample_name
 from kd_accel.distributed import Accelerator, gathered
 from kd_accel.errors import UserError
 from kd_accel.teacher.teacher import LiveTeacher
@@ -150,16 +151,17 @@ def refuse_other_outputs(
     Raises:
         UserError: If a difference is larger than rounding explains.
     """
-    indices = drawn_samples(data.splits.train, rank=rank)
+    indices = drawn_samples(data.training_samples, rank=rank)
     source, worst = cache.source("train"), 0.0
     for view in sorted({0, min(epochs, data.num_views or epochs) - 1}):
         batch = data.view_batch(indices, view).to(device)
         name, difference = largest_difference(source(batch), live(batch), source.ranges(batch))
         allowed = tolerance(cache.cache_spec.tensors[name].dtype, precision)
         if not difference <= allowed:
+            samples = ", ".join(map(sample_name, indices.tolist()))
             raise UserError(
                 f"teacher.cache.dir: the cache in {cache.directory} differs from the teacher's outputs: {name} of samples "
-                f"{indices.tolist()} in view {view} differs by {difference:.2g} of its largest value, and rounding explains at "
+                f"[{samples}] in view {view} differs by {difference:.2g} of its largest value, and rounding explains at "
                 f"most {allowed:.2g}. Check the files with `kd-accel cache verify`; if they are intact, build the cache again "
                 "in another teacher.cache.dir"
             )

@@ -1,9 +1,12 @@
 """Build of a cache: one pass of the teacher over all missing files, shared by all processes.
 
-The work is divided into blocks. A block has the samples of one file, and the missing files of all tensors for these samples. A
-process that is killed loses its current block; the next build keeps every complete file. The content of a file does not depend
-on the process that writes it: batches are taken from one block and always have the batch size of the spec (the last batch is
-padded with the block's last sample), so every kernel runs on the same shapes.
+The work is divided into blocks. A block has the samples of one file, and the missing files of all tensors for these samples.
+The content of a file does not depend on the process that writes it: batches are taken from one block and always have the batch
+size of the spec (the last batch is padded with the block's last sample), so every kernel runs on the same shapes.
+
+Threads encode, check, write and flush the files of a block while the teacher computes the next one. So a process holds the
+outputs of two blocks on the teacher's device, in the storage type; int8 is held in float32, and twice in the block that is
+written. A process that is killed loses the incomplete files of both blocks; the next build keeps every complete file.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,19 +29,21 @@ from torch import Tensor
 from kd_accel.cache.build_spec import CacheBuild, Samples, find_own_spec, prepare_targets, write_requested_spec
 from kd_accel.cache.manifest import CachedSamples, find_manifest, flush_shards, lock_for_building, write_manifest
 from kd_accel.cache.reader import Reader
-from kd_accel.cache.shard import encode, write_shard
+from kd_accel.cache.shard import TORCH_TYPE, encode, write_shard
 from kd_accel.cache.spec import LOGITS, CacheSpec, Shard
 from kd_accel.cache.verify import check_shards, own_share
 from kd_accel.data.splits import Split
 from kd_accel.distributed import Accelerator, gathered, on_main_process, patient_group
 from kd_accel.errors import UserError
-from kd_accel.io.files import readable_size, remove_leftovers
+from kd_accel.io.files import flush, readable_size, remove_leftovers
 from kd_accel.losses.targets import TargetFunction
 from kd_accel.models.feature_extractor import compile_with_hooks
 from kd_accel.teacher.teacher import LiveTeacher
 from kd_accel.types import Batch, TeacherOutput, TeacherSource
 
 _TIMED_BATCHES = 2
+_WRITERS = 4
+"""Threads that write files."""
 
 Batches = Callable[[Split, Sequence[tuple[np.ndarray, int]]], Iterator[Batch]]
 """Function (split, [(indices, view), ...]) -> one batch for each pair, on the teacher's device."""
@@ -134,9 +140,10 @@ def _write_missing(
         build.normalize,
         targets={layer: target for layer, target in targets.items() if layer in layers},
         autocast=accelerator.autocast,
+        image_size=build.data.transform.image_size,
     )
     if build.is_compiled:
-        compile_with_hooks(build.network)
+        compile_with_hooks(live.network)
     try:
         _announce(build, cache_spec, samples["train"].indices, missing, live)
         started_at = time.perf_counter()
@@ -187,7 +194,7 @@ def write_blocks(
     batches: Batches,
     advance: Callable[[int], None],
 ) -> dict[str, str]:
-    """Write the files of blocks, one block after the other.
+    """Compute blocks one after the other, and write the files of each while the next one is computed.
 
     Args:
         blocks: The blocks.
@@ -205,20 +212,39 @@ def write_blocks(
         UserError: If a file cannot be written, or an output cannot be stored; complete files are kept.
     """
     checksums: dict[str, str] = {}
+    writing: dict[str, Future[str]] = {}
+    # Leaving the context waits for the files that are being written, also after an error.
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cache") as threads:
+        for outputs in _compute_blocks(blocks, cache_spec, samples, teacher, batches, advance):
+            checksums |= _finish(writing)
+            writing = {
+                shard.name: threads.submit(_write_file, directory, cache_spec, shard, values)
+                for shard, values in outputs.items()
+            }
+        checksums |= _finish(writing)
+    return checksums
+
+
+def _compute_blocks(
+    blocks: Sequence[Block],
+    cache_spec: CacheSpec,
+    samples: Samples,
+    teacher: TeacherSource,
+    batches: Batches,
+    advance: Callable[[int], None],
+) -> Iterator[dict[Shard, Tensor]]:
+    """Yield the outputs for the files of each block, on the teacher's device."""
     for split in dict.fromkeys(block.split for block in blocks):
         group = [block for block in blocks if block.split == split]
         shares = [_shares(cache_spec, samples[split].indices, block) for block in group]
         batch_iterator = batches(split, [share for part in shares for share in part])
-        for block, part in zip(group, shares, strict=True):
-            parts: dict[str, list[Tensor]] = {shard.tensor: [] for shard in block.shards}
-            left = block.samples
-            for _ in part:
-                kept = min(left, cache_spec.batch_samples)
-                left -= kept
-                _collect(parts, teacher(next(batch_iterator)), kept)
+        for block in group:
+            outputs: dict[Shard, Tensor] = {}
+            for first in range(0, block.samples, cache_spec.batch_samples):
+                kept = min(cache_spec.batch_samples, block.samples - first)
+                _store(outputs, block, cache_spec, teacher(next(batch_iterator)), slice(first, first + kept))
                 advance(kept)
-            checksums |= _write_block(directory, cache_spec, block, parts)
-    return checksums
+            yield outputs
 
 
 def _shares(cache_spec: CacheSpec, indices: np.ndarray, block: Block) -> list[tuple[np.ndarray, int]]:
@@ -229,25 +255,42 @@ def _shares(cache_spec: CacheSpec, indices: np.ndarray, block: Block) -> list[tu
     return [(part, shard.view) for part in np.split(padded, len(padded) // length)]
 
 
-def _collect(parts: dict[str, list[Tensor]], output: TeacherOutput, kept: int) -> None:
+def _store(outputs: dict[Shard, Tensor], block: Block, cache_spec: CacheSpec, output: TeacherOutput, rows: slice) -> None:
+    """Store the output for a batch in the rows of each file, cast to the storage type; int8 is encoded with all rows."""
     assert output.logits is not None
-    for tensor, collected in parts.items():
-        values = output.logits if tensor == LOGITS else output.features[tensor]
-        collected.append(values[:kept].float().cpu())
-
-
-def _write_block(directory: Path, cache_spec: CacheSpec, block: Block, parts: dict[str, list[Tensor]]) -> dict[str, str]:
-    checksums = {}
     for shard in block.shards:
-        values, scale = encode(torch.cat(parts[shard.tensor]), cache_spec.tensors[shard.tensor].dtype, name=shard.tensor)
-        try:
-            checksums[shard.name] = write_shard(directory, cache_spec, shard, values, scale)
-        except OSError as error:
-            raise UserError(
-                f"teacher.cache.dir: cannot write {directory / shard.name} ({error.strerror}); free disk space or check "
-                "permissions, then run `kd-accel cache build` again, which keeps the complete files"
-            ) from None
-    return checksums
+        values = output.logits if shard.tensor == LOGITS else output.features[shard.tensor]
+        spec = cache_spec.tensors[shard.tensor]
+        if shard not in outputs:
+            dtype = torch.float32 if spec.is_scaled else TORCH_TYPE[spec.dtype]
+            outputs[shard] = torch.empty((shard.samples, *spec.shape), dtype=dtype, device=values.device)
+        assert values.shape[1:] == spec.shape, values.shape
+        outputs[shard][rows] = values[: rows.stop - rows.start]
+
+
+def _write_file(directory: Path, cache_spec: CacheSpec, shard: Shard, values: Tensor) -> str:
+    """Encode the values of a file on their device, copy them to the host, write and flush them; return the checksum."""
+    # All threads use the default stream of a GPU, so that these kernels start after those that compute the values.
+    stored, scale = encode(values, cache_spec.tensors[shard.tensor].dtype, name=shard.tensor)
+    try:
+        checksum = write_shard(directory, cache_spec, shard, _on_host(stored), scale if scale is None else scale.cpu())
+        flush(directory / shard.name)  # while the teacher computes; `flush_shards` then has little left to do
+    except OSError as error:
+        raise UserError(
+            f"teacher.cache.dir: cannot write {directory / shard.name} ({error.strerror}); free disk space or check "
+            "permissions, then run `kd-accel cache build` again, which keeps the complete files"
+        ) from None
+    return checksum
+
+
+def _on_host(values: Tensor) -> Tensor:
+    """Copy values from a GPU to page-locked memory, which a GPU writes faster than other memory."""
+    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values) if values.is_cuda else values
+
+
+def _finish(writing: Mapping[str, Future[str]]) -> dict[str, str]:
+    """Wait until files are written, and return their checksums by name. Raises UserError if one could not be written."""
+    return {name: checksum.result() for name, checksum in writing.items()}
 
 
 def _batches(build: CacheBuild, split: Split, shares: Sequence[tuple[np.ndarray, int]]) -> Iterator[Batch]:
@@ -272,7 +315,7 @@ def _announce(build: CacheBuild, cache_spec: CacheSpec, train: np.ndarray, missi
     tensors = ", ".join(f"{name} {spec.sample_bytes}" for name, spec in cache_spec.tensors.items())
     build.accelerator.print(
         f"{build.directory}: {cache_spec.sample_bytes()} bytes per sample and view ({tensors}); {cache_spec.views} views of "
-        f"{cache_spec.samples['train']} samples; {len(missing)} of {cache_spec.num_files()} files to write, "
+        f"{cache_spec.viewed_samples()} samples; {len(missing)} of {cache_spec.num_files()} files to write, "
         f"{readable_size(needed)} of {readable_size(cache_spec.total_bytes())}; "
         f"{readable_size(shutil.disk_usage(build.directory).free)} free; about {estimate_s / 60:.1f} minutes"
     )

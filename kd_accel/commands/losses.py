@@ -28,9 +28,10 @@ def run_losses(name: str | None) -> None:
 def _lines(loss: LossDescription, name: str) -> Iterator[str]:
     yield from (f"{name} (between {loss.kind}): {loss.summary}", "")
     batch = "a mean over samples" if loss.per_sample else "computed over the micro-batch of one process"
-    for title, text in (("formula", loss.formula), ("paper", loss.paper), ("batch", batch)):
+    mixing = "supported" if loss.supports_mixed_labels else "not supported: each sample needs one true class"
+    for title, text in (("formula", loss.formula), ("paper", loss.paper), ("batch", batch), ("mixup, cutmix", mixing)):
         if text:
-            yield f"  {title + ':':9} {text}"
+            yield f"  {title + ':':14} {text}"
     yield "  settings (args):" if loss.settings else "  settings: none"
     for setting, default, description in loss.settings:
         given = "required" if default is None else f"default {default}"

@@ -33,6 +33,11 @@ class DataConfig(Section):
             else, and with null, val_fraction of the training samples.
         test_split: Name of the held-out split.
         test_fraction: Fraction of the training split held out as the test split, for a source without one; null = test_split.
+        unlabeled: Data set of more training images, written as source and read without labels: the student learns from the
+            teacher alone on them; null = none.
+        unlabeled_split: Name of the split of data.unlabeled to use; the default also stands for its only split.
+        unlabeled_ratio: Number of unlabeled samples for each labeled one in an epoch, others in each epoch in turn; null = all
+            in each epoch.
         image_size: Side of the square to which every image is resized, in pixels.
         background: Color behind transparent pixels: black or white.
         pixel_range: Values [low, high] that become black and white in images of more than 8 bits per channel, linear between
@@ -61,6 +66,9 @@ class DataConfig(Section):
     val_split: str | None = "auto"
     test_split: str = "test"
     test_fraction: float | None = None
+    unlabeled: str | None = None
+    unlabeled_split: str = "train"
+    unlabeled_ratio: float | None = None
     image_size: int = 32
     background: Background = "black"
     pixel_range: list[float] | None = None

@@ -24,6 +24,7 @@ _TAKEN = ("data", "teacher", "train.eval_batch_size", "train.precision")
 _BY_REASON_REFUSED = {
     "model.json determines it": "data.image_size data.mean data.std",
     "held-out samples are not augmented": "data.transform data.views data.view_seed",
+    "no training samples are read": "data.unlabeled data.unlabeled_split data.unlabeled_ratio",
     "a training checks it": "teacher.min_accuracy",
     "it decides the contents of a new cache": "teacher.cache.dtype teacher.cache.shard_mib teacher.cache.batch_size",
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from kd_accel.config.schema import DistillConfig, RunConfig, Schedule
 
 
@@ -29,27 +27,6 @@ def labels_without_weight(config: RunConfig) -> str | None:
     if distill.label_weight is not None:
         return None if value_range(distill.label_weight)[1] > 0 else "distill.label_weight: 0"
     return None if value_range(distill.alpha)[0] < 1 else "distill.alpha: 1, with distill.label_weight null"
-
-
-def unlabeled_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a message for each setting that does not fit data without labels (`data.label_column: null`)."""
-    teacher = config.teacher
-    if config.data.label_column is not None:
-        return
-    if teacher is None:
-        yield "data.label_column: null means that no labels are read, which needs a teacher; set teacher.run, or a column"
-        return
-    if labels_without_weight(config) is None:
-        yield (
-            "distill.label_weight: the cross-entropy has a weight, but with data.label_column null no sample has a label; set "
-            "distill.label_weight to 0"
-        )
-    if config.data.labels != "keep":
-        yield "data.labels: has no effect with data.label_column null; leave it out"
-    if teacher.class_map is not None:
-        yield "teacher.class_map: has no effect with data.label_column null, whose classes are the teacher's; leave it out"
-    if isinstance(teacher.min_accuracy, float):
-        yield "teacher.min_accuracy: has no effect with data.label_column null, because no accuracy is measured; leave it out"
 
 
 def notices_of_weights(config: RunConfig) -> list[str]:

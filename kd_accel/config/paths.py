@@ -15,7 +15,7 @@ from kd_accel.config.fields import flatten
 
 _DIRECTORIES = ("run_dir", "teacher.run", "teacher.cache.dir")
 _WEIGHTS = ("model.weights", "teacher.weights")
-_SOURCES = ("data.source",)
+_SOURCES = ("data.source", "data.unlabeled")
 _LOCAL_KINDS = ("parquet", "imagefolder", "csv", "disk")
 _WEIGHTS_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 

@@ -14,6 +14,8 @@ from pydantic import ModelWrapValidatorHandler, PrivateAttr, SerializerFunctionW
 from kd_accel.config.section import Section
 
 MAX_AUGMENT_OPS = 16
+_MAX_ALPHA = 1000.0
+_ROUNDING = 1e-9
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Factor = float | list[float]
@@ -164,6 +166,58 @@ class RandomErasingSettings(TransformSettings):
             yield f"value: {self.value} must be three integers from 0 to 255"
 
 
+class MixingSettings(TransformSettings):
+    """Base class of the settings of a mixture of two samples.
+
+    Args:
+        alpha: Both parameters of the Beta distribution of the weight of the first sample.
+        p: Probability.
+    """
+
+    alpha: float = 1.0
+    p: float = 1.0
+
+    def problems(self) -> Iterator[str]:
+        """Yield a message for each broken rule."""
+        if not 0 < self.alpha <= _MAX_ALPHA:
+            yield f"alpha: {self.alpha} must be above 0 and at most {_MAX_ALPHA:g}"
+        yield from _probability(self.p)
+
+
+class MixUpSettings(MixingSettings):
+    """Weighted mean of two training samples and of their labels (Zhang et al., ICLR 2018).
+
+    Args:
+        alpha: Both parameters of the Beta distribution of the weight.
+        p: Probability.
+    """
+
+    alpha: float = 0.2
+
+
+class CutMixSettings(MixingSettings):
+    """Random rectangle from another training sample, with its share of the label (Yun et al., ICCV 2019).
+
+    Args:
+        alpha: Both parameters of the Beta distribution of the area outside the rectangle.
+        p: Probability.
+    """
+
+
+def mixing_problems(transforms: Mapping[str, TransformSettings]) -> Iterator[str]:
+    """Yield a message for each broken rule of mixup and cutmix together with other transforms.
+
+    Args:
+        transforms: Settings by the name of the transform, in their order.
+    """
+    mixing = {name: settings.p for name, settings in transforms.items() if isinstance(settings, MixingSettings)}
+    if mixing and list(transforms)[-len(mixing) :] != list(mixing):
+        yield f"{next(iter(mixing))}: must come after all other transforms, because it mixes finished views; move it down"
+    if sum(mixing.values()) > 1 + _ROUNDING:
+        values = " and ".join(f"{name}.p: {p}" for name, p in mixing.items())
+        yield f"{values} must sum to at most 1, because a sample is mixed in one way; set both, such as 0.5"
+
+
 class TransformConfig(Section):
     """Transforms that make a view, applied in the order in which they are written.
 
@@ -175,6 +229,8 @@ class TransformConfig(Section):
         trivial_augment_wide: One random operation of random magnitude.
         color_jitter: Random brightness, contrast, saturation and hue.
         random_erasing: Random rectangle in one color.
+        mixup: Weighted mean of two training samples and of their labels; after all other transforms.
+        cutmix: Random rectangle from another training sample, with its share of the label; after all other transforms.
     """
 
     random_resized_crop: RandomResizedCropSettings | None = None
@@ -184,6 +240,8 @@ class TransformConfig(Section):
     trivial_augment_wide: TrivialAugmentWideSettings | None = None
     color_jitter: ColorJitterSettings | None = None
     random_erasing: RandomErasingSettings | None = None
+    mixup: MixUpSettings | None = None
+    cutmix: CutMixSettings | None = None
     _order: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="wrap")
@@ -210,6 +268,7 @@ class TransformConfig(Section):
             yield from (f"{name}.{problem}" for problem in settings.problems())
         if self.random_resized_crop and self._order[0] != "random_resized_crop":
             yield "random_resized_crop: must be the first transform, because it cuts from the original image; move it up"
+        yield from mixing_problems(dict(self.items()))
 
 
 Preset = Literal["none", "crop", "crop_flip", "resized_crop_flip", "trivial_augment"]

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from kd_accel.config.data_schema import has_transform
 from kd_accel.config.fields import nearest
-from kd_accel.config.loss_weights import labels_without_weight, unlabeled_problems, value_range
+from kd_accel.config.loss_weights import labels_without_weight, value_range
 from kd_accel.config.schedule_rules import schedule_problems
 from kd_accel.config.schema import (
     MAX_IMAGE_SIZE,
@@ -29,6 +29,7 @@ from kd_accel.config.schema import (
     TeacherConfig,
 )
 from kd_accel.config.transform_schema import transform_config
+from kd_accel.config.unlabeled_rules import label_column_problems, unlabeled_problems
 from kd_accel.io.user_code import PREFIX
 
 SOURCES = ("hub:", "parquet:", "disk:", "imagefolder:", "csv:", "import:")
@@ -110,7 +111,9 @@ def _name(config: RunConfig) -> Iterator[str]:
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.source != "digits" and not data.source.startswith(SOURCES):
-        yield f"data.source: {data.source!r} must be digits or start with one of {', '.join(SOURCES)}"
+        is_folder = Path(data.source).is_dir()
+        guess = f"; did you mean imagefolder:{data.source}?" if is_folder else nearest(data.source, ["digits"])
+        yield f"data.source: {data.source!r} must be digits or start with one of {', '.join(SOURCES)}{guess}"
     yield from _at_least(data, "data", 1, "image_size", "views", "limit_train", "limit_test", "memory_limit_mib")
     yield from _at_least(data, "data", 0, "num_workers", "view_seed")
     for name, most in (("image_size", MAX_IMAGE_SIZE), ("num_workers", _MAX_WORKERS)):
@@ -132,7 +135,8 @@ def _data(config: RunConfig) -> Iterator[str]:
     yield from _pixel_range(data.pixel_range)
     yield from _transform(data)
     yield from _data_without_effect(data)
-    yield from unlabeled_problems(config)
+    yield from label_column_problems(config)
+    yield from unlabeled_problems(config, sources=SOURCES)
     if (data.mean is None) != (data.std is None):
         yield "data.mean and data.std: one of them is set; set both or none"
     yield from _pixel_statistics("data", data.mean, data.std)
@@ -157,10 +161,11 @@ def _transform(data: DataConfig) -> Iterator[str]:
 def _data_without_effect(data: DataConfig) -> Iterator[str]:
     splits = ("train_split", "val_split", "test_split", "test_fraction")
     if data.source == "digits":
-        names = ("image_column", "label_column", *splits, "on_error")
+        names = ("label_column", *splits, *(() if data.unlabeled else ("on_error",)))
         yield from _no_effect(data, "data", names, because="with source digits")
-    elif data.source.startswith("imagefolder:"):
-        yield from _no_effect(data, "data", ("image_column",), because="with this source")
+    if all(source.startswith(("digits", "imagefolder:")) for source in (data.source, data.unlabeled) if source):
+        because = "with source digits" if data.source == "digits" else "with this source"
+        yield from _no_effect(data, "data", ("image_column",), because=because)
     if data.val_split not in (None, "auto"):
         yield from _no_effect(data, "data", ("val_fraction",), because=f"with data.val_split {data.val_split}")
     if data.test_fraction is not None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kd_accel.data.sources import ImageSet
+from kd_accel.data.dataset import ImageReader
 from kd_accel.data.splits import Split
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.errors import UserError
@@ -28,7 +28,7 @@ Share = tuple[np.ndarray, int]
 """(sample indices int64 [n], view): the content of one batch."""
 
 _Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, int]
-"""(pixels uint8 [n, S, S, 3], labels int64 [n], sample indices int64 [n], view)."""
+"""(pixels [n, S, S, 3], labels int64 [n] or float32 [n, C], sample indices int64 [n], view)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BatchLoader:
         num_workers: Number of worker processes; 0 = the calling process prepares the batches.
     """
 
-    def __init__(self, images: Mapping[Split, ImageSet], transform: ViewTransform, *, num_workers: int = 0) -> None:
+    def __init__(self, images: Mapping[Split, ImageReader], transform: ViewTransform, *, num_workers: int = 0) -> None:
         self.images = images
         self.transform = transform
         self.num_workers = num_workers
@@ -127,8 +127,8 @@ def make_batch(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray, view
     """Wrap arrays as a batch, without a copy.
 
     Args:
-        pixels: Images, uint8 [n, S, S, 3].
-        labels: Class indices, int64 [n].
+        pixels: Images, uint8 or float32 [n, S, S, 3].
+        labels: Class indices, int64 [n], or the share of each class, float32 [n, C].
         indices: Positions in the source split, int64 [n].
         view: Number of the view.
     """
@@ -152,15 +152,16 @@ class _Requests(Sampler[_Request]):
 class _BatchDataset(Dataset[_Arrays | UserError]):
     """Dataset of complete batches by request. A UserError is an item; raised in a worker, it would become a traceback."""
 
-    def __init__(self, images: Mapping[Split, ImageSet], transform: ViewTransform) -> None:
+    def __init__(self, images: Mapping[Split, ImageReader], transform: ViewTransform) -> None:
         self._images, self._transform = images, transform
 
     def arrays(self, request: _Request) -> _Arrays:
         """Prepare the arrays of a batch. Raises UserError if an image cannot be decoded."""
         images, (indices, view) = self._images[request.split], request.share
-        is_augmented = request.is_augmented and request.split == "train"
-        pixels = self._transform.view(images, indices, view) if is_augmented else images.pixels(indices)
-        return pixels, images.labels[indices], indices, view
+        if not request.is_augmented or request.split != "train":
+            return images.pixels(indices), images.labels_of(indices), indices, view
+        transform = self._transform
+        return transform.view(images, indices, view), transform.labels(images, indices, view), indices, view
 
     def __getitem__(self, request: _Request) -> _Arrays | UserError:
         try:

@@ -18,7 +18,7 @@ from kd_accel.data.dataset import ImageSet
 from kd_accel.data.duplicates import Part, repeated
 from kd_accel.data.inventory import Checked, Inventory, mean_and_std
 from kd_accel.data.passes import Peers
-from kd_accel.data.sources import load_splits
+from kd_accel.data.sources import load_splits, load_unlabeled
 from kd_accel.distributed import Accelerator
 
 _SHOWN = 10
@@ -102,20 +102,24 @@ class DataReport:
         )
 
 
-def check_data(config: DataConfig, accelerator: Accelerator | None = None) -> DataReport:
+def check_data(
+    config: DataConfig, accelerator: Accelerator | None = None, *, class_names: Sequence[str] | None = None
+) -> DataReport:
     """Read and decode every image, regardless of what earlier starts have kept.
 
     Args:
         config: The data settings; `on_error` is ignored.
         accelerator: Accelerator of a launch whose ranks all call this function, and share its work; None = this process alone.
+        class_names: Class names of data without labels (`data.label_column: null`).
 
     Raises:
         UserError: If the source cannot be read, does not match the settings, or has no readable training image.
     """
     config = config.model_copy(update={"on_error": "skip"})
     inventory = Inventory("skip", config.num_workers, Peers(accelerator))
-    train, val, test = load_splits(config)
-    by_name = {"train": train, "val": val, "test": test}
+    train, val, test = load_splits(config, class_names)
+    unlabeled = load_unlabeled(config, train.label_names)
+    by_name = {"train": train, "val": val, "test": test, "unlabeled": unlabeled}
     sets = {name: images for name, images in by_name.items() if images is not None and (name == "train" or images is not train)}
     reports = {}
     for name, images in sets.items():
@@ -123,8 +127,9 @@ def check_data(config: DataConfig, accelerator: Accelerator | None = None) -> Da
         checked = inventory.check(images)
         inventory.take(images)
         reports[name] = _split_report(images, checked, before)
-    data = build_module(train, val, test, config, inventory)
-    counts = np.bincount(data.train.labels[data.splits.train], minlength=len(data.label_names))
+    data = build_module(train, val, test, config, inventory, unlabeled=unlabeled)
+    labels = data.train.labels[data.splits.train]
+    counts = np.bincount(labels[labels >= 0], minlength=len(data.label_names))
     return DataReport(
         reports,
         {name: len(samples) for name, samples in data.splits.by_name().items()},

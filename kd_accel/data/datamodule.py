@@ -6,7 +6,7 @@ Input: the data settings. Output: training and evaluation loaders, batches of gi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,16 +15,17 @@ import torch
 
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.batches import BatchLoader, Share, make_batch
-from kd_accel.data.dataset import samples_digest
+from kd_accel.data.dataset import ImageReader, samples_digest
 from kd_accel.data.decode import Decoder
 from kd_accel.data.duplicates import Part, leak_notices
 from kd_accel.data.inventory import Inventory
 from kd_accel.data.labels import refuse_unlabeled
 from kd_accel.data.loader import EvalLoader, TrainLoader
 from kd_accel.data.passes import Peers
-from kd_accel.data.sources import ImageSet, load_splits
+from kd_accel.data.sources import ImageSet, load_splits, load_unlabeled
 from kd_accel.data.splits import HeldOutSplit, Split, SplitSamples, channel_statistics, split_samples
 from kd_accel.data.transforms import ViewTransform
+from kd_accel.data.unlabeled import UNLABELED_OFFSET, JoinedImages, Turns, samples_per_epoch
 from kd_accel.types import Batch
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ class DataModule:
     """Data of a run: images and labels, the samples of each split, and their augmentation.
 
     Attributes:
-        train: Source split of the training samples.
+        train: Source split of the labeled training samples.
         val: Source split of the validation samples; `train` unless the source has one of its own.
         test: Source split of the test samples; `train` with `data.test_fraction`.
-        splits: Sample indices of train, val and test.
+        splits: Sample indices of train, val, test and unlabeled.
         mean: Channel means in 0..1 that the trained model is normalized with.
         std: Channel standard deviations in 0..1.
         transform: Augmentation of the training samples.
@@ -52,6 +53,8 @@ class DataModule:
         decoder: Conversion of images to pixels.
         left_out: Samples of each split that are left out because they cannot be decoded (`data.on_error`).
         inventory_notices: Lines for the user about the inventory of the images.
+        unlabeled: Training images without labels from a source of their own (`data.unlabeled`); None = there are none.
+        unlabeled_per_epoch: Number of these images in an epoch.
     """
 
     train: ImageSet
@@ -66,6 +69,12 @@ class DataModule:
     decoder: Decoder = field(kw_only=True)
     left_out: Mapping[Split, np.ndarray] = field(default_factory=dict)
     inventory_notices: tuple[str, ...] = ()
+    unlabeled: ImageSet | None = None
+    unlabeled_per_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        # In any copy, the partners of mixup and cutmix are the training samples of its own splits.
+        object.__setattr__(self, "transform", self.transform.with_partners(self.splits.train))
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -74,13 +83,40 @@ class DataModule:
 
     @property
     def unlabeled_samples(self) -> np.ndarray:
-        """Training samples without a label, int64 [n], positions in the source split."""
+        """Training samples of `train` without a label, int64 [n], positions in the source split."""
         return self.splits.train[self.train.labels[self.splits.train] < 0]
+
+    @property
+    def has_unlabeled(self) -> bool:
+        """True if a training sample of either source has no label."""
+        return self.turns is not None or len(self.unlabeled_samples) > 0
+
+    @cached_property
+    def turns(self) -> Turns | None:
+        """Samples of `unlabeled`, of which each epoch has some; None without such samples."""
+        if self.splits.unlabeled is None:
+            return None
+        return Turns(UNLABELED_OFFSET + self.splits.unlabeled, self.unlabeled_per_epoch)
+
+    @cached_property
+    def training_samples(self) -> np.ndarray:
+        """Indices of all training samples, int64 [N + M], ascending: those of `splits.train`, then those of `turns`."""
+        return self.splits.train if self.turns is None else np.concatenate([self.splits.train, self.turns.samples])
+
+    @property
+    def epoch_samples(self) -> int:
+        """Number of training samples in an epoch."""
+        return len(self.splits.train) + self.unlabeled_per_epoch
+
+    @cached_property
+    def training_images(self) -> ImageReader:
+        """Images and labels of all training samples."""
+        return self.train if self.unlabeled is None else JoinedImages(self.train, self.unlabeled)
 
     @property
     def notices(self) -> list[str]:
         """Lines for the user about the data: files that are left out, classes without samples, and duplicates across splits."""
-        images = {id(each): each for each in (self.train, self.val, self.test)}
+        images = {id(each): each for each in map(self._images, self.splits.by_name())}
         own = [notice for each in images.values() for notice in each.notices]
         return [*own, *self.inventory_notices, *self._left_out_notices(*get_args(Split)), *leak_notices(self.parts())]
 
@@ -119,10 +155,19 @@ class DataModule:
             "train_samples": len(self.splits.train),
             "val_samples": len(self.splits.val),
             "digest": samples_digest(self.train, self.splits.train, replaceable=replaceable),
+            **self._unlabeled_fields(replaceable),
             "pixels": self.decoder.fingerprint_fields(),
             **({"left_out": left_out} if left_out else {}),
             **({"replaceable": list(replaceable)} if replaceable else {}),
         }
+
+    def _unlabeled_fields(self, replaceable: Sequence[int]) -> dict[str, Any]:
+        """Return what identifies the samples of `unlabeled`; nothing without such samples."""
+        if self.unlabeled is None or self.splits.unlabeled is None:
+            return {}
+        own = [sample - UNLABELED_OFFSET for sample in replaceable]
+        digest = samples_digest(self.unlabeled, self.splits.unlabeled, replaceable=own)
+        return {"unlabeled": {"samples": len(self.splits.unlabeled), "digest": digest}}
 
     def fields_of_test_split(self) -> dict[str, Any]:
         """Return what identifies the test samples, on which no training depends, but the results of a finished run do."""
@@ -158,6 +203,7 @@ class DataModule:
         return TrainLoader(
             self.batch_loader,
             samples=self.splits.train,
+            turns=self.turns,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
@@ -182,22 +228,26 @@ class DataModule:
         )
 
     def batches(self, split: Split, shares: Sequence[Share], *, pin_memory: bool = False) -> Iterator[Batch]:
-        """Yield one batch for each (indices, view): augmented views of train, images without augmentation of val and test."""
+        """Yield one batch for each (indices, view): views of train and unlabeled, unaugmented images of val and test."""
+        if split == "unlabeled":
+            split, shares = "train", [(UNLABELED_OFFSET + indices, view) for indices, view in shares]
         return self.batch_loader.load(split, shares, pin_memory=pin_memory)
 
     @cached_property
     def batch_loader(self) -> BatchLoader:
         """Loader of batches of any split, which owns the worker processes."""
-        images = {split: self._images(split) for split in get_args(Split)}
+        images: dict[Split, ImageReader] = {"train": self.training_images, "val": self.val, "test": self.test}
         return BatchLoader(images, self.transform, num_workers=self.num_workers)
 
     def view_batch(self, indices: np.ndarray, view: int) -> Batch:
-        """Compute one view of training samples, in host memory. indices: int64 [n], positions in the source split."""
-        pixels = self.transform.view(self.train, indices, view)
-        return make_batch(pixels, self.train.labels[indices], indices, view)
+        """Compute one view of training samples, in host memory. indices: int64 [n], as those of `training_samples`."""
+        images, transform = self.training_images, self.transform
+        return make_batch(transform.view(images, indices, view), transform.labels(images, indices, view), indices, view)
 
     def _images(self, split: Split) -> ImageSet:
-        return {"train": self.train, "val": self.val, "test": self.test}[split]
+        images = {"train": self.train, "val": self.val, "test": self.test, "unlabeled": self.unlabeled}[split]
+        assert images is not None, split
+        return images
 
 
 def load_data(
@@ -219,11 +269,18 @@ def load_data(
         UserError: If the source cannot be read or does not match the settings.
     """
     inventory = Inventory(config.on_error, config.num_workers, Peers(accelerator), rereads=rereads)
-    return build_module(*load_splits(config, class_names), config, inventory)
+    train, val, test = load_splits(config, class_names)
+    return build_module(train, val, test, config, inventory, unlabeled=load_unlabeled(config, train.label_names))
 
 
 def build_module(
-    train: ImageSet, val: ImageSet | None, test: ImageSet, config: DataConfig, inventory: Inventory | None = None
+    train: ImageSet,
+    val: ImageSet | None,
+    test: ImageSet,
+    config: DataConfig,
+    inventory: Inventory | None = None,
+    *,
+    unlabeled: ImageSet | None = None,
 ) -> DataModule:
     """Split the samples of image sets, and compute mean and standard deviation unless the config sets them.
 
@@ -233,9 +290,11 @@ def build_module(
         test: The test split; the training split itself with `data.test_fraction`.
         config: The data settings.
         inventory: Inventory of the images; None = of this process alone.
+        unlabeled: Training images without labels from a source of their own; None = there are none.
 
     Raises:
-        UserError: If an image cannot be decoded, or a held-out sample has no label.
+        UserError: If an image cannot be decoded, a held-out sample has no label, or there are fewer unlabeled samples than
+            `data.unlabeled_ratio` asks for.
     """
     if config.label_column is not None:
         _refuse_unlabeled(train, val, test)
@@ -247,6 +306,9 @@ def build_module(
     )
     inventory = inventory or Inventory(config.on_error, config.num_workers)
     by_split: dict[Split, ImageSet] = {"train": train, "val": train if val is None else val, "test": test}
+    if unlabeled is not None:
+        by_split["unlabeled"] = unlabeled
+        splits = replace(splits, unlabeled=np.arange(unlabeled.num_samples))
     for images in {id(each): each for each in by_split.values()}.values():
         inventory.take(images)
     chosen, splits = splits, splits.without({split: images.unreadable for split, images in by_split.items()})
@@ -268,6 +330,7 @@ def build_module(
         decoder=Decoder.from_config(config),
         left_out=left_out,
         inventory_notices=tuple(inventory.notices),
+        unlabeled_per_epoch=samples_per_epoch(config.unlabeled_ratio, splits.train, splits.unlabeled),
     )
 
 
@@ -281,7 +344,7 @@ def _refuse_unlabeled(train: ImageSet, val: ImageSet | None, test: ImageSet) -> 
 
 def keep_images_on_gpu(loader: TrainLoader, data: DataModule, device: torch.device) -> None:
     """Store the training images on `device` if it is a GPU with enough free memory that can compute the views."""
-    needed_bytes = len(data.splits.train) * 3 * data.transform.image_size**2
+    needed_bytes = len(data.training_samples) * 3 * data.transform.image_size**2
     if device.type == "cuda" and data.transform.supports_device and fits_on_gpu(needed_bytes, device):
         loader.keep_images(images_on(device, data))
 
@@ -293,12 +356,12 @@ def fits_on_gpu(needed_bytes: int, device: torch.device) -> bool:
 
 
 def images_on(device: torch.device, data: DataModule) -> torch.Tensor:
-    """Copy the training images to a device, in the order of `data.splits.train`.
+    """Copy the training images to a device, in the order of `data.training_samples`.
 
     Returns:
         Images, uint8 [N, 3, S, S], channels_last.
     """
-    indices, size = data.splits.train, data.transform.image_size
+    indices, size = data.training_samples, data.transform.image_size
     images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
     shares = [(indices[start : start + _COPIED_SAMPLES], 0) for start in range(0, len(indices), _COPIED_SAMPLES)]
     batches = data.batch_loader.load("train", shares, is_augmented=False, pin_memory=device.type == "cuda")

@@ -61,26 +61,17 @@ class Decoded:
     unreadable: dict[int, str] = field(default_factory=dict)
 
 
-class ImageSet(Protocol):
-    """Images and labels of a source split. A sample's index is its position in the split, before any subset.
-
-    Attributes:
-        labels: Class indices, int64 [N]; -1 = no label.
-        label_names: Class names, by label.
-        is_in_memory: Whether the decoded images are held in memory.
-        notices: Lines for the user about the source, such as files that are left out.
-        unreadable: Reason by the index of each sample that cannot be read or decoded, as far as it is known.
-    """
-
-    labels: np.ndarray
-    label_names: tuple[str, ...]
-    is_in_memory: bool
-    notices: tuple[str, ...]
-    unreadable: Mapping[int, str]
+class ImageReader(Protocol):
+    """Images and labels by the index of a sample."""
 
     @property
-    def num_samples(self) -> int:
-        """Number of samples, N."""
+    def label_names(self) -> tuple[str, ...]:
+        """Class names, by label."""
+        ...
+
+    @property
+    def is_in_memory(self) -> bool:
+        """True if the decoded images are held in memory."""
         ...
 
     def pixels(self, samples: np.ndarray) -> np.ndarray:
@@ -111,6 +102,29 @@ class ImageSet(Protocol):
         Raises:
             UserError: If an image cannot be decoded.
         """
+        ...
+
+    def labels_of(self, samples: np.ndarray) -> np.ndarray:
+        """Return the labels of samples, int64 [n]; -1 = no label. samples: indices, int64 [n]."""
+        ...
+
+
+class ImageSet(ImageReader, Protocol):
+    """Images and labels of a source split. A sample's index is its position in the split, before any subset.
+
+    Attributes:
+        labels: Class indices, int64 [N]; -1 = no label.
+        notices: Lines for the user about the source, such as files that are left out.
+        unreadable: Reason by the index of each sample that cannot be read or decoded, as far as it is known.
+    """
+
+    labels: np.ndarray
+    notices: tuple[str, ...]
+    unreadable: Mapping[int, str]
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples, N."""
         ...
 
     def digests(self, samples: np.ndarray) -> np.ndarray:
@@ -191,6 +205,10 @@ class MemoryImages:
         images = channels_last(self.pixels(samples))
         decoder = Decoder(images.shape[1])
         return np.stack([decoder.fit_array(image, crop) for image, crop in zip(images, crops, strict=True)])
+
+    def labels_of(self, samples: np.ndarray) -> np.ndarray:
+        """Return the labels of samples; see `ImageSet.labels_of`."""
+        return self.labels[samples]
 
     def digests(self, samples: np.ndarray) -> np.ndarray:
         """Return the digest of each sample; see `ImageSet.digests`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from kd_accel.data.dataset import ImageSet
 from kd_accel.data.splits import Split
 
 _SHOWN = 3
+_HELD_OUT: Mapping[Split, str] = {"test": "test", "val": "validation"}
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,41 @@ def conflicts(part: Part) -> list[tuple[int, int]]:
     return sorted((min(pair), max(pair)) for pair in pairs)
 
 
+def _unlabeled_leaks(parts: Mapping[Split, Part]) -> list[str]:
+    """Describe the held-out samples whose image is also that of an unlabeled sample."""
+    lines = []
+    for split, name in _HELD_OUT.items():
+        pairs = shared_samples(parts[split], parts["unlabeled"]) if "unlabeled" in parts else []
+        if pairs:
+            lines.append(
+                f"data.unlabeled: {len(pairs)} of {len(parts[split].samples)} {name} samples are also unlabeled samples (the "
+                f"same image: {_examples(pairs, name, 'unlabeled')}), so that the accuracy on them is too high"
+            )
+    return lines
+
+
+def _examples(pairs: Sequence[tuple[int, int]], name: str, other: str) -> str:
+    return ", ".join(f"{name} sample {sample} = {other} sample {same}" for sample, same in pairs[:_SHOWN])
+
+
 def leak_notices(parts: Mapping[Split, Part]) -> list[str]:
     """Describe the samples of held-out splits that are also training samples, and the training images with two labels.
 
     Args:
-        parts: The splits train, val and test.
+        parts: The splits train, val, test and perhaps unlabeled.
     """
     lines, train = [], parts["train"]
-    held_out: dict[Split, str] = {"test": "test", "val": "validation"}
-    found = {split: shared_samples(parts[split], train) for split in held_out}
+    found = {split: shared_samples(parts[split], train) for split in _HELD_OUT}
     if any(found.values()):
         counts = [
-            f"{len(pairs)} of {len(parts[split].samples)} {held_out[split]} samples" for split, pairs in found.items() if pairs
+            f"{len(pairs)} of {len(parts[split].samples)} {_HELD_OUT[split]} samples" for split, pairs in found.items() if pairs
         ]
         split, pairs = next((split, pairs) for split, pairs in found.items() if pairs)
-        examples = ", ".join(f"{held_out[split]} sample {sample} = training sample {other}" for sample, other in pairs[:_SHOWN])
         lines.append(
-            f"data: {' and '.join(counts)} are also training samples (the same image: {examples}), so that the accuracy on "
-            "them is too high"
+            f"data: {' and '.join(counts)} are also training samples (the same image: "
+            f"{_examples(pairs, _HELD_OUT[split], 'training')}), so that the accuracy on them is too high"
         )
+    lines += _unlabeled_leaks(parts)
     if pairs := conflicts(train):
         names, labels = train.images.label_names, train.images.labels
         examples = "; ".join(

@@ -93,6 +93,10 @@ class EncodedImages:
             out[position] = self._cropped(int(sample), cell, crop)
         return out
 
+    def labels_of(self, samples: np.ndarray) -> np.ndarray:
+        """Return the labels of samples; see `ImageSet.labels_of`."""
+        return self.labels[samples]
+
     def are_of_image_size(self, samples: np.ndarray) -> bool:
         """Return whether the original images of samples are squares of the image size. An unreadable file is not considered.
 

@@ -13,14 +13,15 @@ from pathlib import Path
 
 from kd_accel.config.data_schema import DataConfig
 from kd_accel.data.csv_lists import Columns, column, parse_labels, read_columns
-from kd_accel.data.folders import FileColumn, folder_names, quoted, read_folder, read_listed
-from kd_accel.data.labels import LabelSource
+from kd_accel.data.folders import FileColumn, folder_names, quoted, read_folder, read_images, read_listed
+from kd_accel.data.labels import LabelSource, no_labels
 from kd_accel.data.source_splits import EncodedSplit, SourceSplit, absolute, existing_directory
 from kd_accel.errors import UserError
 
 _SPLIT_COLUMN = "split"
 _USUAL_SPLITS = frozenset({"train", "training", "test", "testing", "val", "validation", "valid", "dev", "eval"})
 _METADATA = "metadata.csv"
+_ALL = "."
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class FolderSource:
         """
         source = cls(existing_directory(location), config)
         if source._is_flat and config.test_fraction is None:
+            is_split = source.directory.name.lower() in _USUAL_SPLITS
+            above = f" (imagefolder:{source.directory.parent}, perhaps)" if is_split else ""
             raise UserError(
                 f"data.train_split: {source.directory} has no folder {config.train_split!r}, but {source._contents}; "
                 "if they are the classes, set data.test_fraction (to 0.2, for example) to hold out test samples, else use a "
-                f"directory with {config.train_split}/CLASS/IMAGE and {config.test_split}/CLASS/IMAGE files"
+                f"directory with {config.train_split}/CLASS/IMAGE and {config.test_split}/CLASS/IMAGE files{above}"
             )
         return source
 
@@ -116,6 +119,45 @@ class FolderSource:
             column=FileColumn(paths),
             roots=[absolute(self.directory)],
             files=lambda: [*more_files, *paths],
+        )
+
+
+@dataclass(frozen=True)
+class UnlabeledFolder:
+    """Image folder without labels: all images below `DIR/SPLIT`, or below `DIR` if no folder in it has the name of a split.
+
+    Attributes:
+        directory: The directory.
+        config: The data settings.
+    """
+
+    directory: Path
+    config: DataConfig
+
+    @classmethod
+    def open(cls, location: str, config: DataConfig) -> UnlabeledFolder:
+        """Find the directory. Raises UserError if it is not found."""
+        return cls(existing_directory(location), config)
+
+    @property
+    def split_names(self) -> Sequence[str]:
+        """Names of the splits."""
+        names = folder_names(self.directory)
+        has_splits = not {*_USUAL_SPLITS, self.config.train_split}.isdisjoint(name.lower() for name in names)
+        return names if has_splits else [_ALL]
+
+    def read(self, split: str, *, train: SourceSplit | None) -> EncodedSplit:
+        """List the images of a split; see `Source.read`."""
+        directory = self.directory / split
+        paths, notices = read_images(directory)
+        return EncodedSplit(
+            LabelSource("data.source", split),
+            no_labels(len(paths)),
+            None,
+            notices,
+            column=FileColumn(paths),
+            roots=[absolute(self.directory)],
+            files=lambda: paths,
         )
 
 

@@ -109,6 +109,23 @@ def read_folder(directory: Path, *, split: str, label_names: Sequence[str] | Non
     return FolderSplit([path for path, _ in pairs], labels, names, left_out.notices(where))
 
 
+def read_images(directory: Path) -> tuple[list[str], tuple[str, ...]]:
+    """List all images below a directory, in folders of any names.
+
+    Returns:
+        (absolute paths in the order of the names, one line for each kind of files that are left out).
+
+    Raises:
+        UserError: If no image is found.
+    """
+    left_out = _LeftOut()
+    paths, _ = _images(directory, left_out)
+    where = f"data.source: {directory}"
+    if not paths:
+        raise UserError(f"{where} has no images{_hint(left_out.reasons)}; use another directory")
+    return paths, left_out.notices(where)
+
+
 def read_listed(directory: Path, names: Sequence[str], *, listed_in: str) -> tuple[list[str], tuple[str, ...]]:
     """Find the images of a split that a file lists, such as metadata.csv.
 
@@ -198,9 +215,10 @@ def _refuse_other_classes(where: str, *, present: Any, with_files: Any, expected
     unknown = [name for name in with_files if name not in expected]
     if missing or unknown:
         parts = [f"missing here: {quoted(missing)}"] if missing else []
-        parts += [f"not in the training split: {quoted(unknown)}"] if unknown else []
+        parts += [f"not expected: {quoted(unknown)}"] if unknown else []
         raise UserError(
-            f"{where}: the classes differ from those of the training split ({'; '.join(parts)}); both must be the same"
+            f"{where}: the classes differ from those of the training split or the trained model ({'; '.join(parts)}); both "
+            "must be the same"
         )
 
 

@@ -33,6 +33,11 @@ def hash_words(keys: tuple[int, ...], counters: np.ndarray, words: int) -> np.nd
     return _mix(hashes[:, None] + steps)
 
 
+def uniform(words: np.ndarray) -> np.ndarray:
+    """Map hash words to [0, 1), by their upper 53 bits. words: uint64 of any shape. Returns float64 of the same shape."""
+    return (words >> np.uint64(11)).astype(np.float64) / (1 << 53)
+
+
 def hashed_order(keys: tuple[int, ...], indices: np.ndarray) -> np.ndarray:
     """Return the indices in a pseudorandom order that depends only on the keys and the indices."""
     words = hash_words(keys, indices, 1)[:, 0]

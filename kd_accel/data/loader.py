@@ -8,7 +8,8 @@ step, and an epoch can start at any step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from kd_accel.data.batches import BatchLoader
 from kd_accel.data.hashing import hashed_order
 from kd_accel.data.splits import HeldOutSplit
+from kd_accel.data.unlabeled import Turns
 from kd_accel.errors import UserError
 from kd_accel.types import Batch
 
@@ -24,9 +26,17 @@ _ORDER = 21
 """Hash key of the sample order, different from the keys of all other uses of `hash_words`."""
 
 
-def epoch_order(samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """Return the sample indices in the order of an epoch."""
-    return hashed_order((_ORDER, seed, epoch), samples)
+def epoch_order(samples: np.ndarray, *, seed: int, epoch: int, turns: Turns | None = None) -> np.ndarray:
+    """Return the sample indices in the order of an epoch.
+
+    Args:
+        samples: Indices of the samples of every epoch, int64 [N].
+        seed: Seed of the order.
+        epoch: Number of the epoch.
+        turns: Samples of which each epoch has some; None = no such samples.
+    """
+    drawn = samples if turns is None else np.concatenate([samples, turns.at(epoch, seed=seed)])
+    return hashed_order((_ORDER, seed, epoch), drawn)
 
 
 class TrainLoader:
@@ -40,6 +50,7 @@ class TrainLoader:
         batches: BatchLoader,
         *,
         samples: np.ndarray,
+        turns: Turns | None = None,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -53,6 +64,7 @@ class TrainLoader:
         Args:
             batches: Loader of the batches of any samples.
             samples: Indices of the training samples in their source split, int64 [N], ascending.
+            turns: Unlabeled samples, of which each epoch has some; None = no such samples.
             batch_size: Number of samples per optimizer step, over all ranks and accumulation steps.
             rank: Rank of this process.
             world_size: Number of processes.
@@ -70,9 +82,11 @@ class TrainLoader:
                 f"train.batch_size: {batch_size} must be a multiple of {parts} ({world_size} processes x {grad_accum_steps} "
                 "accumulation steps), because it counts the samples of one optimizer step over all processes"
             )
-        if len(samples) < batch_size:
-            raise UserError(f"train.batch_size: {batch_size} is more than the {len(samples)} training samples; lower it")
-        self._batches, self._samples = batches, samples
+        self._epoch_samples = len(samples) + (turns.per_epoch if turns else 0)
+        if self._epoch_samples < batch_size:
+            raise UserError(f"train.batch_size: {batch_size} is more than the {self._epoch_samples} training samples; lower it")
+        self._batches, self._samples, self._turns = batches, samples, turns
+        self._every_sample = samples if turns is None else np.concatenate([samples, turns.samples])
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._grad_accum_steps, self._seed, self._views = grad_accum_steps, seed, views
         self._pin_memory = pin_memory
@@ -82,9 +96,9 @@ class TrainLoader:
         """Compute all later views from `images`, on the device that holds them.
 
         Args:
-            images: Images of the loader's samples in the same order, uint8 [N, 3, S, S].
+            images: Images of the samples and of those that take turns, in this order, uint8 [N + M, 3, S, S].
         """
-        assert self._batches.transform.supports_device and len(images) == len(self._samples)
+        assert self._batches.transform.supports_device and len(images) == len(self._every_sample)
         self._device_images = images
 
     @property
@@ -95,14 +109,16 @@ class TrainLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Number of complete optimizer steps per epoch; the remaining samples, different in each epoch, are dropped."""
-        return len(self._samples) // self._batch_size
+        return self._epoch_samples // self._batch_size
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each optimizer step of an epoch, from `start_step` on."""
         view = epoch if self._views is None else epoch % self._views
         shares = self._shares(epoch, start_step)
         if self._device_images is not None:
-            batches: Iterator[Batch] = (self._batch_on_device(share, view) for share in shares)
+            # Mixed labels are [N, C]: those of an epoch may be too large for the device.
+            chunks = [[share] for share in shares] if self._batches.transform.mixing else [shares]
+            batches: Iterator[Batch] = chain.from_iterable(self._batches_on_device(chunk, view) for chunk in chunks)
         else:
             batches = self._batches.load("train", [(share, view) for share in shares], pin_memory=self._pin_memory)
         for _ in range(start_step, self.steps_per_epoch):
@@ -110,20 +126,38 @@ class TrainLoader:
 
     def _shares(self, epoch: int, start_step: int) -> list[np.ndarray]:
         """Return the sample indices of each of this rank's micro-batches."""
-        order = epoch_order(self._samples, seed=self._seed, epoch=epoch)[: self.steps_per_epoch * self._batch_size]
+        order = epoch_order(self._samples, seed=self._seed, epoch=epoch, turns=self._turns)
+        order = order[: self.steps_per_epoch * self._batch_size]
         # Axes [steps, ranks, micro-batches, samples]. With the rank axis before the micro-batch axis a rank's share is
         # contiguous, so any factorization of ranks x micro-batches divides a step into the same pieces in the same order.
         micro_batches = order.reshape(self.steps_per_epoch, self._world_size, self._grad_accum_steps, -1)
         return list(micro_batches[start_step:, self._rank].reshape(-1, micro_batches.shape[3]))
 
-    def _batch_on_device(self, indices: np.ndarray, view: int) -> Batch:
+    def _batches_on_device(self, shares: Sequence[np.ndarray], view: int) -> Iterator[Batch]:
+        """Yield the batches of shares of one size. Labels and random choices of all are copied to the device at the start."""
+        transform, indices, size = self._batches.transform, np.concatenate(shares), len(shares[0])
+        labels = self._to_device(transform.labels(self._batches.images["train"], indices, view)).split(size)
+        tables = self._table(indices, view).split(size, dim=1)
+        for share, labels_of_share, table in zip(shares, labels, tables, strict=True):
+            images, mix = self._view_on_device(table), transform.mix(share, view)
+            if mix is not None:
+                images = mix.on_device(images, self._view_on_device(self._table(mix.partners, view)))
+            yield Batch(images, labels_of_share, torch.from_numpy(share), view)
+
+    def _table(self, indices: np.ndarray, view: int) -> Tensor:
+        """Return positions among the images on the device, and random choices, of one view of samples, int64 [..., n]."""
+        positions = np.searchsorted(self._every_sample, indices)
+        return self._to_device(np.stack([positions, *self._batches.transform.placements(indices, view)]))
+
+    def _view_on_device(self, table: Tensor) -> Tensor:
+        """Compute one view of samples, before they are mixed. Returns uint8 [n, 3, S, S]."""
         assert self._device_images is not None
-        arrays = np.searchsorted(self._samples, indices), self._batches.images["train"].labels[indices]
-        device = self._device_images.device
+        return self._batches.transform.placed(self._device_images[table[0]], table[1:])
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        assert self._device_images is not None
         # A blocking copy to a GPU would synchronize with all queued work.
-        positions, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-        images = self._batches.transform.on_device(self._device_images[positions], indices, view)
-        return Batch(images, labels, torch.from_numpy(indices), view)
+        return torch.from_numpy(array).to(self._device_images.device, non_blocking=True)
 
 
 class EvalLoader:

@@ -1,7 +1,7 @@
-"""Operations that make a view: random crops, mirroring, color changes and erasing, as functions of hash words.
+"""Operations that make a view: random crops, mirroring, color changes, erasing and mixing, as functions of hash words.
 
 Input: images and one row of hash words per image. Output: images, in new memory or that of the input. Each operation is its
-settings, declared in `config/transform_schema.py`, with a `__call__`.
+settings, declared in `config/transform_schema.py`, with a `__call__`. `mixing.py` computes mixtures of two samples.
 
 Shapes: n images, S side in pixels; images are uint8 [n, S, S, 3], in either memory format of `ImageSet.pixels`. Hash words are
 uint64 [n, num_words].
@@ -25,6 +25,8 @@ from PIL import Image
 from kd_accel.config.transform_schema import (
     MAX_AUGMENT_OPS,
     ColorJitterSettings,
+    CutMixSettings,
+    MixUpSettings,
     RandAugmentSettings,
     RandomCropSettings,
     RandomErasingSettings,
@@ -35,6 +37,7 @@ from kd_accel.config.transform_schema import (
 )
 from kd_accel.data.dataset import channels_last
 from kd_accel.data.decode import Crop, Decoder
+from kd_accel.data.hashing import uniform
 from kd_accel.data.image_operations import AugmentSpace, jitter_color, rand_augment, trivial_augment
 from kd_accel.data.resize import Box
 
@@ -42,24 +45,29 @@ _TRIES = 10
 """Number of random rectangles that are tried before the fallback, as in torchvision."""
 
 
-class Operation(TransformSettings, ABC):
-    """Step from images to images; abstract.
-
-    Attributes:
-        num_words: Number of hash words per image.
-        is_in_place: Whether the images are changed in their memory.
+class Transform(TransformSettings):
+    """Base class of the transforms.
 
     Raises:
         ValueError: If a setting is not valid.
     """
 
-    num_words: ClassVar[int]
-    is_in_place: ClassVar[bool] = False
-
     def model_post_init(self, context: object) -> None:
         """Raise ValueError for the first broken rule."""
         if problem := next(self.problems(), None):
             raise ValueError(problem)
+
+
+class Operation(Transform, ABC):
+    """Step from images to images; abstract.
+
+    Attributes:
+        num_words: Number of hash words per image.
+        is_in_place: Whether the images are changed in their memory.
+    """
+
+    num_words: ClassVar[int]
+    is_in_place: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -117,7 +125,7 @@ class RandomResizedCrop(RandomResizedCropSettings, Operation):
 
     def crops(self, words: np.ndarray) -> list[Crop]:
         """Return the crop of each image, which may have any size. words: Hash words, uint64 [n, num_words]."""
-        return [Crop(partial(self._box, draws), self.interpolation) for draws in _uniform(words).tolist()]
+        return [Crop(partial(self._box, draws), self.interpolation) for draws in uniform(words).tolist()]
 
     def _box(self, draws: list[float], width: int, height: int) -> Box:
         """Choose the crop of an image, as torchvision does: the first that fits, of random area and aspect ratio.
@@ -159,7 +167,7 @@ class RandomHorizontalFlip(RandomHorizontalFlipSettings, Operation):
 
     def is_mirrored(self, words: np.ndarray) -> np.ndarray:
         """Return whether each image is mirrored: bool [n]."""
-        return _uniform(words[:, 0]) < self.p
+        return uniform(words[:, 0]) < self.p
 
     def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
         """Mirror some of the images, in place."""
@@ -181,16 +189,16 @@ class RandomErasing(RandomErasingSettings, Operation):
 
     def boxes(self, size: int, words: np.ndarray) -> np.ndarray:
         """Return (left, top, width, height) of each rectangle, int64 [n, 4]; the width is 0 where nothing is erased."""
-        uniform = _uniform(words)
-        area = size * size * (self.scale[0] + (self.scale[1] - self.scale[0]) * uniform[:, : 2 * _TRIES : 2])
+        draws = uniform(words)
+        area = size * size * (self.scale[0] + (self.scale[1] - self.scale[0]) * draws[:, : 2 * _TRIES : 2])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        aspect = np.exp(low + (high - low) * uniform[:, 1 : 2 * _TRIES : 2])
+        aspect = np.exp(low + (high - low) * draws[:, 1 : 2 * _TRIES : 2])
         heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
         fits = (heights < size) & (widths < size)
         first = np.arange(len(words)), fits.argmax(1)
         height, width = heights[first], widths[first]
-        left, top = np.floor(uniform[:, -3] * (size - width + 1)), np.floor(uniform[:, -2] * (size - height + 1))
-        is_erased = fits.any(1) & (uniform[:, -1] < self.p)
+        left, top = np.floor(draws[:, -3] * (size - width + 1)), np.floor(draws[:, -2] * (size - height + 1))
+        is_erased = fits.any(1) & (draws[:, -1] < self.p)
         return np.stack([left, top, np.where(is_erased, width, 0), height], axis=1).astype(np.int64)
 
     def __call__(self, pixels: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -249,7 +257,15 @@ class ColorJitter(ColorJitterSettings, _ImageOperation):
         return jitter_color(image, words, {**ranges, "hue": hue})
 
 
-OPERATIONS: Mapping[str, type[Operation]] = {
+class MixUp(MixUpSettings, Transform):
+    """Weighted mean of two training samples and of their labels. Settings: alpha, p."""
+
+
+class CutMix(CutMixSettings, Transform):
+    """Random rectangle from another training sample, with its share of the label. Settings: alpha, p."""
+
+
+OPERATIONS: Mapping[str, type[Transform]] = {
     "random_resized_crop": RandomResizedCrop,
     "random_crop": RandomCrop,
     "random_horizontal_flip": RandomHorizontalFlip,
@@ -257,19 +273,16 @@ OPERATIONS: Mapping[str, type[Operation]] = {
     "trivial_augment_wide": TrivialAugmentWide,
     "color_jitter": ColorJitter,
     "random_erasing": RandomErasing,
+    "mixup": MixUp,
+    "cutmix": CutMix,
 }
-"""Operations by the name that configs use."""
+"""Transforms by the name that configs use."""
 
 
-def operation_name(operation: Operation) -> str:
-    """Return the name of an operation in a config."""
+def operation_name(operation: Transform) -> str:
+    """Return the name of a transform in a config."""
     return next(name for name, kind in OPERATIONS.items() if type(operation) is kind)
 
 
 def _factor_range(value: float | list[float]) -> list[float]:
     return value if isinstance(value, list) else [max(0.0, 1 - value), 1 + value]
-
-
-def _uniform(words: np.ndarray) -> np.ndarray:
-    """Map 64-bit words to [0, 1), by their upper 53 bits: float64, same shape."""
-    return (words >> np.uint64(11)).astype(np.float64) / (1 << 53)

@@ -15,12 +15,12 @@ from kd_accel.config.data_schema import DataConfig
 from kd_accel.data.dataset import ImageSet as ImageSet
 from kd_accel.data.dataset import MemoryImages as MemoryImages
 from kd_accel.data.decode import Decoder
-from kd_accel.data.file_sources import CsvSource, FolderSource
-from kd_accel.data.labels import refuse_remap
+from kd_accel.data.file_sources import CsvSource, FolderSource, UnlabeledFolder
+from kd_accel.data.labels import LabelSource, no_labels, refuse_remap
 from kd_accel.data.source_splits import Role, Source, SourceSplit, fits_in_memory, image_sets
 from kd_accel.data.tables import TableSource
 from kd_accel.data.wrapped import UserSource
-from kd_accel.errors import UserError
+from kd_accel.errors import UnreadableImage, UserError
 from kd_accel.io.user_code import PREFIX
 
 _AUTO = "auto"
@@ -52,6 +52,52 @@ def load_splits(config: DataConfig, class_names: Sequence[str] | None = None) ->
     splits["train"] = replace(splits["train"], notices=(*notices, *splits["train"].notices))
     images = image_sets(splits, config, class_names)
     return images["train"], images.get("val"), images.get("test", images["train"])
+
+
+def load_unlabeled(config: DataConfig, label_names: Sequence[str]) -> ImageSet | None:
+    """Load the source of training images without labels, `data.unlabeled`; None if it is not set.
+
+    Args:
+        config: The data settings.
+        label_names: Class names of the labeled data.
+
+    Raises:
+        UserError: If the source cannot be read.
+    """
+    if config.unlabeled is None:
+        return None
+    own = config.model_copy(update={"source": config.unlabeled, "train_split": config.unlabeled_split, "label_column": None})
+    try:
+        source = _open_unlabeled(own)
+        split = source.read(_unlabeled_split(own, source.split_names), train=None)
+        split = replace(split, origin=LabelSource("data.unlabeled", "unlabeled"))
+        notices = tuple(map(_of_unlabeled, split.notices))
+        return split.image_set(no_labels(len(split.labels)), label_names, own, notices=notices)
+    except UnreadableImage:
+        raise
+    except UserError as error:
+        raise UserError(_of_unlabeled(str(error))) from None
+
+
+def _of_unlabeled(message: str) -> str:
+    """Return a message about a source with the names of the settings of the unlabeled one."""
+    return message.replace("data.source", "data.unlabeled").replace("data.train_split", "data.unlabeled_split")
+
+
+def _open_unlabeled(config: DataConfig) -> Source:
+    """Find a source that is read without labels; the images of a folder need no class folders."""
+    kind, _, location = config.source.partition(":")
+    return UnlabeledFolder.open(location, config) if kind == "imagefolder" else open_source(config)
+
+
+def _unlabeled_split(config: DataConfig, available: Sequence[str] | None) -> str:
+    """Return the name of the split to read: that of the setting, or the only one if the setting has its default."""
+    is_default = config.unlabeled_split == DataConfig.model_fields["unlabeled_split"].default
+    if available is None or config.unlabeled_split in available:
+        return config.unlabeled_split
+    if is_default and len(available) == 1:
+        return available[0]
+    raise _missing_split(config, "train", config.unlabeled_split, available)
 
 
 def _read_held_out(source: Source, role: Role, name: str, train: SourceSplit, config: DataConfig) -> SourceSplit:

@@ -19,7 +19,7 @@ from kd_accel.data.inventory import Inventory, mean_and_std
 from kd_accel.data.sources import ImageSet
 from kd_accel.errors import UserError
 
-Split = Literal["train", "val", "test"]
+Split = Literal["train", "val", "test", "unlabeled"]
 HeldOutSplit = Literal["val", "test"]
 
 _VALIDATION, _LIMIT, _STATISTICS, _TEST = 1, 2, 3, 4
@@ -36,11 +36,13 @@ class SplitSamples:
         train: Positions in the source's training split.
         val: Positions in the source's validation split; without one in its training split, disjoint from `train`.
         test: Positions in the source's test split; with `data.test_fraction` in its training split, disjoint from the others.
+        unlabeled: Positions in the source of unlabeled training images (`data.unlabeled`); None = not set.
     """
 
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
+    unlabeled: np.ndarray | None = None
 
     def without(self, unreadable: Mapping[Split, Collection[int]]) -> SplitSamples:
         """Return the samples that are readable. unreadable: indices to leave out of each split.
@@ -49,15 +51,18 @@ class SplitSamples:
             UserError: If no training sample is left.
         """
         left = {name: samples[~np.isin(samples, list(unreadable[name]))] for name, samples in self.by_name().items()}
-        if len(self.train) and not len(left["train"]):
-            raise UserError(
-                "data.on_error: skip leaves out all training samples, because none can be decoded; use another source"
-            )
+        for name, samples in self.by_name().items():
+            if name in ("train", "unlabeled") and len(samples) and not len(left[name]):
+                what = "training" if name == "train" else name
+                raise UserError(
+                    f"data.on_error: skip leaves out all {what} samples, because none can be decoded; use another source"
+                )
         return SplitSamples(**left)
 
     def by_name(self) -> dict[Split, np.ndarray]:
         """Return the indices by the name of the split."""
-        return {"train": self.train, "val": self.val, "test": self.test}
+        splits: dict[Split, np.ndarray] = {"train": self.train, "val": self.val, "test": self.test}
+        return splits if self.unlabeled is None else {**splits, "unlabeled": self.unlabeled}
 
 
 def split_samples(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from kd_accel.data.dataset import MemoryImages, empty_images
 from kd_accel.data.labels import LabelSource
 from kd_accel.data.loader import epoch_order
 from kd_accel.data.source_splits import Role, image_sets
+from kd_accel.data.sources import load_unlabeled
 from kd_accel.data.splits import Split
 from kd_accel.data.transforms import ViewTransform
 from kd_accel.data.wrapped import Columns, dataset_split
@@ -53,8 +54,9 @@ class ImageDataset(Dataset[Item]):
             feature (Hugging Face), or those that its labels determine, as `data.labels` of a config.
         val_fraction: Fraction of the training samples held out for validation.
         settings: Further settings of a config's `data` section: `labels`, `background`, `pixel_range`, `limit_train`,
-            `limit_test`, `mean`, `std`, `memory_limit_mib`, `num_workers` (for the batches of a cache build), `test_fraction`
-            and, for a source, `train_split`, `val_split`, `test_split`.
+            `limit_test`, `mean`, `std`, `memory_limit_mib`, `num_workers` (for the batches of a cache build), `test_fraction`,
+            `unlabeled` with `unlabeled_split` and `unlabeled_ratio`, and, for a source, `train_split`, `val_split`,
+            `test_split`. Only `ViewDataset` has the unlabeled samples among the others: label -1, index from 2**40 on.
 
     Raises:
         TypeError: If an image has another type, or `source` is neither a name nor a dataset.
@@ -114,9 +116,9 @@ class ImageDataset(Dataset[Item]):
         return self.module.std
 
     def split(self, name: Split) -> SplitDataset:
-        """Return the dataset of train, val or test, without augmentation. Raises ValueError for another name."""
-        if name not in get_args(Split):
-            raise ValueError(f"name: {name!r} is not a split; use one of {', '.join(get_args(Split))}")
+        """Return the dataset of train, val, test or unlabeled, without augmentation. Raises ValueError for another name."""
+        if name not in (splits := self.module.splits.by_name()):
+            raise ValueError(f"name: {name!r} is not a split; use one of {', '.join(splits)}")
         return SplitDataset(self.module, name)
 
     def __len__(self) -> int:
@@ -139,8 +141,8 @@ class SplitDataset(Dataset[Item]):
     """
 
     def __init__(self, module: DataModule, split: Split) -> None:
-        self._images = {"train": module.train, "val": module.val, "test": module.test}[split]
-        self._indices = module.splits.by_name()[split]
+        part = module.parts()[split]
+        self._images, self._indices = part.images, part.samples
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -157,8 +159,9 @@ class SplitDataset(Dataset[Item]):
 class ViewDataset(Dataset[Item]):
     """Dataset of one augmented view of each training sample, a pure function of (view_seed, view, index).
 
-    An item is {"image": uint8 tensor [3, S, S], "label": int, "index": int, "view": int}. `set_view` selects the view of all
-    items, also in workers that are already running. Call it between two epochs, because a DataLoader prefetches.
+    An item is {"image": uint8 tensor [3, S, S], "label": int, "index": int, "view": int}. With `MixUp` or `CutMix` the label is
+    the share of each class, float32 tensor [C], and with `MixUp` the image is float32 in 0..255. `set_view` selects the view of
+    all items, also in workers that are already running. Call it between two epochs, because a DataLoader prefetches.
 
     Args:
         data: The images.
@@ -216,16 +219,17 @@ class ViewDataset(Dataset[Item]):
         self.set_view(epoch if self.num_views is None else epoch % self.num_views)
 
     def __len__(self) -> int:
-        return len(self.module.splits.train)
+        return len(self.module.training_samples)
 
     def __getitem__(self, position: int) -> Item:
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
         """Return several items at once, as a DataLoader requests a batch."""
-        indices, view = self.module.splits.train[np.asarray(positions, dtype=np.int64)], self.view
-        pixels = self.module.transform.view(self.module.train, indices, view)
-        return [{**item, "view": view} for item in _make_items(pixels, self.module.train.labels[indices], indices)]
+        indices, view = self.module.training_samples[np.asarray(positions, dtype=np.int64)], self.view
+        transform, images = self.module.transform, self.module.training_images
+        pixels, labels = transform.view(images, indices, view), transform.labels(images, indices, view)
+        return [{**item, "view": view} for item in _make_items(pixels, labels, indices)]
 
 
 class EpochBatchSampler(Sampler[list[int]]):
@@ -252,9 +256,9 @@ class EpochBatchSampler(Sampler[list[int]]):
             raise ValueError(f"rank: {rank} must be at least 0 and below world_size ({world_size})")
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size: {batch_size} must be a positive multiple of world_size ({world_size})")
-        if batch_size > len(views):
-            raise ValueError(f"batch_size: {batch_size} is more than the {len(views)} training samples; lower it")
-        self._indices, self._batch_size, self._seed = views.module.splits.train, batch_size, seed
+        if batch_size > (samples := views.module.epoch_samples):
+            raise ValueError(f"batch_size: {batch_size} is more than the {samples} training samples; lower it")
+        self._data, self._batch_size, self._seed = views.module, batch_size, seed
         self._rank, self._world_size, self._epoch = rank, world_size, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -262,23 +266,27 @@ class EpochBatchSampler(Sampler[list[int]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._indices) // self._batch_size
+        return self._data.epoch_samples // self._batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = epoch_order(self._indices, seed=self._seed, epoch=self._epoch)[: len(self) * self._batch_size]
-        positions = np.searchsorted(self._indices, order).reshape(len(self), self._world_size, -1)
+        order = epoch_order(self._data.splits.train, seed=self._seed, epoch=self._epoch, turns=self._data.turns)
+        order = order[: len(self) * self._batch_size]
+        positions = np.searchsorted(self._data.training_samples, order).reshape(len(self), self._world_size, -1)
         return iter(positions[:, self._rank].tolist())
 
 
 def _make_items(pixels: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> list[Item]:
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-    columns = zip(images, labels.tolist(), indices.tolist(), strict=True)
+    own = labels.tolist() if labels.ndim == 1 else torch.from_numpy(labels)
+    columns = zip(images, own, indices.tolist(), strict=True)
     return [{"image": image, "label": label, "index": index} for image, label, index in columns]
 
 
 def _check_settings(settings: Mapping[str, Any]) -> DataConfig:
     """Check settings by the rules of a run's `data` section. Raises UserError."""
-    return build_config(RunConfig, {"data": settings}, {}, losses={}).data
+    # Unlabeled images need a teacher, which a loop of the caller's own has.
+    teacher = {"teacher": {"run": "own"}} if settings.get("unlabeled") is not None else {}
+    return build_config(RunConfig, {"data": settings, **teacher}, {}, losses={}).data
 
 
 def _wrap_datasets(
@@ -298,7 +306,8 @@ def _wrap_datasets(
     }
     images = image_sets(splits, config)
     train = images["train"]
+    unlabeled = load_unlabeled(config, train.label_names)
     if config.test_fraction is not None:
-        return build_module(train, None, train, config)
+        return build_module(train, None, train, config, unlabeled=unlabeled)
     nothing = MemoryImages(empty_images(0, config.image_size), np.empty(0, dtype=np.int64), train.label_names)
-    return build_module(train, None, images.get("test", nothing), config)
+    return build_module(train, None, images.get("test", nothing), config, unlabeled=unlabeled)

@@ -180,8 +180,8 @@ class WrappedSplit(SourceSplit):
         """Create the image set; see `SourceSplit.image_set`."""
         if self.pixels is not None:
             return MemoryImages(self.pixels, labels, label_names, notices=notices)
-        decoder = Decoder.from_config(config)
-        images = WrappedImages(self.items, labels, label_names, raw_labels=self.labels, decoder=decoder, notices=notices)
+        items, decoder = replace(self.items, split=self.origin.split), Decoder.from_config(config)
+        images = WrappedImages(items, labels, label_names, raw_labels=self.labels, decoder=decoder, notices=notices)
         if fits_in_memory(len(labels), config) and not needs_originals(config):
             return in_memory(images, on_error=config.on_error, num_workers=config.num_workers)
         _refuse_random_items(images, self.items.name(0))
@@ -243,7 +243,8 @@ class UserSource:
 
     def _refuse_columns(self, contents: str) -> None:
         defaults = type(self.config)()
-        for setting in ("image_column", "label_column"):
+        # The column of the images may be that of the other source.
+        for setting in ("label_column", *(() if self.config.unlabeled else ("image_column",))):
             if getattr(self.config, setting) not in (getattr(defaults, setting), None):
                 raise UserError(
                     f"data.{setting}: has no effect ({self.config.source} returns {contents}, not dicts); leave it out"

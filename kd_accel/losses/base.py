@@ -62,6 +62,11 @@ class _Loss(nn.Module):
     """
     uses_index: ClassVar[bool] = False
     """Whether `forward` needs `index`, which is copied to the device only then."""
+    supports_mixed_labels: ClassVar[bool] = True
+    """Whether the loss is defined for samples mixed from two by mixup or cutmix.
+
+    False for losses that need the one true class of each sample; a training with such a loss and mixed samples is refused.
+    """
 
     class Settings(LossSettings):
         """Empty settings."""
@@ -109,7 +114,8 @@ class LogitLoss(_Loss):
             student_logits: Logits of the student, [B, C].
             teacher_logits: Logits of the teacher, [B, C].
             temperature: Temperature T of this step, above 0.
-            labels: Class indices, int64 [B]; -1 = no label.
+            labels: Class indices, int64 [B]; -1 = no label. With mixup or cutmix, the probability of each class, float32
+                [B, C], in rows that sum to 1; zeros = no label.
             index: Positions of the samples in their source split, int64 [B], on the device; None unless `uses_index`.
 
         Returns:

@@ -130,8 +130,7 @@ class Distiller(nn.Module):
     @property
     def uses_index(self) -> bool:
         """True if a loss needs the positions of the samples."""
-        losses = [*self.feature_losses.values(), *([self.logit_loss] if self.logit_loss is not None else [])]
-        return any(loss.uses_index for loss in losses)
+        return any(loss.uses_index for loss in self._losses())
 
     def start_recording(self) -> None:
         """Register forward hooks on the compared layers, until `stop_recording` removes them."""
@@ -140,6 +139,18 @@ class Distiller(nn.Module):
     def stop_recording(self) -> None:
         """Remove the forward hooks."""
         self._extractor.close()
+
+    def student_logits(self, images: Tensor) -> Tensor:
+        """Run the student alone on uint8 images [B, 3, H, W] for an evaluation, and drop the recorded features.
+
+        Features that are kept occupy memory, and a compiled student would be compiled again for the next batch.
+
+        Returns:
+            Logits [B, C].
+        """
+        logits: Tensor = self.student(self.normalize(images))
+        self._extractor.take()
+        return logits
 
     def forward(
         self,
@@ -153,9 +164,10 @@ class Distiller(nn.Module):
         """Compute the loss of a micro-batch.
 
         Args:
-            images: Pixels of the view, uint8 [B, 3, H, W].
+            images: Pixels of the view, uint8 or float [B, 3, H, W], in 0..255.
             target: Output of the teacher for the same view; `TeacherOutput()` without a logit or feature loss.
-            labels: Class indices, int64 [B]; -1 = no label, so that the cross-entropy of the sample counts as 0.
+            labels: Class indices, int64 [B], or mixed labels, float [B, C]. The cross-entropy of a sample without a label (-1,
+                or a row of zeros) counts as 0.
             weights: Temperature and weights of this step; None = the defaults of `LossWeights`.
             index: Positions of the samples in their source split, int64 [B], on the device; required if `uses_index`.
 
@@ -163,11 +175,14 @@ class Distiller(nn.Module):
             The loss, its terms, and the student's logits [B, C].
 
         Raises:
-            ValueError: If `target` lacks logits or features of a loss, or `weights` has the name of no feature loss.
+            ValueError: If `target` lacks logits or features of a loss, `weights` has the name of no feature loss, or a loss
+                does not support mixed labels.
             RuntimeError: If there are feature losses and `start_recording` was not called.
         """
         weights = weights or LossWeights()
         self._refuse_mismatch(target, weights)
+        if labels.is_floating_point():
+            self._refuse_mixed_labels()
         with profiler_range("student"):
             # Cast once: otherwise each loss would cast the logits, and each backward their gradient.
             logits = full_precision(self.student(self.normalize(images)))
@@ -190,6 +205,19 @@ class Distiller(nn.Module):
                 f"weights.features: {', '.join(unknown)} not found among the feature losses "
                 f"({', '.join(self._layers) or 'none'}); use their names as keys"
             )
+
+    def _refuse_mixed_labels(self) -> None:
+        """Raise ValueError if a loss does not support mixed labels."""
+        names = zip(self.term_names[1:], self._losses(), strict=True)
+        if unsupported := [name for name, loss in names if not loss.supports_mixed_labels]:
+            raise ValueError(
+                f"labels: {', '.join(unsupported)} needs the class of each sample, int64 [B], and not mixed labels (float "
+                "[B, C]); use a transform without mixup and cutmix, or another loss"
+            )
+
+    def _losses(self) -> list[nn.Module]:
+        """Return the losses in the order of `term_names`, without the cross-entropy."""
+        return [*([self.logit_loss] if self.logit_loss is not None else []), *self.feature_losses.values()]
 
     def _combine(
         self,

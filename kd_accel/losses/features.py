@@ -7,7 +7,7 @@ Shapes: B batch, D channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -38,13 +38,7 @@ def mse_loss(student_map: Tensor, target_map: Tensor) -> Tensor:
     Returns:
         The mean over all elements, a scalar.
     """
-    with torch.autocast(student_map.device.type, enabled=False):
-        student, target = _pool_to_common_size(full_precision(student_map), full_precision(target_map))
-        # The dimensions are put in memory order: `_MeanSquare` flattens the maps, which would copy channels_last ones.
-        if student.is_contiguous(memory_format=torch.channels_last):
-            student, target = student.movedim(1, -1), target.movedim(1, -1)
-        loss: Tensor = _MeanSquare.apply(student, target)
-        return loss
+    return _summed_mse_loss([(student_map, target_map)])
 
 
 @register("mse")
@@ -118,7 +112,7 @@ class MSE(FeatureLoss):
         if self.projectors:
             with profiler_range("projector"):
                 features = {layer: self.projectors[module_key(layer)](feature) for layer, feature in features.items()}
-        return torch.stack([mse_loss(feature, targets[layer]) for layer, feature in features.items()]).sum()
+        return _summed_mse_loss([(feature, targets[layer]) for layer, feature in features.items()])
 
 
 def module_key(name: str) -> str:
@@ -127,24 +121,46 @@ def module_key(name: str) -> str:
     return f"{key}/" if key in _RESERVED_KEYS else key
 
 
-class _MeanSquare(torch.autograd.Function):
-    """Mean of (student - target)^2 that saves only the difference for the backward, where torch's mse_loss saves both maps."""
+def _summed_mse_loss(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Compute the sum of `mse_loss` over pairs of maps."""
+    with torch.autocast(pairs[0][0].device.type, enabled=False):
+        students, targets = zip(*(_aligned(*pair) for pair in pairs), strict=True)
+        loss: Tensor = _MeanSquares.apply(*students, *targets)
+        return loss
+
+
+class _MeanSquares(torch.autograd.Function):
+    """Sum over pairs of maps of the mean of (student - target)^2.
+
+    It saves only the differences for the backward, where torch's mse_loss saves both maps, and uses one kernel for all pairs
+    where there is one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, target: Tensor) -> Tensor:
-        difference = student - target
-        ctx.save_for_backward(difference)
-        flat = difference.flatten()
-        return flat.dot(flat) / flat.numel()
+    def forward(ctx: Any, *maps: Tensor) -> Tensor:
+        number = len(maps) // 2
+        differences = torch._foreach_sub(maps[:number], maps[number:])
+        ctx.save_for_backward(*differences)
+        flat = [difference.flatten() for difference in differences]
+        means = torch._foreach_div([each.dot(each) for each in flat], [float(each.numel()) for each in flat])
+        return torch.stack(means).sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (difference,) = ctx.saved_tensors
-        student_gradient = difference * (gradient * (2 / difference.numel()))
-        return (
-            student_gradient if ctx.needs_input_grad[0] else None,
-            -student_gradient if ctx.needs_input_grad[1] else None,
-        )
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        differences = ctx.saved_tensors
+        factors = torch._foreach_mul([gradient] * len(differences), [2 / difference.numel() for difference in differences])
+        gradients = [difference * factor for difference, factor in zip(differences, factors, strict=True)]
+        needed = ctx.needs_input_grad[len(gradients) :]
+        return *gradients, *(-each if is_needed else None for each, is_needed in zip(gradients, needed, strict=True))
+
+
+def _aligned(student_map: Tensor, target_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two maps in full precision, of one size, with their dimensions in memory order."""
+    student, target = _pool_to_common_size(full_precision(student_map), full_precision(target_map))
+    # `_MeanSquares` flattens the maps, which would copy channels_last ones.
+    if student.is_contiguous(memory_format=torch.channels_last):
+        return student.movedim(1, -1), target.movedim(1, -1)
+    return student, target
 
 
 def _pool_to_common_size(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

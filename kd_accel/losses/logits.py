@@ -27,19 +27,30 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
 
     Args:
         logits: Logits, [B, C].
-        labels: Class indices, int64 [B]; -1 = no label.
+        labels: Class indices, int64 [B]; -1 = no label. Or mixed labels, float [B, C]: the probability of each class, in rows
+            that sum to 1; zeros = no label.
         label_smoothing: Probability mass of the target that is spread evenly over all classes, from 0 to 1.
-        has_unlabeled: Whether labels may be -1, which costs two kernel launches per step; False = they are class indices.
+        has_unlabeled: Whether class indices may be -1, which costs two kernel launches per step.
 
     Returns:
         The mean over the batch, a scalar.
     """
     with torch.autocast(logits.device.type, enabled=False):
         student = full_precision(logits)
+        if labels.is_floating_point():
+            return _cross_entropy_with_probabilities(student, labels.to(student.dtype), label_smoothing)
         if not has_unlabeled:
             return functional.cross_entropy(student, labels, label_smoothing=label_smoothing)
         total = functional.cross_entropy(student, labels, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
         return total / len(labels)
+
+
+def _cross_entropy_with_probabilities(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    if label_smoothing:
+        # Not torch's own smoothing, which gives a target to a row of zeros too.
+        evenly = labels.sum(1, keepdim=True) / labels.shape[1]
+        labels = (1 - label_smoothing) * labels + label_smoothing * evenly
+    return functional.cross_entropy(logits, labels)
 
 
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, t_squared: bool = True) -> Tensor:

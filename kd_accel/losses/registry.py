@@ -39,6 +39,7 @@ class LossDescription:
         formula: Section "Formula:" of the docstring; empty if missing.
         paper: Section "References:" of the docstring; empty if missing.
         per_sample: Whether the loss is a mean over samples.
+        supports_mixed_labels: Whether the loss is defined for samples mixed by mixup or cutmix.
         settings: Tuple (name, default, description) of each setting; the default is None if the setting is required.
     """
 
@@ -48,6 +49,7 @@ class LossDescription:
     formula: str
     paper: str
     per_sample: bool
+    supports_mixed_labels: bool
     settings: tuple[tuple[str, str | None, str], ...]
 
 
@@ -170,7 +172,7 @@ def find_losses(name: str) -> list[LossDescription]:
 def losses_table() -> str:
     """Format the registered losses as a Markdown table, which docs/losses.md contains. Imports torch."""
     found = [_describe(load_loss(kind, name)) for kind in _BASES.values() for name in names(kind)]
-    header = ["loss", "compares", "formula", "settings", "per sample", "paper"]
+    header = ["loss", "compares", "formula", "settings", "per sample", "mixed labels", "paper"]
     rows = [header, ["---"] * len(header), *(_row(loss) for loss in found)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -183,6 +185,7 @@ def _row(loss: LossDescription) -> list[str]:
         f"`{loss.formula}`",
         settings or "none",
         "yes" if loss.per_sample else "no",
+        "yes" if loss.supports_mixed_labels else "no",
         loss.paper,
     ]
     return [cell.replace("|", "\\|") for cell in cells]
@@ -197,7 +200,8 @@ def _describe(loss: Any) -> LossDescription:
         for name, field in loss.Settings.model_fields.items()
     )
     formula, paper = _section(docstring, "Formula"), _section(docstring, "References")
-    return LossDescription(kind, loss.name, docstring.partition("\n")[0], formula, paper, loss.per_sample, settings)
+    batch = (loss.per_sample, loss.supports_mixed_labels)
+    return LossDescription(kind, loss.name, docstring.partition("\n")[0], formula, paper, *batch, settings)
 
 
 def _yaml_value(default: Any) -> str:

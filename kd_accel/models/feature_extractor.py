@@ -72,17 +72,22 @@ class FeatureExtractor:
         return record
 
 
-def compile_with_hooks(model: nn.Module) -> None:
+def compile_with_hooks(model: nn.Module, *, dynamic: bool | None = None) -> None:
     """Compile a model in place while its feature extractor is open.
 
     By default torch.compile assumes that hooks never change. It would reuse the compiled code of one model for another model of
     the same class, without the second model's hooks. This function enables the guards on hooks.
+
+    Args:
+        model: The model.
+        dynamic: Whether one graph serves batches of any size. If not, the model is compiled for each size. None = from the
+            second size on, also if that is the first size of another model of the same class.
     """
     # Imported late because torch._dynamo is slow to import.
     from torch._dynamo import config
 
     config.skip_nnmodule_hook_guards = False
-    model.compile()
+    model.compile(dynamic=dynamic)
 
 
 def probe_layers(

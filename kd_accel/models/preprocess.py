@@ -19,7 +19,7 @@ class Normalize(nn.Module):
         memory_format: Memory format of the output, which all feature maps inherit; by default the format of the images.
 
     Shape:
-        Images [B, 3, H, W], uint8 or float, in 0..255; output float32 [B, 3, H, W].
+        Images [B, 3, H, W], uint8 or float, in 0..255; output float32 [B, 3, H, W], with the same bits for equal pixels.
     """
 
     scale: Tensor
@@ -41,7 +41,7 @@ class Normalize(nn.Module):
             pixels = images.to(torch.float32, memory_format=self._memory_format)
             return pixels.mul_(_repeat_along_row(self.scale, pixels)).add_(_repeat_along_row(self.shift, pixels))
         pixels = images.to(memory_format=self._memory_format)
-        return pixels * _repeat_along_row(self.scale, pixels) + _repeat_along_row(self.shift, pixels)
+        return pixels.mul(_repeat_along_row(self.scale, pixels)).add_(_repeat_along_row(self.shift, pixels))
 
 
 def _repeat_along_row(values: Tensor, pixels: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _recorded(
     images: int,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[dict[str, Tensor]]:
-    samples = np.sort(hashed_order((_PURPOSE,), data.splits.train)[:images])
+    samples = np.sort(hashed_order((_PURPOSE,), data.training_samples)[:images])
     device = next(network.parameters()).device
     network.eval()
     with FeatureExtractor(network, layers) as extractor, torch.no_grad(), autocast():

@@ -20,7 +20,7 @@ from kd_accel.errors import UserError
 from kd_accel.io.hashing import settings_digest, tensors_digest
 from kd_accel.losses.targets import Identity, TargetFunction
 from kd_accel.models.feature_extractor import FeatureExtractor
-from kd_accel.models.inference import CpuKernels, fuse_conv_bn, image_memory_format, use_cpu_kernels
+from kd_accel.models.inference import CpuKernels, cast_for_autocast, fuse_conv_bn, image_memory_format, use_cpu_kernels
 from kd_accel.models.preprocess import Normalize
 from kd_accel.teacher.classes import ClassMap, resolve_class_map, resolve_indices
 from kd_accel.types import Batch, TeacherOutput
@@ -125,20 +125,23 @@ class Teacher:
         """Compute the output for images, in the network's own precision.
 
         Args:
-            images: Images, uint8 [B, 3, H, W], on the device of the network.
+            images: Images, uint8 [B, 3, H, W], or float32 in 0..255 as mixup makes them, on the device of the network.
             layers: Names of the layers whose maps [B, D, H, W] are recorded.
 
         Returns:
             Logits of the classes of the data, float32 [B, C], and the recorded maps by layer.
 
         Raises:
-            TypeError: If `images` is not a uint8 tensor of four dimensions: normalized images would be normalized twice.
+            TypeError: If `images` are not pixels of four dimensions: normalized images would be normalized twice.
             ValueError: If the class map needs the names of the data's classes, or an index is not that of a logit.
             UserError: If a layer is not found.
         """
-        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+        if not _are_pixels(images):
             kind = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images: must be a uint8 tensor [B, 3, H, W], not {kind}; the teacher normalizes images itself")
+            raise TypeError(
+                f"images: must be a uint8 tensor [B, 3, H, W], or float32 in 0..255 as mixup makes them, not {kind}; the "
+                "teacher normalizes images itself"
+            )
         self.network.eval()
         normalize = Normalize(self.mean, self.std).to(images.device)
         with FeatureExtractor(self.network, list(layers)) as extractor:
@@ -253,10 +256,12 @@ class LiveTeacher:
     Hooks record the layers until `close` is called.
 
     Args:
-        network: The teacher's network, which is set to evaluation mode and needs no gradients from then on.
+        network: The teacher's network, which is set to evaluation mode and needs no gradients from then on. It is replaced by
+            `models.inference.cast_for_autocast` if that returns a copy.
         normalize: Module that turns uint8 images [B, 3, H, W] into the input of the network.
         targets: Target functions of the recorded layers by the teacher's layer, fitted, on the device.
         autocast: Context in which the teacher runs. A cache holds the same outputs only if it was built in the same context.
+        image_size: Height and width of the images in pixels; None = the network is not replaced.
     """
 
     def __init__(
@@ -266,12 +271,15 @@ class LiveTeacher:
         *,
         targets: Mapping[str, TargetFunction] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        image_size: int | None = None,
     ) -> None:
-        self.network, self.normalize, self.autocast = network, normalize, autocast
+        self.normalize, self.autocast = normalize, autocast
         self.targets = dict(targets or {})
         for module in (network, normalize, *self.targets.values()):
             module.eval().requires_grad_(False)
-        self._extractor = FeatureExtractor(network, list(self.targets))
+        cast = cast_for_autocast(network, image_size=image_size, autocast=autocast) if image_size is not None else None
+        self.network = cast or network
+        self._extractor = FeatureExtractor(self.network, list(self.targets))
         self._extractor.open()
         self._locked = self.digest()
 
@@ -280,7 +288,7 @@ class LiveTeacher:
         """Compute logits and targets for a batch on the teacher's device.
 
         Args:
-            batch: Batch of uint8 images [B, 3, H, W].
+            batch: Batch of images [B, 3, H, W].
 
         Returns:
             Logits, float32 [B, C], and targets [B, D, H, W] by the teacher's layer.
@@ -304,6 +312,13 @@ class LiveTeacher:
     def close(self) -> None:
         """Remove the hooks from the network."""
         self._extractor.close()
+
+
+def _are_pixels(images: object) -> bool:
+    """Return whether images are pixels in 0..255, not fractions of 1 and not normalized, as far as their values show."""
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        return False
+    return images.dtype == torch.uint8 or (images.dtype == torch.float32 and bool(images.amin() >= 0 and images.amax() > 1))
 
 
 def _selection(indices: Sequence[int] | None, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -14,10 +14,9 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +99,10 @@ def save_checkpoint(
     return final
 
 
-class WriteStatus(IntEnum):
-    """Status of the last write: PENDING (or no write), COMPLETE or FAILED."""
-
-    PENDING = 0
-    COMPLETE = 1
-    FAILED = 2
-
-
 class CheckpointWriter:
     """Writer of checkpoints in a thread, one at a time, while the training continues.
 
-    The error of a failed write is raised by the next call of `write` or `wait`; `status` reports it before.
+    The error of a failed write is raised by the next call of `write` or `wait`; `has_failed` reports it before.
     """
 
     def __init__(self) -> None:
@@ -119,11 +110,9 @@ class CheckpointWriter:
         self._writing: Future[Path] | None = None
 
     @property
-    def status(self) -> WriteStatus:
-        """Status of the last write, read without waiting."""
-        if self._writing is None or not self._writing.done():
-            return WriteStatus.PENDING
-        return WriteStatus.COMPLETE if self._writing.exception() is None else WriteStatus.FAILED
+    def has_failed(self) -> bool:
+        """True if the last write has ended with an error, read without waiting."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def write(self, directory: Path, **content: Any) -> None:
         """Wait for the previous write, then start `save_checkpoint` with these arguments.
@@ -178,9 +167,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, content["state"], tensors)
 
 
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Copy a module's state dict to the CPU as contiguous tensors, which safetensors requires."""
-    return {name: _copied(tensor) for name, tensor in module.state_dict().items()}
+class HostCopies:
+    """Contiguous copies of tensors on the CPU, as `save_checkpoint` takes them.
+
+    Each call of `copy` overwrites the copies of the previous one: memory that was not written to before makes a copy several
+    times slower. So the caller must have waited for the write of the previous checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[str, dict[str, Tensor]] = {}
+
+    def copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Copy tensors, by file stem, then by name."""
+        before = self._copies
+        self._copies = {
+            stem: {name: _copied(tensor, before.get(stem, {}).get(name)) for name, tensor in named.items()}
+            for stem, named in tensors.items()
+        }
+        return self._copies
 
 
 def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -193,17 +197,13 @@ def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copy the optimizer's state to the CPU.
-
-    Returns:
-        Tensors and plain numbers, both by "INDEX.NAME", where INDEX is that of the parameter.
-    """
+    """Return the optimizer's tensors and plain numbers, both by "INDEX.NAME", where INDEX is that of the parameter."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = _copied(value)
+                tensors[f"{index}.{name}"] = value
             else:
                 numbers[f"{index}.{name}"] = value
     return tensors, numbers
@@ -222,8 +222,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _copied(tensor: Tensor, copy: Tensor | None) -> Tensor:
+    """Copy a tensor into the memory of an earlier copy of it, or into new memory if there is none."""
+    if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return copy.copy_(tensor)
 
 
 def _step_directories(directory: Path) -> list[Path]:

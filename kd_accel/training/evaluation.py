@@ -7,6 +7,7 @@ shares may differ in length. An evaluation draws no random numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -28,10 +29,13 @@ class HeldOut:
     Args:
         loader: Loader of this rank's batches.
         teacher: Source of the teacher's output for a batch; None without a teacher.
+        padded_to: Number of images of each forward, at least the loader's batch size, for compiled networks: smaller batches
+            are padded, because a network is compiled again for another number. None = the images of the batch.
     """
 
-    def __init__(self, loader: EvalLoader, *, teacher: TeacherSource | None = None) -> None:
+    def __init__(self, loader: EvalLoader, *, teacher: TeacherSource | None = None, padded_to: int | None = None) -> None:
         self.loader = loader
+        self._padded_to = padded_to
         self._teacher = teacher
         self._teacher_logits: list[Tensor] | None = None
 
@@ -45,9 +49,20 @@ class HeldOut:
         if self._teacher is None:
             return [None] * len(self.loader)
         if self._teacher_logits is None:
-            outputs = (self._teacher(batch.to(accelerator.device)).logits for batch in self.loader)
-            self._teacher_logits = [logits.cpu() for logits in outputs if logits is not None]
+            found = []
+            for batch in self.loader:
+                on_device = batch.to(accelerator.device)
+                logits = self._teacher(replace(on_device, images=self.padded(on_device.images))).logits
+                assert logits is not None, "each source has logits for held-out samples"
+                found.append(logits[: len(batch.index)].cpu())
+            self._teacher_logits = found
         return list(self._teacher_logits)
+
+    def padded(self, images: Tensor) -> Tensor:
+        """Append black images to a batch [B, 3, H, W], up to the number of images of each forward."""
+        if self._padded_to is None:
+            return images
+        return functional.pad(images, (0, 0, 0, 0, 0, 0, 0, self._padded_to - len(images)))
 
 
 @torch.no_grad()
@@ -72,7 +87,7 @@ def evaluate(forward: Forward, held_out: HeldOut, *, accelerator: Accelerator) -
         for batch, teacher_logits in zip(held_out.loader, held_out.teacher_logits(accelerator), strict=True):
             on_device = batch.to(accelerator.device, non_blocking=True)
             with accelerator.autocast():
-                logits = forward(on_device.images).float()
+                logits = forward(held_out.padded(on_device.images))[: len(on_device.labels)].float()
             sums += _batch_sums(logits, on_device.labels, teacher_logits)
     total = accelerator.reduce(sums, "sum")
     samples, labeled, loss, correct, agreeing = total.tolist()

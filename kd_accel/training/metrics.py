@@ -32,7 +32,8 @@ class Meters:
         terms: Names of the loss terms, as `Distiller.term_names`.
         has_teacher: Whether the agreement with a teacher is measured.
         counts_overflows: Whether the steps that a loss scaler skips are counted.
-        has_unlabeled: Whether some samples have no label (-1). The accuracy is that of the labeled samples.
+        has_unlabeled: Whether some samples have no label. The accuracy is that of the labeled samples.
+        has_mixed_labels: Whether labels are probabilities, for which no accuracy is measured.
     """
 
     def __init__(
@@ -43,31 +44,33 @@ class Meters:
         has_teacher: bool = False,
         counts_overflows: bool = False,
         has_unlabeled: bool = False,
+        has_mixed_labels: bool = False,
     ) -> None:
-        own = [name for name, is_measured in (("agreement", has_teacher), (_LABELED, has_unlabeled)) if is_measured]
-        self._means = ("samples", "loss", *terms, "accuracy", *own)
+        optional = (("accuracy", not has_mixed_labels), ("agreement", has_teacher), (_LABELED, has_unlabeled))
+        self._means = ("samples", "loss", *terms, *(name for name, is_measured in optional if is_measured))
         self.names = (*self._means, *([_OVERFLOWED] if counts_overflows else []))
         self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self._samples = 0
 
     def update(self, output: DistillerOutput, labels: Tensor, *, teacher_logits: Tensor | None = None) -> None:
         """Add one micro-batch, without synchronizing the device.
 
         Args:
             output: Output of the distiller.
-            labels: Labels, int64 [B]; -1 = no label.
+            labels: Class indices, int64 [B]; -1 = no label. Or mixed labels, float [B, C]; a row of zeros = no label.
             teacher_logits: Logits of the teacher, [B, C]; None without a teacher.
         """
-        predicted = output.logits.detach().argmax(1)
-        values = [output.loss.detach(), *(term.detach() for term in output.terms.values()), _share(predicted == labels)]
-        if teacher_logits is not None:
-            values.append(_share(predicted == teacher_logits.argmax(1)))
+        self._samples += len(labels)
+        # On a GPU the cost of logging is the number of its small kernels, so all losses and all counts are added at once.
+        losses = torch.stack([output.loss, *output.terms.values()]).detach()
+        self._sums[1 : 1 + len(losses)].add_(losses, alpha=len(labels))
+        classes = [labels] if "accuracy" in self._means else []
+        classes += [teacher_logits.argmax(1)] if teacher_logits is not None else []
+        counts = [(torch.stack(classes) == output.logits.detach().argmax(1)).sum(1)] if classes else []
         if _LABELED in self._means:
-            values.append(_share(labels >= 0))
-        # One stack and one addition for all meters: on a GPU the cost of logging is the number of its small kernels.
-        # The first entry is 1, so its sum is the number of samples.
-        one = torch.ones((), dtype=torch.float64, device=self._sums.device)
-        means = torch.stack([one, *(value.double() for value in values)])
-        self._sums[: len(self._means)].add_(means, alpha=len(labels))
+            counts.append((labels.any(1) if labels.is_floating_point() else labels >= 0).sum(0, keepdim=True))
+        if counts:
+            self._sums[1 + len(losses) : len(self._means)].add_(torch.cat(counts) if len(counts) > 1 else counts[0])
 
     def count_overflows(self, number: int) -> None:
         """Add a number of steps that the loss scaler has skipped; a line of metrics has their sum over all ranks."""
@@ -76,21 +79,26 @@ class Meters:
     @property
     def sums(self) -> Tensor:
         """Copy of this rank's sums, float64 [len(names)]."""
-        return self._sums.clone()
+        sums = self._sums.clone()
+        sums[0] = self._samples
+        return sums
 
     def restore(self, sums: Sequence[float]) -> None:
         """Load this rank's sums from a checkpoint."""
         self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
+        self._samples = int(sums[0])
 
     def read(self, reduced_sums: Tensor) -> dict[str, float]:
         """Compute means and counts from the sums of all ranks, and reset this rank's sums."""
         sums = dict(zip(self.names, reduced_sums.tolist(), strict=True))
         self._sums.zero_()
+        self._samples = 0
         means = {name: sums[name] / sums["samples"] for name in self._means[1:]}
         if (labeled := means.pop(_LABELED, 1.0)) < 1:
             # The cross-entropy stays that of the loss, in which a sample without a label counts as 0.
-            correct, cross_entropy = means.pop("accuracy"), means.pop("ce")
-            means |= {"ce": cross_entropy, "accuracy": correct / labeled} if labeled else {}
+            divisors = {"ce": 1.0, "accuracy": labeled}
+            sums_of_labeled = {name: means.pop(name) for name in divisors if name in means}
+            means |= {name: value / divisors[name] for name, value in sums_of_labeled.items()} if labeled else {}
         return means | ({_OVERFLOWED: int(sums[_OVERFLOWED])} if _OVERFLOWED in sums else {})
 
 
@@ -158,10 +166,6 @@ class MetricsLog:
         if self._tracker is not None:
             numbers = {key: value for key, value in values.items() if key not in ("split", "step")}
             self._tracker.log({_axis_name(values["split"], key): value for key, value in numbers.items()}, step=values["step"])
-
-
-def _share(is_equal: Tensor) -> Tensor:
-    return is_equal.double().mean()
 
 
 def _axis_name(split: str, key: str) -> str:

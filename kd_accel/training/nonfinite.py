@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kd_accel.data.unlabeled import sample_name
 from kd_accel.distributed import gathered
 from kd_accel.errors import UserError
 from kd_accel.losses.distiller import DistillerOutput
@@ -30,12 +31,12 @@ _GRADIENT = "the gradient"
 
 @dataclass(frozen=True)
 class _Forward:
-    """Finiteness of the values of one micro-batch.
+    """Values of one micro-batch, to be read if the step was not finite.
 
     Attributes:
         index: Positions of the samples in their source split, int64 [B], on the host.
-        terms: Whether each loss term is finite, bool scalars by term name.
-        student: Whether the student's logits of each sample are finite, bool [B].
+        terms: Each loss term, scalars by term name.
+        student: Largest magnitude of the student's logits of each sample, [B]; finite only if all of them are.
         teacher: The same for the teacher's logits; None without a teacher.
     """
 
@@ -63,7 +64,7 @@ class _Step:
 class NonFiniteGuard:
     """Guard against steps that are not finite.
 
-    Call `guarded` for each micro-batch, `gradient_norm` before each update, and `check` before a line of metrics or a
+    Call `backward` for each micro-batch, `gradient_norm` before each update, and `check` before a line of metrics or a
     checkpoint.
 
     Args:
@@ -83,27 +84,23 @@ class NonFiniteGuard:
         self._forwards: list[_Forward] = []
         self._steps: list[_Step] = []
 
-    def guarded(self, output: DistillerOutput, target: TeacherOutput, index: Tensor) -> Tensor:
-        """Record one micro-batch.
+    def backward(self, output: DistillerOutput, target: TeacherOutput, index: Tensor, *, weight: float = 1.0) -> None:
+        """Record one micro-batch, and run its backward pass; the gradient is NaN if the loss is not finite.
 
         Args:
             output: Output of the distiller.
             target: Output of the teacher.
             index: Positions of the samples in their source split, int64 [B], on the host.
-
-        Returns:
-            The loss for the backward pass; its gradient is NaN if the loss is not finite.
+            weight: Weight of the micro-batch in the loss of the step.
         """
-        self._forwards.append(
-            _Forward(
-                index,
-                {name: term.detach().isfinite() for name, term in output.terms.items()},
-                output.logits.detach().isfinite().all(1),
-                None if target.logits is None else target.logits.isfinite().all(1),
-            )
-        )
+        terms = {name: term.detach() for name, term in output.terms.items()}
+        teacher = None if target.logits is None else _magnitude(target.logits)
+        self._forwards.append(_Forward(index, terms, _magnitude(output.logits), teacher))
+        scaler = self._accelerator.scaler
+        loss = output.loss if scaler is None else scaler.scale(output.loss)
         # An infinite loss can have a finite gradient, which would be applied (cross-entropy of logits that are too far apart).
-        return output.loss * torch.where(output.loss.detach().isfinite(), 1.0, torch.nan)
+        # So the gradient that enters the backward pass is weight - 0 * loss. Accelerate's `backward` would also divide by 1.
+        loss.backward(torch.rsub(output.loss.detach(), weight, alpha=0))
 
     def without_gradient(self) -> list[str]:
         """List the trained parameters without a gradient after the backward pass."""
@@ -121,7 +118,8 @@ class NonFiniteGuard:
         gradients = [weight.grad for _, weight in self._named if weight.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         norm = torch.linalg.vector_norm(norms)
-        self._is_bad.copy_(~norm.isfinite())
+        # 0 * norm is NaN, thus not 0, if the norm is not finite.
+        torch.ne(norm * 0, 0, out=self._is_bad)
         self._steps.append(_Step(step, self._forwards, norms))
         self._forwards = []
         return norm
@@ -151,8 +149,8 @@ class NonFiniteGuard:
         """Describe what was not finite in a step on this rank."""
         rank = self._accelerator.process_index
         for forward in step.forwards:
-            for name, is_finite in forward.terms.items():
-                if not is_finite:
+            for name, term in forward.terms.items():
+                if not term.isfinite():
                     return f"the loss term {name} is not finite on rank {rank} ({_samples_of(forward)})"
         if self._accelerator.scaler is not None:
             return _OVERFLOW
@@ -164,8 +162,8 @@ class NonFiniteGuard:
 def diverged(what: str) -> UserError:
     """Create the error of a training that has diverged. what: The value that is not finite, with step and samples."""
     return UserError(
-        f"{what}: the training has diverged; lower optim.lr, set optim.clip_norm, or use train.precision float32. The last "
-        "checkpoint is intact"
+        f"{what}: the training has diverged; lower optim.lr, set optim.clip_norm, or use train.precision float32. "
+        "Checkpoints of earlier steps are intact"
     )
 
 
@@ -182,14 +180,20 @@ def _first_of(causes: Sequence[str]) -> str:
 
 def _samples_of(forward: _Forward) -> str:
     """List the samples whose teacher's or student's logits are not finite, or all samples if all logits are finite."""
-    for whose, is_finite in (("teacher", forward.teacher), ("student", forward.student)):
-        if is_finite is not None and not is_finite.all():
-            return f"the {whose}'s logits of {_listed(forward.index[~is_finite.cpu()])}"
+    for whose, magnitude in (("teacher", forward.teacher), ("student", forward.student)):
+        if magnitude is not None and not magnitude.isfinite().all():
+            return f"the {whose}'s logits of {_listed(forward.index[~magnitude.isfinite().cpu()])}"
     return _listed(forward.index)
 
 
+def _magnitude(logits: Tensor) -> Tensor:
+    """Return the largest magnitude of the logits [B, C] of each sample, NaN if one of them is NaN, [B]."""
+    magnitude: Tensor = torch.linalg.vector_norm(logits.detach(), ord=torch.inf, dim=1)
+    return magnitude
+
+
 def _listed(index: Tensor) -> str:
-    shown = ", ".join(str(position) for position in index[:_LISTED].tolist())
+    shown = ", ".join(map(sample_name, index[:_LISTED].tolist()))
     if len(index) == 1:
         return f"sample {shown}"
     return f"samples {shown}{f', ... {len(index)} in all' if len(index) > _LISTED else ''}"

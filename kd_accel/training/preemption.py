@@ -1,8 +1,8 @@
 """Preemption: SIGTERM, SIGINT or SIGUSR1 (the warning of a cluster) ends a training after a step and a checkpoint.
 
-Signals reach the ranks at different moments, and a rank that stops alone leaves its peers without its gradients. So after each
-step the ranks exchange one number, the signal that each has received, while the next step runs. All ranks act on the result of
-the same exchange, hence at the same step. The exchange runs on CPUs (gloo) and never synchronizes a device.
+Signals reach the ranks at different moments, and a rank that stops alone leaves its peers without its gradients. So the ranks
+exchange one number, the signal that each has received, and all act on the result of the same exchange, hence at the same step:
+within a second, or after the next step if a step takes longer (`StepExchange`). A failure of one rank is a number too.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from types import FrameType
-from typing import Any
 
-import torch
-
-from kd_accel.distributed import Accelerator, peer_timeout_s
+from kd_accel.distributed import Accelerator
 from kd_accel.errors import Preempted
+from kd_accel.training.agreement import StepExchange
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-FAILED = 1000
-"""Number in place of a signal for a rank that cannot read a batch; larger than any signal."""
+UNREADABLE, UNWRITTEN = 1000, 1001
+"""Numbers for a rank that cannot read a batch, or write a checkpoint; larger than any signal."""
 _SAME_REQUEST_S = 2.0
 _AGREEMENT_S = 20.0
 
@@ -38,18 +35,15 @@ class PreemptionHandler:
     Args:
         accelerator: Accelerator of the launch.
         timeout_s: Timeout of the exchange in seconds, `train.timeout_s`; None = the default.
+        every_step: Whether the ranks make an exchange after each step, as `ReadAhead` needs it.
     """
 
-    def __init__(self, accelerator: Accelerator, *, timeout_s: float | None = None) -> None:
+    def __init__(self, accelerator: Accelerator, *, timeout_s: float | None = None, every_step: bool = False) -> None:
         self._signal = 0
         self._signaled_at = 0.0
-        self._group: Any = None
-        self._exchange: tuple[Any, torch.Tensor] | None = None
         self._is_installed = False
         os.register_at_fork(after_in_child=self._block_in_worker)
-        if accelerator.num_processes > 1:
-            timeout = timedelta(seconds=peer_timeout_s(timeout_s))
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        self._exchange = StepExchange(accelerator, timeout_s=timeout_s, every_step=every_step)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[PreemptionHandler]:
@@ -58,41 +52,26 @@ class PreemptionHandler:
         self._is_installed = True
         try:
             yield self
-            self._exchanged()
+            self._exchange.finish(timeout_s=self._timeout_s)
         finally:
             self._is_installed = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def requested(self, *, has_failed: bool = False) -> int | None:
-        """Return the signal to act on now, the same on every rank, or None.
+    def requested(self, failure: int = 0) -> int | None:
+        """Return the signal or failure to act on now, the same on every rank, or None.
 
-        Every rank must call this after the same steps. The result is that of the exchange which the previous call has begun.
+        Every rank must call this after each step.
 
         Args:
-            has_failed: Whether this rank cannot read a batch of a later step; the result is then `FAILED` on every rank.
+            failure: UNREADABLE or UNWRITTEN for this rank, from the first such call on; 0 without a failure.
         """
-        own = FAILED if has_failed else self._signal
-        if self._group is None:
-            return own or None
-        agreed = self._exchanged()
-        number = torch.tensor([own])
-        work = torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
-        self._exchange = work, number
-        return agreed or None
+        return self._exchange.exchange(failure or self._signal, timeout_s=self._timeout_s) or None
 
-    def _exchanged(self) -> int:
-        """Return the result of the exchange that the last call of `requested` has begun: a signal, or 0."""
-        if self._exchange is None:
-            return 0
-        work, number = self._exchange
-        self._exchange = None
-        if self._signal:
-            # A launcher kills this process 30 seconds after the signal: an exchange with a peer that hangs must fail before.
-            work.wait(timedelta(seconds=_AGREEMENT_S))
-        else:
-            work.wait()
-        return int(number)
+    @property
+    def _timeout_s(self) -> float | None:
+        # A launcher kills this process 30 seconds after the signal: an exchange with a peer that hangs must fail before.
+        return _AGREEMENT_S if self._signal else None
 
     def _block_in_worker(self) -> None:
         """Block the signals in a process that was forked to load data, except for SIGTERM from its parent.

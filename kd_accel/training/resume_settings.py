@@ -42,7 +42,8 @@ _BY_REASON_REFUSED = {
     # The fingerprint of the data is that of the training split, and of 512 of its images.
     "the images and labels": (
         "data.source data.image_column data.label_column data.labels data.train_split data.val_split "
-        "data.image_size data.val_fraction data.test_fraction data.limit_train"
+        "data.image_size data.val_fraction data.test_fraction data.limit_train "
+        "data.unlabeled data.unlabeled_split data.unlabeled_ratio"
     ),
     "the pixels of a view and their normalization": (
         "data.transform data.views data.view_seed data.mean data.std data.background data.pixel_range data.crop_pct"

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from kd_accel.config.schema import CheckpointConfig
-from kd_accel.distributed import Accelerator, gathered, on_main_process
+from kd_accel.distributed import Accelerator, on_main_process
 from kd_accel.errors import UserError
-from kd_accel.io.hashing import tensors_digest
 from kd_accel.profiling import profiler_range
-from kd_accel.training.agreement import StepExchange
-from kd_accel.training.checkpoint import CheckpointWriter, WriteStatus
+from kd_accel.training.checkpoint import CheckpointWriter, HostCopies
 from kd_accel.training.nonfinite import diverged, own_name
 from kd_accel.training.state import TrainState, capture
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -40,16 +40,12 @@ class CheckpointSaver:
     extra_state: Mapping[str, Any] = field(default_factory=dict)
     extra_tensors: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
-    _exchange: StepExchange | None = field(default=None, init=False)
-    _is_writing: bool = field(default=False, init=False)
+    _copies: HostCopies = field(default_factory=HostCopies, init=False)
 
-    def connect(self, *, timeout_s: float | None) -> None:
-        """Create the exchange with the other ranks that `poll` needs. Every rank must call it at the same place.
-
-        Args:
-            timeout_s: Timeout of the exchange, `train.timeout_s`; None = the default.
-        """
-        self._exchange = StepExchange(self.accelerator, timeout_s=timeout_s)
+    @property
+    def has_failed(self) -> bool:
+        """True if this rank could not write the last checkpoint, read without waiting; `wait` then raises the error."""
+        return self.writer.has_failed
 
     def save(self, train_state: TrainState, *, metrics_bytes: int) -> None:
         """Start to write a checkpoint of the present state. Every rank must call it.
@@ -64,38 +60,19 @@ class CheckpointSaver:
         step = train_state.position.step
         weights = {name: weight.detach() for name, weight in train_state.module.named_parameters() if weight.requires_grad}
         named = {own_name(name): weight for name, weight in weights.items()}
+        if self.accelerator.num_processes > 1:
+            _refuse_unequal(named, self.accelerator, step=step)
         _refuse_not_finite(named, step=step)
-        _refuse_unequal(named, step=step)
         tensors, state = capture(train_state, self.accelerator)
         self.wait()
-        on_main_process(
-            self.accelerator,
-            lambda: self.writer.write(
+        if self.accelerator.is_main_process:
+            self.writer.write(
                 self.directory,
                 step=step,
-                tensors={**tensors, **self.extra_tensors},
+                tensors={**self._copies.copy(tensors), **self.extra_tensors},
                 state={**state, **self.extra_state, "metrics_bytes": metrics_bytes},
                 keep=self.settings.keep,
-            ),
-        )
-        self._is_writing = True
-
-    def poll(self) -> None:
-        """Raise the error of a failed write, if any, on all ranks at the same step. Every rank must call it after each step.
-
-        It waits neither for the write nor for a device. Without it, a full disk would be reported one checkpoint later.
-
-        Raises:
-            UserError: If the checkpoint could not be written.
-        """
-        if not self._is_writing:
-            return
-        assert self._exchange is not None, "connect() must be called before"
-        status = self._exchange.exchange(self.writer.status)
-        if status == WriteStatus.FAILED:
-            self.wait()
-        elif status == WriteStatus.COMPLETE:
-            self._finish_exchange()
+            )
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on the disk. Every rank must call it.
@@ -103,33 +80,38 @@ class CheckpointSaver:
         Raises:
             UserError: If the checkpoint could not be written.
         """
-        self._finish_exchange()
         with profiler_range("checkpoint"):
             on_main_process(self.accelerator, self.writer.wait)
-
-    def _finish_exchange(self) -> None:
-        # An exchange that is still pending is about this write; the next write must not read it.
-        if self._exchange is not None:
-            self._exchange.finish()
-        self._is_writing = False
 
 
 def _refuse_not_finite(weights: Mapping[str, Tensor], *, step: int) -> None:
     """Raise UserError for weights that are not finite: an update with finite gradients can overflow."""
-    if not torch.stack([weight.isfinite().all() for weight in weights.values()]).all():
-        name = next(name for name, weight in weights.items() if not weight.isfinite().all())
-        raise diverged(f"{name} is not finite after step {step}")
+    # One kernel for all norms; a norm of finite weights may overflow, so only then each weight is read.
+    if torch.stack(torch._foreach_norm(list(weights.values()))).isfinite().all():
+        return
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise diverged(f"{name} is not finite after step {step}")
 
 
-def _refuse_unequal(weights: Mapping[str, Tensor], *, step: int) -> None:
+def _refuse_unequal(weights: Mapping[str, Tensor], accelerator: Accelerator, *, step: int) -> None:
     """Raise UserError for ranks whose weights differ, although all ranks start alike and apply the same gradients."""
-    digests = gathered([tensors_digest(weights)])
-    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        own = gathered([{name: tensors_digest({name: weight}) for name, weight in weights.items()}])
-        names = [name for name in weights if own[others[0]][name] != own[0][name]]
+    sums = torch.stack([_bits_sum(weight) for weight in weights.values()])
+    of_ranks = accelerator.gather(sums).view(-1, len(weights))
+    differs = (of_ranks != of_ranks[0]).cpu()
+    if differs.any():
+        others = differs.any(1).nonzero().flatten().tolist()
+        names = [name for name, is_other in zip(weights, differs[others[0]], strict=True) if is_other]
         raise UserError(
             f"the weights of rank {', '.join(map(str, others))} differ from those of rank 0 after step {step} (first in "
             f"{names[0]}): the model changes its own weights, or a device, driver or network has failed silently. Fix the "
             "cause and run the same command again: the last checkpoint is from before the difference"
         )
+
+
+def _bits_sum(weight: Tensor) -> Tensor:
+    """Add the bits of a weight, as integers modulo 2**64, on its device."""
+    flat = weight.flatten()
+    # A CPU adds words of eight bytes three times as fast as shorter words.
+    is_wide = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0
+    return flat.view(torch.int64 if is_wide else _INTEGERS[flat.itemsize]).sum(dtype=torch.int64)

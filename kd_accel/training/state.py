@@ -23,7 +23,6 @@ from kd_accel.models.preprocess import Normalize
 from kd_accel.training.average import MovingAverage
 from kd_accel.training.checkpoint import (
     Checkpoint,
-    module_tensors,
     optimizer_tensors,
     restore_module,
     restore_optimizer,
@@ -70,18 +69,18 @@ class TrainState:
 
 
 def capture(train_state: TrainState, accelerator: Accelerator) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """Copy the state to the CPU. Every rank must call it.
+    """Collect the state. Every rank must call it.
 
     Returns:
-        Tensors by file and name, and plain values; both are empty on other ranks than the main process.
+        The tensors themselves, by file and name, and plain values; both are empty on other ranks than the main process.
     """
     ranks = gather_object([_rank_state(train_state, accelerator)])
     if not accelerator.is_main_process:
         return {}, {}
     optimizer, numbers = optimizer_tensors(train_state.optimizer)
-    tensors = {"module": module_tensors(accelerator.unwrap_model(train_state.module)), "optimizer": optimizer}
+    tensors = {"module": accelerator.unwrap_model(train_state.module).state_dict(), "optimizer": optimizer}
     if train_state.average is not None:
-        tensors["average"] = module_tensors(train_state.average)
+        tensors["average"] = train_state.average.state_dict()
     state = {
         "position": vars(train_state.position).copy(),
         "optimizer": numbers,

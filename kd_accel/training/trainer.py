@@ -25,7 +25,7 @@ from kd_accel.training.evaluation import HeldOut, evaluate, synchronize_buffers
 from kd_accel.training.metrics import MetricsLog
 from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import set_learning_rate
-from kd_accel.training.preemption import FAILED, PreemptionHandler, preempted
+from kd_accel.training.preemption import UNREADABLE, UNWRITTEN, PreemptionHandler, preempted
 from kd_accel.training.progress import Progress
 from kd_accel.training.saving import CheckpointSaver
 from kd_accel.training.schedules import TrainingSchedule
@@ -75,7 +75,6 @@ class Trainer:
     def __post_init__(self) -> None:
         # Only once: each call of Accelerate's unwrap_model searches the installed packages, which takes about a millisecond.
         self._distiller = self.accelerator.unwrap_model(self.train_state.module)
-        self.checkpoints.connect(timeout_s=self.settings.timeout_s)
 
     @property
     def is_done(self) -> bool:
@@ -181,7 +180,7 @@ class Trainer:
                 with accelerator.autocast():
                     output, target = self.forward(on_device, weights)
                 with profiler_range("backward"):
-                    accelerator.backward(self.guard.guarded(output, target, batch.index) / len(micro_batches))
+                    self.guard.backward(output, target, batch.index, weight=1 / len(micro_batches))
             with profiler_range("logging"):
                 self.train_state.meters.update(output, on_device.labels, teacher_logits=target.logits)
         with profiler_range("optimizer"):
@@ -244,8 +243,7 @@ class Trainer:
         It runs the moving average if there is one, else the student.
         """
         distiller, average = self._distiller, self.train_state.average
-        network = distiller.student if average is None else average
-        return lambda images: network(distiller.normalize(images))
+        return distiller.student_logits if average is None else lambda images: average(distiller.normalize(images))
 
     def save(self) -> None:
         """Start to write a checkpoint. Every rank must call it.
@@ -260,17 +258,23 @@ class Trainer:
     def _update(self, lr: float) -> None:
         """Apply the gradients, unless one of them is not finite."""
         accelerator, train_state, clip_norm = self.accelerator, self.train_state, self.schedule.optim.clip_norm
+        # Accelerate's wrapper searches the installed packages and inspects a signature in each step.
+        optimizer, scaler = train_state.optimizer.optimizer, accelerator.scaler
         _refuse_idle_parameters(self.guard.without_gradient())
         if clip_norm is not None:
             accelerator.unscale_gradients(train_state.optimizer)
         norm = self.guard.gradient_norm(train_state.position.step + 1)
         if clip_norm is not None:
             nn.utils.clip_grads_with_norm_(train_state.module.parameters(), clip_norm, norm)
-        set_learning_rate(train_state.optimizer, lr)
-        train_state.optimizer.step()
+        set_learning_rate(optimizer, lr)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
         if train_state.average is not None:
             train_state.average.update(self._distiller.student, step=train_state.position.step)
-        train_state.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
 
     def _log(self, values: dict[str, float], clock: _Clock) -> None:
         self._read_guard()
@@ -293,11 +297,12 @@ class Trainer:
 
     def _stop_if_due(self) -> None:
         """Raise UserError for a failed write, or Preempted after a checkpoint, on all ranks at the same step."""
-        self.checkpoints.poll()
-        failure = self._steps.failure if self._steps else None
-        number = self.preemption.requested(has_failed=failure is not None)
-        if number == FAILED:
-            self._stop_if_unreadable(failure)
+        unreadable = self._steps.failure if self._steps else None
+        number = self.preemption.requested(UNWRITTEN if self.checkpoints.has_failed else UNREADABLE if unreadable else 0)
+        if number == UNWRITTEN:
+            self.checkpoints.wait()
+        elif number == UNREADABLE:
+            self._stop_if_unreadable(unreadable)
         elif number is not None:
             self.save()
             self.checkpoints.wait()

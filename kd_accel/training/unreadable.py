@@ -1,8 +1,9 @@
 """Images that become unreadable during a training: all ranks stop at the same step, after a checkpoint.
 
 A rank without its batch cannot take part in the gradient exchange, and its peers would wait for it. So each rank reads two
-steps ahead. When a read fails, the ranks agree to stop in the exchange that `PreemptionHandler` makes after each step. Its
-result is known one step later, before the step that lacks its batch. The first steps of an epoch are read before any is made.
+steps ahead. When a read fails, the ranks agree to stop in the exchange of `PreemptionHandler`, which they then make after each
+step. Its result is known one step later, before the step that lacks its batch. The first steps of an epoch are read before any
+is made.
 """
 
 from __future__ import annotations

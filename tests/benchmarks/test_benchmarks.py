@@ -127,6 +127,15 @@ def test_startup(tmp_path):
 
 
 @pytest.mark.faults
+def test_second_start(tmp_path):
+    line = last_line(tmp_path, "benchmarks.second_start", "--repeats=1", "--batch_size=8", "--samples", "20", "40")
+    medians = line["medians"]
+    assert medians.keys() == {"samples_20", "samples_40"} and min(medians.values()) > 0.5
+    assert line["notes"]["difference_s"] == pytest.approx(medians["samples_40"] - medians["samples_20"])
+    assert line["notes"]["processor_s"].keys() == medians.keys() and min(line["notes"]["processor_s"].values()) > 0.5
+
+
+@pytest.mark.faults
 def test_training_in_two_processes(tmp_path):
     flags = ["--suite=cached", "--processes=2", "--rounds=1", *SMALL]
     line = last_line(tmp_path, "benchmarks.training", *flags)

@@ -95,8 +95,7 @@ def test_losses_views_and_caches_agree(trial):
     lines = trial[0]
     for name in ("c/losses/float32", "c/losses/tf32"):
         assert lines[name]["largest_relative_difference"] == 0 and lines[name]["steps"] == 10
-    names = ("none", "crop", "crop_flip", "crop_flip_erasing")
-    assert {lines[f"c/views/{name}"]["differing_values"] for name in names} == {0}
+    assert {lines[f"c/views/{name}"]["differing_values"] for name in agreement.TRANSFORMS} == {0}
     assert lines["c/cached-live/float32"]["largest_difference"] == 0
     assert (
         0 < lines["c/cached-live/float16"]["largest_difference"] < lines["c/cached-live/bfloat16"]["largest_difference"] < 0.01

@@ -29,7 +29,14 @@ from kd_accel.losses.targets import PCA, Identity
 from kd_accel.models.factory import build_model
 from kd_accel.teacher.teacher import Teacher
 
-UNUSUAL = {"color_jitter": {"hue": 0.1}, "rand_augment": {}, "random_erasing": {}, "random_crop": {"padding": 1}}
+UNUSUAL = {
+    "color_jitter": {"hue": 0.1},
+    "rand_augment": {},
+    "random_erasing": {},
+    "random_crop": {"padding": 1},
+    "mixup": {"p": 0.5},
+    "cutmix": {"p": 0.5},
+}
 SETTINGS = {".".join(keys) for keys, _ in leaves(RunConfig)}
 MSE = TargetSettings(
     "distill.features.mse.layers", tuple(f"distill.features.mse.args.{arg}" for arg in ("direction", "pca_images"))
@@ -45,9 +52,11 @@ def fingerprints():
         switches = {"precision": "bf16", "channels_last": None, "compiled": False, "tf32": True, "cpu_kernels": cpu_kernels}
         numerics = teacher.numerics(torch.device(device), layers=["layer1"], image_size=32, **switches)
         for transform in (*get_args(Preset), UNUSUAL):
-            data = load_data(DataConfig(source="import:tests.support.models:images", transform=transform, val_split="val"))
+            unlabeled = {"unlabeled": "import:tests.support.models:unlabeled_images"}
+            source = {"source": "import:tests.support.models:images", "val_split": "val", **unlabeled}
+            data = load_data(DataConfig(**source, transform=transform))
             # With `data.on_error: skip`, samples that cannot be decoded.
-            for images in (data.train, data.val, data.test):
+            for images in (data.train, data.val, data.test, data.unlabeled):
                 images.unreadable = {3: "sample 3 cannot be decoded"}
             fields = data_fields(data)
             contents = {"contents": dict.fromkeys(SPLITS, "0" * 32)}

@@ -269,7 +269,7 @@ def test_killed_builds_end_in_the_same_bytes(tmp_path, fault_record, built, slow
     for before, after, lost in kill_builds(directory, flags, kills=kills, processes=processes, generator=generator):
         with fault_record.trial(f"SIGKILL of a cache build, {processes} process{'es' if processes > 1 else ''}"):
             assert before.items() <= after.items(), "a complete file was replaced"
-            assert len(lost) <= processes
+            assert len(lost) <= 3 * processes, "more than the files of one block"
     with fault_record.trial("cache builds that resume after all kills"):
         before = files_of(directory)
         in_process.cache("build", *flags)

@@ -1,6 +1,7 @@
 """`kd-accel data check`, and a training and a cache that leave out what it has found."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -93,7 +94,7 @@ def test_a_cache_of_a_data_set_with_skipped_images(folder, tmp_path):
     assert "data.on_error: [7] in the cache, none now (samples that cannot be decoded and are left out)" in output
 
 
-def test_a_verification_reads_every_image_again(folder, tmp_path, monkeypatch):
+def test_a_verification_reads_every_image_again_and_names_what_has_changed(folder, tmp_path, monkeypatch):
     reads, read = [], EncodedImages._read
     monkeypatch.setattr(EncodedImages, "_read", lambda self, cell: (reads.append(cell), read(self, cell))[1])
     train(tmp_path / "teacher", *flags(folder), "--data.on_error=skip", "--train.epochs=1")
@@ -103,3 +104,21 @@ def test_a_verification_reads_every_image_again(folder, tmp_path, monkeypatch):
     reads.clear()
     cache("verify", *arguments)
     assert {cell["path"] for cell in reads} == {str(file) for file in folder.rglob("*.png")}
+    file = folder / "train" / "cat" / "004.png"
+    content, state = bytearray(file.read_bytes()), file.stat()
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert "was built from other data: data.source or data.train_split: 1 of " in cache("verify", *arguments, code=2)
+
+
+def test_a_check_counts_the_labeled_samples_of_each_class():
+    output = say("data", "check", "--data.source=import:tests.support.models:partly_labeled_images", "--data.val_fraction=0")
+    assert "4 classes: least 'green' (17), most 'red' (18) training samples" in output
+    assert "91 of 160 samples of the train split have no label" in output
+
+
+def test_a_check_of_data_without_labels_has_the_classes_of_the_teacher(teacher_run):
+    flags = ["--data.source=import:tests.support.models:unlabeled_images", "--data.label_column=null", "--data.image_size=8"]
+    output = say("data", "check", *flags, f"--teacher.run={teacher_run}", "--distill.label_weight=0")
+    assert "4 classes: " in output and "; without any: 4" in output

@@ -127,7 +127,7 @@ def test_mean_and_std_are_those_of_the_model(project, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (("dark", "light", "gray"), "not in the training split: 'gray'"),
+        (("dark", "light", "gray"), "not expected: 'gray'"),
         (("dark",), "missing here: 'light'"),
     ],
 )

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from kd_accel.builders.header import described_teacher
 from kd_accel.config.schema import CacheConfig, TeacherConfig
@@ -35,6 +36,8 @@ def test_a_training_begins_with_its_header(tmp_path):
     count = summary(tmp_path / "run")["parameters"]
     assert found["run"].endswith(f" (student) in {tmp_path / 'run'}")
     assert found["processes"] == "1" and found["precision"] == "float32"
+    if not torch.cuda.is_available():
+        assert re.fullmatch(r"CPU, 1 thread per process of \d+ \(no GPU: .+\)", found["device"])
     assert found["model"] == f"import:tests.support.models:student, {count:,} parameters"
     assert found["data"] == "import:tests.support.models:images, 32x32 pixels"
     assert found["samples"] == "128 train, 32 val, 41 test"

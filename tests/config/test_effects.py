@@ -38,7 +38,8 @@ def first_loss(config, network, images, labels):
     """Compute the cross-entropy with label smoothing from its definition."""
     log = network.double()(images).log_softmax(1)
     smoothing = config.train.label_smoothing
-    return -((1 - smoothing) * log[torch.arange(len(labels)), labels] + smoothing * log.mean(1)).mean()
+    shares = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, log.shape[1])
+    return -((1 - smoothing) * (shares * log).sum(1) + smoothing * log.mean(1)).mean()
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,8 @@ def plain(tmp_path_factory):
         ["--data.transform=trivial_augment"],
         ["--data.transform=resized_crop_flip"],
         ["--data.transform={random_crop: {padding: 9}}"],
+        ["--data.transform={mixup: {alpha: 1.0}}"],
+        ["--data.transform={random_crop: {padding: 4}, cutmix: {p: 0.5}}"],
         ["--seed=3"],
         STATISTICS,
         ["--data.limit_train=40"],

@@ -12,7 +12,7 @@ from tests.support.in_process import cache, say, train
 from tests.support.launching import metrics, summary
 from tests.support.parsing import SECTIONS
 
-RULES = ("validation.py", "loss_weights.py", "schedule_rules.py")
+RULES = ("validation.py", "loss_weights.py", "schedule_rules.py", "unlabeled_rules.py")
 IN_CONFIG = (*RULES, "parsing.py", "help.py", "fields.py", "settings.py", "run_name.py")
 NOT_READERS = (*(f"config/{name}" for name in IN_CONFIG), "pydantic")
 
@@ -62,6 +62,7 @@ def test_each_setting_is_read(tmp_path, teacher_run, read):
     cache("build", *kept, feature)
     train(tmp_path / "cached", *kept, feature, *temperatures, "--train.epochs=2")
     own = ["--teacher.arch=import:tests.support.models:teacher", f"--teacher.weights={teacher_run}"]
+    own += ["--data.unlabeled=import:tests.support.models:unlabeled_images", "--data.unlabeled_split=val"]
     train(tmp_path / "own", *own, "--teacher.mean=[0.5, 0.5, 0.5]", "--teacher.std=[0.2, 0.2, 0.2]", "--train.epochs=1")
     say(
         "bench",

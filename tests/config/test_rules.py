@@ -32,6 +32,15 @@ from tests.support.parsing import mistakes, parse
         ),
         (["--data.test_fraction=0.2"], "data.test_fraction: has no effect (with source digits)"),
         (["--data.source=imagefolder:x", "--data.image_column=img"], "data.image_column: has no effect (with this source)"),
+        (["--data.unlabeled_split=x"], "data.unlabeled_split: has no effect (without data.unlabeled)"),
+        (["--data.unlabeled_ratio=1"], "data.unlabeled_ratio: has no effect (without data.unlabeled)"),
+        (["--data.unlabeled=digits"], "data.unlabeled: 'digits' must start with one of hub:, parquet:,"),
+        (["--data.unlabeled=csv:x"], "data.unlabeled: has no effect without a teacher, the only thing to learn from"),
+        (["--data.unlabeled=csv:x", "--data.unlabeled_ratio=0"], "data.unlabeled_ratio: 0.0 must be above 0, or null"),
+        (
+            ["--data.unlabeled=imagefolder:x", "--data.image_column=img"],
+            "data.image_column: has no effect (with source digits)",
+        ),
         (["--data.views", "0"], "data.views: 0 must be at least 1"),
         (["--data.mean", "[0.5,0.5,0.5]"], "data.mean and data.std: one of them is set; set both or none"),
         (["--data.mean", "[0.5]", "--data.std", "[1,1,1]"], "three numbers"),
@@ -141,6 +150,16 @@ from tests.support.parsing import mistakes, parse
             ["--data.transform.random_erasing.value=[0, 0, 256]"],
             "data.transform.random_erasing.value: [0, 0, 256] must be three",
         ),
+        (["--data.transform.mixup.alpha=0"], "data.transform.mixup.alpha: 0.0 must be above 0 and at most 1000"),
+        (["--data.transform.cutmix.p=1.5"], "data.transform.cutmix.p: 1.5 must be above 0 and at most 1"),
+        (
+            ["--data.transform={mixup: {}, cutmix: {p: 0.5}}"],
+            "data.transform.mixup.p: 1.0 and cutmix.p: 0.5 must sum to at most 1",
+        ),
+        (
+            ["--data.transform={cutmix: {}, random_horizontal_flip: {}}"],
+            "data.transform.cutmix: must come after all other transforms",
+        ),
         (["--data.crop_pct=0"], "data.crop_pct: 0.0 must be above 0 and at most 1"),
         (["--data.val_fraction", "0", "--train.eval_every_epochs", "2"], "train.eval_every_epochs: has no effect"),
         (["--teacher.run", "x", "--teacher.outputs", "cached"], "teacher.cache.dir: missing"),
@@ -169,6 +188,13 @@ from tests.support.parsing import mistakes, parse
 )
 def test_each_rule_names_field_value_and_rule(flags, part):
     assert part in mistakes(*flags)
+
+
+def test_a_source_without_prefix_suggests_what_is_meant(tmp_path):
+    message = mistakes(f"--data.source={tmp_path}")
+    assert message.startswith(f"data.source: '{tmp_path}' must be digits or start with one of hub:")
+    assert f"csv:, import:; did you mean imagefolder:{tmp_path}?" in message
+    assert "; did you mean digits?" in mistakes("--data.source=digit")
 
 
 def test_alpha_above_one_needs_a_label_weight():

@@ -44,6 +44,8 @@ def first_line(*argv, **kind):
         ("--temperature=2", "--distill.temperature"),
         ("--temp=2", "--distill.temperature"),
         ("--alpha=0.3", "--distill.alpha"),
+        ("--mixup=0.2", "--data.transform.mixup.alpha"),
+        ("--cutmix_alpha=1.0", "--data.transform.cutmix.alpha"),
         ("--amp", "--train.precision"),
         ("--fp16", "--train.precision=fp16"),
         ("--bf16=true", "--train.precision=bf16"),

@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
 import pytest
 import xxhash
+from tqdm import tqdm
 
+from benchmarks.second_start import write_photos
 from kd_accel.config.schema import DataConfig
+from kd_accel.data import passes
+from kd_accel.data.check import check_data
 from kd_accel.data.datamodule import load_data
 from kd_accel.data.encoded import EncodedImages
 from kd_accel.data.inventory import Inventory, stamp_of
 from kd_accel.io.home import home
 from tests.support import image_files
+from tests.support.in_process import train
 from tests.support.launching import LAUNCH, python
 
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -53,6 +59,35 @@ def test_a_second_start_reads_no_image(folder, reads):
     reads.clear()
     assert found(load_data(settings(folder))) == first
     assert not reads
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_second_start_on_many_more_images_is_nearly_as_fast(tmp_path):
+    """2 s for 99,000 more images are 0.4 s for 19,000."""
+    numbers, seconds = (1_000, 20_000), {}
+    for number in numbers:
+        write_photos(tmp_path / str(number), train=number, test=20)
+    flags = ["--data.memory_limit_mib=1", "--data.val_fraction=0", "--train.max_steps=1"]
+    for turn in range(4):
+        for number in numbers:
+            run_dir, before = tmp_path / f"run-{number}-{turn}", processor_seconds()
+            train(run_dir, f"--data.source=imagefolder:{tmp_path}/{number}", *flags, "--data.num_workers=1")
+            seconds.setdefault(number, []).append(processor_seconds() - before)
+    few, many = (min(seconds[number][1:]) for number in numbers)
+    assert many - few < 0.4
+
+
+def processor_seconds():
+    """Return the processor time of this process and of those it has waited for, which other load does not lengthen."""
+    return sum(os.times()[:4])
+
+
+def test_a_pass_over_the_images_has_a_bar(folder, monkeypatch, capsys):
+    monkeypatch.setattr(passes, "tqdm", lambda **options: tqdm(**{**options, "delay": 0}))
+    check_data(settings(folder))
+    shown = capsys.readouterr().err
+    assert re.search(r"check train: +100%.* 100/100 ", shown) and re.search(r"check test: +100%.* 90/90 ", shown)
 
 
 def test_the_digests_are_those_of_the_file_and_of_the_file_with_the_label(folder):

@@ -306,6 +306,13 @@ def test_class_folders_without_split_folders_are_read_with_a_fraction_for_the_te
     }
 
 
+def test_the_directory_of_one_split_suggests_the_one_above(tmp_path):
+    write_folder(tmp_path, [f"{split}/{name}/1.png" for split in ("train", "test") for name in ("cat", "dog")])
+    with pytest.raises(UserError) as refused:
+        load(f"imagefolder:{tmp_path}/train")
+    assert str(refused.value).endswith(f"train/CLASS/IMAGE and test/CLASS/IMAGE files (imagefolder:{tmp_path}, perhaps)")
+
+
 def test_folders_named_as_splits_are_never_classes(tmp_path):
     write_folder(tmp_path, ["training/cat/1.png", "testing/cat/2.png"])
     with pytest.raises(UserError, match="^data.train_split: .* has no split 'train'; use one of testing, training"):

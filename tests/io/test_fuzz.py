@@ -29,7 +29,7 @@ from kd_accel.cache.manifest import (
 )
 from kd_accel.cache.reader import Reader
 from kd_accel.cache.shard import find_damage, stored_checksum
-from kd_accel.cache.spec import SPLITS, spec_to_json
+from kd_accel.cache.spec import spec_to_json
 from kd_accel.config.parsing import load_config_file
 from kd_accel.config.schema import CheckpointConfig, RunConfig
 from kd_accel.errors import UserError
@@ -48,9 +48,9 @@ def cache(tmp_path):
     directory = tmp_path / "cache"
     directory.mkdir()
     samples = {split: np.arange(count) for split, count in (("train", 100), ("val", 5), ("test", 7))}
-    cached = {split: CachedSamples(samples[split], samples[split].astype(np.uint64)) for split in SPLITS}
+    cached = {split: CachedSamples(samples[split], samples[split].astype(np.uint64)) for split in samples}
     cache_spec = spec_of("int8", views=1)
-    contents = {split: cached[split].digest for split in SPLITS}
+    contents = {split: cached[split].digest for split in samples}
     cache_spec.fingerprint_fields.update(teacher={"arch": "a", "weights": "w"}, views={"transform": "crop"})
     cache_spec.fingerprint_fields["data"] = {"contents": contents, "train_size": 200, "test_size": 7}
     store(directory, cache_spec)
@@ -80,7 +80,7 @@ def read_cache(directory):
             raise UserError("a file is damaged")
     with suppress(UserError):
         read_targets(directory, cache_spec)
-    for split in SPLITS:
+    for split in samples:
         tensors = tuple(cache_spec.tensors) if split == "train" else ("logits",)
         Reader(directory, cache_spec, split, samples[split].indices, tensors).read(0, samples[split].indices[:3])
 

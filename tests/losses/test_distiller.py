@@ -15,6 +15,7 @@ from kd_accel.models.factory import build_model
 from kd_accel.models.feature_extractor import FeatureExtractor
 from kd_accel.types import TeacherOutput
 from tests.support.float64_references import LABELS, STUDENT, TEACHER, reference_cross_entropy, reference_kl
+from tests.support.losses import ClassShareLoss, TrueClassLoss
 
 STATISTICS = {"mean": [0.5] * 3, "std": [0.2] * 3}
 LAYERS = {"layer1": "layer1", "layer2": "layer2"}
@@ -304,3 +305,33 @@ def test_compiled_distiller_has_the_same_gradients():
         torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
         for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(other.grad, one.grad)
+
+
+def test_mixed_labels_reach_the_losses_that_support_them():
+    """A one-hot row is the label of one class, so that both losses agree on such labels."""
+    images, target, labels = batch()
+    mixed = 0.75 * functional.one_hot(labels, 4) + 0.25 * functional.one_hot(labels.flip(0), 4)
+    distiller = build(logits=ClassShareLoss(), label_smoothing=0.1)
+    output = distiller(images, target, mixed)
+    assert output.terms["ce"].equal(cross_entropy(output.logits, mixed, label_smoothing=0.1))
+    expected = ClassShareLoss()(output.logits, target.logits, temperature=4.0, labels=mixed)
+    assert output.terms["logits"].equal(expected) and expected > 0
+    certain = functional.one_hot(labels, 4).float()
+    of_class = build(logits=TrueClassLoss())(images, target, labels).terms["logits"]
+    assert torch.allclose(build(logits=ClassShareLoss())(images, target, certain).terms["logits"], of_class)
+
+
+def test_mixed_labels_are_refused_by_a_loss_that_needs_the_class():
+    images, target, labels = batch()
+    distiller = build(logits=TrueClassLoss())
+    distiller(images, target, labels)
+    with pytest.raises(ValueError, match=r"labels: logits needs the class of each sample, .*without mixup and cutmix"):
+        distiller(images, target, functional.one_hot(labels, 4).float())
+
+
+def test_float_images_and_one_hot_labels_give_the_loss_of_pixels_and_classes():
+    distiller, (images, target, labels) = hybrid(), batch()
+    expected = distiller(images, target, labels, WEIGHTS)
+    output = distiller(images.float(), target, functional.one_hot(labels, 4).float(), WEIGHTS)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.allclose(output.loss, expected.loss, rtol=1e-6)

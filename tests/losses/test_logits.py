@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from kd_accel.losses.logits import KL, cross_entropy, kl_loss
 from tests.support.float64_references import (
     LABELS,
+    MIXED,
     STUDENT,
     TEACHER,
     reference_cross_entropy,
@@ -64,12 +66,41 @@ def test_kl_approaches_the_squared_distance_at_high_temperature():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_cross_entropy_value_and_gradient(smoothing):
-    labels = torch.tensor(LABELS)
-    value, gradient = value_and_gradient(lambda z: cross_entropy(z, labels, label_smoothing=smoothing), STUDENT)
-    expected, expected_gradient = reference_cross_entropy(STUDENT, LABELS, smoothing)
+@pytest.mark.parametrize("labels", [LABELS, MIXED])
+def test_cross_entropy_value_and_gradient(labels, smoothing):
+    given = torch.tensor(labels)
+    value, gradient = value_and_gradient(lambda z: cross_entropy(z, given, label_smoothing=smoothing), STUDENT)
+    expected, expected_gradient = reference_cross_entropy(STUDENT, labels, smoothing)
     assert value == pytest.approx(expected, rel=1e-12)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-14)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_with_mixed_labels_is_torchs_with_probabilities(smoothing):
+    is_labeled = MIXED.any(1)
+    logits, labels = torch.tensor(STUDENT).float()[is_labeled], torch.tensor(MIXED).float()[is_labeled]
+    value = cross_entropy(logits, labels, label_smoothing=smoothing)
+    assert torch.allclose(value, functional.cross_entropy(logits, labels, label_smoothing=smoothing), rtol=1e-6, atol=0)
+    certain = functional.one_hot(torch.tensor(LABELS)).float()
+    value = cross_entropy(torch.tensor(STUDENT).float(), certain, label_smoothing=smoothing)
+    expected = cross_entropy(torch.tensor(STUDENT).float(), torch.tensor(LABELS), label_smoothing=smoothing)
+    assert torch.allclose(value, expected, rtol=1e-6, atol=0)
+
+
+def test_cross_entropy_of_a_batch_without_labels_is_zero():
+    logits = torch.tensor(STUDENT, requires_grad=True)
+    value = cross_entropy(logits, torch.zeros(6, 5), label_smoothing=0.1)
+    value.backward()
+    assert value.item() == 0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cross_entropy_with_mixed_labels_is_finite_for_any_finite_logits(dtype):
+    logits = torch.tensor([[3e4, -3e4, 0.0], [-6e4, 6e4, 1.0]], dtype=dtype, requires_grad=True)
+    value = cross_entropy(logits, torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]), label_smoothing=0.1)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert value.isfinite() and logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -77,10 +108,12 @@ def test_half_precision_is_computed_in_float32(dtype):
     student, teacher, labels = torch.tensor(STUDENT).to(dtype), torch.tensor(TEACHER).to(dtype), torch.tensor(LABELS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kl, ce = kl_loss(student, teacher, temperature=2.0), cross_entropy(student, labels)
+        mixed = cross_entropy(student, torch.tensor(MIXED).float())
     own, theirs = student.double().numpy(), teacher.double().numpy()
     assert kl.item() == pytest.approx(reference_kl(own, theirs, 2.0, True)[0], rel=1e-5)
     assert ce.item() == pytest.approx(reference_cross_entropy(own, LABELS, 0.0)[0], rel=1e-5)
-    assert kl.dtype == ce.dtype == torch.float32
+    assert mixed.item() == pytest.approx(reference_cross_entropy(own, MIXED, 0.0)[0], rel=1e-5)
+    assert kl.dtype == ce.dtype == mixed.dtype == torch.float32
 
 
 def test_autocast_is_disabled_inside_losses():

@@ -137,11 +137,11 @@ def test_documentation_contains_the_table():
 
 def test_table_has_a_row_for_each_loss():
     header, _, *rows = [line.replace(r"\|", "/").strip("| ").split(" | ") for line in losses_table().splitlines()]
-    assert header == ["loss", "compares", "formula", "settings", "per sample", "paper"]
+    assert header == ["loss", "compares", "formula", "settings", "per sample", "mixed labels", "paper"]
     assert [(row[1], row[0].strip("`")) for row in rows] == REGISTERED
     assert all(len(row) == len(header) for row in rows)
     mse = next(row for row in rows if row[0] == "`mse`")
-    assert mse[3:5] == ["`direction: both`, `pca_images: 2048`", "yes"]
+    assert mse[3:6] == ["`direction: both`, `pca_images: 2048`", "yes", "yes"]
 
 
 def test_command_prints_the_table_or_one_loss():

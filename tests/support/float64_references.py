@@ -7,6 +7,10 @@ GENERATOR = np.random.default_rng(0)
 STUDENT = 3 * GENERATOR.standard_normal((6, 5))
 TEACHER = 3 * GENERATOR.standard_normal((6, 5))
 LABELS = np.array([0, 4, 2, 2, 1, 3])
+MIXED = np.array(
+    [[0.25, 0, 0, 0.75, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 0], [0.125, 0, 0.875, 0, 0]]
+)
+"""Mixed labels; two samples have no label."""
 
 
 def softmax(z):
@@ -22,11 +26,16 @@ def reference_kl(student, teacher, temperature, t_squared):
 
 
 def reference_cross_entropy(student, labels, smoothing):
-    """Compute the cross-entropy of logits [B, C] with labels [B], and its gradient with respect to the logits."""
+    """Compute the cross-entropy of logits [B, C], and its gradient with respect to the logits.
+
+    Labels are classes [B], or probabilities [B, C] with zeros for a sample without a label.
+    """
     classes = student.shape[1]
-    target = np.eye(classes)[labels] * (1 - smoothing) + smoothing / classes
+    probabilities = np.eye(classes)[labels] if labels.ndim == 1 else labels
+    is_labeled = probabilities.sum(1, keepdims=True)
+    target = probabilities * (1 - smoothing) + is_labeled * smoothing / classes
     q = softmax(student)
-    return -(target * np.log(q)).sum() / len(q), (q - target) / len(q)
+    return -(target * np.log(q)).sum() / len(q), (is_labeled * q - target) / len(q)
 
 
 def value_and_gradient(function, student, dtype=torch.float64):

@@ -1,4 +1,4 @@
-"""Losses of a user for `import:tests.support.losses:...`: a feature loss with a memory bank, and a logit loss."""
+"""Losses of a user for `import:tests.support.losses:...`: a feature loss with a memory bank, and logit losses."""
 
 from __future__ import annotations
 
@@ -82,6 +82,35 @@ class PowerLoss(LogitLoss):
     ) -> Tensor:
         student, teacher = (functional.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
         return (student - teacher).abs().pow(self.settings.power).sum(1).mean()
+
+
+class TrueClassLoss(LogitLoss):
+    """Mean squared difference between the softened probabilities of the true class."""
+
+    supports_mixed_labels = False
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, labels: Tensor, index: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = (functional.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
+        return (student - teacher).gather(1, labels[:, None]).square().mean()
+
+
+class TrueClassFeatureLoss(FeatureLoss):
+    """Feature loss that looks up the true class of each sample by its index."""
+
+    supports_mixed_labels = False
+    uses_index = True
+
+
+class ClassShareLoss(LogitLoss):
+    """Mean squared difference between the softened probabilities, weighted by the mixed labels."""
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, labels: Tensor, index: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = (functional.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
+        return (labels * (student - teacher).square()).sum(1).mean()
 
 
 def _embedding(feature: Tensor) -> Tensor:

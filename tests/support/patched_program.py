@@ -9,6 +9,7 @@ PATCH is one of:
 - `holds`: hold the training before a step, as `tests.support.holding.Hold` describes.
 - `holds_on`: hold it also after a signal.
 - `breaks`: raise an error before this step.
+- `fills_buckets`: exchange the gradients in buckets of about 100 bytes, each of one or a few parameters.
 - `closes_slowly`: hold it as `holds` does, and take five seconds to close the checkpoint writer.
 
 The processes of a launch begin when all of them have imported the program, because the time of the imports varies by seconds.
@@ -17,7 +18,11 @@ The processes of a launch begin when all of them have imported the program, beca
 import os
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from kd_accel.cache import manifest
 from kd_accel.cli import main
@@ -74,6 +79,12 @@ def close_slowly():
     CheckpointWriter.close = lambda self: time.sleep(5)
 
 
+def fill_buckets():
+    initialize, bucket_bytes = DistributedDataParallel.__init__, 100
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = bucket_bytes
+    DistributedDataParallel.__init__ = partialmethod(initialize, bucket_cap_mb=bucket_bytes / 2**20)
+
+
 def hold_on():
     hold(is_ended_by_signal=False)
 
@@ -90,6 +101,7 @@ PATCHES = {
     "holds": hold,
     "holds_on": hold_on,
     "breaks": break_in_step,
+    "fills_buckets": fill_buckets,
     "closes_slowly": close_slowly,
 }
 

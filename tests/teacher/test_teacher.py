@@ -191,3 +191,11 @@ def test_the_digest_of_a_decoded_image_covers_its_pixels_in_order():
     labels = torch.arange(8).numpy()
     expected = [xxhash.xxh3_64_intdigest(image.tobytes(), seed=label) for label, image in enumerate(pixels)]
     assert MemoryImages(pixels, labels, "ab").digests(labels).tolist() == expected
+
+
+def test_float_pixels_are_accepted_and_normalized_images_refused():
+    teacher, images = Teacher(trained(), [0.5] * 3, [0.25] * 3), batch().images
+    assert torch.equal(teacher(images.float()).logits, teacher(images).logits)
+    for refused in (NORMALIZE(images), images / 255, images.double()):
+        with pytest.raises(TypeError, match="float32 in 0..255 as mixup makes them, not torch.float"):
+            teacher(refused)

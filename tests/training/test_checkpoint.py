@@ -14,9 +14,9 @@ from kd_accel.io.files import remove_leftovers
 from kd_accel.training.checkpoint import (
     VERSION,
     CheckpointWriter,
+    HostCopies,
     find_checkpoint,
     load_checkpoint,
-    module_tensors,
     optimizer_tensors,
     restore_module,
     restore_optimizer,
@@ -195,9 +195,8 @@ def test_the_optimizer_resumes_exactly(name, tmp_path):
     straight, straight_optimizer = build()
     train_steps(straight, straight_optimizer, 3)
     tensors, numbers = optimizer_tensors(straight_optimizer)
-    path = save_checkpoint(
-        tmp_path, step=3, tensors={"m": module_tensors(straight), "o": tensors}, state={"numbers": numbers}, keep=1
-    )
+    copies = HostCopies().copy({"m": straight.state_dict(), "o": tensors})
+    path = save_checkpoint(tmp_path, step=3, tensors=copies, state={"numbers": numbers}, keep=1)
     train_steps(straight, straight_optimizer, 3)
 
     resumed, resumed_optimizer = build()
@@ -267,6 +266,16 @@ def test_training_continues_during_a_write_which_saves_the_state_at_its_start(tm
         for file in ("module.safetensors", "optimizer.safetensors"):
             one, other = (tmp_path / run / "checkpoints" / f"step-{step:08d}" / file for run in ("plain", "slow"))
             assert one.read_bytes() == other.read_bytes()
+
+
+def test_copies_are_contiguous_and_use_the_same_memory_again():
+    copies, weight = HostCopies(), torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    first = copies.copy({"module": {"weight": weight}})["module"]["weight"]
+    assert first.is_contiguous() and torch.equal(first, weight)
+    second = copies.copy({"module": {"weight": weight + 1}})["module"]["weight"]
+    assert second.data_ptr() == first.data_ptr() and torch.equal(second, weight + 1)
+    other = copies.copy({"module": {"weight": weight.half()}, "average": {"weight": weight}})
+    assert torch.equal(other["module"]["weight"], weight.half()) and torch.equal(other["average"]["weight"], weight)
 
 
 def test_the_error_of_a_failed_write_is_raised_by_the_next_call(tmp_path):

@@ -1,5 +1,6 @@
 """Stop of a training by a signal: after a step and a checkpoint, on all ranks at the same step. The resumed run is the same."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,17 @@ def held(tmp_path):
         kill_all(launcher)
 
 
+def stopped_after(stderr, name):
+    """Return the step after which both ranks, held after ten steps, have stopped.
+
+    An exchange of the ranks begins after 11 to 16 steps, as they exchange every sixteenth step at most by then, and ends one
+    step later.
+    """
+    (step,) = re.findall(rf"kd-accel: stopped by {name} after step (\d+), with a checkpoint", stderr)
+    assert 12 <= int(step) <= 17, stderr
+    return int(step)
+
+
 def stderr_of(launcher):
     """Return what a launcher has printed when it has failed."""
     _, stderr = launcher.communicate(timeout=240)
@@ -79,7 +91,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path, held, straight, number):
     launcher, _ = held(PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGUSR1")
     launcher.send_signal(number)
     stderr = stderr_of(launcher)
-    assert stderr.count(f"kd-accel: stopped by {number.name} after step 12") == 1, stderr
+    stopped_after(stderr, number.name)
     assert "kd_accel/training" not in stderr
     train(tmp_path / "run", *FLAGS, processes=2)
     assert_same_run(straight[2], tmp_path / "run")
@@ -90,7 +102,7 @@ def test_the_workers_that_load_data_are_signaled_too(tmp_path, held, straight):
     launcher, _ = held("--data.num_workers=1")
     launcher.send_signal(signal.SIGTERM)
     stderr = stderr_of(launcher)
-    assert stderr.count("kd-accel: stopped by SIGTERM after step 12") == 1, stderr
+    stopped_after(stderr, "SIGTERM")
     assert "DataLoader worker" not in stderr
     train(tmp_path / "run", *FLAGS, processes=2)
     assert_same_run(straight[2], tmp_path / "run")
@@ -108,15 +120,14 @@ def test_a_signal_in_the_first_step(tmp_path, straight):
     assert_same_run(straight[1], tmp_path / "run")
 
 
-@AT_LENGTH
 def test_only_one_rank_is_signaled(tmp_path, held, straight):
     """The launcher, which has not been signaled, ends with the report of the processes."""
     launcher, hold = held()
     ranks_of(launcher)[1].send_signal(signal.SIGUSR1)
     hold.release()
     stderr = stderr_of(launcher)
-    assert stderr.count("kd-accel: stopped by SIGUSR1 after step 12") == 1, stderr
-    assert "stopped by SIGUSR1 after step 12, with a checkpoint; run the same command again" in last_lines(stderr)
+    text = f"stopped by SIGUSR1 after step {stopped_after(stderr, 'SIGUSR1')}, with a checkpoint; run the same command again"
+    assert text in last_lines(stderr)
     train(tmp_path / "run", *FLAGS, processes=2)
     assert_same_run(straight[2], tmp_path / "run")
 
@@ -174,34 +185,82 @@ with exit_codes():
         handler.requested()
         if accelerator.is_main_process:
             os.kill(os.getpid(), signal.SIGTERM)
-            handler.requested()
-            handler.requested()
+            while True:
+                handler.requested()
         sys.stdin.read()
 """
 
+STEPS = """
+import os, signal, sys, time
+import torch
+from kd_accel.distributed import start_processes
+from kd_accel.exit_codes import exit_codes
+from kd_accel.training.preemption import PreemptionHandler, preempted
 
-def test_a_peer_that_does_not_agree_to_stop_is_lost():
+step_s, signaled, exchanges, all_reduce = float(sys.argv[1]), int(sys.argv[2]), 0, torch.distributed.all_reduce
+
+def counted(*arguments, **options):
+    global exchanges
+    exchanges += 1
+    return all_reduce(*arguments, **options)
+
+torch.distributed.all_reduce = counted
+with exit_codes():
+    accelerator = start_processes("float32")
+    handler = PreemptionHandler(accelerator)
+    with handler.installed():
+        for step in range(1, 1000):
+            time.sleep(step_s * (1 + accelerator.process_index))
+            if step == signaled and accelerator.process_index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            number = handler.requested()
+            if number:
+                print(step, exchanges, flush=True)
+                raise preempted(number, step=step)
+"""
+"""Steps that take twice as long on rank 1, which signals itself."""
+
+
+@pytest.fixture
+def start_ranks():
+    """Function that starts two processes of a script without a launcher, which would end one when the other ends."""
+    ranks = []
+
+    def start_both(script, *arguments):
+        joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for rank in ("0", "1"):
+            changes = {"RANK": rank, "LOCAL_RANK": rank, **joined}
+            argv, pipe = [sys.executable, "-c", script, *map(str, arguments)], subprocess.PIPE
+            ranks.append(
+                subprocess.Popen(argv, cwd=ROOT, env=environment(**changes), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+            )
+        return ranks
+
+    yield start_both
+    for rank in ranks:
+        kill_all(rank)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "signaled", "stopped", "exchanges"),
+    [(0.001, 300, range(301, 334), range(10, 25)), (0.3, 3, [4], [4])],
+    ids=["fast", "slow"],
+)
+def test_ranks_agree_within_a_second_or_a_step(start_ranks, step_s, signaled, stopped, exchanges):
+    """Fast steps are followed by an exchange from time to time, and steps of more than half a second by one each."""
+    ended = [(rank.communicate(timeout=120), rank.returncode) for rank in start_ranks(STEPS, step_s, signaled)]
+    assert [code for _, code in ended] == [128 + signal.SIGTERM] * 2, ended
+    (printed, same) = (stdout.split() for (stdout, _), _ in ended)
+    assert printed == same and int(printed[0]) in stopped and int(printed[1]) in exchanges, printed
+
+
+def test_a_peer_that_does_not_agree_to_stop_is_lost(start_ranks):
     """The exchange has a shorter timeout after a signal, because a launcher kills the process after 30 seconds."""
-    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", AGREEMENT],
-            cwd=ROOT,
-            env=environment(RANK=rank, LOCAL_RANK=rank, **joined),
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        _, stderr = ranks[0].communicate(timeout=120)
-        assert ranks[0].returncode == 1
-        assert stderr.count("kd-accel: rank 0 of 2 has lost its peers in the test (Operation timed out!): ") == 1, stderr
-        assert "Traceback" not in stderr
-    finally:
-        for rank in ranks:
-            kill_all(rank)
+    rank = start_ranks(AGREEMENT)[0]
+    _, stderr = rank.communicate(timeout=120)
+    assert rank.returncode == 1
+    assert stderr.count("kd-accel: rank 0 of 2 has lost its peers in the test (Operation timed out!): ") == 1, stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_second_signal_stops_at_once(tmp_path):

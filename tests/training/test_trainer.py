@@ -21,9 +21,10 @@ def build(tmp_path):
     """Yield a function that builds a run from flags; its resources are closed at the end of the test."""
     with ExitStack() as stack:
 
-        def build(*flags):
-            config, _ = parse_config(RunConfig, [f"--run_dir={tmp_path / 'built'}", *SMALL, *flags])
+        def build(*flags, run_dir="built", scaler=None):
+            config, _ = parse_config(RunConfig, [f"--run_dir={tmp_path / run_dir}", *SMALL, *flags])
             accelerator = start_processes(config.train.precision, seed=config.seed)
+            accelerator.scaler = scaler
             return build_run(config, accelerator, stack)
 
         yield build
@@ -56,12 +57,25 @@ def test_a_line_has_the_means_since_the_previous_line(tmp_path):
 
 def test_ranks_exchange_gradients_in_the_last_backward_of_a_step_only(build, monkeypatch):
     run = build("--train.grad_accum_steps=4", "--train.max_steps=2")
-    accelerator, backward, no_sync = run.trainer.accelerator, run.trainer.accelerator.backward, run.trainer.accelerator.no_sync
-    calls = []
+    accelerator, guard = run.trainer.accelerator, run.trainer.guard
+    backward, no_sync, calls = guard.backward, accelerator.no_sync, []
     monkeypatch.setattr(accelerator, "no_sync", lambda module: calls.append("no_sync") or no_sync(module))
-    monkeypatch.setattr(accelerator, "backward", lambda loss: calls.append("backward") or backward(loss))
+    monkeypatch.setattr(guard, "backward", lambda *args, **weight: calls.append("backward") or backward(*args, **weight))
     run.trainer.fit()
     assert calls == [*["no_sync", "backward"] * 3, "backward"] * 2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_loss_scaler_does_not_change_finite_steps(build, optimizer):
+    """A scale that is a power of two is exact. torch's GradScaler for CPUs behaves like that for GPUs."""
+    states, scaler = [], torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=4)
+    for name, own in (("plain", None), ("scaled", scaler)):
+        flags = ["--train.max_steps=6", "--train.grad_accum_steps=2", f"--optim.name={optimizer}"]
+        run = build(*flags, run_dir=name, scaler=own)
+        run.trainer.fit()
+        states.append(run.trainer.train_state.module.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert scaler.get_scale() == 2.0**9
 
 
 def test_only_weights_with_an_effect_are_logged(tmp_path, teacher_run):

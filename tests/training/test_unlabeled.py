@@ -10,13 +10,15 @@ from torch.nn import functional
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import DataConfig, RunConfig
 from kd_accel.data.datamodule import load_data
+from kd_accel.data.unlabeled import UNLABELED_OFFSET
 from kd_accel.losses.distiller import DistillerOutput
 from kd_accel.losses.logits import cross_entropy
 from kd_accel.models.factory import build_model
+from kd_accel.teacher.loading import load_run_teacher
 from kd_accel.training.metrics import Meters
 from tests.support import in_process
 from tests.support.image_files import color, encoded, write_folder, write_parquet
-from tests.support.launching import SMALL, losses, metrics, summary, train
+from tests.support.launching import SMALL, losses, metrics, run, summary, train
 
 PARTLY = "--data.source=import:tests.support.models:partly_labeled_images"
 FLOAT64 = "--model.arch=import:tests.support.models:student_float64"
@@ -219,3 +221,127 @@ def test_sources_are_read_without_their_labels(tmp_path, write):
 )
 def test_settings_that_need_labels_are_refused_without_them(tmp_path, flags, message):
     assert message in in_process.train(tmp_path / "run", *without_labels("runs/teacher"), *flags, code=2)
+
+
+SECOND_SOURCE = ["--data.unlabeled=import:tests.support.models:unlabeled_images", "--data.unlabeled_split=val"]
+LAYER = "--distill.features=mse: {weight: 0.1, layers: [layer1], args: {pca_images: 64}}"
+
+
+def with_a_second_source(teacher_run, *flags):
+    """Return the flags of a distillation with 24 unlabeled samples, of which 13 are in each epoch."""
+    ratio = "--data.unlabeled_ratio=0.1"
+    return [*SECOND_SOURCE, ratio, f"--teacher.run={teacher_run}", "--teacher.min_accuracy=null", "--distill.alpha=0.5", *flags]
+
+
+def test_unlabeled_images_of_a_second_source_are_masked_in_the_cross_entropy_and_distilled(tmp_path, teacher_run):
+    """The first loss of all 152 training samples, computed from its definition: one step with each of them."""
+    whole = ["--data.unlabeled_ratio=null", "--train.batch_size=152", "--train.max_steps=1", "--optim.schedule=constant"]
+    flags = with_a_second_source(teacher_run, *whole)
+    in_process.train(tmp_path / "run", *flags)
+    config, _ = parse_config(RunConfig, [*SMALL, *flags])
+    data = load_data(config.data)
+    ((batch,),) = data.train_loader(batch_size=152, seed=config.seed).epoch(0)
+    is_labeled = batch.labels >= 0
+    assert is_labeled.sum() == 128 and torch.equal(is_labeled, batch.index < UNLABELED_OFFSET)
+    network = build_model(config.model.arch, num_classes=4, seed=config.seed).double()
+    teacher = load_run_teacher(teacher_run).network.double().eval()
+    images = {}
+    for name, owner in (("student", data), ("teacher", load_run_teacher(teacher_run))):
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (owner.mean, owner.std))
+        images[name] = (batch.images.double() / 255 - mean) / std
+    logits, targets = network(images["student"]), teacher(images["teacher"])
+    (line,) = metrics(tmp_path / "run", "train")
+    labels = batch.labels[is_labeled]
+    expected = functional.cross_entropy(logits[is_labeled], labels, reduction="sum") / 152
+    assert line["ce"] == pytest.approx(expected.item(), abs=2e-6)
+    temperature = config.distill.temperature if config.distill else 4.0
+    soft = [(each / temperature).log_softmax(1) for each in (logits, targets)]
+    kl = temperature**2 * functional.kl_div(*soft, log_target=True, reduction="batchmean")
+    assert line["kl"] == pytest.approx(kl.item(), rel=1e-5)
+    assert line["accuracy"] == pytest.approx((logits[is_labeled].argmax(1) == labels).double().mean().item())
+
+
+@pytest.mark.slow
+def test_a_second_source_gives_the_same_losses_for_any_processes_and_accumulation(tmp_path, teacher_run):
+    flags = with_a_second_source(teacher_run, FLOAT64, "--train.max_steps=12")
+    for processes, accumulation in ((1, 1), (1, 4), (2, 2)):
+        steps = f"--train.grad_accum_steps={accumulation}"
+        train(tmp_path / f"{processes}x{accumulation}", *flags, steps, processes=processes)
+    reference = losses(tmp_path / "1x1")
+    assert len(reference) == 12
+    for name in ("1x4", "2x2"):
+        assert losses(tmp_path / name) == pytest.approx(reference, rel=1e-10)
+
+
+@pytest.mark.slow
+def test_a_cached_training_with_a_second_source_resumes_and_ends_like_a_live_one(tmp_path, teacher_run):
+    """Bit for bit: live, from a cache, from a cache that two processes have built, and stopped in the second epoch."""
+    flags = with_a_second_source(teacher_run, LAYER, "--data.views=2", "--train.ema_decay=0.9")
+    stored = train_live_and_build(tmp_path, flags)
+    in_process.train(tmp_path / "cached", *flags, *stored, "--checkpoint.stop_after_steps=13")
+    in_process.train(tmp_path / "cached", *flags, *stored)
+    in_process.train(tmp_path / "alone", *flags, *stored, "--teacher.run=null", "--data.num_workers=2")
+    live = (tmp_path / "live/model.safetensors").read_bytes()
+    for name in ("cached", "alone"):
+        assert (tmp_path / name / "model.safetensors").read_bytes() == live
+        assert metrics(tmp_path / name) == metrics(tmp_path / "live")
+    by_two = f"--teacher.cache.dir={tmp_path}/by_two"
+    run("cache", "build", *SMALL, *flags, *stored, by_two, processes=2)
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        assert (tmp_path / "by_two" / path.relative_to(tmp_path / "cache")).read_bytes() == path.read_bytes()
+    # Logits from the cache, features live.
+    in_process.train(tmp_path / "mixed", *flags, *stored, "--teacher.outputs=mixed")
+    assert (tmp_path / "mixed/model.safetensors").read_bytes() == live
+
+
+def test_the_start_has_a_line_for_the_second_source(tmp_path, teacher_run):
+    said = in_process.train(tmp_path / "run", *with_a_second_source(teacher_run, "--train.max_steps=1"))
+    assert "samples     128 train, 32 val, 41 test, 24 unlabeled\n" in said
+    assert "unlabeled   import:tests.support.models:unlabeled_images, 13 samples in each epoch\n" in said
+    assert "steps       1 in total, 8 per epoch" in said
+    assert summary(tmp_path / "run")["data"]["unlabeled"]["samples"] == 24
+
+
+def test_a_run_is_resumed_with_the_same_unlabeled_samples_only(tmp_path, teacher_run):
+    flags = with_a_second_source(teacher_run)
+    in_process.train(tmp_path / "run", *flags, "--checkpoint.stop_after_steps=2")
+    refused = in_process.train(tmp_path / "run", *flags, "--data.unlabeled_ratio=0.15", code=2)
+    assert "data.unlabeled_ratio: 0.1 in the run, 0.15 now" in refused
+    checkpoint = in_process.train(tmp_path / "run", *flags, "--checkpoint.stop_after_steps=3")
+    assert "paused" in checkpoint
+
+
+def test_a_second_source_is_no_part_of_an_evaluation(tmp_path, teacher_run):
+    source = [f"--data.unlabeled={folder(tmp_path / 'more')}", "--data.unlabeled_split=test", "--data.unlabeled_ratio=null"]
+    in_process.train(tmp_path / "run", *with_a_second_source(teacher_run, *source, "--train.max_steps=2"))
+    (tmp_path / "more").rename(tmp_path / "elsewhere")
+    for flags in ((), ("--teacher=null",), ("--split=val",)):
+        said = in_process.say("evaluate", tmp_path / "run", *flags)
+        assert json.loads(said.splitlines()[-1])["samples"] == (32 if flags == ("--split=val",) else 41)
+        assert "unlabeled" not in said
+
+
+def test_a_second_source_needs_a_teacher_before_anything_is_read(tmp_path):
+    said = in_process.train(tmp_path / "run", "--data.unlabeled=imagefolder:missing", code=2)
+    assert "data.unlabeled: has no effect without a teacher" in said and "not found" not in said
+
+
+@pytest.mark.slow
+def test_an_unlabeled_image_that_becomes_unreadable_may_be_replaced(tmp_path, teacher_run):
+    write_folder(tmp_path / "more", [f"{sample}.png" for sample in range(8)])
+    flags = [f"--data.unlabeled=imagefolder:{tmp_path}/more", f"--teacher.run={teacher_run}", "--teacher.min_accuracy=null"]
+    flags += ["--data.memory_limit_mib=1", "--data.image_size=256", "--train.batch_size=8", "--data.limit_train=24"]
+    (tmp_path / "more/5.png").write_bytes(b"broken")
+    said = in_process.train(tmp_path / "run", *flags, code=2)
+    assert "sample 5 of the unlabeled split" in said and "cannot be decoded" in said and "stopped after step" in said
+    (tmp_path / "more/5.png").write_bytes(encoded(color(77)))
+    in_process.train(tmp_path / "run", *flags)
+    assert summary(tmp_path / "run")["steps"] == 12
+
+
+def test_plan_counts_all_unlabeled_samples_for_a_cache_and_their_part_for_an_epoch(tmp_path, teacher_run, monkeypatch):
+    monkeypatch.setattr("kd_accel.builders.measure._MEASURED_S", 0.001)
+    flags = with_a_second_source(teacher_run, "--data.views=2", f"--run_dir={tmp_path}/run")
+    planned = json.loads(in_process.say("plan", *SMALL, *flags, "--json").splitlines()[-1])
+    assert planned["training"]["samples"] == 128 + 24 and planned["training"]["epoch_samples"] == 128 + 13
+    assert planned["bytes"]["logits"] == 152 * 2 * 8
