@@ -24,6 +24,7 @@ DIRECTIONS = {
     "teacher_to_student": "direction: teacher_to_student, pca_images: 64",
     "student_to_teacher": "direction: student_to_teacher",
 }
+MANY = "{random_crop: {padding: 4}, rand_augment: {}, color_jitter: {brightness: 0.4, hue: 0.1}, random_erasing: {}}"
 STUDENT = "--model.arch=import:tests.support.models:student_with_everything"
 
 
@@ -54,7 +55,8 @@ def weights(run_dir):
     ("direction", "transform", "image_size"),
     [("both", "crop_flip", 32), ("both", "trivial_augment", 32), ("both", "none", 32), ("teacher_to_student", "crop_flip", 32)]
     + [("student_to_teacher", "trivial_augment", 32)]
-    + [("student_to_teacher", "crop_flip", 16), ("both", "crop_flip", 16)],  # maps of one pixel
+    + [("student_to_teacher", "crop_flip", 16), ("both", "crop_flip", 16)]  # maps of one pixel
+    + [("both", "resized_crop_flip", 32), ("both", MANY, 32)],
 )
 def test_cached_equals_live(tmp_path, teacher_run, direction, transform, image_size):
     common = [*flags(teacher_run, direction, transform=transform), f"--data.image_size={image_size}"]
