@@ -72,9 +72,11 @@ def cast_for_autocast(
         autocast: Context in which the network runs.
 
     Returns:
-        The copy. None without autocast, or if the outputs differ in any bit: the model's own code may read the weights.
+        The copy. None without autocast or parameters, or if the outputs differ in any bit: the model's own code may read the weights.
     """
-    device = next(model.parameters(), torch.empty(0)).device
+    if (first := next(model.parameters(), None)) is None:
+        return None
+    device = first.device
     with autocast():
         if not torch.is_autocast_enabled(device.type):
             return None

@@ -19,8 +19,8 @@ import torch
 from kd_accel.distributed import Accelerator, peer_timeout_s
 
 _LATENCY_US = 1_000_000
-_MOST_STEPS = 32
-"""Longest interval: the cost of an exchange is then negligible, and steps that become slower do not delay the next one much."""
+_MOST_STEPS = 8
+"""Longest interval, because the next exchange is late by as many steps if these suddenly become slower."""
 
 
 class StepExchange:

@@ -85,8 +85,10 @@ def save_checkpoint(
         if final.is_symlink():
             final.unlink()
         elif final.exists():
-            shutil.rmtree(final)
+            # A second checkpoint of this step: the first one is in place until the second one is complete.
+            final.rename(directory / f".{final.name}.tmp-replaced")
         temporary.rename(final)
+        _remove_leftovers(directory)
         flush(directory)
         for superseded in _superseded(directory, final, keep=keep):
             shutil.rmtree(superseded)

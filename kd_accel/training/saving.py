@@ -110,7 +110,7 @@ def _refuse_unequal(weights: Mapping[str, Tensor], accelerator: Accelerator, *, 
 
 
 def _bits_sum(weight: Tensor) -> Tensor:
-    """Add the bits of a weight, as integers modulo 2**64, on its device."""
+    """Add the bits of a weight, as integers modulo 2**64, on its device. The order of the elements has no effect."""
     flat = weight.flatten()
     # A CPU adds words of eight bytes three times as fast as shorter words.
     is_wide = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0

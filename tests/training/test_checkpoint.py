@@ -46,6 +46,14 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000030"]
 
 
+def test_a_second_checkpoint_of_a_step_replaces_the_first(tmp_path):
+    for value in (1.0, 2.0):
+        save(tmp_path, 4, keep=1, value=value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    weight = load_checkpoint(find_checkpoint(tmp_path)).tensors["module"]["weight"]
+    assert torch.equal(weight, torch.full((3, 2), 2.0))
+
+
 def test_a_damaged_checkpoint_does_not_replace_an_intact_one(tmp_path):
     save(tmp_path, 1)
     truncate(save(tmp_path, 9))
