@@ -149,7 +149,7 @@ class TeacherCache:
         """Return the views from which the cache was built.
 
         Args:
-            data: Images; a subset of the samples of the cache is enough.
+            data: Images; a subset of the samples of the cache is enough, unless its views are mixed.
 
         Returns:
             Views of `data` with the augmentation and the seed of the cache.
@@ -188,16 +188,18 @@ class TeacherCache:
         Args:
             index: Indices of the samples in their source split, int64 [n].
             view: Number of the view, or a tensor of equal numbers as a DataLoader collates them.
-            split: Split of the samples; features are stored for the training split only.
+            split: Split of the samples; features are stored for train and unlabeled only.
             device: Device of the result; None = CPU.
 
         Returns:
             Logits [n, C], and features [n, D, H, W] by the teacher's layer, both float32.
 
         Raises:
-            ValueError: If the cache does not cover a sample or the view.
+            ValueError: If the cache does not cover the split, a sample or the view.
             UserError: If a file is missing or damaged.
         """
+        if split not in self._cache.samples:
+            raise ValueError(f"split: {split!r} is not in the cache; use one of {', '.join(self._cache.samples)}")
         indices = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
         number, num_views = _single_view(view), self.num_views if split in VIEWED_SPLITS else 1
         if not 0 <= number < num_views:

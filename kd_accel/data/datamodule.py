@@ -256,6 +256,7 @@ def load_data(
     *,
     class_names: Sequence[str] | None = None,
     rereads: bool = False,
+    reads_unlabeled: bool = True,
 ) -> DataModule:
     """Read the source, split the samples, and compute mean and standard deviation unless the config sets them.
 
@@ -264,13 +265,15 @@ def load_data(
         accelerator: Accelerator of a launch whose ranks all call this function, and share its work; None = this process alone.
         class_names: Class names of data without labels (`data.label_column: null`).
         rereads: Whether every image is read again, to find files that have changed under the same size and time.
+        reads_unlabeled: Whether the source of unlabeled images is read, if the settings have one.
 
     Raises:
         UserError: If the source cannot be read or does not match the settings.
     """
     inventory = Inventory(config.on_error, config.num_workers, Peers(accelerator), rereads=rereads)
     train, val, test = load_splits(config, class_names)
-    return build_module(train, val, test, config, inventory, unlabeled=load_unlabeled(config, train.label_names))
+    unlabeled = load_unlabeled(config, train.label_names) if reads_unlabeled else None
+    return build_module(train, val, test, config, inventory, unlabeled=unlabeled)
 
 
 def build_module(

@@ -63,7 +63,8 @@ class FolderSource:
     def _is_flat(self) -> bool:
         """True if the directory is that of a single split."""
         names = folder_names(self.directory)
-        usual = {*_USUAL_SPLITS, self.config.train_split, self.config.test_split, self.config.val_split}
+        own = (self.config.train_split, self.config.test_split, self.config.val_split or "")
+        usual = {*_USUAL_SPLITS, *map(str.lower, own)}
         has_images = bool(names) or (self.directory / _METADATA).exists()
         return has_images and usual.isdisjoint(name.lower() for name in names)
 
@@ -143,7 +144,8 @@ class UnlabeledFolder:
     def split_names(self) -> Sequence[str]:
         """Names of the splits."""
         names = folder_names(self.directory)
-        has_splits = not {*_USUAL_SPLITS, self.config.train_split}.isdisjoint(name.lower() for name in names)
+        usual = {*_USUAL_SPLITS, self.config.train_split.lower()}
+        has_splits = not usual.isdisjoint(name.lower() for name in names)
         return names if has_splits else [_ALL]
 
     def read(self, split: str, *, train: SourceSplit | None) -> EncodedSplit:

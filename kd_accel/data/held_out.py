@@ -46,7 +46,7 @@ def load_held_out(
     """
     test = _test_split(config, label_names) if split == "test" else None
     if test is None:
-        data = load_data(config.model_copy(update={"unlabeled": None}), accelerator, class_names=label_names)
+        data = load_data(config, accelerator, class_names=label_names, reads_unlabeled=False)
         _refuse_other_classes(data.label_names, label_names)
         return data
     train = MemoryImages(empty_images(0, config.image_size), np.empty(0, dtype=np.int64), label_names)

@@ -194,6 +194,7 @@ def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
 
 def _refuse_decoding_settings(config: DataConfig) -> None:
     """Raise UserError for settings of the decoding, which have no effect on opaque 8-bit images."""
-    for name in ("background", "pixel_range"):
+    # Unlabeled images may be of any type.
+    for name in () if config.unlabeled else ("background", "pixel_range"):
         if (value := getattr(config, name)) != DataConfig.model_fields[name].default:
             raise UserError(f"data.{name}: {value} has no effect with source digits, whose images are opaque; leave it out")

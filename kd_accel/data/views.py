@@ -188,6 +188,8 @@ class ViewDataset(Dataset[Item]):
             raise ValueError(f"num_views: {num_views} must be at least 1, or None")
         if view_seed < 0:
             raise ValueError(f"view_seed: {view_seed} must be at least 0")
+        if transform.mixing and data.module.unlabeled is not None:
+            raise ValueError("transform: MixUp and CutMix mix labeled samples alone; leave out unlabeled of data, or them")
         if transform.is_identity:
             if num_views not in (None, 1):
                 raise ValueError(f"num_views: {num_views} views are all equal without augmentation; leave it out")

@@ -29,7 +29,7 @@ _RESERVED_KEYS = frozenset(dir(nn.ModuleDict()))
 def mse_loss(student_map: Tensor, target_map: Tensor) -> Tensor:
     """Compute the mean squared error between two maps with the same channels.
 
-    Maps of different sizes are average-pooled to the smaller height and the smaller width. Second derivatives are not supported.
+    Maps of different sizes are average-pooled to the smaller height and the smaller width. It has no second derivatives.
 
     Args:
         student_map: Map of the student, [B, D, H, W].

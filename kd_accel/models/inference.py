@@ -72,7 +72,8 @@ def cast_for_autocast(
         autocast: Context in which the network runs.
 
     Returns:
-        The copy. None without autocast or parameters, or if the outputs differ in any bit: the model's own code may read the weights.
+        The copy. None without autocast or parameters, or if the outputs differ in any bit, as the model's own code may read the
+        weights.
     """
     if (first := next(model.parameters(), None)) is None:
         return None

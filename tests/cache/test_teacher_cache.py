@@ -103,6 +103,7 @@ def test_views_equal_those_of_the_build(built, data):
         ({"view": torch.tensor([0, 1])}, "view: all samples of a read must have the same view"),
         ({"index": torch.tensor([10**6])}, "index: the cache does not cover"),
         ({"index": torch.tensor([-1])}, "index: the cache does not cover"),
+        ({"split": "unlabeled"}, "split: 'unlabeled' is not in the cache; use one of train, val, test"),
         (
             {"view": 1, "split": "test", "index": torch.tensor([0])},
             "view: 1 is not in the cache; the test split has only view 0",

@@ -11,6 +11,7 @@ import kd_accel as kd
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.check import check_data
 from kd_accel.data.datamodule import images_on, load_data
+from kd_accel.data.held_out import load_held_out
 from kd_accel.data.loader import epoch_order
 from kd_accel.data.unlabeled import UNLABELED_OFFSET, Turns, sample_name
 from kd_accel.errors import UnreadableImage, UserError
@@ -212,10 +213,24 @@ def test_views_from_the_original_images_are_joined(tmp_path):
 def test_a_split_is_named_where_the_source_has_several(tmp_path):
     settings = write_labeled(tmp_path / "labeled")
     write_folder(tmp_path / "more", ["extra/0.png", "test/0.png", "test/1.png"])
+    write_folder(tmp_path / "upper", ["Extra/0.png"])
     source = f"imagefolder:{tmp_path}/more"
     with pytest.raises(UserError, match="^data.unlabeled_split: .*/more has no split 'train'; use one of extra, test"):
         load_data(DataConfig(**settings, unlabeled=source))
-    assert len(load_data(DataConfig(**settings, unlabeled=source, unlabeled_split="extra")).splits.unlabeled) == 1
+    for named in (
+        {"unlabeled": source, "unlabeled_split": "extra"},
+        {"unlabeled": f"imagefolder:{tmp_path}/upper", "unlabeled_split": "Extra"},
+    ):
+        assert len(load_data(DataConfig(**settings, **named)).splits.unlabeled) == 1
+
+
+def test_settings_of_the_unlabeled_images_alone_are_accepted(tmp_path):
+    source = parquet(tmp_path / "more")
+    digits = DataConfig(source="digits", unlabeled=source, background="white", limit_train=32, limit_test=8)
+    assert len(load_data(digits).splits.unlabeled) == 6
+    settings = DataConfig(**LABELED, unlabeled=source, image_column="picture", mean=[0.5] * 3, std=[0.5] * 3)
+    held_out = load_held_out(settings, "val", load().label_names)
+    assert len(held_out.splits.val) == 16 and held_out.unlabeled is None
 
 
 @pytest.mark.parametrize(
@@ -277,6 +292,8 @@ def test_the_python_datasets_have_the_unlabeled_samples(joined):
     assert [[views[position]["index"] for position in batch] for batch in sampler] == expected
     wrapped = kd.ImageDataset([(color(sample, (8, 8)), sample % 2) for sample in range(8)], image_size=8, **UNLABELED)
     assert len(wrapped.module.splits.unlabeled) == 24
+    with pytest.raises(ValueError, match="transform: MixUp and CutMix mix labeled samples alone"):
+        kd.ViewDataset(data, kd.transforms.Compose([kd.transforms.MixUp()], image_size=8))
     with pytest.raises(ValueError, match="data.unlabeled: 'floppy' must start with"):
         kd.ImageDataset(LABELED["source"], image_size=8, unlabeled="floppy")
 
