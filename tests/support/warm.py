@@ -105,6 +105,7 @@ def _environment_of_server():
 
 def _become(argv, environment, ends):
     """Run the program in the forked process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for a command in the background
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     null = os.open(os.devnull, os.O_WRONLY)
     for target, end in zip((1, 2), [end.fileno() for end in ends] or [null, null], strict=True):
