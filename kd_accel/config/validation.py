@@ -7,6 +7,7 @@ data or of a model, such as a column or a layer, are checked when these are load
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _name(config: RunConfig) -> Iterator[str]:
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.source != "digits" and not data.source.startswith(SOURCES):
-        is_folder = Path(data.source).is_dir()
+        is_folder = os.path.isdir(data.source)  # noqa: PTH112  (`Path.is_dir` raises OSError for a name that is too long)
         guess = f"; did you mean imagefolder:{data.source}?" if is_folder else nearest(data.source, ["digits"])
         yield f"data.source: {data.source!r} must be digits or start with one of {', '.join(SOURCES)}{guess}"
     yield from _at_least(data, "data", 1, "image_size", "views", "limit_train", "limit_test", "memory_limit_mib")

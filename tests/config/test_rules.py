@@ -195,6 +195,7 @@ def test_a_source_without_prefix_suggests_what_is_meant(tmp_path):
     assert message.startswith(f"data.source: '{tmp_path}' must be digits or start with one of hub:")
     assert f"csv:, import:; did you mean imagefolder:{tmp_path}?" in message
     assert "; did you mean digits?" in mistakes("--data.source=digit")
+    assert mistakes(f"--data.source={'9' * 300}").startswith("data.source: '999")
 
 
 def test_alpha_above_one_needs_a_label_weight():
