@@ -21,6 +21,7 @@ from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
 from kd_accel.errors import OutputClosed, UserError
 from kd_accel.exit_codes import exit_codes
+from kd_accel.io.files import is_directory
 from kd_accel.io.user_code import allow, take_allowance
 from kd_accel.losses.registry import names
 
@@ -175,7 +176,7 @@ def _bench(argv: list[str]) -> None:
     parser.add_argument("models", metavar="RUN_OR_ARCH", nargs="+", help="Run directories or architectures.")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the results, which are also printed.")
     config, values = parse_config(BenchConfig, argv, parser=parser)
-    allow([name for name in values.models if not Path(name).is_dir()])
+    allow([name for name in values.models if not is_directory(name)])
     from kd_accel.commands.bench import run_bench
 
     run_bench(values.models, config, out=values.out)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kd_accel.config.schema import Stem
 from kd_accel.errors import UserError
+from kd_accel.io.files import is_directory
 from kd_accel.models.factory import build_model
 from kd_accel.models.feature_extractor import feature_maps
 from kd_accel.models.weights import load_run_model
@@ -27,7 +28,7 @@ def run_layers(network: str, *, image_size: int | None, stem: Stem, is_deep: boo
     """
     if image_size is not None and image_size < 1:
         raise UserError(f"--image_size: {image_size} must be at least 1")
-    if Path(network).is_dir():
+    if is_directory(network):
         model, card = load_run_model(Path(network), field=network)
         size = image_size or card.image_size
     else:

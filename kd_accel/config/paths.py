@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_accel.config.fields import flatten
+from kd_accel.io.files import is_directory
 
 _DIRECTORIES = ("run_dir", "teacher.run", "teacher.cache.dir")
 _WEIGHTS = ("model.weights", "teacher.weights")
@@ -48,7 +49,7 @@ def moved_paths(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
 
 def is_path_of_weights(weights: str) -> bool:
     """Return whether `weights` names a run directory or a file, and not pretrained weights of a library."""
-    return "/" in weights or weights.endswith(_WEIGHTS_FILES) or Path(weights).is_dir()
+    return "/" in weights or weights.endswith(_WEIGHTS_FILES) or is_directory(weights)
 
 
 def _prefix_and_path(name: str, value: Any) -> tuple[str, str | None]:
@@ -59,7 +60,7 @@ def _prefix_and_path(name: str, value: Any) -> tuple[str, str | None]:
         kind, colon, location = value.partition(":")
         # As in data/tables.py, where a directory takes precedence over a repository; only sources may begin with ~.
         expanded = os.path.expanduser(location)  # noqa: PTH111
-        is_local = kind in _LOCAL_KINDS or (kind == "hub" and (expanded.startswith((".", "/")) or Path(expanded).is_dir()))
+        is_local = kind in _LOCAL_KINDS or (kind == "hub" and (expanded.startswith((".", "/")) or is_directory(expanded)))
         return f"{kind}{colon}", expanded if is_local and location else None
     is_path = name in _DIRECTORIES or (name in _WEIGHTS and is_path_of_weights(value))
     return "", value if is_path and value else None

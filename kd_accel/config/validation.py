@@ -7,7 +7,6 @@ data or of a model, such as a column or a layer, are checked when these are load
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from kd_accel.config.schema import (
 )
 from kd_accel.config.transform_schema import transform_config
 from kd_accel.config.unlabeled_rules import label_column_problems, unlabeled_problems
+from kd_accel.io.files import is_directory
 from kd_accel.io.user_code import PREFIX
 
 SOURCES = ("hub:", "parquet:", "disk:", "imagefolder:", "csv:", "import:")
@@ -112,8 +112,7 @@ def _name(config: RunConfig) -> Iterator[str]:
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if data.source != "digits" and not data.source.startswith(SOURCES):
-        is_folder = os.path.isdir(data.source)  # noqa: PTH112  (`Path.is_dir` raises OSError for a name that is too long)
-        guess = f"; did you mean imagefolder:{data.source}?" if is_folder else nearest(data.source, ["digits"])
+        guess = f"; did you mean imagefolder:{data.source}?" if is_directory(data.source) else nearest(data.source, ["digits"])
         yield f"data.source: {data.source!r} must be digits or start with one of {', '.join(SOURCES)}{guess}"
     yield from _at_least(data, "data", 1, "image_size", "views", "limit_train", "limit_test", "memory_limit_mib")
     yield from _at_least(data, "data", 0, "num_workers", "view_seed")

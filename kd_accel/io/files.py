@@ -21,6 +21,11 @@ MAX_JSON_BYTES = 64 * 2**20
 _MAX_DEPTH = 64
 
 
+def is_directory(name: str | Path) -> bool:
+    """Return whether a name is that of an existing directory; `Path.is_dir` raises OSError for a name that is too long."""
+    return os.path.isdir(name)  # noqa: PTH112
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file atomically and durably: after a crash or a power failure the old or the new file exists, complete.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_accel.io.files import is_directory
 from kd_accel.models.weights import load_card
 
 _LISTED = 3
@@ -49,7 +50,7 @@ def weights_info(weights: str, arch: str) -> WeightsInfo:
     """
     path = Path(weights)
     directory = path.parent if path.name == "model.safetensors" and (path.parent / "model.json").is_file() else path
-    if directory.is_dir():
+    if is_directory(directory):
         card = load_card(directory)
         names = tuple(card.label_names)
         return WeightsInfo(list(card.mean), list(card.std), len(names), names, card.image_size, is_of_run=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kd_accel.config.data_schema import Background
 from kd_accel.config.schema import MAX_IMAGE_SIZE, Stem
 from kd_accel.errors import UserError, describe_error
-from kd_accel.io.files import read_json, write_whole
+from kd_accel.io.files import is_directory, read_json, write_whole
 from kd_accel.io.tensors import read_tensors
 from kd_accel.io.user_code import import_problem
 from kd_accel.models.factory import build_model
@@ -248,7 +248,7 @@ def _with_tied_modules(modules: list[str], tied: list[list[str]]) -> set[str]:
 
 def _read_weights(weights: str, model: nn.Module, *, arch: str, section: str) -> dict[str, Tensor]:
     path, field = Path(weights), f"{section}.weights"
-    if path.is_dir():
+    if is_directory(path):
         load_card(path)
         return _read_safetensors(path / "model.safetensors", field)
     if path.suffix == ".safetensors":

@@ -4,6 +4,7 @@ import pytest
 
 from kd_accel.config.loss_weights import labels_without_weight, notices_of_weights
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, Schedule
+from kd_accel.models.pretrained import WeightsInfo, weights_info
 from tests.support.parsing import mistakes, parse
 
 
@@ -195,7 +196,11 @@ def test_a_source_without_prefix_suggests_what_is_meant(tmp_path):
     assert message.startswith(f"data.source: '{tmp_path}' must be digits or start with one of hub:")
     assert f"csv:, import:; did you mean imagefolder:{tmp_path}?" in message
     assert "; did you mean digits?" in mistakes("--data.source=digit")
+
+
+def test_a_name_that_is_too_long_for_a_file_is_not_one():
     assert mistakes(f"--data.source={'9' * 300}").startswith("data.source: '999")
+    assert weights_info("9" * 300, "torchvision/resnet18") == WeightsInfo()
 
 
 def test_alpha_above_one_needs_a_label_weight():
