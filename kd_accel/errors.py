@@ -14,19 +14,20 @@ class UnreadableImage(UserError):  # noqa: N818  (as UserError, a mistake in the
         description: Sample, split, file and reason, the part of the message before the remedy.
         remedy: What the user can do.
         sample: Index of the sample in its source split.
+        setting: Setting of the source.
     """
 
-    def __init__(self, description: str, remedy: str, sample: int) -> None:
-        super().__init__(description, remedy, sample)
+    def __init__(self, description: str, remedy: str, sample: int, setting: str = "data.source") -> None:
+        super().__init__(description, remedy, sample, setting)
         self.sample = sample
 
     def __str__(self) -> str:
         """Return the message in one paragraph."""
-        return f"data.source: {self.args[0]}; {self.args[1]}"
+        return f"{self.args[3]}: {self.args[0]}; {self.args[1]}"
 
     def with_remedy(self, remedy: str) -> UnreadableImage:
         """Return the same error with another remedy."""
-        return UnreadableImage(self.args[0], remedy, self.sample)
+        return UnreadableImage(self.args[0], remedy, *self.args[2:])
 
 
 class Preempted(Exception):  # noqa: N818  (not an error)

@@ -28,7 +28,9 @@ def run_data_check(config: RunConfig, *, as_json: bool) -> None:
     leave_processes(accelerator)
     if report.num_unreadable:
         samples = sum(split.samples for split in report.splits.values())
+        unreadable = [name for name, split in report.splits.items() if split.unreadable]
+        source = "data.unlabeled" if unreadable == ["unlabeled"] else "data.source"
         raise UserError(
-            f"data.source: {report.num_unreadable} of {samples} images cannot be decoded; restore or remove them, or set "
+            f"{source}: {report.num_unreadable} of {samples} images cannot be decoded; restore or remove them, or set "
             "data.on_error to skip, which leaves them out"
         )

@@ -73,8 +73,9 @@ def load_unlabeled(config: DataConfig, label_names: Sequence[str]) -> ImageSet |
         split = replace(split, origin=LabelSource("data.unlabeled", "unlabeled"))
         notices = tuple(map(_of_unlabeled, split.notices))
         return split.image_set(no_labels(len(split.labels)), label_names, own, notices=notices)
-    except UnreadableImage:
-        raise
+    except UnreadableImage as error:
+        description, remedy, sample, _ = error.args
+        raise UnreadableImage(description, remedy, sample, "data.unlabeled") from None
     except UserError as error:
         raise UserError(_of_unlabeled(str(error))) from None
 

@@ -64,8 +64,8 @@ class JoinedImages:
         try:
             unlabeled = read(self._unlabeled, samples[is_unlabeled] - UNLABELED_OFFSET, np.flatnonzero(is_unlabeled))
         except UnreadableImage as error:
-            description, remedy, sample = error.args
-            raise UnreadableImage(description, remedy, UNLABELED_OFFSET + sample) from None
+            description, remedy, sample, _ = error.args
+            raise UnreadableImage(description, remedy, UNLABELED_OFFSET + sample, "data.unlabeled") from None
         if is_unlabeled.all():
             return unlabeled
         # `empty_like` keeps the memory format.

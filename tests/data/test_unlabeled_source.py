@@ -256,12 +256,14 @@ def test_files_that_are_left_out_are_counted_by_the_setting(tmp_path):
 
 
 def test_an_unreadable_unlabeled_image_is_named_or_left_out(tmp_path, own_home, monkeypatch):
-    monkeypatch.setattr("kd_accel.data.source_splits.fits_in_memory", lambda samples, config: False)
     settings = write_labeled(tmp_path / "labeled")
     source = flat_folder(tmp_path / "more")
     (tmp_path / "more/2.png").write_bytes(b"no image")
+    with pytest.raises(UnreadableImage, match="^data.unlabeled: sample 2 of the unlabeled split, .*2.png, cannot"):
+        load_data(DataConfig(**settings, unlabeled=source))
+    monkeypatch.setattr("kd_accel.data.source_splits.fits_in_memory", lambda samples, config: False)
     data = load_data(DataConfig(**settings, unlabeled=source))
-    with pytest.raises(UnreadableImage, match="sample 2 of the unlabeled split, .*2.png, cannot be decoded") as caught:
+    with pytest.raises(UnreadableImage, match="^data.unlabeled: sample 2 of the unlabeled split, .*2.png, cannot") as caught:
         data.view_batch(data.training_samples, 0)
     assert caught.value.sample == UNLABELED_OFFSET + 2
     report = check_data(DataConfig(**settings, unlabeled=source))

@@ -75,18 +75,24 @@ def test_the_first_loss_has_the_cross_entropy_of_the_labeled_samples(tmp_path, t
     assert line["accuracy"] == pytest.approx(accuracy)
 
 
+def train_divided(directory, flags):
+    """Train with several numbers of processes and accumulation steps, and compare the losses. Returns those of one process."""
+    for processes, accumulation in ((1, 1), (1, 4), (2, 2)):
+        steps = f"--train.grad_accum_steps={accumulation}"
+        train(directory / f"{processes}x{accumulation}", *flags, steps, processes=processes)
+    reference = losses(directory / "1x1")
+    for name in ("1x4", "2x2"):
+        assert losses(directory / name) == pytest.approx(reference, rel=1e-10)
+    return reference
+
+
 @pytest.mark.slow
 def test_the_masked_loss_does_not_depend_on_processes_and_accumulation(tmp_path, teacher_run):
     """The micro-batches have different numbers of labels, so a mean over the labels of each would differ."""
     flags = distillation(teacher_run, FLOAT64, "--train.max_steps=6")
-    for processes, accumulation in ((1, 1), (1, 4), (2, 2)):
-        steps = f"--train.grad_accum_steps={accumulation}"
-        train(tmp_path / f"{processes}x{accumulation}", *flags, steps, processes=processes)
-    reference = losses(tmp_path / "1x1")
-    assert len(reference) == 6
+    assert len(train_divided(tmp_path, flags)) == 6
     accuracies = [line["accuracy"] for line in metrics(tmp_path / "1x1", "train")]
     for name in ("1x4", "2x2"):
-        assert losses(tmp_path / name) == pytest.approx(reference, rel=1e-10)
         assert [line["accuracy"] for line in metrics(tmp_path / name, "train")] == pytest.approx(accuracies)
 
 
@@ -264,13 +270,7 @@ def test_unlabeled_images_of_a_second_source_are_masked_in_the_cross_entropy_and
 @pytest.mark.slow
 def test_a_second_source_gives_the_same_losses_for_any_processes_and_accumulation(tmp_path, teacher_run):
     flags = with_a_second_source(teacher_run, FLOAT64, "--train.max_steps=12")
-    for processes, accumulation in ((1, 1), (1, 4), (2, 2)):
-        steps = f"--train.grad_accum_steps={accumulation}"
-        train(tmp_path / f"{processes}x{accumulation}", *flags, steps, processes=processes)
-    reference = losses(tmp_path / "1x1")
-    assert len(reference) == 12
-    for name in ("1x4", "2x2"):
-        assert losses(tmp_path / name) == pytest.approx(reference, rel=1e-10)
+    assert len(train_divided(tmp_path, flags)) == 12
 
 
 @pytest.mark.slow
@@ -333,7 +333,8 @@ def test_an_unlabeled_image_that_becomes_unreadable_may_be_replaced(tmp_path, te
     flags += ["--data.memory_limit_mib=1", "--data.image_size=256", "--train.batch_size=8", "--data.limit_train=24"]
     (tmp_path / "more/5.png").write_bytes(b"broken")
     said = in_process.train(tmp_path / "run", *flags, code=2)
-    assert "sample 5 of the unlabeled split" in said and "cannot be decoded" in said and "stopped after step" in said
+    assert "data.unlabeled: sample 5 of the unlabeled split" in said
+    assert "cannot be decoded" in said and "stopped after step" in said
     (tmp_path / "more/5.png").write_bytes(encoded(color(77)))
     in_process.train(tmp_path / "run", *flags)
     assert summary(tmp_path / "run")["steps"] == 12
