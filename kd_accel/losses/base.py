@@ -106,14 +106,21 @@ class LogitLoss(_Loss):
     """Base class of losses that compare the logits of student and teacher."""
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, labels: Tensor, index: Tensor | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        temperature: float | Tensor,
+        labels: Tensor,
+        index: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss of a micro-batch.
 
         Args:
             student_logits: Logits of the student, [B, C].
             teacher_logits: Logits of the teacher, [B, C].
-            temperature: Temperature T of this step, above 0.
+            temperature: Temperature T of this step, above 0: a number, or a scalar tensor on the device. A value that is read
+                back (`if`, `item`) would keep the step from being captured as a CUDA graph.
             labels: Class indices, int64 [B]; -1 = no label. With mixup or cutmix, the probability of each class, float32
                 [B, C], in rows that sum to 1; zeros = no label.
             index: Positions of the samples in their source split, int64 [B], on the device; None unless `uses_index`.

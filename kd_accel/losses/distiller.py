@@ -37,7 +37,7 @@ Layers = Mapping[str, str]
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Temperature and weights of the loss in one step.
+    """Temperature and weights of the loss in one step: numbers, or scalar tensors on the device of the losses.
 
     Attributes:
         temperature: Temperature T of the logit loss, above 0.
@@ -46,10 +46,10 @@ class LossWeights:
         features: Weight of each feature loss by name; 1 for a name that is missing.
     """
 
-    temperature: float = 4.0
-    alpha: float = 0.5
-    label_weight: float | None = None
-    features: Mapping[str, float] = field(default_factory=dict)
+    temperature: float | Tensor = 4.0
+    alpha: float | Tensor = 0.5
+    label_weight: float | Tensor | None = None
+    features: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 class DistillerOutput(NamedTuple):

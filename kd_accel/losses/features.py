@@ -156,19 +156,21 @@ class _MeanSquares(torch.autograd.Function):
 
 def _aligned(student_map: Tensor, target_map: Tensor) -> tuple[Tensor, Tensor]:
     """Return two maps in full precision, of one size, with their dimensions in memory order."""
-    student, target = _pool_to_common_size(full_precision(student_map), full_precision(target_map))
+    student, target = pool_to_common_size(full_precision(student_map), full_precision(target_map))
     # `_MeanSquares` flattens the maps, which would copy channels_last ones.
     if student.is_contiguous(memory_format=torch.channels_last):
         return student.movedim(1, -1), target.movedim(1, -1)
     return student, target
 
 
-def _pool_to_common_size(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def pool_to_common_size(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool two maps [B, D, H, W] to the smaller height and the smaller width of the two."""
     size = (min(student.shape[2], target.shape[2]), min(student.shape[3], target.shape[3]))
-    return _pool(student, size), _pool(target, size)
+    return pool(student, size), pool(target, size)
 
 
-def _pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
+def pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pool maps [B, D, H, W] to [B, D, *size], with deterministic kernels where these are requested."""
     if feature.shape[2:] == size:
         return feature
     if feature.is_cuda and torch.are_deterministic_algorithms_enabled():

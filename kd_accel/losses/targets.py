@@ -67,6 +67,26 @@ class Identity(TargetFunction):
         return feature
 
 
+class SpatialMean(TargetFunction):
+    """Mean over the pixels of a map: the embedding of the image in this layer, in float32 or float64.
+
+    Shape:
+        [B, D, H, W] -> [B, D, 1, 1].
+    """
+
+    def description(self) -> dict[str, Any]:
+        """Return the name `mean`, without settings."""
+        return {"name": "mean"}
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return (D, 1, 1) for a map of shape (D, H, W)."""
+        return (shape[0], 1, 1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Average maps [B, D, H, W] over H and W, to [B, D, 1, 1]."""
+        return feature.mean((2, 3), keepdim=True, dtype=torch.promote_types(feature.dtype, torch.float32))
+
+
 class PCA(TargetFunction):
     """Principal component analysis over channels: each pixel [D] of the teacher's map is centered, then projected.
 
@@ -198,6 +218,13 @@ def build_target(description: Mapping[str, Any]) -> TargetFunction:
     name = settings.pop("name", None)
     if name == "identity" and not settings:
         return Identity()
+    if name == "mean" and not settings:
+        return SpatialMean()
+    if name == "attention" and settings.keys() == {"p"}:
+        # Imported late because the losses import this module.
+        from kd_accel.losses.attention import AttentionMap
+
+        return AttentionMap(settings["p"])
     if name == "pca" and settings.keys() == {"channels", "images"}:
         return PCA(settings["channels"], images=settings["images"])
     raise ValueError(f"{dict(description)!r} is not a known target function")

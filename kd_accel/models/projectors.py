@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +42,15 @@ class FeatureProjector(nn.Module):
         return torch.baddbmm(bias[:, None], weights, feature.flatten(2)).unflatten(2, (height, width))
 
 
-def seeded_projector(in_channels: int, out_channels: int, *, layer: str, seed: int) -> FeatureProjector:
-    """Build a projector whose initial weights depend only on (seed, layer); the global generator is not advanced."""
+@contextmanager
+def seeded_weights(layer: str, seed: int) -> Iterator[None]:
+    """Inside the `with` block, initial weights depend only on (seed, layer); the global generator is not advanced."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{seed}/{layer}".encode()))
+        yield
+
+
+def seeded_projector(in_channels: int, out_channels: int, *, layer: str, seed: int) -> FeatureProjector:
+    """Build a projector whose initial weights depend only on (seed, layer); the global generator is not advanced."""
+    with seeded_weights(layer, seed):
         return FeatureProjector(in_channels, out_channels)

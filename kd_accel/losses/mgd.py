@@ -1,0 +1,143 @@
+"""Masked generative distillation: the teacher's map, generated from the student's map without a part of its pixels.
+
+Shapes: B batch, D channels, H height, W width.
+
+References:
+    Yang et al., "Masked Generative Distillation", ECCV 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kd_accel.losses.base import LossSettings, register
+from kd_accel.losses.features import module_key, pool_to_common_size
+from kd_accel.losses.layerwise import AlignedLoss
+from kd_accel.losses.logits import full_precision
+from kd_accel.models.projectors import Shape, seeded_weights
+from kd_accel.profiling import profiler_range
+
+_WORD_BITS = 53
+
+
+@register("mgd")
+class MGD(AlignedLoss):
+    """Squared error of the teacher's map, generated from the masked map of the student, summed over the layers.
+
+    A random share of the student's pixels is set to zero, and two learned 3x3 convolutions generate the teacher's map. In the
+    layers where the channels differ, a learned 1x1 convolution aligns the student's before. The errors are summed over channels
+    and pixels and averaged over the batch, as in the paper, whose weight of the loss for image classification is 7e-5.
+
+    A mask is a function of (seed, number of the micro-batch, index of the sample). So it is the same for any number of
+    processes, and after a resume. With gradient accumulation, the micro-batches of a step draw other masks than a single batch.
+
+    Formula:
+        Sum over layers of 1 / B * sum of (conv(relu(conv(mask * projected student))) - target)^2, mask = 0 with lambda_mgd
+
+    References:
+        Yang et al., "Masked Generative Distillation", ECCV 2022.
+    """
+
+    uses_index = True
+    drawn: Tensor
+
+    class Settings(LossSettings):
+        """Settings of `mgd`.
+
+        Args:
+            lambda_mgd: Probability with which a pixel of the student is masked, from 0 to below 1.
+        """
+
+        lambda_mgd: float = Field(0.15, ge=0, lt=1)
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.generators = nn.ModuleDict()
+        # A buffer, because checkpoints save it, and a captured CUDA graph increments it in each replay.
+        self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
+        self._seed = 0
+
+    def build(self, student_shapes: Mapping[str, Shape], target_shapes: Mapping[str, Shape], *, seed: int) -> None:
+        """Create projectors and generators; see `FeatureLoss.build` for the arguments. `seed` decides the masks too."""
+        super().build(student_shapes, target_shapes, seed=seed)
+        self._seed = seed
+        for layer in student_shapes:
+            channels = target_shapes[layer][0]
+            with seeded_weights(f"{layer}/generator", seed):
+                self.generators[module_key(layer)] = nn.Sequential(
+                    nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
+                )
+
+    def forward(self, features: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, index: Tensor | None = None) -> Tensor:
+        """Compute the loss, and count the micro-batch; see `FeatureLoss.forward` for the arguments.
+
+        Raises:
+            ValueError: If `index` is None.
+        """
+        if index is None:
+            raise ValueError("index: missing; mgd masks pixels by the positions of the samples, int64 [B]")
+        aligned = self.aligned(features)
+        pairs = {
+            layer: pool_to_common_size(full_precision(feature), full_precision(targets[layer]))
+            for layer, feature in aligned.items()
+        }
+        masks = self._masks(index, [student.shape[2:] for student, _ in pairs.values()])
+        losses = []
+        for (layer, (student, target)), mask in zip(pairs.items(), masks, strict=True):
+            with profiler_range("projector"):
+                generated = self.generators[module_key(layer)](student * mask)
+            with torch.autocast(target.device.type, enabled=False):
+                losses.append((full_precision(generated) - target).square().sum() / len(target))
+        return torch.stack(losses).sum()
+
+    def _masks(self, index: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
+        """Draw a mask bool [B, 1, H, W] for each size (H, W), False at masked pixels, and count the micro-batch."""
+        pixels = [size.numel() for size in sizes]
+        words = _hash_words(self._seed, self.drawn, index, sum(pixels))
+        self.drawn.add_(1)
+        kept = words >= int(self.settings.lambda_mgd * 2**_WORD_BITS)
+        parts = kept.split(pixels, dim=1)
+        return [part.unflatten(1, (1, *size)) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _hash_words(seed: int, draw: Tensor, index: Tensor, words: int) -> Tensor:
+    """Hash (seed, draw, index) to random integers, one for each pixel: a pure function, without a generator's state.
+
+    The four numbers are combined with odd factors, whose multiples fill 64 bits evenly, and mixed by the finalizer of
+    splitmix64, with the arithmetic of int64 that wraps around. It takes few operators, which matters more than on a host, where
+    `data/hashing.py` mixes after each number.
+
+    Args:
+        seed: Seed of the run.
+        draw: Number of the draw, int64 scalar.
+        index: Positions of the samples, int64 [B].
+        words: Number of integers for each sample.
+
+    Returns:
+        Integers from 0 to 2^53 - 1, int64 [B, words].
+
+    References:
+        Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    start = index * _signed(0x9FB21C651E98DF25) + draw * _signed(0xD6E8FEB86659FD93) + _signed(seed * 0xA24BAED4963EE407)
+    steps = torch.arange(words, device=index.device) * _signed(0x9E3779B97F4A7C15)
+    state = start[:, None] + steps
+    state = (state ^ _shifted(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ _shifted(state, 27)) * _signed(0x94D049BB133111EB)
+    return _shifted(state ^ _shifted(state, 31), 64 - _WORD_BITS)
+
+
+def _signed(word: int) -> int:
+    """Return the int64 with the lower 64 bits of an integer."""
+    word %= 1 << 64
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    """Shift int64 words to the right and fill with zeros; `>>` alone fills with the sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
