@@ -207,18 +207,21 @@ def _losses(argv: list[str]) -> None:
 
 def _layers(argv: list[str]) -> None:
     description = "Print the layers of a network that a feature loss can compare, with their shapes."
-    parser = CommandParser("layers", "RUN_OR_ARCH [--image_size N] [--stem NAME] [--all]", description)
+    parser = CommandParser("layers", "RUN_OR_ARCH [--image_size N] [--stem NAME] [--arch_args MAPPING] [--all]", description)
     parser.add_argument("network", metavar="RUN_OR_ARCH", help="Run directory or architecture.")
     parser.add_argument("--image_size", type=int, help="Side of the images in pixels; by default that of the run, or 32.")
     parser.add_argument(
         "--stem", choices=["imagenet", "no_pool", "cifar"], default="imagenet", help="First layers of a ResNet."
+    )
+    parser.add_argument(
+        "--arch_args", metavar="MAPPING", help="Arguments of an architecture's builder, as model.arch_args: '{img_size: 32}'."
     )
     parser.add_argument("--all", action="store_true", help="Also print the layers inside other layers.")
     values = parser.parse(argv)
     allow([values.network])
     from kd_accel.commands.layers import run_layers
 
-    run_layers(values.network, image_size=values.image_size, stem=values.stem, is_deep=values.all)
+    run_layers(values.network, image_size=values.image_size, stem=values.stem, arch_args=values.arch_args, is_deep=values.all)
 
 
 def _reproduce(argv: list[str]) -> None:

@@ -21,6 +21,7 @@ from kd_accel.config.schema import RunConfig, TeacherConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import HeldOutSplit
 from kd_accel.distributed import Accelerator, gathered, launch_notices, missing_gpu
+from kd_accel.io.safe_yaml import dump_yaml
 from kd_accel.teacher.teacher import Teacher
 
 _WIDTH = 11
@@ -46,6 +47,7 @@ def training_header(run: Run) -> dict[str, str]:
         "run": f"{config.name} ({role(config)}) in {run.directory.path}",
         **processes_header(config, trainer.accelerator),
         "model": described_model(config.model.arch, run.distiller.student),
+        **_layers(config),
         **data_header(config, run.data),
         "steps": _steps(run),
         "start": _start(run),
@@ -68,6 +70,7 @@ def build_header(config: RunConfig, data: DataModule, teacher: Teacher, accelera
         **processes_header(config, accelerator),
         **data_header(config, data),
         "teacher": model if name is None else f"{name}, {model}",
+        **_layers(config),
     }
 
 
@@ -116,6 +119,13 @@ def data_header(config: RunConfig, data: DataModule) -> dict[str, str]:
         "classes": _classes(data),
         "views": _views(data),
     }
+
+
+def _layers(config: RunConfig) -> dict[str, str]:
+    """Return the line of the compared layers of each feature loss, as the config has them; empty without such a loss."""
+    features = config.distill.features if config.distill else {}
+    settings = (dump_yaml({name: feature.layers}, in_one_line=True) for name, feature in features.items())
+    return {"layers": ", ".join(" ".join(text.split())[1:-1] for text in settings)} if features else {}
 
 
 def _source(config: RunConfig) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kd_accel.builders.labels import unlabeled_class_names
+from kd_accel.builders.layers import with_layers
 from kd_accel.builders.student import build_distiller, build_losses, build_student
 from kd_accel.builders.teacher import build_targets, layer_shapes, live_teacher, load_teacher, teacher_on_device
 from kd_accel.builders.trainer import build_schedule, build_train_loader
@@ -47,6 +48,7 @@ def estimate_costs(config: RunConfig, accelerator: Accelerator) -> dict[str, Any
     Raises:
         UserError: If data, teacher, student and losses do not fit together.
     """
+    config = with_layers(config)
     assert config.teacher is not None
     losses = build_losses(config)
     data = load_data(config.data, accelerator, class_names=unlabeled_class_names(config))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_accel.builders.labels import check_labels, unlabeled_class_names
+from kd_accel.builders.layers import with_layers
 from kd_accel.builders.student import Losses, build_distiller, build_losses, build_student, data_settings
 from kd_accel.builders.teacher import TeacherSetup, build_teacher_setup, teacher_fingerprint
 from kd_accel.builders.trainer import build_held_out, build_schedule, build_train_loader, build_train_state, build_trainer
@@ -102,6 +103,7 @@ def build_run(config: RunConfig, accelerator: Accelerator, stack: ExitStack) -> 
     Raises:
         UserError: If settings, data, teacher, cache, checkpoint and run directory do not fit together.
     """
+    config = with_layers(config)
     inputs = _check_inputs(config, accelerator)
     if inputs is None:
         return None

@@ -86,6 +86,7 @@ def _refuse_mixed_labels(config: RunConfig, section: str, name: str, loss: Logit
 
 def _layer_pairs(feature: FeatureLossConfig) -> dict[str, str]:
     layers = feature.layers
+    assert layers != "auto", "replaced by builders/layers.py"
     return dict(layers) if isinstance(layers, dict) else {layer: layer for layer in layers}
 
 

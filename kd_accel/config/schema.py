@@ -133,13 +133,16 @@ class FeatureLossConfig(Section):
     Args:
         loss: Name of a registered loss, or import:package.module:Class; null = NAME.
         weight: Factor of the sum.
-        layers: Names of modules that both networks have, or {student's module: teacher's module}.
+        layers: Names of modules that both networks have, or {student's module: teacher's module}; auto = the last block of each
+            resolution, paired from the deepest one. config.yaml of the run has the pairs.
         args: Settings of the loss itself.
     """
 
     loss: str | None = None
     weight: float | Schedule = 0.1
-    layers: list[str] | dict[str, str] = Field(default_factory=lambda: ["layer1", "layer2", "layer3", "layer4"])
+    layers: Literal["auto"] | list[str] | dict[str, str] = Field(
+        default_factory=lambda: ["layer1", "layer2", "layer3", "layer4"]
+    )
     args: dict[str, Argument] = Field(default_factory=dict)
 
 
@@ -201,6 +204,7 @@ class TrainConfig(Section):
         grad_accum_steps: Forward passes per process in one optimizer step.
         precision: Numeric precision: float32, or bf16 or fp16 (autocast).
         compile: Compile student and teacher with torch.compile.
+        cuda_graph: Record a step and replay it with one launch; auto = on one GPU, in one process, without compile.
         channels_last: Memory format channels_last of images, feature maps and, on GPUs, weights; null = on GPUs.
         cpu_kernels: This package's CPU kernels in place of PyTorch's; auto = on CPUs.
         label_smoothing: Label smoothing of the cross-entropy.
@@ -221,6 +225,7 @@ class TrainConfig(Section):
     grad_accum_steps: int = 1
     precision: Precision = "float32"
     compile: bool = False
+    cuda_graph: Literal["auto", "always", "never"] = "auto"
     channels_last: bool | None = None
     cpu_kernels: Literal["auto", "always", "never"] = "auto"
     label_smoothing: float = 0.0

@@ -264,7 +264,9 @@ def _distill(config: RunConfig) -> Iterator[str]:
     if distill.logits is None:
         yield from _without_logits(distill)
     for name, feature in distill.features.items():
-        yield from _feature(f"distill.features.{name}", feature)
+        yield from _feature(
+            f"distill.features.{name}", feature, has_teacher=config.teacher is None or not config.teacher.is_stored
+        )
 
 
 def _without_logits(distill: DistillConfig) -> Iterator[str]:
@@ -275,10 +277,17 @@ def _without_logits(distill: DistillConfig) -> Iterator[str]:
         yield "distill: logits is null and features is empty, so that nothing is distilled; set one of them, or teacher to null"
 
 
-def _feature(name: str, feature: FeatureLossConfig) -> Iterator[str]:
+def _feature(name: str, feature: FeatureLossConfig, *, has_teacher: bool) -> Iterator[str]:
     yield from schedule_problems(f"{name}.weight", feature.weight)
     if value_range(feature.weight)[1] == 0:
         yield f"{name}.weight: 0, so that the term has no effect; remove it with {name}: null"
+    if feature.layers == "auto":
+        if not has_teacher:
+            yield (
+                f"{name}.layers: auto needs the teacher's network, but neither teacher.run nor teacher.arch is set; write the "
+                "pairs that `kd-accel cache build` has printed, as {student's module: teacher's module}"
+            )
+        return
     layers = list(feature.layers)
     if not layers or len(set(layers)) < len(layers):
         yield f"{name}.layers: {layers} must name at least one module, each once"
@@ -341,6 +350,8 @@ def _train(config: RunConfig) -> Iterator[str]:
         )
     if train.ema_decay is not None and not 0 < train.ema_decay < 1:
         yield f"train.ema_decay: {train.ema_decay} must be above 0 and below 1, or null"
+    if train.cuda_graph == "always" and train.compile:
+        yield "train.cuda_graph: always cannot be combined with train.compile; set one of them"
     if train.grad_accum_steps >= 1 and train.batch_size % train.grad_accum_steps:
         yield (
             f"train.batch_size: {train.batch_size} must be a multiple of train.grad_accum_steps ({train.grad_accum_steps}), "

@@ -102,7 +102,11 @@ def _from_torchvision(name: str, arguments: dict[str, Any], field: str) -> nn.Mo
 
     if name not in models.list_models(module=models):
         raise UserError(_unknown(f"torchvision/{name}", models.list_models(module=models), field))
-    return models.get_model(name, weights=None, **_default_args(name), **arguments)
+    if arguments.get("aux_logits") and name in _WITH_AUXILIARY_HEADS:
+        raise UserError(
+            f"{field}_args: aux_logits adds outputs of auxiliary heads, which no loss of this program uses; leave it out"
+        )
+    return models.get_model(name, weights=None, **{**_default_args(name), **arguments})
 
 
 def _default_args(name: str) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def _default_args(name: str) -> dict[str, Any]:
 
     `init_weights` is set because torchvision warns that its default will change.
     """
-    return {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    return {"init_weights": True, "aux_logits": False} if name in _WITH_AUXILIARY_HEADS else {}
 
 
 def _from_timm(name: str, arguments: dict[str, Any], field: str) -> nn.Module:
@@ -123,6 +127,7 @@ def _from_timm(name: str, arguments: dict[str, Any], field: str) -> nn.Module:
     return timm.create_model(name, pretrained=False, **arguments)
 
 
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
 _LOADING_ARGS = {
     "cache_dir",

@@ -1,4 +1,6 @@
-"""Feature extraction: outputs of named modules, recorded by forward hooks during the model's own forward.
+"""Feature extraction: outputs of named modules as maps, recorded by forward hooks during the model's own forward.
+
+Tokens of transformers and channels-last outputs become maps [B, D, H, W] here, by `maps.as_map`, and nowhere else.
 
 The model is not changed, and no second forward is needed. `FeatureExtractor` registers its hooks when it is opened and removes
 all of them when it is closed, also after an error. A model must be compiled after its extractor is opened; see
@@ -10,7 +12,8 @@ Shapes: B batch, D channels, H height, W width.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -19,16 +22,24 @@ import torch
 from torch import Tensor, nn
 
 from kd_accel.errors import UserError, describe_error
+from kd_accel.models.maps import as_map, prefix_tokens
 
 _MAX_LISTED = 12
 _PROBED_IMAGES = 2
+_IMAGE_CHANNELS = 3
+_MOVERS = {
+    "PatchDropout": "are dropped at random in training, so that they form no map (leave out patch_drop_rate)",
+    "PatchDropoutWithIndices": "are dropped at random in training, so that they form no map (leave out patch_drop_rate)",
+    "Unroll": "are not in the order of the image",
+}
+"""Modules of timm after which tokens are not the pixels of a map, row by row, by the name of their class."""
 
 
 class FeatureExtractor:
-    """Recorder of the outputs of named layers, active between `open` and `close` or as a context manager.
+    """Recorder of the feature maps of named layers, active between `open` and `close` or as a context manager.
 
     Args:
-        model: Network that contains the layers.
+        model: Network that contains the layers, for square images.
         names: Names of the layers, as in `model.named_modules()`.
         field: Config key or argument that lists the layers, for error messages.
 
@@ -38,6 +49,7 @@ class FeatureExtractor:
 
     def __init__(self, model: nn.Module, names: Sequence[str], *, field: str = "layers") -> None:
         self._modules = {name: _find(model, name, field) for name in names}
+        self._prefixes = prefix_tokens(model, names)
         self._handles: list[Any] = []
         self._features: dict[str, Tensor] = {}
 
@@ -66,8 +78,13 @@ class FeatureExtractor:
         self.close()
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        prefix = self._prefixes[name]
+
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._features[name] = output
+            feature = as_map(output, prefix)
+            if feature is None:
+                raise ValueError(f"layers: {name!r} is not a feature map or the tokens of one: it {_described(output)}")
+            self._features[name] = feature
 
         return record
 
@@ -112,10 +129,11 @@ def probe_layers(
     """
     modules = {name: _find(model, name, field) for name in names}
     outputs = _record_outputs(model, modules, image_size)
+    unusable = _unusable(model, outputs, image_size)
     for name in names:
-        if name not in outputs or not outputs[name].is_map or outputs[name].is_overwritten:
-            raise UserError(_explain_unusable(model, name, outputs.get(name), image_size, field))
-    return {name: tuple(outputs[name].value.shape[1:]) for name in names}
+        if name not in outputs or name in unusable:
+            raise UserError(_explain_unusable(model, name, unusable.get(name), image_size, field))
+    return {name: outputs[name].shape for name in names}
 
 
 def feature_maps(model: nn.Module, *, image_size: int) -> dict[str, tuple[int, int, int]]:
@@ -132,7 +150,8 @@ def feature_maps(model: nn.Module, *, image_size: int) -> dict[str, tuple[int, i
         UserError: If the model does not accept images of this size.
     """
     outputs = _record_outputs(model, _named_submodules(model), image_size)
-    return {name: tuple(out.value.shape[1:]) for name, out in outputs.items() if out.is_map and not out.is_overwritten}
+    unusable = _unusable(model, outputs, image_size)
+    return {name: output.shape for name, output in outputs.items() if name not in unusable}
 
 
 def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None:
@@ -152,46 +171,100 @@ def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None
         actual = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
             f"model.arch: {type(model).__name__} returns {actual} for {_PROBED_IMAGES} images, expected logits of shape "
-            f"{expected}, one per class; use another arch, or fix the function that builds the model"
+            f"{expected}, one per class; use another arch, fix the function that builds the model, or turn off auxiliary heads "
+            "if it has any, for example with model.arch_args: {aux_logits: false}"
         )
 
 
 @dataclass(frozen=True)
 class _Output:
-    """Output of a module together with its `_version`, PyTorch's count of in-place writes, at the time of the hook."""
+    """Output of a module for square images.
+
+    Attributes:
+        value: The output.
+        version: Its `_version`, PyTorch's count of in-place writes, at the time of the hook.
+        feature: The output as a feature map; None if it is not one.
+    """
 
     value: Any
     version: int
+    feature: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (D, H, W) of the feature map."""
+        assert self.feature is not None
+        _, channels, height, width = self.feature.shape
+        return channels, height, width
 
     @property
     def is_map(self) -> bool:
-        """True if the output is a feature map [B, D, H, W] of a square image.
-
-        Equal sizes of dimensions 2 and 3 exclude channels-last outputs [B, H, W, D], except those with W = D.
-        """
-        return isinstance(self.value, Tensor) and self.value.dim() == 4 and self.value.shape[2] == self.value.shape[3]
+        """True for a feature map of each image, which is as square as the images."""
+        feature = self.feature
+        return feature is not None and len(feature) == _PROBED_IMAGES and feature.shape[2] == feature.shape[3]
 
     @property
     def is_overwritten(self) -> bool:
+        """True if a later module has changed the output in place."""
         return isinstance(self.value, Tensor) and self.value._version != self.version
 
     @property
-    def description(self) -> str:
-        """Type or shape of the output, for error messages."""
-        if not isinstance(self.value, Tensor):
-            return f"returns {type(self.value).__name__}"
-        kind = {3: ", transformer tokens, which are not supported", 4: ", channels last, which is not supported"}
-        return f"returns a tensor of shape {tuple(self.value.shape)}{kind.get(self.value.dim(), '')}"
+    def is_ambiguous(self) -> bool:
+        """True if the sizes do not show which dimension has the channels."""
+        return isinstance(self.value, Tensor) and self.value.dim() == 4 and len(set(self.value.shape[1:])) == 1
+
+
+def _described(output: Any) -> str:
+    """Describe the type or shape of an output, for error messages."""
+    return (
+        f"returns a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"returns {type(output).__name__}"
+    )
+
+
+def _unusable(model: nn.Module, outputs: Mapping[str, _Output], image_size: int) -> dict[str, str]:
+    """Return the reason for each output that is not a feature map, or not a reliable one."""
+    reasons = {}
+    ambiguous = [name for name, output in outputs.items() if output.is_ambiguous]
+    last = _channels_last(model, ambiguous, image_size) if ambiguous else set()
+    mover = next((type(module).__name__ for module in model.modules() if type(module).__name__ in _MOVERS), None)
+    for name, output in outputs.items():
+        if not output.is_map:
+            reasons[name] = f"is not a feature map [batch, channels, height, width] (it {_described(output.value)})"
+        elif output.is_overwritten:
+            reasons[name] = "has an output that a later module overwrites in place"
+        elif name in last:
+            reasons[name] = f"is channels last with as many channels as columns ({output.shape[0]}), which cannot be told apart"
+        elif mover and output.value.dim() == 3:
+            reasons[name] = f"has tokens that {_MOVERS[mover]}"
+    return reasons
+
+
+def _channels_last(model: nn.Module, names: Sequence[str], image_size: int) -> set[str]:
+    """Return those of the layers with H = W = D whose channels are last, as images of twice the width show.
+
+    A model for one size of images counts as channels first, PyTorch's convention, unless timm's `output_fmt` is NHWC.
+    """
+    modules = {name: module for name, module in _named_submodules(model).items() if name in names}
+    try:
+        outputs = _record_outputs(model, modules, image_size, width=2 * image_size)
+    except UserError:
+        return set(names) if getattr(model, "output_fmt", None) == "NHWC" else set()
+    shapes = {name: output.value.shape for name, output in outputs.items() if isinstance(output.value, Tensor)}
+    return {name for name, shape in shapes.items() if len(shape) == 4 and shape[2] > shape[3]}
 
 
 @torch.no_grad()
-def _record_outputs(model: nn.Module, modules: dict[str, nn.Module], image_size: int) -> dict[str, _Output]:
+def _record_outputs(
+    model: nn.Module, modules: dict[str, nn.Module], image_size: int, *, width: int | None = None
+) -> dict[str, _Output]:
     """Run one forward in evaluation mode and return the last output of each module that ran."""
     outputs: dict[str, _Output] = {}
+    prefixes = prefix_tokens(model, list(modules))
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[name] = _Output(output, output._version if isinstance(output, Tensor) else 0)
+            version = output._version if isinstance(output, Tensor) else 0
+            outputs[name] = _Output(output, version, as_map(output, prefixes[name]))
 
         return record
 
@@ -201,19 +274,33 @@ def _record_outputs(model: nn.Module, modules: dict[str, nn.Module], image_size:
     try:
         with torch.random.fork_rng(devices=[]):
             device = next((parameter.device for parameter in model.parameters()), None)
-            model(torch.zeros(_PROBED_IMAGES, 3, image_size, image_size, device=device))
+            model(torch.zeros(_PROBED_IMAGES, _IMAGE_CHANNELS, image_size, width or image_size, device=device))
     except (RuntimeError, AssertionError) as error:
-        reason = describe_error(error)
-        raise UserError(
-            f"data.image_size: {type(model).__name__} does not accept images of {image_size}x{image_size} pixels ({reason}); "
-            "choose another size or arch"
-        ) from None
+        raise UserError(_explain_refusal(model, image_size, describe_error(error))) from None
     finally:
         for handle in handles:
             handle.remove()
         for module, training in was_training.items():
             module.training = training
     return outputs
+
+
+def _explain_refusal(model: nn.Module, image_size: int, reason: str) -> str:
+    """Return the error message for a network that does not accept the images."""
+    name = type(model).__name__
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), _IMAGE_CHANNELS)
+    if channels != _IMAGE_CHANNELS:
+        return (
+            f"arch_args: {name} takes images of {channels} channels, but images have {_IMAGE_CHANNELS} (red, green, blue; gray "
+            f"ones are repeated); set in_chans to {_IMAGE_CHANNELS} or leave it out"
+        )
+    arguments = inspect.signature(type(model).__init__).parameters
+    sizes = [argument for argument in ("img_size", "image_size") if argument in arguments]
+    remedy = f"set arch_args: {{{sizes[0]}: {image_size}}}, or choose" if sizes else "choose"
+    return (
+        f"data.image_size: {name} does not accept images of {image_size}x{image_size} pixels ({reason}); {remedy} another size "
+        "or arch"
+    )
 
 
 def _find(model: nn.Module, name: str, field: str) -> nn.Module:
@@ -232,18 +319,12 @@ def _named_submodules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if name}
 
 
-def _explain_unusable(model: nn.Module, name: str, output: _Output | None, image_size: int, field: str) -> str:
+def _explain_unusable(model: nn.Module, name: str, reason: str | None, image_size: int, field: str) -> str:
     """Return the error message for a layer that cannot be recorded, with a list of layers that can be recorded."""
-    outputs = _record_outputs(model, _named_submodules(model), image_size)
-    maps = [key for key, value in outputs.items() if value.is_map and not value.is_overwritten]
+    maps = list(feature_maps(model, image_size=image_size))
     top_level = [key for key in maps if "." not in key] or maps
     remedy = f"use one of {_abbreviate(top_level)}" if maps else "this model has no feature maps; use another arch"
-    layer = f"{field}: {name!r} of {type(model).__name__}"
-    if output is None:
-        return f"{layer} is not executed in a forward pass; {remedy}"
-    if output.is_map:
-        return f"{layer} has an output that a later module overwrites in place; {remedy}"
-    return f"{layer} is not a feature map [batch, channels, height, width] (it {output.description}); {remedy}"
+    return f"{field}: {name!r} of {type(model).__name__} {reason or 'is not executed in a forward pass'}; {remedy}"
 
 
 def _abbreviate(names: Sequence[str]) -> str:

@@ -82,7 +82,8 @@ def test_the_line_of_the_teacher_names_its_cache(tmp_path, distilled, teacher_ru
     directory, flags = tmp_path / "cache", [*distilled, "--data.views=2", "--train.max_steps=1"]
     stored = ["--teacher.outputs=cached", f"--teacher.cache.dir={directory}"]
     build = header(cache("build", *flags, *stored))
-    assert list(build) == ["cache", *NAMES[1:4], *NAMES[5:9], "teacher"]
+    assert list(build) == ["cache", *NAMES[1:4], *NAMES[5:9], "teacher", "layers"]
+    assert build["layers"] == "mse: [layer1, layer2]"
     assert build["cache"] == str(directory) and build["views"].endswith(
         "random_horizontal_flip(p=0.5); 2 of each training sample"
     )

@@ -48,10 +48,10 @@ def test_help_of_the_commands_that_take_a_run(capsys, argv):
         "  --teacher.cache.shard_mib FLOAT  (default 64.0) Size",
         "  --distill.temperature FLOAT|SCHEDULE  (default 4.0) T,",
         "  --distill.logits.args {KEY: VALUE, ...}  (default {}) ",
-        "  --distill.features.NAME.layers [TEXT, ...]|{KEY: TEXT, ...}  (default [layer1, layer2, layer3, layer4]) ",
+        "  --distill.features.NAME.layers auto|[TEXT, ...]|{KEY: TEXT, ...}  (default [layer1, layer2, layer3, layer4]) ",
         "  --a.b.start FLOAT  (required) Value at the beginning.",
         "teacher:  (default null) The teacher; null = plain training.",
-        "losses (logits): kl,",
+        "losses (logits): dist, dkd, kl, nkd,",
         "losses (features): ",
         "--allow_import",
     ):

@@ -108,6 +108,10 @@ from tests.support.parsing import mistakes, parse
             ["--teacher.run", "x", "--distill.features.mse.layers", "[a, a]"],
             "['a', 'a'] must name at least one module, each once",
         ),
+        (
+            ["--teacher.outputs=cached", "--teacher.cache.dir=x", "--distill.features.mse.layers=auto"],
+            "distill.features.mse.layers: auto needs the teacher's network, but neither teacher.run nor teacher.arch is set",
+        ),
         (["--teacher.run", "x", "--distill.features.mse.layers", "{}"], "distill.features.mse.layers: [] must name"),
         (["--teacher.run", "x", "--distill.label_weight", "-1"], "distill.label_weight: -1.0 must be at least 0"),
         (["--teacher.run", "x", "--distill.logits", "null"], "distill.label_weight: null means 1 - alpha"),

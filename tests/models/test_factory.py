@@ -51,6 +51,11 @@ def test_arch_args_reach_the_builder():
     assert model.layer1[0].bn2.weight.abs().sum() == 0
 
 
+def test_arch_args_replace_the_defaults_of_networks_with_auxiliary_heads():
+    arguments = {"aux_logits": False, "init_weights": False}
+    assert build_model("torchvision/googlenet", num_classes=4, arch_args=arguments).aux1 is None
+
+
 @pytest.mark.parametrize(
     ("arch", "settings", "message"),
     [
@@ -86,6 +91,11 @@ def test_arch_args_reach_the_builder():
         ("import:tests", {}, "bench.arch: .*import:package.module:function"),
         ("torchvision/vgg11", {"stem": "cifar"}, "bench.stem: 'cifar' needs a ResNet .*torchvision/vgg11; use imagenet"),
         ("timm/resnet18d", {"stem": "cifar"}, "needs a ResNet"),
+        (
+            "torchvision/googlenet",
+            {"arch_args": {"aux_logits": True}},
+            "bench.arch_args: aux_logits adds outputs .*leave it out$",
+        ),
     ],
 )
 def test_networks_that_cannot_be_built_are_refused(arch, settings, message):
