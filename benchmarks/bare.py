@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,8 +21,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import ResNet, resnet18
 
-from benchmarks.jobs import CLASSES, IMAGE_SIZE, LAYERS, PLAIN, SGD, STUDENT, TEACHER, Bench, random_teacher
+from benchmarks.jobs import CLASSES, IMAGE_SIZE, LAYERS, PLAIN, SGD, STUDENT, TEACHER, Bench, Size, random_teacher
 from kd_accel.builders.teacher import teacher_on_device
+from kd_accel.models.cuda_graphs import capture
 from kd_accel.models.inference import image_memory_format, use_cpu_kernels, weight_memory_format
 from kd_accel.models.projectors import FeatureProjector
 from kd_accel.profiling import profiler_range
@@ -68,12 +69,23 @@ class _Student(nn.Module):
         return _forward_and_project(self.network, self.projectors, images)
 
 
-def limit_case(limit: Limit, bench: Bench) -> Callable[[], float]:
-    """Return a case that runs a block of steps: teacher's output if any, forward, loss, backward and update, nothing else."""
+def limit_case(
+    limit: Limit, bench: Bench, *, teacher_network: nn.Module | None = None, is_compiled: bool = False
+) -> Callable[[], float]:
+    """Return a case that runs a block of steps: teacher's output if any, forward, loss, backward and update, nothing else.
+
+    Args:
+        limit: The training.
+        bench: Processes, precision, and the size of a block.
+        teacher_network: Result of `fused_teacher`, which several cases can share; None = a new one, if the limit has a teacher.
+        is_compiled: Whether the student is compiled by torch.compile, in the first call of the case.
+    """
     layers = LAYERS if limit.with_features else []
     student, batches = _student(bench, layers, with_cpu_kernels=limit.teacher != "none"), random_batches(bench)
     optimizer = torch.optim.SGD(student.parameters(), **SGD, fused=True)
-    teacher = _teacher(limit, bench, layers, batches)
+    teacher = _teacher(limit, bench, layers, batches, teacher_network)
+    if is_compiled:
+        student.compile(dynamic=False)
 
     def block() -> float:
         for number, (images, labels) in enumerate(batches):
@@ -94,6 +106,22 @@ def limit_case(limit: Limit, bench: Bench) -> Callable[[], float]:
     return block
 
 
+def graph_case(bench: Bench) -> Callable[[], float]:
+    """Return the case `bare` with its step recorded as a CUDA graph; without a GPU the step is called instead of replayed.
+
+    All steps have the same batch, so that none is copied. The loops with a teacher have no such case.
+    """
+    step = limit_case(LIMITS["bare"], replace(bench, size=Size(bench.size.batch_size, 1)))
+    run = capture(step, bench.device) if bench.device.type == "cuda" else step
+
+    def block() -> float:
+        for _ in range(bench.size.steps):
+            run()
+        return bench.size.samples
+
+    return block
+
+
 def forward_case(bench: Bench, images: Sequence[Tensor]) -> Callable[[], float]:
     """Return a case that runs the teacher's forward and projects its features.
 
@@ -101,7 +129,7 @@ def forward_case(bench: Bench, images: Sequence[Tensor]) -> Callable[[], float]:
         bench: The device, and the size of a block.
         images: Batches of normalized float images [B, 3, H, W] on the device.
     """
-    teacher, projectors = _fused_teacher(bench), _frozen_projectors(bench, LAYERS)
+    teacher, projectors = fused_teacher(bench), _frozen_projectors(bench, LAYERS)
 
     @torch.no_grad()
     def block() -> float:
@@ -122,12 +150,15 @@ def random_batches(bench: Bench) -> Batches:
     return [(batch.contiguous(memory_format=memory_format), targets) for batch, targets in zip(images, labels, strict=True)]
 
 
-def _teacher(limit: Limit, bench: Bench, layers: Sequence[str], batches: Batches) -> Callable[[int, Tensor], Output | None]:
+def _teacher(
+    limit: Limit, bench: Bench, layers: Sequence[str], batches: Batches, network: nn.Module | None
+) -> Callable[[int, Tensor], Output | None]:
     """Return a function that maps (index of the batch in `batches`, its images) to the teacher's output."""
     if limit.teacher == "none":
         return lambda number, images: None
     dtype = torch.bfloat16 if bench.precision == "bf16" else torch.float32
-    network, projectors = _fused_teacher(bench).to(dtype), _frozen_projectors(bench, layers).to(dtype)
+    network = (fused_teacher(bench) if network is None else network).to(dtype)
+    projectors = _frozen_projectors(bench, layers).to(dtype)
 
     @torch.no_grad()
     def live(number: int, images: Tensor) -> Output:
@@ -140,7 +171,7 @@ def _teacher(limit: Limit, bench: Bench, layers: Sequence[str], batches: Batches
     return lambda number, images: outputs[number]
 
 
-def _fused_teacher(bench: Bench) -> nn.Module:
+def fused_teacher(bench: Bench) -> nn.Module:
     """Build the teacher's network as in a training: BatchNorm fused, kernels and memory format chosen for the device."""
     network, _ = teacher_on_device(bench.adapted(PLAIN), random_teacher(), bench.accelerator, LAYERS)
     return network.eval().requires_grad_(False)

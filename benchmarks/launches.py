@@ -35,7 +35,7 @@ from kd_accel.models import preprocess
 
 STEPS = 3
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
-PARTS = ("loader", "teacher", "student", "projector", "loss", "backward", "optimizer", "logging", REST)
+PARTS = ("loader", "teacher", "student", "projector", "loss", "backward", "optimizer", "average", "logging", REST)
 LIMIT_OF = {
     **{name: "bare" for name in TRAININGS if name.startswith("plain")},
     "live_logits": "limit_live_logits",

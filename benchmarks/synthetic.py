@@ -53,9 +53,13 @@ class SmallNet(nn.Module):
 
 
 class FaultyNet(SmallNet):
-    """Network whose training steps have the faults that the environment sets."""
+    """Network whose training steps have the faults that the environment sets.
+
+    The steps are counted on the host for the signal, which a CUDA graph would not repeat, and on the device for NaN.
+    """
 
     steps = 0
+    steps_on_device: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
@@ -63,12 +67,54 @@ class FaultyNet(SmallNet):
             return logits
         self.steps += 1
         _send_signal(self.steps)
-        return _inject_nan(logits, self.steps)
+        if self.steps_on_device is None:
+            self.steps_on_device = torch.zeros((), dtype=torch.int64, device=logits.device)
+        self.steps_on_device += 1
+        return _inject_nan(logits, self.steps_on_device)
+
+
+class WaitingNet(SmallNet):
+    """Network that reads a value back from the device in its forward."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits * float(logits.isfinite().all().item())
+
+
+class CapturingNet(SmallNet):
+    """Network that waits for its stream, which no debug mode of PyTorch notices, and which fails within a capture."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.is_cuda:
+            torch.cuda.current_stream(images.device).synchronize()
+        return super().forward(images)
+
+
+class DropoutNet(SmallNet):
+    """Network with dropout."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(images), 0.5, self.training)
 
 
 def student(num_classes: int) -> nn.Module:
     """Build a student without faults."""
     return SmallNet(num_classes, width=8)
+
+
+def student_with_dropout(num_classes: int) -> nn.Module:
+    """Build a student with dropout."""
+    return DropoutNet(num_classes, width=8)
+
+
+def waiting_student(num_classes: int) -> nn.Module:
+    """Build a student that waits for the device in each forward."""
+    return WaitingNet(num_classes, width=8)
+
+
+def capturing_student(num_classes: int) -> nn.Module:
+    """Build a student that cannot be captured as a CUDA graph."""
+    return CapturingNet(num_classes, width=8)
 
 
 def faulty_student(num_classes: int) -> nn.Module:
@@ -97,11 +143,13 @@ def _send_signal(step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _inject_nan(logits: Tensor, step: int) -> Tensor:
-    match os.environ.get("KD_FAULT_NAN_AT", ":").split(":"):
-        case ["logits", at] if at == str(step):
-            return logits.index_fill(0, torch.tensor([NAN_POSITION], device=logits.device), torch.nan)
-        case ["gradient", at] if at == str(step):
-            # The square root is 0 at 0, and its derivative is infinite: finite logits with a NaN gradient.
-            return logits + (0 * logits).sum().sqrt()
+def _inject_nan(logits: Tensor, step: Tensor) -> Tensor:
+    kind, _, at = os.environ.get("KD_FAULT_NAN_AT", "").partition(":")
+    if kind == "logits":
+        rows = torch.arange(len(logits), device=logits.device)[:, None] == NAN_POSITION
+        return torch.where(rows & (step == int(at)), torch.nan, logits)
+    if kind == "gradient":
+        # The square root is 0 at 0, and its derivative is infinite: finite logits with a NaN gradient.
+        zero = (0 * logits).sum()
+        return logits + 0 * torch.where(step == int(at), zero, zero + 1).sqrt()
     return logits

@@ -98,10 +98,10 @@ class CaseBuilder:
         teacher = None
         if config.teacher is not None:
             config = with_settings(config, data={"views": self._views})
-            teacher = self._teacher(config)
+            teacher = self.teacher(config)
         return build_training(self._bench, config, directory, teacher=teacher, keeps_images_on_host=name == "plain_on_host")
 
-    def _teacher(self, config: RunConfig) -> TeacherSetup:
+    def teacher(self, config: RunConfig) -> TeacherSetup:
         """Return the live or cached teacher of a config."""
         assert config.teacher is not None and config.distill is not None
         key = f"{config.teacher.model_dump_json()} {config.distill.model_dump_json()}"
@@ -114,12 +114,14 @@ class CaseBuilder:
     def _cached(self, config: RunConfig) -> TeacherSetup:
         """Build a cache with the live teacher of the same config, and return a teacher that reads the cache."""
         assert config.teacher is not None
-        live = self._teacher(with_settings(config, teacher={"outputs": "live", "cache": CacheConfig()}))
+        live = self.teacher(with_settings(config, teacher={"outputs": "live", "cache": CacheConfig()}))
         assert live.live is not None
         directory = self._directory / f"cache-{len(self._setups)}"
         dtype = config.teacher.cache.dtype or "float16"
         cache = write_cache(self._bench, directory, live.live, views=self._views, dtype=dtype)
-        return TeacherSetup(cache.source("train"), cache.source, live.fingerprint, live.target_shapes, cache.digest)
+        return TeacherSetup(
+            cache.source("train", keeps_views=True), cache.source, live.fingerprint, live.target_shapes, cache.digest
+        )
 
 
 def main() -> None:
@@ -140,19 +142,19 @@ def main() -> None:
             cases = {name: builder.case(name, run_dir, blocks=blocks) for name, run_dir in run_dirs.items()}
             for name, measured in measure_in_turns(cases, repeats=arguments.repeats).items():
                 rates[name] += measured
-        shares = {name: _shares(case) for name, case in cases.items() if name in TRAININGS}
+        shares = {name: _shares(case, steps=bench.size.steps) for name, case in cases.items() if name in TRAININGS}
         # The directory must exist until the last rank has finished.
         bench.accelerator.wait_for_everyone()
     if bench.accelerator.is_main_process:
         print(json.dumps({"rates": rates, "shares": shares}))
 
 
-def _shares(case: Callable[[], float]) -> dict[str, float]:
-    """Run a block under torch.profiler; return {"step_ms": ..., part: share of the step}."""
+def _shares(case: Callable[[], float], *, steps: int) -> dict[str, float]:
+    """Run a block of `steps` under torch.profiler; return {"step_ms": ..., part: share of the step}."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as profiler, record_function(BLOCK):
         case()
-    step_ms, shares = range_shares(profiler.events(), total_prefix=BLOCK)
+    step_ms, shares = range_shares(profiler.events(), total_prefix=BLOCK, steps=steps)
     return {"step_ms": round(step_ms, 2), **{name: round(share, 4) for name, share in shares.items()}}
 
 

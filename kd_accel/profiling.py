@@ -20,7 +20,18 @@ from kd_accel.io.files import refused_by_disk
 
 Item = TypeVar("Item")
 RangeName = Literal[
-    "loader", "teacher", "student", "projector", "loss", "backward", "optimizer", "logging", "evaluation", "checkpoint"
+    "loader",
+    "teacher",
+    "student",
+    "projector",
+    "loss",
+    "backward",
+    "optimizer",
+    "average",
+    "logging",
+    "graph",
+    "evaluation",
+    "checkpoint",
 ]
 Observer = Callable[[RangeName], AbstractContextManager[object]]
 """Function that returns the context to enter in place of the profiler range of a name."""
@@ -40,7 +51,8 @@ _observers: list[Observer] = []
 def profiler_range(name: RangeName) -> AbstractContextManager[object]:
     """Return a context that records the code inside it as a range of the profiler.
 
-    `projector` is nested in `loss`; all other ranges are disjoint.
+    `projector` is nested in `loss`; all other ranges are disjoint. `graph` is the replay of a step as a CUDA graph, which does
+    not tell the ranges from `teacher` to `logging` apart.
     """
     # Code under torch.compile cannot query the state of the profiler.
     if torch.compiler.is_compiling():
@@ -123,7 +135,9 @@ class StepProfiler:
         self._say(f"profile: {step_ms:.1f} ms per step: {listed} ({path})")
 
 
-def range_shares(events: Iterable[Any] | None, *, total_prefix: str = "ProfilerStep") -> tuple[float, dict[str, float]]:
+def range_shares(
+    events: Iterable[Any] | None, *, total_prefix: str = "ProfilerStep", steps: int | None = None
+) -> tuple[float, dict[str, float]]:
     """Compute each range's share of the time from the events of a profile.
 
     On a GPU the times are those of the device, and `rest` includes the backward pass: autograd launches its kernels in a thread
@@ -132,21 +146,22 @@ def range_shares(events: Iterable[Any] | None, *, total_prefix: str = "ProfilerS
     Args:
         events: Events of `torch.profiler.profile`.
         total_prefix: Prefix of the names of the ranges whose sum is the total time; by default that of the profiler's steps.
+        steps: Optimizer steps in these ranges; None = one in each.
 
     Returns:
         (milliseconds per step, share of the time by range); `rest` is the share of the time outside of all ranges.
     """
     events = list(events or ())
     on_device = any(event.device_type == DeviceType.CUDA for event in events)
-    total_us = sum(event.time_range.elapsed_us() for event in events if event.name.startswith(total_prefix) and _is_host(event))
-    steps = sum(event.name == PREFIX + "optimizer" and _is_host(event) for event in events)
+    totals_us = [event.time_range.elapsed_us() for event in events if event.name.startswith(total_prefix) and _is_host(event)]
+    total_us = sum(totals_us)
     spent_us: Counter[str] = Counter()
     for event in events:
         if event.name.startswith(PREFIX) and _is_host(event) != on_device:
             spent_us[event.name.removeprefix(PREFIX)] += event.time_range.elapsed_us()
     spent_us["loss"] -= spent_us["projector"]
     shares = {name: spent_us[name] / total_us for name in get_args(RangeName) if name in spent_us}
-    return total_us / steps / 1000, {**shares, "rest": 1 - sum(shares.values())}
+    return total_us / (steps or len(totals_us)) / 1000, {**shares, "rest": 1 - sum(shares.values())}
 
 
 def _is_host(event: Any) -> bool:

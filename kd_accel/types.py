@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +63,17 @@ class TeacherOutput:
 
 TeacherSource = Callable[[Batch], TeacherOutput]
 """Function that returns the teacher's output for a batch: a live teacher, a cache, or `no_teacher`."""
+
+
+@runtime_checkable
+class StagedTeacher(Protocol):
+    """Teacher source in two parts, of which the second can be replayed as a CUDA graph."""
+
+    def fetch(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Do what needs the host. Returns tensors on the device of the batch, of the same shapes for each batch of a size."""
+
+    def finish(self, batch: Batch, fetched: tuple[Tensor, ...]) -> TeacherOutput:
+        """Compute the output on the device, from what `fetch` has returned; `batch.index` and `batch.view` are not read."""
 
 
 def no_teacher(batch: Batch) -> TeacherOutput:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from kd_accel.cli import _COMMANDS
-from kd_accel.training.trainer import Trainer
+from kd_accel.training.step import TrainStep
 from tests.support import in_process
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def test_six_frames_from_the_command_line_to_a_step(tmp_path, monkeypatch):
-    stacks, step = [], Trainer.step
+    stacks, step = [], TrainStep.__call__
 
     def recorded(self, *arguments):
         frame, stack = sys._getframe(1), ["step"]
@@ -64,7 +64,7 @@ def test_six_frames_from_the_command_line_to_a_step(tmp_path, monkeypatch):
         stacks.append(stack[::-1])
         return step(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "step", recorded)
+    monkeypatch.setattr(TrainStep, "__call__", recorded)
     in_process.train(tmp_path / "run", "--train.max_steps=2")
     assert len(stacks) == 2
     for stack in stacks:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd_accel.bench.graphs import capture
 from kd_accel.config.schema import Precision
+from kd_accel.models.cuda_graphs import capture
 
 Forward = Callable[[], Tensor]
 _WARM_UP_ITERATIONS = 20

@@ -13,6 +13,7 @@ from torch import nn
 from kd_accel.builders.cache import cache_directory, cache_request, stored_request, used_views
 from kd_accel.builders.header import build_header, header_text
 from kd_accel.builders.labels import unlabeled_class_names
+from kd_accel.builders.layers import with_layers
 from kd_accel.builders.student import build_losses, build_student
 from kd_accel.builders.teacher import (
     build_targets,
@@ -76,6 +77,7 @@ def build_cache_of(config: RunConfig, accelerator: Accelerator) -> None:
     Raises:
         UserError: If the parts of the config do not fit together, or the directory holds another cache.
     """
+    config = with_layers(config)
     assert config.teacher is not None
     directory, settings = cache_directory(config), config.teacher.cache
     refuse_stored_teacher(config.teacher)
@@ -97,6 +99,7 @@ def build_cache_of(config: RunConfig, accelerator: Accelerator) -> None:
             batch_samples=settings.batch_size or config.train.batch_size // config.train.grad_accum_steps,
             shard_mib=settings.shard_mib,
             is_compiled=config.train.compile,
+            is_graphed=config.train.cuda_graph != "never",
         )
         if config.teacher.min_accuracy is not None and find_spec(directory) is None:
             _check_accuracy(build, config.teacher.min_accuracy)
@@ -131,6 +134,7 @@ def verify_cache_of(config: RunConfig, accelerator: Accelerator) -> VerifiedCach
     Raises:
         UserError: If the cache does not match the config, lacks what the config requests, or differs from the live teacher.
     """
+    config = with_layers(config)
     assert config.teacher is not None
     directory = cache_directory(config)
     parts = None if config.teacher.is_stored else _load_parts(config, accelerator, rereads=True)

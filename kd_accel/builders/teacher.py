@@ -28,7 +28,7 @@ from kd_accel.teacher.fitting import fit_notices, fit_targets
 from kd_accel.teacher.loading import load_own_teacher, load_run_teacher, teacher_notices
 from kd_accel.teacher.teacher import LiveTeacher, Teacher
 from kd_accel.training.checkpoint import Checkpoint
-from kd_accel.types import Batch, TeacherOutput, TeacherSource
+from kd_accel.types import Batch, StagedTeacher, TeacherOutput, TeacherSource
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def build_teacher_setup(
     assert config.teacher is not None
     if config.teacher.is_stored:
         return _setup_without_teacher(config, data, network, losses)
-    _refuse_absent_run(config.teacher)
+    refuse_absent_run(config.teacher)
     teacher = load_teacher(config, data)
     targets = build_targets(config, losses, network, teacher)
     shapes = layer_shapes(config, losses, teacher)
@@ -267,10 +267,10 @@ def _with_cache(
     if config.teacher.outputs == "cached":
         live.close()
         live.network.cpu()
-        return TeacherSetup(source=cache.source("train"), **common)
+        return TeacherSetup(source=cache.source("train", keeps_views=True), **common)
     if config.train.compile:
         compile_with_hooks(live.network, dynamic=False)
-    mixed = _LogitsFrom(cache.source("train"), live)
+    mixed = _LogitsFrom(cache.source("train", keeps_views=True), live)
     return TeacherSetup(source=mixed, live=live, targets=setup.targets, **common)
 
 
@@ -283,7 +283,7 @@ def _setup_without_teacher(config: RunConfig, data: DataModule, network: nn.Modu
     cache = open_cache(teacher.directory, stored_request(config, data, teacher, losses, targets))
     cache.load_targets(targets)
     return TeacherSetup(
-        source=cache.source("train"),
+        source=cache.source("train", keeps_views=True),
         held_out=cache.source,
         fingerprint=teacher.fingerprint,
         target_shapes={layer: target.output_shape(shapes[layer]) for layer, target in targets.items()},
@@ -293,7 +293,7 @@ def _setup_without_teacher(config: RunConfig, data: DataModule, network: nn.Modu
     )
 
 
-def _refuse_absent_run(teacher: TeacherConfig) -> None:
+def refuse_absent_run(teacher: TeacherConfig) -> None:
     """Raise UserError for a teacher that is not on this machine, although its stored outputs may be."""
     if teacher.run is None or (Path(teacher.run) / "model.json").exists():
         return
@@ -310,11 +310,18 @@ def _refuse_absent_run(teacher: TeacherConfig) -> None:
 class _LogitsFrom:
     """Source of teacher outputs with the logits of one source and the features of another (`outputs: mixed`)."""
 
-    logits: TeacherSource
-    features: TeacherSource
+    logits: StagedTeacher
+    features: StagedTeacher
 
     def __call__(self, batch: Batch) -> TeacherOutput:
-        return TeacherOutput(self.logits(batch).logits, self.features(batch).features)
+        return self.finish(batch, self.fetch(batch))
+
+    def fetch(self, batch: Batch) -> tuple[Tensor, ...]:
+        assert not self.features.fetch(batch), "a live teacher has nothing to fetch"
+        return self.logits.fetch(batch)
+
+    def finish(self, batch: Batch, fetched: tuple[Tensor, ...]) -> TeacherOutput:
+        return TeacherOutput(self.logits.finish(batch, fetched).logits, self.features.finish(batch, ()).features)
 
 
 def _fit(

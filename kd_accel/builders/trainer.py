@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,20 +14,23 @@ from kd_accel.data.datamodule import DataModule
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data.splits import HeldOutSplit
 from kd_accel.distributed import Accelerator
+from kd_accel.errors import UserError
 from kd_accel.losses.distiller import Distiller
 from kd_accel.models.feature_extractor import compile_with_hooks
 from kd_accel.models.inference import weight_memory_format
 from kd_accel.profiling import StepProfiler
 from kd_accel.training.average import MovingAverage
 from kd_accel.training.evaluation import HeldOut
+from kd_accel.training.graphed import DeviceWeights, GraphedStep
 from kd_accel.training.metrics import Meters, MetricsLog
 from kd_accel.training.nonfinite import NonFiniteGuard
-from kd_accel.training.optim import build_optimizer
+from kd_accel.training.optim import build_optimizer, prepare_for_capture
 from kd_accel.training.preemption import PreemptionHandler
 from kd_accel.training.progress import Progress
 from kd_accel.training.saving import CheckpointSaver
 from kd_accel.training.schedules import TrainingSchedule
 from kd_accel.training.state import TrainState, wrap_for_training
+from kd_accel.training.step import TrainStep
 from kd_accel.training.trainer import Trainer
 from kd_accel.training.wandb_tracker import WandbTracker
 from kd_accel.types import TeacherSource
@@ -61,7 +65,10 @@ def build_train_state(
     average = None if decay is None else MovingAverage(distiller.student, decay=decay)
     if config.train.compile:
         compile_with_hooks(distiller.student, dynamic=False)
-    module, optimizer = wrap_for_training(accelerator, distiller, build_optimizer(distiller.parameters(), config.optim))
+    optimizer = build_optimizer(distiller.parameters(), config.optim)
+    if replays_steps(config, accelerator):
+        prepare_for_capture(optimizer)
+    module, wrapped = wrap_for_training(accelerator, distiller, optimizer)
     meters = Meters(
         accelerator.device,
         terms=distiller.term_names,
@@ -70,7 +77,7 @@ def build_train_state(
         has_unlabeled=has_unlabeled,
         has_mixed_labels=bool(mixing_settings(config)),
     )
-    return TrainState(module, optimizer, meters, average)
+    return TrainState(module, wrapped, meters, average)
 
 
 def build_trainer(  # noqa: PLR0913  (the parts of a training)
@@ -100,11 +107,15 @@ def build_trainer(  # noqa: PLR0913  (the parts of a training)
     """
     is_main, directory = accelerator.is_main_process, config.directory
     progress = Progress(config.name, total_steps=schedule.total_steps, done_steps=train_state.position.step, is_main=is_main)
+    guard = NonFiniteGuard(accelerator, train_state.module, train_state.optimizer)
+    step = TrainStep(accelerator, train_state, source, guard, clip_norm=config.optim.clip_norm)
+    if replays_steps(config, accelerator):
+        weights = DeviceWeights(accelerator.device, schedule.scheduled)
+        step.run = GraphedStep(step, weights, partial(_refuse_graph, config.train.cuda_graph, progress.say))
     return Trainer(
         accelerator=accelerator,
-        train_state=train_state,
+        step=step,
         loader=loader,
-        teacher=source,
         schedule=schedule,
         settings=config.train,
         checkpoints=CheckpointSaver(
@@ -114,8 +125,31 @@ def build_trainer(  # noqa: PLR0913  (the parts of a training)
         progress=progress,
         profiler=StepProfiler(directory / "profile", steps=config.profile, rank=accelerator.process_index, say=progress.say),
         preemption=PreemptionHandler(accelerator, timeout_s=config.train.timeout_s, every_step=not loader.is_in_memory),
-        guard=NonFiniteGuard(accelerator, train_state.module, train_state.optimizer),
     )
+
+
+def replays_steps(config: RunConfig, accelerator: Accelerator) -> bool:
+    """Return whether the steps of a training are replayed as a CUDA graph, unless that turns out to be impossible.
+
+    Raises:
+        UserError: If `train.cuda_graph` is `always` and this launch cannot.
+    """
+    train = config.train
+    obstacles = {
+        "no GPU was found": accelerator.device.type != "cuda",
+        f"the launch has {accelerator.num_processes} processes": accelerator.num_processes > 1,
+    }
+    reasons = [reason for reason, applies in obstacles.items() if applies]
+    if train.cuda_graph == "always" and reasons:
+        raise UserError(f"train.cuda_graph: always needs one process with a GPU, but {' and '.join(reasons)}; use auto")
+    return train.cuda_graph != "never" and not train.compile and not reasons
+
+
+def _refuse_graph(choice: str, say: Callable[[str], None], reason: str) -> None:
+    """Say why a step cannot be captured. Raises UserError if `train.cuda_graph` is `always`."""
+    if choice == "always":
+        raise UserError(f"train.cuda_graph: the step cannot be captured ({reason}); use auto, which then trains without it")
+    say(f"train.cuda_graph: the step cannot be captured ({reason}), so each kernel is launched on its own, which is slower")
 
 
 def build_held_out(

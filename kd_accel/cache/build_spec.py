@@ -52,6 +52,7 @@ class CacheBuild:
         batch_samples: Samples in one forward of the teacher, for a new cache.
         shard_mib: Size of the largest tensor's files in MiB, for a new cache.
         is_compiled: Whether the network is compiled with torch.compile.
+        is_graphed: Whether the forward of a network that is not compiled is replayed as a CUDA graph on a GPU.
     """
 
     directory: Path
@@ -63,6 +64,7 @@ class CacheBuild:
     batch_samples: int
     shard_mib: float = 64.0
     is_compiled: bool = False
+    is_graphed: bool = True
 
 
 def find_own_spec(build: CacheBuild) -> CacheSpec | None:

@@ -11,7 +11,7 @@ teacher.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from kd_accel.cache.compatibility import (
     data_fields,
     differing_samples,
 )
+from kd_accel.cache.device_view import DeviceView
 from kd_accel.cache.differences import differing_fields
 from kd_accel.cache.manifest import CachedSamples, read_manifest, read_samples, read_spec, read_targets
+from kd_accel.cache.rows import RowFormat, StoredValues
 from kd_accel.cache.shard import (
     INT8_LARGEST,
     decode,
@@ -40,9 +42,9 @@ from kd_accel.cache.shard import (
     open_shard,
 )
 from kd_accel.cache.spec import LOGITS, VIEWED_SPLITS, CacheSpec, Shard
-from kd_accel.cache.view_files import StoredValues, ViewFiles
+from kd_accel.cache.view_files import PositionTable, ViewFiles
 from kd_accel.config.fields import flatten
-from kd_accel.data.datamodule import DataModule
+from kd_accel.data.datamodule import DataModule, fits_on_gpu
 from kd_accel.data.splits import HeldOutSplit, Split
 from kd_accel.data.unlabeled import UNLABELED_OFFSET
 from kd_accel.errors import UserError
@@ -53,10 +55,12 @@ from kd_accel.types import Batch, TeacherOutput
 _MAX_FILES = 1024
 """Number of mapped files from which the next view replaces those before; Linux allows 65,530 mappings per process."""
 _CPU = torch.device("cpu")
+_Place = tuple[int, torch.device]
+"""Number of a view, and the device for which it is read."""
 
 
 class Reader:
-    """Random access to the samples of one split of a complete cache.
+    """Random access to the samples of one split of a complete cache, and to its unlabeled samples.
 
     Args:
         directory: Directory of the cache.
@@ -64,27 +68,42 @@ class Reader:
         split: Split to read.
         indices: Indices of the samples that the cache covers in this split, int64 [N], ascending.
         tensors: Names of the tensors to read.
+        unlabeled: Indices of the samples of the split unlabeled that are read too, int64 [M], ascending; `UNLABELED_OFFSET` is
+            added to them in a training. None = none of them.
+        keeps: Function (bytes, device) -> bool that decides if a view is kept in the memory of the device from its first read.
+            None = the files of each view are read in each step.
     """
 
     def __init__(
-        self, directory: Path, cache_spec: CacheSpec, split: Split, indices: np.ndarray, tensors: Sequence[str]
+        self,
+        directory: Path,
+        cache_spec: CacheSpec,
+        split: Split,
+        indices: np.ndarray,
+        tensors: Sequence[str],
+        *,
+        unlabeled: np.ndarray | None = None,
+        keeps: Callable[[int, torch.device], bool] | None = None,
     ) -> None:
-        self._directory, self._cache_spec, self._split = directory, cache_spec, split
-        self._tensors = tuple(tensors)
-        # Position of each index among the covered samples, -1 if not covered. A table lookup takes a tenth of the time of a
-        # binary search.
-        self._position = np.full(indices.max(initial=-1) + 1, -1)
-        self._position[indices] = np.arange(len(indices))
-        self._views: dict[int, ViewFiles] = {}
+        self._directory, self._cache_spec, self._keeps = directory, cache_spec, keeps
+        self._format = RowFormat({name: cache_spec.tensors[name] for name in tensors})
+        self._splits: tuple[Split, ...] = (split,)
+        self._tables = [PositionTable(indices)]
+        if unlabeled is not None:
+            self._splits = (split, "unlabeled")
+            # The files of both splits in one sequence: a position counts each file before as a complete one.
+            first = len(cache_spec.shards(split, 0, LOGITS)) * cache_spec.samples_per_shard
+            self._tables.append(PositionTable(unlabeled, first_index=UNLABELED_OFFSET, first_position=first))
+        self._files: dict[_Place, ViewFiles] = {}
+        self._kept: dict[_Place, DeviceView] = {}
         self._checked: set[str] = set()
 
     def covers(self, indices: np.ndarray) -> bool:
         """Return whether the cache holds all samples with these indices."""
-        is_inside = not len(indices) or (indices.min() >= 0 and indices.max() < len(self._position))
-        return bool(is_inside and (self._position[indices] >= 0).all())
+        return bool((self._positions(indices) >= 0).all())
 
-    def read(self, view: int, indices: np.ndarray, *, device: torch.device = _CPU) -> dict[str, StoredValues]:
-        """Copy samples into new memory.
+    def fetch(self, view: int, indices: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
+        """Copy samples into new memory of a device, in their storage types.
 
         Args:
             view: Number of the view.
@@ -92,28 +111,49 @@ class Reader:
             device: Device of the result.
 
         Returns:
-            Samples by the name of the tensor.
+            Input of `split`, whose shapes and types depend on n alone.
 
         Raises:
             UserError: If a file of the view is missing or damaged.
         """
-        positions = self._position.take(indices)
+        positions, place = self._positions(indices), (view, device)
         assert positions.min(initial=0) >= 0, "the cache does not cover all of these samples"
-        return self._open(view).read(positions, device)
+        return (self._kept.get(place) or self._files.get(place) or self._open(*place)).fetch(positions)
 
-    def _open(self, view: int) -> ViewFiles:
-        if view in self._views:
-            return self._views[view]
-        reads_data = _view_bytes(self._cache_spec, self._split, self._tensors) < available_bytes()
+    def split(self, fetched: tuple[Tensor, ...]) -> dict[str, StoredValues]:
+        """Return what `fetch` has read, by the name of the tensor."""
+        return self._format.split(*fetched)
+
+    def read(self, view: int, indices: np.ndarray) -> dict[str, StoredValues]:
+        """Copy samples into new host memory; see `fetch`.
+
+        Returns:
+            Samples by the name of the tensor.
+        """
+        return self.split(self.fetch(view, indices, _CPU))
+
+    def _positions(self, indices: np.ndarray) -> np.ndarray:
+        """Return the position of each sample in the files of a view, int64 [n]; -1 for one that is not covered."""
+        first, *others = (table.look_up(indices) for table in self._tables)
+        return np.maximum(first, others[0]) if others else first
+
+    def _open(self, view: int, device: torch.device) -> ViewFiles | DeviceView:
+        """Open the files of a view and check them, and copy them to the device if the view is kept."""
+        samples = sum(self._cache_spec.samples[split] for split in self._splits)
+        reads_data = samples * sum(self._format.sample_bytes.values()) < available_bytes()
         files = {}
-        for name in self._tensors:
-            shards = self._cache_spec.shards(self._split, view, name)
+        for name in self._format.sample_bytes:
+            shards = [shard for split in self._splits for shard in self._cache_spec.shards(split, view, name)]
             files[name] = [(shard, self._open_shard(shard, reads_data=reads_data)) for shard in shards]
+        opened = ViewFiles(self._cache_spec, files, self._format, device)
+        if self._keeps is not None and self._keeps(opened.matrix_bytes, device):
+            self._kept[view, device] = DeviceView(opened)
+            return self._kept[view, device]
         # The first access to a page of a new mapping is a page fault, about a quarter of the time of an epoch's reads.
-        if sum(map(len, files.values())) * (len(self._views) + 1) > _MAX_FILES:
-            self._views.clear()
-        self._views[view] = ViewFiles(self._cache_spec, files)
-        return self._views[view]
+        if sum(map(len, files.values())) * (len(self._files) + 1) > _MAX_FILES:
+            self._files.clear()
+        self._files[view, device] = opened
+        return opened
 
     def _open_shard(self, shard: Shard, *, reads_data: bool) -> memoryview:
         damage = find_damage(self._directory, self._cache_spec, shard, reads_data=False)
@@ -129,43 +169,13 @@ class Reader:
         )
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_views": {}}
-
-
-class JoinedReader:
-    """Random access to the labeled and the unlabeled training samples of a cache, by their indices in a training.
-
-    Args:
-        labeled: Reader of the split train.
-        unlabeled: Reader of the split unlabeled.
-    """
-
-    def __init__(self, labeled: Reader, unlabeled: Reader) -> None:
-        self._labeled, self._unlabeled = labeled, unlabeled
-
-    def covers(self, indices: np.ndarray) -> bool:
-        """Return whether the cache holds all samples with these indices."""
-        is_unlabeled = indices >= UNLABELED_OFFSET
-        own = indices[is_unlabeled] - UNLABELED_OFFSET
-        return self._labeled.covers(indices[~is_unlabeled]) and self._unlabeled.covers(own)
-
-    def read(self, view: int, indices: np.ndarray, *, device: torch.device = _CPU) -> dict[str, StoredValues]:
-        """Copy samples into new memory; see `Reader.read`. Samples of both splits are in host memory."""
-        is_unlabeled = indices >= UNLABELED_OFFSET
-        if not is_unlabeled.any():
-            return self._labeled.read(view, indices, device=device)
-        own = indices[is_unlabeled] - UNLABELED_OFFSET
-        if is_unlabeled.all():
-            return self._unlabeled.read(view, own, device=device)
-        labeled, unlabeled = self._labeled.read(view, indices[~is_unlabeled]), self._unlabeled.read(view, own)
-        # Position of each sample of the batch among the labeled samples, then the unlabeled ones.
-        order = torch.from_numpy(np.argsort(np.argsort(is_unlabeled, kind="stable")))
-        is_pinned = device.type == "cuda"
-        return {name: labeled[name].joined(unlabeled[name], order, pin_memory=is_pinned) for name in labeled}
+        return {**self.__dict__, "_files": {}, "_kept": {}}
 
 
 class CachedTeacher:
     """Source of teacher outputs that reads a cache by index and view; the pixels of a batch are not used.
+
+    It is a `StagedTeacher`: files and host memory are read in `fetch` alone.
 
     Args:
         reader: Reader of the samples, with the logits among its tensors.
@@ -174,13 +184,21 @@ class CachedTeacher:
             The last bits of a sum over a map depend on the format.
     """
 
-    def __init__(self, reader: Reader | JoinedReader, layers: Sequence[str], *, channels_last: bool) -> None:
+    def __init__(self, reader: Reader, layers: Sequence[str], *, channels_last: bool) -> None:
         self._reader, self._layers = reader, tuple(layers)
         self._map_memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Read the outputs for a batch, in float32 on the device of its images; features by the teacher's layer."""
-        return self.read(batch.index.numpy(), batch.view, batch.images.device)
+        return self.finish(batch, self.fetch(batch))
+
+    def fetch(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Copy the stored outputs for a batch to the device of its images; see `Reader.fetch`."""
+        return self._reader.fetch(batch.view, batch.index.numpy(), batch.images.device)
+
+    def finish(self, batch: Batch, fetched: tuple[Tensor, ...]) -> TeacherOutput:
+        """Decode on the device what `fetch` has returned for the batch; see `read` for the result."""
+        return self._decoded(batch.images.device, fetched)
 
     def read(self, indices: np.ndarray, view: int, device: torch.device) -> TeacherOutput:
         """Read the outputs for samples of one view.
@@ -193,9 +211,7 @@ class CachedTeacher:
         Returns:
             Logits [n, C], and features [n, D, H, W] by the teacher's layer, both float32.
         """
-        stored = self._reader.read(view, indices, device=device)
-        values = {name: decode_on(device, samples, self._map_memory_format) for name, samples in stored.items()}
-        return TeacherOutput(values[LOGITS], {layer: values[layer] for layer in self._layers})
+        return self._decoded(device, self._reader.fetch(view, indices, device))
 
     def covers(self, indices: np.ndarray) -> bool:
         """Return whether the cache holds all samples with these indices."""
@@ -206,6 +222,11 @@ class CachedTeacher:
         stored = self._reader.read(batch.view, batch.index.numpy())
         scales = {layer: stored[layer].scale for layer in self._layers}
         return {layer: INT8_LARGEST * scale.max().item() for layer, scale in scales.items() if scale is not None}
+
+    def _decoded(self, device: torch.device, fetched: tuple[Tensor, ...]) -> TeacherOutput:
+        stored = self._reader.split(fetched)
+        values = {name: decode_on(device, samples, self._map_memory_format) for name, samples in stored.items()}
+        return TeacherOutput(values[LOGITS], {layer: values[layer] for layer in self._layers})
 
 
 @dataclass(frozen=True)
@@ -245,19 +266,27 @@ class OpenCache:
             target.load(stored[layer].tensors())
             target.explained = stored[layer].explained
 
-    def source(self, split: Split) -> CachedTeacher:
+    def source(self, split: Split, *, keeps_views: bool = False) -> CachedTeacher:
         """Return the source of the teacher's outputs for a split, with features unless it is a held-out split.
 
         The source of `train` also has the unlabeled samples, by their indices in a training.
+
+        Args:
+            split: Split to read.
+            keeps_views: Whether each view that is read for a GPU stays in its memory if it fits in half of what is free.
         """
         layers = self.layers if split in VIEWED_SPLITS else ()
-        reader: Reader | JoinedReader = self._reader(split, layers)
-        if split == "train" and "unlabeled" in self.samples:
-            reader = JoinedReader(self._reader(split, layers), self._reader("unlabeled", layers))
+        unlabeled = self.samples.get("unlabeled") if split == "train" else None
+        reader = Reader(
+            self.directory,
+            self.cache_spec,
+            split,
+            self.samples[split].indices,
+            (LOGITS, *layers),
+            unlabeled=None if unlabeled is None else unlabeled.indices,
+            keeps=_fits_on_gpu if keeps_views else None,
+        )
         return CachedTeacher(reader, layers, channels_last=self.cache_spec.fingerprint_fields["numerics"]["channels_last"])
-
-    def _reader(self, split: Split, layers: Sequence[str]) -> Reader:
-        return Reader(self.directory, self.cache_spec, split, self.samples[split].indices, (LOGITS, *layers))
 
 
 def open_cache(directory: Path, request: CacheRequest) -> OpenCache:
@@ -329,8 +358,9 @@ def decode_on(device: torch.device, stored: StoredValues, map_memory_format: tor
     values = stored.values.to(device, non_blocking=True)
     scale = None if stored.scale is None else stored.scale.to(device, non_blocking=True)
     memory_format = map_memory_format if values.ndim == 4 else torch.contiguous_format
-    # The last bits of a matrix product on a CPU may depend on the alignment of the memory, which a copy ensures.
-    return decode(values.to(torch.float32, memory_format=memory_format, copy=device.type == "cpu"), scale)
+    # Without a copy, float32 values would stay slices of their rows. The last bits of a matrix product on a CPU may also depend
+    # on the alignment of the memory, which a copy ensures.
+    return decode(values.to(torch.float32, memory_format=memory_format, copy=True), scale)
 
 
 def available_bytes() -> int:
@@ -343,5 +373,5 @@ def available_bytes() -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-def _view_bytes(cache_spec: CacheSpec, split: Split, tensors: Sequence[str]) -> int:
-    return cache_spec.samples[split] * sum(cache_spec.tensors[name].sample_bytes for name in tensors)
+def _fits_on_gpu(needed_bytes: int, device: torch.device) -> bool:
+    return device.type == "cuda" and fits_on_gpu(needed_bytes, device)

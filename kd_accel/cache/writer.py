@@ -38,6 +38,7 @@ from kd_accel.errors import UserError
 from kd_accel.io.files import flush, readable_size, remove_leftovers
 from kd_accel.losses.targets import TargetFunction
 from kd_accel.models.feature_extractor import compile_with_hooks
+from kd_accel.teacher.graphed import GraphedTeacher
 from kd_accel.teacher.teacher import LiveTeacher
 from kd_accel.types import Batch, TeacherOutput, TeacherSource
 
@@ -153,7 +154,7 @@ def _write_missing(
                 directory=build.directory,
                 cache_spec=cache_spec,
                 samples=samples,
-                teacher=live,
+                teacher=_graphed(live, build),
                 batches=partial(_batches, build),
                 advance=advance,
             )
@@ -165,6 +166,12 @@ def _write_missing(
     total, elapsed_s = sum(block.samples for block in blocks), time.perf_counter() - started_at
     accelerator.print(f"{build.directory}: {total} samples in {elapsed_s:.0f} s ({total / elapsed_s:.0f} samples/s)")
     return checksums
+
+
+def _graphed(live: LiveTeacher, build: CacheBuild) -> TeacherSource:
+    """Return the teacher, whose forward is replayed as a CUDA graph where that is possible."""
+    is_possible = build.accelerator.device.type == "cuda" and not build.is_compiled
+    return GraphedTeacher(live, build.accelerator.print) if build.is_graphed and is_possible else live
 
 
 def _write_manifest(build: CacheBuild, cache_spec: CacheSpec, test: CachedSamples, files: Mapping[str, str]) -> None:

@@ -253,7 +253,7 @@ class Teacher:
 class LiveTeacher:
     """Forward of a teacher for batches on its device, with the targets of the recorded layers.
 
-    Hooks record the layers until `close` is called.
+    It is a `StagedTeacher` that has nothing to read. Hooks record the layers until `close` is called.
 
     Args:
         network: The teacher's network, which is set to evaluation mode and needs no gradients from then on. It is replaced by
@@ -283,12 +283,21 @@ class LiveTeacher:
         self._extractor.open()
         self._locked = self.digest()
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutput:
+        """Compute logits and targets for a batch on the teacher's device; see `finish`."""
+        return self.finish(batch, ())
+
+    def fetch(self, batch: Batch) -> tuple[()]:
+        """Return nothing: the outputs are computed from the images of the batch alone."""
+        return ()
+
+    @torch.no_grad()
+    def finish(self, batch: Batch, fetched: tuple[Tensor, ...]) -> TeacherOutput:
         """Compute logits and targets for a batch on the teacher's device.
 
         Args:
             batch: Batch of images [B, 3, H, W].
+            fetched: Result of `fetch`.
 
         Returns:
             Logits, float32 [B, C], and targets [B, D, H, W] by the teacher's layer.

@@ -52,15 +52,18 @@ class Meters:
         self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self._samples = 0
 
+    def count_samples(self, number: int) -> None:
+        """Add the number of samples of a step, which the host counts."""
+        self._samples += number
+
     def update(self, output: DistillerOutput, labels: Tensor, *, teacher_logits: Tensor | None = None) -> None:
-        """Add one micro-batch, without synchronizing the device.
+        """Add the sums of one micro-batch on the device, without synchronizing; `count_samples` adds their number.
 
         Args:
             output: Output of the distiller.
             labels: Class indices, int64 [B]; -1 = no label. Or mixed labels, float [B, C]; a row of zeros = no label.
             teacher_logits: Logits of the teacher, [B, C]; None without a teacher.
         """
-        self._samples += len(labels)
         # On a GPU the cost of logging is the number of its small kernels, so all losses and all counts are added at once.
         losses = torch.stack([output.loss, *output.terms.values()]).detach()
         self._sums[1 : 1 + len(losses)].add_(losses, alpha=len(labels))

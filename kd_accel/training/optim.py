@@ -78,10 +78,21 @@ def learning_rate(optim: OptimConfig, *, step: int, total_steps: int, steps_per_
     return optim.lr * (end_fraction + (1 - end_fraction) * _cosine_fall(done))
 
 
+def prepare_for_capture(optimizer: torch.optim.Optimizer) -> None:
+    """Store the learning rate on the device of the parameters, where a recorded step of a fused optimizer reads it."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+        if "capturable" in group:
+            group["capturable"] = True
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of all parameter groups of an optimizer."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def _rise(done: float) -> float:

@@ -66,7 +66,7 @@ _BY_REASON_REFUSED = {
     "BatchNorm's batches": "train.grad_accum_steps train.sync_batchnorm",
     # Faster or slower kernels add in another order, and training amplifies a difference in the last bit.
     "the kernels, hence the rounding of every step": (
-        "train.precision train.compile train.channels_last train.cpu_kernels train.deterministic train.tf32"
+        "train.precision train.compile train.cuda_graph train.channels_last train.cpu_kernels train.deterministic train.tf32"
     ),
     # summary.json has the best accuracy of all evaluations.
     "the epochs of which the best validation accuracy is reported": "train.eval_every_epochs",

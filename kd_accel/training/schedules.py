@@ -82,11 +82,20 @@ class TrainingSchedule:
             features={name: value(feature.weight) for name, feature in distill.features.items()},
         )
 
+    @property
+    def scheduled(self) -> list[str]:
+        """Names of the temperature and weights that can change: `temperature`, `alpha`, `label_weight`, `features/NAME`."""
+        if self.distill is None:
+            return []
+        schedules = {name: getattr(self.distill, name) for name in ("temperature", "alpha", "label_weight")}
+        schedules |= {f"features/{name}": feature.weight for name, feature in self.distill.features.items()}
+        return [name for name, own in schedules.items() if isinstance(own, Schedule) and own.kind != "constant"]
+
     def logged(self, weights: LossWeights) -> dict[str, float]:
         """Return temperature and weights for a line of metrics, without those that have no effect in this training."""
         if self.distill is None:
             return {}
-        numbers = {f"features/{name}/weight": weight for name, weight in weights.features.items()}
+        numbers = {f"features/{name}/weight": float(weight) for name, weight in weights.features.items()}
         if self.distill.logits is not None:
-            numbers |= {"temperature": weights.temperature, "alpha": weights.alpha}
-        return numbers if weights.label_weight is None else {**numbers, "label_weight": weights.label_weight}
+            numbers |= {"temperature": float(weights.temperature), "alpha": float(weights.alpha)}
+        return numbers if weights.label_weight is None else {**numbers, "label_weight": float(weights.label_weight)}

@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_accel.config.schema import TrainConfig
 from kd_accel.data.loader import TrainLoader
 from kd_accel.distributed import Accelerator
 from kd_accel.errors import UnreadableImage, UserError
-from kd_accel.losses.distiller import Distiller, DistillerOutput, LossWeights
 from kd_accel.profiling import StepProfiler, profiled, profiler_range
 from kd_accel.training.evaluation import HeldOut, evaluate, synchronize_buffers
 from kd_accel.training.metrics import MetricsLog
-from kd_accel.training.nonfinite import NonFiniteGuard
-from kd_accel.training.optim import set_learning_rate
 from kd_accel.training.preemption import UNREADABLE, UNWRITTEN, PreemptionHandler, preempted
 from kd_accel.training.progress import Progress
 from kd_accel.training.saving import CheckpointSaver
 from kd_accel.training.schedules import TrainingSchedule
 from kd_accel.training.state import Position, TrainState
+from kd_accel.training.step import TrainStep
 from kd_accel.training.unreadable import AHEAD_STEPS, ReadAhead, raise_on_all_ranks
-from kd_accel.types import Batch, TeacherOutput, TeacherSource
+from kd_accel.types import Batch
 
 
 @dataclass
@@ -40,9 +38,8 @@ class Trainer:
 
     Args:
         accelerator: The launch's `Accelerator`.
-        train_state: The state that a step changes; its module is a distiller prepared by Accelerate.
+        step: Optimizer step, with the state that it changes.
         loader: Loader of this rank's training batches.
-        teacher: Source of the teacher's output for a batch.
         schedule: Learning rate, temperature and loss weights by position.
         settings: Settings of the loop.
         checkpoints: Saver of the state.
@@ -50,15 +47,13 @@ class Trainer:
         progress: Progress display.
         profiler: Profiler of a few steps, if the run's `profile` is set.
         preemption: Handler of the signals that stop the training.
-        guard: Detection of losses and gradients that are not finite.
         validation: The split that is evaluated after epochs; None = no evaluation.
         note_unreadable: Function that receives the index of a training sample that cannot be read, before a checkpoint.
     """
 
     accelerator: Accelerator
-    train_state: TrainState
+    step: TrainStep
     loader: TrainLoader
-    teacher: TeacherSource
     schedule: TrainingSchedule
     settings: TrainConfig
     checkpoints: CheckpointSaver
@@ -66,15 +61,14 @@ class Trainer:
     progress: Progress
     profiler: StepProfiler
     preemption: PreemptionHandler
-    guard: NonFiniteGuard
     validation: HeldOut | None = None
     note_unreadable: Callable[[int], None] = lambda sample: None
-    _distiller: Distiller = field(init=False)
     _steps: ReadAhead | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        # Only once: each call of Accelerate's unwrap_model searches the installed packages, which takes about a millisecond.
-        self._distiller = self.accelerator.unwrap_model(self.train_state.module)
+    @property
+    def train_state(self) -> TrainState:
+        """The state that a step changes."""
+        return self.step.train_state
 
     @property
     def is_done(self) -> bool:
@@ -162,42 +156,6 @@ class Trainer:
             "the same command again to resume; to train without such images, set data.on_error to skip in another run_dir"
         ) from None
 
-    def step(self, micro_batches: Sequence[Batch], weights: LossWeights, lr: float) -> None:
-        """Make one update from all micro-batches; the ranks exchange gradients only in the last backward pass.
-
-        Args:
-            micro_batches: The batches of this rank, in host memory or on the device.
-            weights: Temperature and loss weights of this step.
-            lr: Learning rate of this step.
-
-        Raises:
-            UserError: If a trained parameter has no gradient.
-        """
-        accelerator, module = self.accelerator, self.train_state.module
-        for number, batch in enumerate(micro_batches, 1):
-            on_device = batch.to(accelerator.device, non_blocking=True)
-            with nullcontext() if number == len(micro_batches) else accelerator.no_sync(module):
-                with accelerator.autocast():
-                    output, target = self.forward(on_device, weights)
-                with profiler_range("backward"):
-                    self.guard.backward(output, target, batch.index, weight=1 / len(micro_batches))
-            with profiler_range("logging"):
-                self.train_state.meters.update(output, on_device.labels, teacher_logits=target.logits)
-        with profiler_range("optimizer"):
-            self._update(lr)
-
-    def forward(self, batch: Batch, weights: LossWeights) -> tuple[DistillerOutput, TeacherOutput]:
-        """Run the teacher and the distiller for one micro-batch on the device, under the caller's autocast.
-
-        Returns:
-            The outputs of the distiller and of the teacher.
-        """
-        with profiler_range("teacher"):
-            target = self.teacher(batch)
-        # A Batch keeps `index` on the host, where the cache reads it; it is copied only for a loss that needs it.
-        index = batch.index.to(batch.images.device, non_blocking=True) if self._distiller.uses_index else None
-        return self.train_state.module(batch.images, target, batch.labels, weights, index=index), target
-
     def finish_epoch(self) -> None:
         """Evaluate on the validation samples and save a checkpoint, each if it is due, and advance to the next epoch."""
         position, saving = self.train_state.position, self.checkpoints.settings
@@ -242,7 +200,7 @@ class Trainer:
 
         It runs the moving average if there is one, else the student.
         """
-        distiller, average = self._distiller, self.train_state.average
+        distiller, average = self.step.distiller, self.train_state.average
         return distiller.student_logits if average is None else lambda images: average(distiller.normalize(images))
 
     def save(self) -> None:
@@ -254,27 +212,6 @@ class Trainer:
         with profiler_range("checkpoint"):
             self._read_guard()
             self.checkpoints.save(self.train_state, metrics_bytes=self.metrics_log.length_bytes())
-
-    def _update(self, lr: float) -> None:
-        """Apply the gradients, unless one of them is not finite."""
-        accelerator, train_state, clip_norm = self.accelerator, self.train_state, self.schedule.optim.clip_norm
-        # Accelerate's wrapper searches the installed packages and inspects a signature in each step.
-        optimizer, scaler = train_state.optimizer.optimizer, accelerator.scaler
-        _refuse_idle_parameters(self.guard.without_gradient())
-        if clip_norm is not None:
-            accelerator.unscale_gradients(train_state.optimizer)
-        norm = self.guard.gradient_norm(train_state.position.step + 1)
-        if clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(train_state.module.parameters(), clip_norm, norm)
-        set_learning_rate(optimizer, lr)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-        if train_state.average is not None:
-            train_state.average.update(self._distiller.student, step=train_state.position.step)
-        optimizer.zero_grad(set_to_none=True)
 
     def _log(self, values: dict[str, float], clock: _Clock) -> None:
         self._read_guard()
@@ -291,7 +228,7 @@ class Trainer:
 
     def _read_guard(self) -> None:
         """Count the fp16 overflows since the last call. Raises UserError, on all ranks, if a step was not finite."""
-        overflowed = self.guard.check()
+        overflowed = self.step.guard.check()
         if self.accelerator.scaler is not None and self.accelerator.is_main_process:
             self.train_state.meters.count_overflows(overflowed)
 
@@ -336,20 +273,6 @@ def determinism_errors_explained() -> Iterator[None]:
 
 def _is_due(count: int, every: int | None) -> bool:
     return every is not None and count % every == 0
-
-
-def _refuse_idle_parameters(idle: Sequence[str]) -> None:
-    """Raise UserError for parameters without a gradient.
-
-    With them, DDP's gradient exchange would hang, or the ranks' weights would differ.
-    """
-    if idle:
-        more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
-        field = "distill" if all(name.startswith(("logit_loss.", "feature_losses.")) for name in idle) else "model.arch"
-        raise UserError(
-            f"{field}: no gradient reaches {', '.join(idle[:5])}{more}; every trained parameter must take part in the loss: "
-            "remove the idle layer, use it, or set requires_grad to False"
-        )
 
 
 class _Clock:

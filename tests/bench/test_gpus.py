@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from kd_accel.bench.graphs import capture
 from kd_accel.bench.latency import measure_latency
 from kd_accel.bench.runner import bench_models
 from kd_accel.config.schema import BenchConfig
+from kd_accel.models.cuda_graphs import capture
 from kd_accel.models.factory import build_model
 
 

@@ -242,7 +242,7 @@ def test_counts_match_those_with_fake_cuda_tensors(counts, precision, tmp_path):
     """Compare with counts by the device of fake CUDA tensors, which support all parts but backward and optimizer."""
     bench = open_bench(Size(2, launches.STEPS), precision=precision, as_gpu=True)
     trainer = CaseBuilder(bench, tmp_path).training("live_hybrid", tmp_path / "run", blocks=1)
-    teacher = trainer.teacher
+    teacher = trainer.step.teacher
     mode = FakeTensorMode()
     for network in (trainer.train_state.module, teacher.network, teacher.normalize, *teacher.targets.values()):
         to_fake_cuda(network, mode)
@@ -260,7 +260,7 @@ def test_counts_match_those_with_fake_cuda_tensors(counts, precision, tmp_path):
             with counter.part("loader"):
                 (batch,) = next(batches)
             with autocast(precision == "bf16"):
-                output, target = trainer.forward(batch, trainer.schedule.weights_at(0, 0))
+                output, target = trainer.step.forward(trainer.step.prepare(batch), trainer.schedule.weights_at(0, 0))
             with counter.part("logging"):
                 meters.update(output, batch.labels, teacher_logits=target.logits)
     expected = counts[precision]["live_hybrid"]

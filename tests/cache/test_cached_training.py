@@ -69,12 +69,12 @@ def test_cached_equals_live(tmp_path, teacher_run, direction, transform, image_s
     assert metrics(tmp_path / "cached") == metrics(tmp_path / "live")
 
 
-def rounding_call(dtype):
-    """Return a `LiveTeacher.__call__` that rounds logits and features to a type."""
-    call = LiveTeacher.__call__
+def rounding_finish(dtype):
+    """Return a `LiveTeacher.finish` that rounds logits and features to a type."""
+    finish = LiveTeacher.finish
 
-    def rounded(teacher, batch):
-        outputs = call(teacher, batch)
+    def rounded(teacher, batch, fetched):
+        outputs = finish(teacher, batch, fetched)
         features = {layer: feature.to(dtype).float() for layer, feature in outputs.features.items()}
         return TeacherOutput(outputs.logits.to(dtype).float(), features)
 
@@ -86,7 +86,7 @@ def test_cache_of_half_types_equals_rounded_live_outputs(tmp_path, teacher_run, 
     common = flags(teacher_run, "both")
     train(tmp_path / "exact", *common)
     with monkeypatch.context() as patched:
-        patched.setattr(LiveTeacher, "__call__", rounding_call(getattr(torch, dtype)))
+        patched.setattr(LiveTeacher, "finish", rounding_finish(getattr(torch, dtype)))
         train(tmp_path / "live", *common)
     build(*common, *cached(tmp_path / "cache", dtype=dtype))
     train(tmp_path / "cached", *common, *cached(tmp_path / "cache", dtype=dtype))

@@ -14,6 +14,7 @@ from kd_accel.data.views import ImageDataset
 from kd_accel.errors import UserError
 from kd_accel.losses.targets import PCA, Identity
 from kd_accel.teacher.teacher import LiveTeacher, Teacher
+from kd_accel.types import StagedTeacher
 from tests.support.models import teacher as teacher_network
 
 MEAN, STD = [0.5, 0.4, 0.5], [0.2, 0.3, 0.2]
@@ -65,6 +66,17 @@ def test_reads_equal_the_live_teacher(built, data):
     order = np.random.default_rng(0).permutation(128)
     shuffled = built.read(data.splits.train[order], 1)
     assert torch.equal(shuffled.logits[np.argsort(order)[:32]], output.logits)
+    live.close()
+
+
+def test_a_live_teacher_reads_nothing_and_computes_its_output_in_the_second_stage(built, data):
+    live = live_of(built, data)
+    batch = data.view_batch(data.splits.train[:8], 1)
+    assert isinstance(live, StagedTeacher) and live.fetch(batch) == ()
+    output, expected = live.finish(batch, ()), live(batch)
+    assert torch.equal(output.logits, expected.logits) and not output.logits.requires_grad
+    for layer, feature in expected.features.items():
+        assert torch.equal(output.features[layer], feature) and not output.features[layer].requires_grad
     live.close()
 
 

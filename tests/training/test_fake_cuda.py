@@ -138,9 +138,9 @@ def test_the_guard_and_the_average_read_nothing(monkeypatch):
         batch = batch_on("cuda")
         logits = network(batch.images.float())
         ce = torch.nn.functional.cross_entropy(logits, batch.labels)
-        guard.backward(DistillerOutput(ce, {"ce": ce}, logits), TeacherOutput(logits.detach()), batch.index)
+        guard.backward(DistillerOutput(ce, {"ce": ce}, logits), TeacherOutput(logits.detach()))
         assert guard.without_gradient() == []
-        norm = guard.gradient_norm(1)
+        norm = guard.gradient_norm()
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm)
         average.update(network, step=1)
         found_inf = wrapped.optimizer.found_inf

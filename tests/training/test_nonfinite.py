@@ -52,8 +52,9 @@ class Bench:
         images = torch.rand(4, 3, 32, 32, generator=generator)
         logits = self.model(images)
         ce = nn.functional.cross_entropy(logits, torch.arange(4)) * factor
-        self.guard.backward(DistillerOutput(ce, {"ce": ce}, logits), TeacherOutput(), torch.tensor(samples))
-        norm = self.guard.gradient_norm(number)
+        self.guard.backward(DistillerOutput(ce, {"ce": ce}, logits), TeacherOutput())
+        norm = self.guard.gradient_norm()
+        self.guard.add(number, [torch.tensor(samples)], self.guard.take())
         self.optimizer.step()
         self.average.update(self.model, step=number)
         self.optimizer.zero_grad(set_to_none=True)

@@ -57,7 +57,7 @@ def test_a_line_has_the_means_since_the_previous_line(tmp_path):
 
 def test_ranks_exchange_gradients_in_the_last_backward_of_a_step_only(build, monkeypatch):
     run = build("--train.grad_accum_steps=4", "--train.max_steps=2")
-    accelerator, guard = run.trainer.accelerator, run.trainer.guard
+    accelerator, guard = run.trainer.accelerator, run.trainer.step.guard
     backward, no_sync, calls = guard.backward, accelerator.no_sync, []
     monkeypatch.setattr(accelerator, "no_sync", lambda module: calls.append("no_sync") or no_sync(module))
     monkeypatch.setattr(guard, "backward", lambda *args, **weight: calls.append("backward") or backward(*args, **weight))
