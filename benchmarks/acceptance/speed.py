@@ -88,7 +88,7 @@ class _Steps:
         return self.replayed if name in GRAPHS else self.eager
 
 
-BATCH_SIZES = {"128": _Steps(eager=5, replayed=24), "1024": _Steps(eager=3, replayed=8)}
+BATCH_SIZES = {"128": _Steps(eager=5, replayed=72), "1024": _Steps(eager=3, replayed=24)}
 """{samples in a batch: steps in a block}."""
 _WARM_UP, _REPEATS = 2, 9
 _LIMIT_S, _LEAST_S = 120.0, 30.0

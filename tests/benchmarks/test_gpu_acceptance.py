@@ -177,8 +177,8 @@ def test_only_runs_the_named_items(tmp_path):
     files = sorted(path.name for path in tmp_path.iterdir())
     assert len(files) == 3 and files[1:] == ["gpu_acceptance.jsonl", "gpu_acceptance.log"], "the directory of logs is removed"
     assert "== f-verify" in (tmp_path / "gpu_acceptance.log").read_text()
-    done = acceptance(tmp_path, "--trial", "--only=f,h")
-    assert done.returncode == 2 and "--only: h is not a valid item; choose from a, b, c, d, e, f, g" in done.stderr
+    done = acceptance(tmp_path, "--trial", "--only=f,z")
+    assert done.returncode == 2 and "--only: z is not a valid item; choose from a, b, c, d, e, f, g, h" in done.stderr
 
 
 def test_every_transform_and_storage_type_is_planned():
@@ -187,12 +187,30 @@ def test_every_transform_and_storage_type_is_planned():
     assert list(part.cases) == [*views, *(f"cached-live/{dtype}" for dtype in agreement.TYPES)]
 
 
+def gpu_lines():
+    """Return the lines of JSON that the programs have written on a GPU."""
+    return [json.loads(line) for line in (ROOT / "docs/gpu-2026-11-27.jsonl").read_text().splitlines()]
+
+
 def test_gpu_page_has_a_row_for_each_item():
     page = (ROOT / "docs/gpu.md").read_text()
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith(("| gpu_", "| kd-accel bench"))]
     assert [row[1] for row in rows if row[0] == "| gpu_acceptance"] == list(ITEMS)
     assert [row[1] for row in rows if row[0] == "| gpu_reference"] == ["pair", "reference"]
-    assert all(row[-1] == "not run |" or '"commit"' in row[-1] for row in rows)
+    measured = {line["item"] for line in gpu_lines() if "item" in line} | {"pair", "g"}
+    assert {row[1] for row in rows if row[-1] != "not run |"} == measured
+
+
+def test_rates_on_the_gpu_page_are_those_of_the_lines():
+    lines = {
+        line["case"]: line["cases"] for line in gpu_lines() if line.get("item") == "b" and not line["case"].endswith("kernels")
+    }
+    assert list(lines) == ["float32/128", "float32/1024", "bf16/128", "bf16/1024"]
+    page = (ROOT / "docs/gpu.md").read_text().split("## Speed")[1].split("\n## ")[0]
+    for name in lines["bf16/128"]:
+        rates = " | ".join(f"{figures[name]['images_per_s']:,.0f}" for figures in lines.values())
+        row = f"`{name.removesuffix('_eager')}`{' without a graph' * name.endswith('_eager')}"
+        assert f"| {row} | {rates} |" in page, name
 
 
 @pytest.mark.slow

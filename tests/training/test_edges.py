@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kd_accel.builders.trainer import Trainer
 from kd_accel.commands import cache as _cache  # noqa: F401  (its imports, which would be part of the first test's time)
 from kd_accel.commands import train as _train  # noqa: F401
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.datamodule import load_data
 from kd_accel.models.weights import load_run_model
+from kd_accel.training.step import TrainStep
 from tests.support import launching
 from tests.support.in_process import cache, train
 from tests.support.launching import losses, metrics, summary
@@ -46,13 +46,13 @@ def forwards(monkeypatch):
 @pytest.fixture
 def micro_batches(monkeypatch):
     """Record the sizes of the micro-batches of each optimizer step."""
-    seen, step = [], Trainer.step
+    seen, step = [], TrainStep.__call__
 
     def recorded(self, batches, *arguments):
         seen.append([len(batch.labels) for batch in batches])
         step(self, batches, *arguments)
 
-    monkeypatch.setattr(Trainer, "step", recorded)
+    monkeypatch.setattr(TrainStep, "__call__", recorded)
     return seen
 
 

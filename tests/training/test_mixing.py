@@ -46,6 +46,8 @@ def test_no_accuracy_is_measured_with_mixed_labels():
     plain, distilled = meters(), meters(has_teacher=True)
     plain.update(output, mixed)
     distilled.update(output, mixed, teacher_logits=logits)
+    for each in (plain, distilled):
+        each.count_samples(4)
     assert plain.read(plain.sums) == {"loss": 1.0, "ce": 0.5}
     assert distilled.read(distilled.sums) == {"loss": 1.0, "ce": 0.5, "agreement": 1.0}
 
@@ -54,9 +56,11 @@ def test_no_cross_entropy_is_reported_without_a_mixed_label():
     output = DistillerOutput(torch.tensor(1.0), {"ce": torch.tensor(0.5)}, torch.eye(4))
     measured = meters(has_unlabeled=True)
     measured.update(output, torch.zeros(4, 4))
+    measured.count_samples(4)
     assert measured.read(measured.sums) == {"loss": 1.0}
     for labels in (torch.zeros(4, 4), torch.eye(4)):
         measured.update(output, labels)
+        measured.count_samples(4)
     assert measured.read(measured.sums) == {"loss": 1.0, "ce": 0.5}
 
 

@@ -49,8 +49,10 @@ def test_the_training_accuracy_is_that_of_the_labeled_samples():
     meters = Meters(torch.device("cpu"), terms=["ce"], has_teacher=True, has_unlabeled=True)
     for labels in ([0, -1, 3, -1], [-1, -1, -1, 3]):
         meters.update(output, torch.tensor(labels), teacher_logits=logits.flip(0))
+        meters.count_samples(4)
     assert meters.read(meters.sums) == {"loss": 1.0, "agreement": 0.0, "ce": 0.5, "accuracy": 2 / 3}
     meters.update(output, torch.full((4,), -1), teacher_logits=logits)
+    meters.count_samples(4)
     assert meters.read(meters.sums) == {"loss": 1.0, "agreement": 1.0}
 
 
