@@ -158,7 +158,7 @@ def build_targets(
                 both = f"{describe_target(existing.description())} and {describe_target(target.description())}"
                 raise UserError(
                     f"{section}.layers: the teacher's layer {layer} would need two targets, {both}, but a layer can have only "
-                    "one; set direction student_to_teacher in the args of these losses, or compare other layers"
+                    "one; compare other layers, remove one of the losses, or, if both are mse, set the same direction"
                 )
     return targets
 

@@ -44,7 +44,7 @@ from kd_accel.cache.shard import (
 from kd_accel.cache.spec import LOGITS, VIEWED_SPLITS, CacheSpec, Shard
 from kd_accel.cache.view_files import PositionTable, ViewFiles
 from kd_accel.config.fields import flatten
-from kd_accel.data.datamodule import DataModule, fits_on_gpu
+from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import HeldOutSplit, Split
 from kd_accel.data.unlabeled import UNLABELED_OFFSET
 from kd_accel.errors import UserError
@@ -273,7 +273,7 @@ class OpenCache:
 
         Args:
             split: Split to read.
-            keeps_views: Whether each view that is read for a GPU stays in its memory if it fits in half of what is free.
+            keeps_views: Whether views read for a GPU stay in its memory, as many as fit in half of what is free at first.
         """
         layers = self.layers if split in VIEWED_SPLITS else ()
         unlabeled = self.samples.get("unlabeled") if split == "train" else None
@@ -284,7 +284,7 @@ class OpenCache:
             self.samples[split].indices,
             (LOGITS, *layers),
             unlabeled=None if unlabeled is None else unlabeled.indices,
-            keeps=_fits_on_gpu if keeps_views else None,
+            keeps=_GpuBudget() if keeps_views else None,
         )
         return CachedTeacher(reader, layers, channels_last=self.cache_spec.fingerprint_fields["numerics"]["channels_last"])
 
@@ -373,5 +373,17 @@ def available_bytes() -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-def _fits_on_gpu(needed_bytes: int, device: torch.device) -> bool:
-    return device.type == "cuda" and fits_on_gpu(needed_bytes, device)
+class _GpuBudget:
+    """Decision if a view is kept on a GPU: all kept views fit in half of the memory that was free before the first of them."""
+
+    def __init__(self) -> None:
+        self._left_bytes: int | None = None
+
+    def __call__(self, needed_bytes: int, device: torch.device) -> bool:
+        if device.type != "cuda":
+            return False
+        if self._left_bytes is None:
+            self._left_bytes = torch.cuda.mem_get_info(device)[0] // 2
+        is_kept = needed_bytes <= self._left_bytes
+        self._left_bytes -= needed_bytes if is_kept else 0
+        return is_kept

@@ -57,10 +57,14 @@ def record(function: Callable[[], Result], stream: torch.cuda.Stream) -> tuple[t
     graph = torch.cuda.CUDAGraph()
     with on_stream(stream):
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            # Threads that pin memory for a loader may call CUDA during the capture, which the default mode forbids.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 result = function()
         except RuntimeError:
             _failed.append(graph)
+            # Before PyTorch 2.14 the generator of a capture that has failed refuses all later random numbers.
+            generator = torch.cuda.default_generators[stream.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
             raise
     return graph, result
 

@@ -275,7 +275,9 @@ def _record_outputs(
         with torch.random.fork_rng(devices=[]):
             device = next((parameter.device for parameter in model.parameters()), None)
             model(torch.zeros(_PROBED_IMAGES, _IMAGE_CHANNELS, image_size, width or image_size, device=device))
-    except (RuntimeError, AssertionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the model's own code can raise any exception
         raise UserError(_explain_refusal(model, image_size, describe_error(error))) from None
     finally:
         for handle in handles:

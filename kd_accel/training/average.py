@@ -9,7 +9,6 @@ is that of TensorFlow's `ExponentialMovingAverage` with `num_updates`.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,31 +29,6 @@ def decay_after(step: int, decay: float) -> float:
     return min(decay, 1 - (1 + step) ** -_POWER)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Tensors of the average with those of a network, in lists for foreach kernels.
-
-    Attributes:
-        network: The network.
-        weights: (weights of the average, weights of the network).
-        buffers: (buffers of the average, buffers of the network), one pair of lists for each type.
-    """
-
-    network: nn.Module
-    weights: tuple[list[Tensor], list[Tensor]]
-    buffers: list[tuple[list[Tensor], list[Tensor]]]
-
-    @classmethod
-    def of(cls, average: nn.Module, network: nn.Module) -> _Pairs:
-        own, present = list(average.buffers()), list(network.buffers())
-        # A foreach kernel needs tensors of one type.
-        by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for buffer, other in zip(own, present, strict=True):
-            for tensors, tensor in zip(by_type.setdefault(buffer.dtype, ([], [])), (buffer, other), strict=True):
-                tensors.append(tensor)
-        return cls(network, (list(average.parameters()), list(network.parameters())), list(by_type.values()))
-
-
 class MovingAverage(nn.Module):
     """Moving average of a network: average = d * average + (1 - d) * weight in each `update`, with d from `decay_after`.
 
@@ -72,7 +46,7 @@ class MovingAverage(nn.Module):
         super().__init__()
         self.module = copy.deepcopy(network).requires_grad_(False)
         self._decay = decay
-        self._pairs: _Pairs | None = None
+        self._weights: tuple[nn.Module | None, list[Tensor], list[Tensor]] = (None, [], [])
 
     def forward(self, images: Tensor) -> Tensor:
         """Run the averaged network: normalized images [B, 3, H, W] -> logits [B, C]."""
@@ -86,9 +60,13 @@ class MovingAverage(nn.Module):
             network: The trained network.
             step: Optimizer steps before the one that has just changed the weights; 0 for the first.
         """
-        if self._pairs is None or self._pairs.network is not network:
-            # Listing the tensors of a network takes longer than the update.
-            self._pairs = _Pairs.of(self.module, network)
-        torch._foreach_lerp_(*self._pairs.weights, 1 - decay_after(step, self._decay))
-        for own, present in self._pairs.buffers:
-            torch._foreach_copy_(own, present)
+        if self._weights[0] is not network:
+            # Listing the weights takes longer than the update. Buffers are listed each time: a network may replace them.
+            self._weights = (network, list(self.module.parameters()), list(network.parameters()))
+        _, weights, present_weights = self._weights
+        torch._foreach_lerp_(weights, present_weights, 1 - decay_after(step, self._decay))
+        own, present = list(self.module.buffers()), list(network.buffers())
+        # A foreach kernel needs tensors of one type.
+        for dtype in {buffer.dtype for buffer in own}:
+            same = [index for index, buffer in enumerate(own) if buffer.dtype == dtype]
+            torch._foreach_copy_([own[index] for index in same], [present[index] for index in same])

@@ -4,16 +4,21 @@ The steps before and the replays run the same kernels on the same values, so a t
 same bits. For this, what changes from step to step is on the device in all of them: the learning rate, and each temperature or
 weight with a schedule. All other numbers are constants of the kernels.
 
+A model or loss whose forward depends on anything else of the host (a Python counter, say) must be trained with
+`train.cuda_graph: never`: the graph repeats what the recorded step did.
+
 The graph has the work of one step from the teacher's output to the optimizer. Batches are made, and cached outputs are fetched,
 before each replay, while the device runs the one before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import random
+from collections.abc import Callable, Collection, Iterable, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_accel.errors import describe_error
 from kd_accel.losses.distiller import LossWeights
@@ -80,31 +85,39 @@ class GraphedStep:
         """True if the step was captured."""
         return self._replay is not None
 
-    def __call__(self, inputs: Sequence[StepInput], weights: LossWeights) -> StepValues:
+    def __call__(self, inputs: Iterable[StepInput], count: int, weights: LossWeights) -> StepValues:
         """Make one update; see `TrainStep.compute`."""
         on_device = self._weights(weights)
         if self._is_refused:
-            return self._step.compute(inputs, on_device)
+            return self._step.compute(inputs, count, on_device)
+        # The graph reads the inputs of all micro-batches.
+        inputs = list(inputs)
         if self._steps_done < _WARM_UP_STEPS:
             return self._warm_up(inputs, on_device)
         if self._replay is None:
             self._replay = self._capture(inputs, on_device)
-        if self._replay is None or not fits(self._replay.inputs, inputs):
-            return self._step.compute(inputs, on_device)
+        if self._replay is not None and not fits(self._replay.inputs, inputs):
+            self._replay = None
+            self.give_up("the inputs of the steps differ in their shapes")
+        if self._replay is None:
+            return self._step.compute(inputs, count, on_device)
         with profiler_range("graph"):
             return self._replay(inputs)
 
     def _warm_up(self, inputs: Sequence[StepInput], weights: LossWeights) -> StepValues:
-        """Make an update on the stream of the capture."""
+        """Make an update on the stream of the capture. In the last one, look for what a replay would not repeat."""
         self._steps_done += 1
         waits: list[str] = []
         with on_stream(self._stream):
             if self._steps_done < _WARM_UP_STEPS:
-                return self._step.compute(inputs, weights)
+                return self._step.compute(inputs, len(inputs), weights)
+            before = host_state(self._step.train_state.module)
             with synchronizations(waits):
-                values = self._step.compute(inputs, weights)
+                values = self._step.compute(inputs, len(inputs), weights)
         if waits:
             self.give_up(f"the step waits for the device in {waits[0]}")
+        elif changed := [name for name, value in host_state(self._step.train_state.module).items() if before[name] != value]:
+            self.give_up(f"the step changes {' and '.join(changed)}, which a graph does not repeat")
         return values
 
     def _capture(self, inputs: Sequence[StepInput], weights: LossWeights) -> _Replay | None:
@@ -130,7 +143,7 @@ class _Replay:
         self.inputs = [each.clone() for each in inputs]
 
         def step() -> tuple[StepValues, Tensor]:
-            values = compute(self.inputs, weights)
+            values = compute(self.inputs, len(self.inputs), weights)
             return values, values.packed()
 
         self._graph, (self._values, self._packed) = record(step, stream)
@@ -142,6 +155,17 @@ class _Replay:
         self._graph.replay()
         # The next replay overwrites the values, which are read with the next line of metrics.
         return self._values.unpacked(self._packed.clone())
+
+
+def host_state(module: nn.Module) -> dict[str, object]:
+    """Return what a step may change on the host and a graph would not, by its description."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return {
+        "the state of Python's random generator": random.getstate(),
+        "the state of NumPy's random generator": str(np.random.get_state(legacy=True)),
+        "the state of PyTorch's random generator on the CPU": torch.get_rng_state().tolist(),
+        "a weight or buffer by another tensor": [tensor.data_ptr() for tensor in tensors],
+    }
 
 
 def fits(recorded: Sequence[StepInput], inputs: Sequence[StepInput]) -> bool:

@@ -78,6 +78,9 @@ ACCEPTED: Mapping[str, str] = {name: reason for reason, names in _BY_REASON_ACCE
 OF_RESULTS = frozenset({"data.test_split", "data.limit_test"})
 """Settings among those of `ACCEPTED` that may not change once the run is finished."""
 
+_BEFORE: Mapping[str, Any] = {"train.cuda_graph": "auto"}
+"""Settings that runs of earlier versions lack, with the values that describe those runs."""
+
 REFUSED: Mapping[str, str] = {name: reason for reason, names in _BY_REASON_REFUSED.items() for name in names.split()}
 """Settings that may not change, by dotted name (NAME is that of a feature loss): what depends on them."""
 
@@ -93,6 +96,7 @@ def setting_changes(stored: Mapping[str, Any], present: Mapping[str, Any]) -> di
         "NAME: OLD in the run, NEW now" by dotted name.
     """
     before, now = flatten(stored), flatten(present)
+    before = {name: value for name, value in _BEFORE.items() if name in now} | before
     return {
         name: f"{name}: {before.get(name)!r} in the run, {now.get(name)!r} now"
         for name in {**before, **now}

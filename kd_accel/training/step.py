@@ -8,7 +8,7 @@ In: micro-batches, temperature and weights, learning rate. Out: changed weights,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -50,8 +50,8 @@ class StepInput:
         return StepInput(batch, index, tuple(tensor.clone() for tensor in self.fetched))
 
 
-Compute = Callable[[Sequence[StepInput], LossWeights], StepValues]
-"""Function that makes one update from the inputs of all micro-batches, and returns the values for the guard."""
+Compute = Callable[[Iterable[StepInput], int, LossWeights], StepValues]
+"""Function (inputs of each micro-batch, their number, weights) that makes one update and returns the values for the guard."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class TrainStep:
     def __post_init__(self) -> None:
         # Only once: each call of Accelerate's unwrap_model searches the installed packages, which takes about a millisecond.
         self.distiller = self.accelerator.unwrap_model(self.train_state.module)
-        self._staged = self.teacher if isinstance(self.teacher, StagedTeacher) else _Fetched(self.teacher)
+        self._staged = self.teacher if isinstance(self.teacher, StagedTeacher) else _Fetched(self.teacher, self.accelerator)
         self.run = self.compute
 
     def __call__(self, micro_batches: Sequence[Batch], weights: LossWeights, lr: float) -> None:
@@ -93,10 +93,9 @@ class TrainStep:
             UserError: If a trained parameter has no gradient.
         """
         train_state = self.train_state
-        inputs = [self.prepare(batch) for batch in micro_batches]
         # Accelerate's wrapper searches the installed packages and inspects a signature in each step.
         set_learning_rate(train_state.optimizer.optimizer, lr)
-        values = self.run(inputs, weights)
+        values = self.run(map(self.prepare, micro_batches), len(micro_batches), weights)
         self.guard.add(train_state.position.step + 1, [batch.index for batch in micro_batches], values)
         train_state.meters.count_samples(sum(len(batch.labels) for batch in micro_batches))
         if train_state.average is not None:
@@ -111,11 +110,12 @@ class TrainStep:
         with profiler_range("teacher"):
             return StepInput(on_device, index, self._staged.fetch(on_device))
 
-    def compute(self, inputs: Sequence[StepInput], weights: LossWeights) -> StepValues:
+    def compute(self, inputs: Iterable[StepInput], count: int, weights: LossWeights) -> StepValues:
         """Make one update. All work is that of the device: no value depends on the host but those of `weights`.
 
         Args:
-            inputs: Inputs of all micro-batches.
+            inputs: Inputs of each micro-batch.
+            count: Number of micro-batches.
             weights: Temperature and loss weights; scalar tensors if they change and the call is captured.
 
         Returns:
@@ -126,11 +126,11 @@ class TrainStep:
         """
         accelerator, module = self.accelerator, self.train_state.module
         for number, micro_batch in enumerate(inputs, 1):
-            with nullcontext() if number == len(inputs) else accelerator.no_sync(module):
+            with nullcontext() if number == count else accelerator.no_sync(module):
                 with accelerator.autocast():
                     output, target = self.forward(micro_batch, weights)
                 with profiler_range("backward"):
-                    self.guard.backward(output, target, weight=1 / len(inputs))
+                    self.guard.backward(output, target, weight=1 / count)
             with profiler_range("logging"):
                 self.train_state.meters.update(output, micro_batch.batch.labels, teacher_logits=target.logits)
         with profiler_range("optimizer"):
@@ -169,19 +169,18 @@ class TrainStep:
 class _Fetched:
     """Teacher source of a user, all of which may need the host: its output is fetched, and nothing is left to compute."""
 
-    def __init__(self, source: TeacherSource) -> None:
-        self._source, self._layers = source, list[str]()
+    def __init__(self, source: TeacherSource, accelerator: Accelerator) -> None:
+        self._source, self._accelerator = source, accelerator
+        self._has_logits, self._layers = False, list[str]()
 
     def fetch(self, batch: Batch) -> tuple[Tensor, ...]:
-        output = self._source(batch)
-        assert output.logits is not None or not output.features
-        self._layers = list(output.features)
-        return () if output.logits is None else (output.logits, *output.features.values())
+        with self._accelerator.autocast():
+            output = self._source(batch)
+        self._has_logits, self._layers = output.logits is not None, list(output.features)
+        return (*([] if output.logits is None else [output.logits]), *output.features.values())
 
     def finish(self, batch: Batch, fetched: tuple[Tensor, ...]) -> TeacherOutput:
-        if not fetched:
-            return TeacherOutput()
-        logits, *features = fetched
+        logits, features = (fetched[0], fetched[1:]) if self._has_logits else (None, fetched)
         return TeacherOutput(logits, dict(zip(self._layers, features, strict=True)))
 
 

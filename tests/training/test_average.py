@@ -99,3 +99,18 @@ def test_evaluations_run_the_average(tmp_path):
         saved = json.loads(say("evaluate", tmp_path / "averaged", f"--split={split}").splitlines()[-1])
         assert averaged["loss"] == pytest.approx(saved["loss"], rel=1e-6)
         assert abs(averaged["loss"] - plain["loss"]) > 1e-3
+
+
+def test_buffers_that_a_network_replaces_are_copied():
+    class Replacing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.register_buffer("center", torch.zeros(2))
+
+    network = Replacing()
+    average = MovingAverage(network, decay=0.9)
+    for step in range(3):
+        network.center = network.center + 1
+        average.update(network, step=step)
+    assert average.module.center.tolist() == [3, 3]

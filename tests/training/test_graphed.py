@@ -1,7 +1,9 @@
 """Steps as a CUDA graph: what can be proven without a GPU, and with one the equality of trainings with and without a graph."""
 
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from kd_accel.builders.trainer import build_schedule
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import RunConfig
 from kd_accel.losses.distiller import LossWeights
-from kd_accel.training.graphed import DeviceWeights, fits
+from kd_accel.training.graphed import DeviceWeights, fits, host_state
 from kd_accel.training.nonfinite import StepValues, _Forward
 from kd_accel.training.optim import build_optimizer, prepare_for_capture, set_learning_rate
 from kd_accel.training.step import StepInput
@@ -108,6 +110,45 @@ def test_inputs_of_another_shape_type_or_order_do_not_fit():
     images = step_input().batch.images.to(memory_format=torch.channels_last)
     last = StepInput(replace(step_input().batch, images=images), step_input().index, step_input().fetched)
     assert not fits(static, [last])
+
+
+class Stateful(torch.nn.Module):
+    """Module whose forward changes state of the host, by name."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+        self.register_buffer("center", torch.zeros(2))
+
+    def forward(self):
+        if self.change == "python":
+            random.random()
+        elif self.change == "numpy":
+            np.random.rand()
+        elif self.change == "torch":
+            torch.rand(1)
+        elif self.change == "buffer":
+            self.center = self.center + 1
+        else:
+            self.center += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("python", ["the state of Python's random generator"]),
+        ("numpy", ["the state of NumPy's random generator"]),
+        ("torch", ["the state of PyTorch's random generator on the CPU"]),
+        ("buffer", ["a weight or buffer by another tensor"]),
+        ("in place", []),
+    ],
+)
+def test_state_of_the_host_that_a_graph_would_not_change_is_found(change, expected):
+    module = Stateful(change)
+    before, kept = host_state(module), module.center  # a freed buffer could give its address to the next one
+    module()
+    assert kept is not None
+    assert [name for name, value in host_state(module).items() if before[name] != value] == expected
 
 
 def test_a_copy_of_inputs_shares_no_memory():

@@ -1,5 +1,6 @@
 """Changed settings at a resume: accepted changes keep the training exact, others are refused with a remedy that works."""
 
+import copy
 import re
 import shlex
 import shutil
@@ -209,3 +210,12 @@ def test_weights_of_another_architecture_are_not_proposed(tmp_path):
     other = ["--train.max_steps=1", "--model.arch=import:tests.support.models:wide_student"]
     text = in_process.train(tmp_path / "run", *other, code=2)
     assert "Set them back, or start from scratch in another run_dir" in text and "model.weights" not in text
+
+
+def test_a_run_of_an_earlier_version_is_compared_as_if_it_had_the_later_settings():
+    present = RunConfig().model_dump(mode="json")
+    stored = copy.deepcopy(present)
+    del stored["train"]["cuda_graph"]
+    assert setting_changes(stored, present) == {}
+    present["train"]["cuda_graph"] = "never"
+    assert list(setting_changes(stored, present)) == ["train.cuda_graph"]
