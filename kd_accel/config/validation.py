@@ -263,6 +263,8 @@ def _distill(config: RunConfig) -> Iterator[str]:
         yield from schedule_problems("distill.label_weight", distill.label_weight)
     if distill.logits is None:
         yield from _without_logits(distill)
+    elif distill.logits.loss == "kl" and distill.logits.args.get("divergence") == "mse":
+        yield from _no_effect(distill, "distill", ("temperature",), because="with distill.logits.args.divergence mse")
     for name, feature in distill.features.items():
         yield from _feature(
             f"distill.features.{name}", feature, has_teacher=config.teacher is None or not config.teacher.is_stored

@@ -121,6 +121,10 @@ from tests.support.parsing import mistakes, parse
             "distill.alpha: has no effect (with distill.logits null)",
         ),
         (
+            ["--teacher.run=x", "--distill.temperature=2", "--distill.logits.args={divergence: mse, t_squared: false}"],
+            "distill.temperature: has no effect (with distill.logits.args.divergence mse)",
+        ),
+        (
             ["--teacher.run", "x", "--distill.logits.loss", "kll"],
             "distill.logits.loss: 'kll' is not the name of a loss between logits; did you mean kl?",
         ),
