@@ -47,7 +47,7 @@ def planned(*, is_trial: bool) -> list[Part]:
                 in_child=True,
                 env=_WORKSPACE,
             )
-            for name in precisions
+            for name in (("float32",) if is_trial else precisions)
         ),
         Part("f", "", ("forward", "build", "build-1024", "verify", "rebuild"), _build("cache"), is_timed=True),
         *(
