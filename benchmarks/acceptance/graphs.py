@@ -128,15 +128,15 @@ def _trained(bench: Bench, config: RunConfig, directory: Path, choice: str, teac
     train = {"cuda_graph": "auto" if choice == _REFUSED else choice, "epochs": 1, "log_every_steps": 1}
     torch.manual_seed(0)
     trainer = build_training(bench, with_settings(config, train=train), directory, teacher=teacher)
-    if choice == _REFUSED and isinstance(trainer.step.run, GraphedStep):
-        trainer.step.run.give_up("it is the reference")
+    if choice == _REFUSED and isinstance(trainer.step.replay, GraphedStep):
+        trainer.step.replay.give_up("it is the reference")
     trainer.fit_epoch()
     return trainer
 
 
 def _replayed(trainer: Trainer) -> bool:
     """Return whether the steps were replayed as a graph."""
-    return isinstance(trainer.step.run, GraphedStep) and trainer.step.run.is_replayed
+    return isinstance(trainer.step.replay, GraphedStep) and trainer.step.replay.is_replayed
 
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:

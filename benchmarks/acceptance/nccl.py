@@ -45,7 +45,7 @@ def _train_epoch(bench: Bench, directory: Path) -> dict[str, Tensor]:
     """Train for an epoch, with DistributedDataParallel if there is a process group; return the state dict."""
     trainer = CaseBuilder(bench, directory).training("plain", directory, blocks=1)
     # Several ranks train without a graph.
-    trainer.step.run = trainer.step.compute
+    trainer.step.replay = None
     train_state = trainer.train_state
     # Accelerate does not use DistributedDataParallel for one rank on a GPU.
     if torch.distributed.is_initialized() and not isinstance(train_state.module, DistributedDataParallel):

@@ -111,7 +111,7 @@ def build_trainer(  # noqa: PLR0913  (the parts of a training)
     step = TrainStep(accelerator, train_state, source, guard, clip_norm=config.optim.clip_norm)
     if replays_steps(config, accelerator):
         weights = DeviceWeights(accelerator.device, schedule.scheduled)
-        step.run = GraphedStep(step, weights, partial(_refuse_graph, config.train.cuda_graph, progress.say))
+        step.replay = GraphedStep(step, weights, partial(_refuse_graph, config.train.cuda_graph, progress.say))
     return Trainer(
         accelerator=accelerator,
         step=step,

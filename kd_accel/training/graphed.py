@@ -14,7 +14,9 @@ before each replay, while the device runs the one before it.
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -74,7 +76,9 @@ class GraphedStep:
     """
 
     def __init__(self, step: TrainStep, weights: DeviceWeights, refuse: Callable[[str], None]) -> None:
-        self._step, self._weights, self._refuse = step, weights, refuse
+        # The step refers to this object; a cycle would keep its memory until the next garbage collection.
+        self._step = cast(TrainStep, weakref.proxy(step))
+        self._weights, self._refuse = weights, refuse
         self._stream = torch.cuda.Stream(step.accelerator.device)
         self._steps_done = 0
         self._is_refused = False

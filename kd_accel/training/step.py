@@ -72,14 +72,13 @@ class TrainStep:
     guard: NonFiniteGuard
     clip_norm: float | None = None
     distiller: Distiller = field(init=False)
-    run: Compute = field(init=False)
-    """Function that runs `compute`; replaced by one that replays it as a CUDA graph."""
+    replay: Compute | None = field(default=None, init=False)
+    """Function that replays `compute` as a CUDA graph; None = without a graph."""
 
     def __post_init__(self) -> None:
         # Only once: each call of Accelerate's unwrap_model searches the installed packages, which takes about a millisecond.
         self.distiller = self.accelerator.unwrap_model(self.train_state.module)
         self._staged = self.teacher if isinstance(self.teacher, StagedTeacher) else _Fetched(self.teacher, self.accelerator)
-        self.run = self.compute
 
     def __call__(self, micro_batches: Sequence[Batch], weights: LossWeights, lr: float) -> None:
         """Make one update from all micro-batches; the ranks exchange gradients only in the last backward pass.
@@ -95,7 +94,7 @@ class TrainStep:
         train_state = self.train_state
         # Accelerate's wrapper searches the installed packages and inspects a signature in each step.
         set_learning_rate(train_state.optimizer.optimizer, lr)
-        values = self.run(map(self.prepare, micro_batches), len(micro_batches), weights)
+        values = (self.replay or self.compute)(map(self.prepare, micro_batches), len(micro_batches), weights)
         self.guard.add(train_state.position.step + 1, [batch.index for batch in micro_batches], values)
         train_state.meters.count_samples(sum(len(batch.labels) for batch in micro_batches))
         if train_state.average is not None:

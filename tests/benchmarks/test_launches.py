@@ -23,6 +23,7 @@ from kd_accel.data.loader import TrainLoader
 from kd_accel.data.transforms import CropFlip
 from kd_accel.profiling import observed, profiler_range
 from kd_accel.training.metrics import Meters
+from kd_accel.training.step import StepInput
 from tests.support.fake_cuda import autocast
 from tests.support.launching import ROOT, last_line
 
@@ -260,7 +261,7 @@ def test_counts_match_those_with_fake_cuda_tensors(counts, precision, tmp_path):
             with counter.part("loader"):
                 (batch,) = next(batches)
             with autocast(precision == "bf16"):
-                output, target = trainer.step.forward(trainer.step.prepare(batch), trainer.schedule.weights_at(0, 0))
+                output, target = trainer.step.forward(StepInput(batch, None, ()), trainer.schedule.weights_at(0, 0))
             with counter.part("logging"):
                 meters.update(output, batch.labels, teacher_logits=target.logits)
     expected = counts[precision]["live_hybrid"]
