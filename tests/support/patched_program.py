@@ -29,6 +29,7 @@ from kd_accel.cli import main
 from kd_accel.commands import cache, train  # noqa: F401  (the imports of the commands)
 from kd_accel.training.checkpoint import CheckpointWriter
 from kd_accel.training.run_dir import RunDirectory
+from kd_accel.training.step import TrainStep
 from kd_accel.training.trainer import Trainer
 from tests.support.holding import DIRECTORY, STEP, mark, wait_until
 
@@ -51,27 +52,32 @@ def fail():
 
 
 def hold(*, is_ended_by_signal=True):
-    directory, step = Path(os.environ[DIRECTORY]), Trainer.step
+    directory, step, fit_epoch, trainers = Path(os.environ[DIRECTORY]), TrainStep.__call__, Trainer.fit_epoch, []
+
+    def recorded(self):
+        trainers[:] = [self]
+        fit_epoch(self)
 
     def held(self, *arguments):
         if self.train_state.position.step == int(os.environ[STEP]):
             mark(directory / f"held-{RANK}")
+            preemption = trainers[0].preemption
             # A signal ends the hold, so that the steps after it are those in which the ranks agree on a stop.
-            wait_until(lambda: (is_ended_by_signal and self.preemption._signal) or (directory / "released").exists())
+            wait_until(lambda: (is_ended_by_signal and preemption._signal) or (directory / "released").exists())
         step(self, *arguments)
 
-    Trainer.step = held
+    Trainer.fit_epoch, TrainStep.__call__ = recorded, held
 
 
 def break_in_step():
-    step = Trainer.step
+    step = TrainStep.__call__
 
     def broken(self, *arguments):
         if self.train_state.position.step == int(os.environ[STEP]):
             raise ZeroDivisionError
         step(self, *arguments)
 
-    Trainer.step = broken
+    TrainStep.__call__ = broken
 
 
 def close_slowly():
