@@ -35,7 +35,8 @@ def test_each_rank_writes_a_trace_of_the_steps(distilled, tmp_path):
     for rank in (0, 1):
         counts, others = ranges(run_dir / "profile" / f"rank-{rank}.json")
         assert counts.keys() >= STEP | {"checkpoint", "evaluation"}
-        assert {counts[name] for name in STEP - {"loader", "logging"}} == {6}
+        assert {counts[name] for name in STEP - {"loader", "logging", "teacher"}} == {6}
+        assert counts["teacher"] == 12  # in each step, what the host fetches and what the device computes
         assert any(name.startswith("aten::") for name in others)
     assert done.stdout.count("ms per step") == 1
 
