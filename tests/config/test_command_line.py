@@ -115,7 +115,7 @@ def test_a_command_is_two_calls_below_main(monkeypatch):
     assert names[:2] == ["_train", "main"] and names[2].startswith("test_")
 
 
-LIMIT_CPU_S = 1.0
+LIMIT_CPU_S = 0.5
 """Limit of the processor time, which depends less on the load of the machine than the elapsed time."""
 
 
