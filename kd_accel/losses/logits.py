@@ -100,10 +100,7 @@ def reverse_kl_loss(
     References:
         Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", ICLR 2024.
     """
-    with torch.autocast(student_logits.device.type, enabled=False):
-        student_log, teacher_log = _softened(student_logits, teacher_logits, temperature)
-        divergence = kl_divergence(teacher_log, student_log)
-        return divergence * temperature**2 if t_squared else divergence
+    return kl_loss(teacher_logits, student_logits, temperature=temperature, t_squared=t_squared)
 
 
 def js_loss(
