@@ -93,21 +93,28 @@ def test_temperature_may_be_a_scalar_tensor(name, standardize):
     np.testing.assert_allclose(same_gradient, gradient, rtol=1e-4, atol=1e-6)
 
 
-class RefuseReading(TorchDispatchMode):
-    """Raise where the host reads a value of a tensor, which the capture of a CUDA graph does not allow."""
+class ReadValues(TorchDispatchMode):
+    """Record of the operators in which the host reads a value of a tensor, which a CUDA graph does not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.readers = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         is_by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
-        assert not is_by_mask and name not in ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
+        if is_by_mask or name in ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"):
+            self.readers.append(name)
+        self.operators += 1
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.slow
-def test_reading_a_value_is_refused():
+def test_reading_a_value_is_recorded():
     for read in (lambda ones: ones[0].item(), lambda ones: bool(ones[0]), lambda ones: ones[ones > 0]):
-        with pytest.raises(AssertionError), RefuseReading():
+        with ReadValues() as record:
             read(torch.ones(2))
+        assert record.readers
 
 
 @pytest.mark.slow
@@ -115,8 +122,9 @@ def test_reading_a_value_is_refused():
 @with_and_without_scores
 def test_no_value_is_read_back_to_the_host(name, standardize):
     loss, temperature = build(name, standardize=standardize), torch.tensor(2.0)
-    with RefuseReading():
+    with ReadValues() as record:
         compute(loss, *logits_of(torch.float32), torch.tensor(LABELS), temperature)
+    assert record.readers == [] and record.operators > 5
 
 
 @every_loss
