@@ -19,7 +19,7 @@ from kd_accel.data.unlabeled import UNLABELED_OFFSET
 from kd_accel.errors import UserError
 from kd_accel.types import Batch, StagedTeacher
 from tests.cache.test_reader import LAYERS, mixed_spec
-from tests.support.caches import store
+from tests.support.caches import flip_bit, store
 
 CPU = torch.device("cpu")
 TYPES = ["float32", "float16", "bfloat16", "int8"]
@@ -184,9 +184,7 @@ def test_a_damaged_file_is_found_before_its_view_is_kept(tmp_path):
     cache_spec = spec()
     store(tmp_path, cache_spec)
     shard = cache_spec.shards("train", 1, "layer1")[2]
-    data = bytearray((tmp_path / shard.name).read_bytes())
-    data[-1] ^= 4
-    (tmp_path / shard.name).write_bytes(data)
+    flip_bit(tmp_path / shard.name)
     teacher = teacher_of(tmp_path, cache_spec, always)
     teacher.read(np.arange(3), 0, CPU)
     with pytest.raises(UserError, match=r"view-0001/layer1-00002-of-00004.* does not match its checksum"):

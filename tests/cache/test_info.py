@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd_accel.cache.info import cache_info
-from tests.support.caches import files_of, flags_of
+from tests.support.caches import files_of, flags_of, flip_bit
 from tests.support.in_process import cache
 
 SHARDS = [
@@ -136,9 +136,7 @@ def test_a_directory_in_place_of_a_shard_is_named(copied):
 def test_no_shard_is_opened(copied, monkeypatch):
     """Contents are for `cache verify`: a flipped bit keeps the size, and no byte of a shard is read."""
     flags, directory = copied
-    data = bytearray((directory / SHARDS[1]).read_bytes())
-    data[-1] ^= 1
-    (directory / SHARDS[1]).write_bytes(data)
+    flip_bit(directory / SHARDS[1])
     opened, open_path = [], Path.open
 
     def recording(path, *arguments, **options):

@@ -18,7 +18,7 @@ from kd_accel.cache.spec import TensorSpec, samples_in_a_shard, spec_from_json, 
 from kd_accel.cache.verify import balanced_share
 from kd_accel.cache.writer import blocks_of
 from kd_accel.errors import UserError
-from tests.support.caches import PCA, spec_of, store, teacher_values
+from tests.support.caches import PCA, flip_bit, spec_of, store, teacher_values
 
 TYPES = ["float32", "float16", "bfloat16", "int8"]
 
@@ -150,9 +150,7 @@ def test_a_damaged_file_is_named_when_its_view_is_first_read(tmp_path):
     cache_spec = spec_of()
     store(tmp_path, cache_spec)
     shard = cache_spec.shards("train", 1, "layer1")[2]
-    data = bytearray((tmp_path / shard.name).read_bytes())
-    data[-1] ^= 4
-    (tmp_path / shard.name).write_bytes(data)
+    flip_bit(tmp_path / shard.name)
     reader = Reader(tmp_path, cache_spec, "train", np.arange(100), ["layer1"])
     reader.read(0, np.arange(3))
     with pytest.raises(

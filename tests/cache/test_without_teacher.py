@@ -12,7 +12,7 @@ from kd_accel.cache.teacher_cache import TeacherCache
 from kd_accel.commands import reproduce
 from kd_accel.config.schema import ReproduceConfig
 from tests.support import in_process
-from tests.support.caches import FEATURE, RAW, files_of
+from tests.support.caches import FEATURE, RAW, files_of, flip_bit
 from tests.support.image_files import write_folder
 from tests.support.in_process import cache, say, train
 from tests.support.launching import metrics, summary
@@ -98,9 +98,7 @@ def test_another_teacher_is_refused_at_a_resume(tmp_path, teacher_run, copied):
     train(tmp_path / "run", *flags(copied), "--checkpoint.stop_after_steps=11")
     train(tmp_path / "finished", *flags(copied), "--train.max_steps=2")
     shutil.copytree(teacher_run, tmp_path / "teacher")
-    data = bytearray((tmp_path / "teacher/model.safetensors").read_bytes())
-    data[-2] ^= 1
-    (tmp_path / "teacher/model.safetensors").write_bytes(data)
+    flip_bit(tmp_path / "teacher/model.safetensors", at=-4)
     cache("build", *flags(tmp_path / "cache", f"--teacher.run={tmp_path / 'teacher'}"))
     for run, *more in (("run",), ("finished", "--train.max_steps=2")):
         assert "was trained with the teacher" in train(tmp_path / run, *flags(tmp_path / "cache"), *more, code=2)
@@ -136,9 +134,7 @@ def test_a_layer_that_is_not_stored_is_refused(tmp_path, copied):
 
 def test_damaged_files_are_refused(tmp_path, copied):
     shard = next(path for path in files_of(copied) if "train" in str(path))
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
+    flip_bit(shard)
     assert "does not match its checksum" in train(tmp_path / "run", *flags(copied), code=2)
     assert "damaged" in cache("verify", *flags(copied), code=2)
     spec = json.loads((copied / "spec.json").read_text())

@@ -26,6 +26,13 @@ def files_of(directory):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(directory.glob("*/view-*/*.safetensors"))}
 
 
+def flip_bit(path, at=-1):
+    """Flip a bit of one byte of a file, which keeps its size."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
 def spec_of(dtype="float16", *, samples=100, views=2, samples_per_shard=32, channels=6):
     return CacheSpec(
         fingerprint_fields={"teacher": "a", "data": {"contents": {}}},
