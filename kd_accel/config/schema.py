@@ -12,14 +12,19 @@ from pydantic import Field, model_validator
 
 from kd_accel.config.data_schema import MAX_IMAGE_SIZE as MAX_IMAGE_SIZE
 from kd_accel.config.data_schema import DataConfig as DataConfig
+from kd_accel.config.distill_schema import DistillConfig as DistillConfig
+from kd_accel.config.distill_schema import FeatureLossConfig as FeatureLossConfig
+from kd_accel.config.distill_schema import LogitLossConfig as LogitLossConfig
+from kd_accel.config.distill_schema import Schedule as Schedule
 from kd_accel.config.run_name import AUTO, run_name
+from kd_accel.config.section import Argument as Argument
 from kd_accel.config.section import Section as Section
+from kd_accel.config.teacher_schema import CacheConfig as CacheConfig
+from kd_accel.config.teacher_schema import Stem as Stem
+from kd_accel.config.teacher_schema import StorageType as StorageType
+from kd_accel.config.teacher_schema import TeacherConfig as TeacherConfig
 
-Stem = Literal["imagenet", "no_pool", "cifar"]
 Precision = Literal["float32", "bf16", "fp16"]
-StorageType = Literal["float32", "float16", "bfloat16", "int8"]
-Argument = bool | int | float | str | list[bool | int | float | str | None]
-"""Argument of a model builder or a loss; an entry of null is removed while the settings are merged (settings.py)."""
 
 
 class ModelConfig(Section):
@@ -37,131 +42,6 @@ class ModelConfig(Section):
     stem: Stem = "imagenet"
     weights: str | None = None
     arch_args: dict[str, Argument] = Field(default_factory=dict)
-
-
-class CacheConfig(Section):
-    """The stored outputs of the teacher.
-
-    Args:
-        dir: Directory of the cache; a cache is identified by its contents, not by its path.
-        dtype: Storage type; int8 for features only (logits are float16 then); null = float16 for a new cache.
-        shard_mib: Size of the largest tensor's files in a new cache, in MiB.
-        batch_size: Samples per forward of the teacher in a new cache; null = train.batch_size / train.grad_accum_steps.
-    """
-
-    dir: str | None = None
-    dtype: StorageType | None = None
-    shard_mib: float = 64.0
-    batch_size: int | None = None
-
-
-class TeacherConfig(Section):
-    """The teacher: a finished run, an architecture with weights, or, with neither, the stored outputs of a cache alone.
-
-    Args:
-        run: Run directory of the teacher; excludes arch, stem, weights, arch_args, mean and std.
-        arch: Architecture, as model.arch.
-        stem: First layers of a ResNet, as model.stem.
-        weights: Weights, as model.weights; they must fit exactly, the classifier included.
-        arch_args: Arguments of the builder, as model.arch_args.
-        mean: Per-channel mean in 0..1 with which the teacher was trained; null = that of the weights' run or library.
-        std: Per-channel standard deviation in 0..1 with which the teacher was trained; null = as mean.
-        class_map: Class of the teacher for each class of the data: auto = the class of the same name; a list of indices or
-            names in the order of the data; {data class: teacher's index or name}, the others by name; null = the same classes.
-        min_accuracy: Smallest accuracy of the teacher on the test samples, a fraction, with which a training or a build starts;
-            auto = two standard errors above the share of the largest class; null = no check.
-        outputs: Source of the outputs: live = computed for each batch; cached = read from the files of `kd-accel cache build`,
-            also without run and arch; mixed = logits from the files, features live.
-        cache: The stored outputs.
-    """
-
-    run: str | None = None
-    arch: str | None = None
-    stem: Stem = "imagenet"
-    weights: str | None = None
-    arch_args: dict[str, Argument] = Field(default_factory=dict)
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    class_map: Literal["auto"] | list[int | str] | dict[str, int | str] | None = None
-    min_accuracy: float | Literal["auto"] | None = "auto"
-    outputs: Literal["live", "cached", "mixed"] = "live"
-    cache: CacheConfig = Field(default_factory=CacheConfig)
-
-    @property
-    def is_stored(self) -> bool:
-        """True if no teacher is set that could run, so that its outputs can only be read from a cache."""
-        return self.run is None and self.arch is None
-
-
-class Schedule(Section):
-    """A number that changes during training: a pure function of the epochs (or steps) done.
-
-    Args:
-        start: Value at the beginning.
-        kind: Shape: exponential = max(floor, start * decay ** t); linear and cosine go from start to end; constant = start.
-        floor: Lowest value (exponential).
-        decay: Factor per unit (exponential).
-        end: Value from `length` on (linear, cosine).
-        length: Number of units from start to end (linear, cosine); null = the entire training.
-        unit: Unit of t: epochs completed, or optimizer steps done.
-    """
-
-    start: float
-    kind: Literal["exponential", "linear", "cosine", "constant"] = "exponential"
-    floor: float | None = None
-    decay: float | None = None
-    end: float | None = None
-    length: int | None = None
-    unit: Literal["epoch", "step"] = "epoch"
-
-
-class LogitLossConfig(Section):
-    """The loss between the logits of student and teacher.
-
-    Args:
-        loss: Name of a registered loss, or import:package.module:Class.
-        args: Settings of the loss itself.
-    """
-
-    loss: str = "kl"
-    args: dict[str, Argument] = Field(default_factory=dict)
-
-
-class FeatureLossConfig(Section):
-    """A loss between features of student and teacher, summed over the layers. Its NAME is its term in the metrics.
-
-    Args:
-        loss: Name of a registered loss, or import:package.module:Class; null = NAME.
-        weight: Factor of the sum.
-        layers: Names of modules that both networks have, or {student's module: teacher's module}; auto = the last block of each
-            resolution, paired from the deepest one. config.yaml of the run has the pairs.
-        args: Settings of the loss itself.
-    """
-
-    loss: str | None = None
-    weight: float | Schedule = 0.1
-    layers: Literal["auto"] | list[str] | dict[str, str] = Field(
-        default_factory=lambda: ["layer1", "layer2", "layer3", "layer4"]
-    )
-    args: dict[str, Argument] = Field(default_factory=dict)
-
-
-class DistillConfig(Section):
-    """The distillation objective: alpha * logit loss + label_weight * cross-entropy + the weighted feature losses.
-
-    Args:
-        temperature: T, by which the logits of student and teacher are divided in the logit loss.
-        alpha: Weight of the logit loss.
-        label_weight: Weight of the cross-entropy with the labels; null = 1 - alpha.
-        logits: The logit loss; null = none.
-        features: Feature losses by name.
-    """
-
-    temperature: float | Schedule = 4.0
-    alpha: float | Schedule = 0.5
-    label_weight: float | Schedule | None = None
-    logits: LogitLossConfig | None = Field(default_factory=LogitLossConfig)
-    features: dict[str, FeatureLossConfig] = Field(default_factory=dict)
 
 
 class OptimConfig(Section):

@@ -1,8 +1,11 @@
-"""Base of all groups of settings."""
+"""Base of all groups of settings, and the type of a free argument."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
+
+Argument = bool | int | float | str | list[bool | int | float | str | None]
+"""Argument of a model builder or a loss; an entry of null is removed while the settings are merged (settings.py)."""
 
 
 class Section(BaseModel):

@@ -8,36 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from kd_accel.config.data_schema import has_transform
+from kd_accel.config.distill_rules import distill_problems, unknown_losses
 from kd_accel.config.fields import nearest
-from kd_accel.config.loss_weights import labels_without_weight, value_range
-from kd_accel.config.schedule_rules import schedule_problems
+from kd_accel.config.loss_weights import labels_without_weight
+from kd_accel.config.rules import arch_problems, at_least, no_effect, pixel_statistics
 from kd_accel.config.schema import (
     MAX_IMAGE_SIZE,
     BenchConfig,
     DataConfig,
-    DistillConfig,
-    FeatureLossConfig,
     OptimConfig,
     ReproduceConfig,
     RunConfig,
-    TeacherConfig,
 )
+from kd_accel.config.teacher_rules import teacher_problems
 from kd_accel.config.transform_schema import transform_config
 from kd_accel.config.unlabeled_rules import label_column_problems, unlabeled_problems
 from kd_accel.io.files import is_directory
-from kd_accel.io.user_code import PREFIX
 
 SOURCES = ("hub:", "parquet:", "disk:", "imagefolder:", "csv:", "import:")
 _MAX_WORKERS = 1024
-# At 0.01 a softmax over the usual logits is already one-hot, and at 1,000 uniform, so that a teacher's output has no content.
-_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 1000.0
-ARCHS = ("torchvision/", "timm/", "import:")
 
 
 def problems(config: BaseModel, losses: Mapping[str, Sequence[str]] | None = None) -> list[str]:
@@ -55,8 +49,8 @@ def problems(config: BaseModel, losses: Mapping[str, Sequence[str]] | None = Non
     if isinstance(config, BenchConfig):
         return [*_values(config), *_bench(config)]
     assert isinstance(config, RunConfig)
-    checks = (_values, _name, _data, _model, _teacher, _distill, _optim, _train, _checkpoint)
-    unknown = _unknown_losses(config.distill, losses) if config.distill is not None and losses else ()
+    checks = (_values, _name, _data, _model, teacher_problems, distill_problems, _optim, _train, _checkpoint)
+    unknown = unknown_losses(config.distill, losses) if config.distill is not None and losses else ()
     return [*(problem for check in checks for problem in check(config)), *unknown]
 
 
@@ -114,8 +108,8 @@ def _data(config: RunConfig) -> Iterator[str]:
     if data.source != "digits" and not data.source.startswith(SOURCES):
         guess = f"; did you mean imagefolder:{data.source}?" if is_directory(data.source) else nearest(data.source, ["digits"])
         yield f"data.source: {data.source!r} must be digits or start with one of {', '.join(SOURCES)}{guess}"
-    yield from _at_least(data, "data", 1, "image_size", "views", "limit_train", "limit_test", "memory_limit_mib")
-    yield from _at_least(data, "data", 0, "num_workers", "view_seed")
+    yield from at_least(data, "data", 1, "image_size", "views", "limit_train", "limit_test", "memory_limit_mib")
+    yield from at_least(data, "data", 0, "num_workers", "view_seed")
     for name, most in (("image_size", MAX_IMAGE_SIZE), ("num_workers", _MAX_WORKERS)):
         if getattr(data, name) > most:
             yield f"data.{name}: {getattr(data, name)} must be at most {most}"
@@ -139,7 +133,7 @@ def _data(config: RunConfig) -> Iterator[str]:
     yield from unlabeled_problems(config, sources=SOURCES)
     if (data.mean is None) != (data.std is None):
         yield "data.mean and data.std: one of them is set; set both or none"
-    yield from _pixel_statistics("data", data.mean, data.std)
+    yield from pixel_statistics("data", data.mean, data.std)
 
 
 def _pixel_range(pixel_range: list[float] | None) -> Iterator[str]:
@@ -162,156 +156,29 @@ def _data_without_effect(data: DataConfig) -> Iterator[str]:
     splits = ("train_split", "val_split", "test_split", "test_fraction")
     if data.source == "digits":
         names = ("label_column", *splits, *(() if data.unlabeled else ("on_error",)))
-        yield from _no_effect(data, "data", names, because="with source digits")
+        yield from no_effect(data, "data", names, because="with source digits")
     if all(source.startswith(("digits", "imagefolder:")) for source in (data.source, data.unlabeled) if source):
         because = "with source digits" if data.source == "digits" else "with this source"
-        yield from _no_effect(data, "data", ("image_column",), because=because)
+        yield from no_effect(data, "data", ("image_column",), because=because)
     if data.val_split not in (None, "auto"):
-        yield from _no_effect(data, "data", ("val_fraction",), because=f"with data.val_split {data.val_split}")
+        yield from no_effect(data, "data", ("val_fraction",), because=f"with data.val_split {data.val_split}")
     if data.test_fraction is not None:
-        yield from _no_effect(data, "data", ("test_split",), because="with data.test_fraction")
+        yield from no_effect(data, "data", ("test_split",), because="with data.test_fraction")
     if not has_transform(data):
-        yield from _no_effect(data, "data", ("view_seed",), because="with transform none")
+        yield from no_effect(data, "data", ("view_seed",), because="with transform none")
         if data.views not in (None, 1):
             yield "data.views: has no effect (with transform none all views are equal); leave it out"
 
 
 def _model(config: RunConfig) -> Iterator[str]:
-    yield from _arch("model.arch", config.model.arch)
-
-
-def _teacher(config: RunConfig) -> Iterator[str]:
-    teacher = config.teacher
-    if teacher is None:
-        if config.distill is not None:
-            yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
-        return
-    if teacher.run is not None and teacher.arch is not None:
-        yield "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights, not both"
-    elif teacher.is_stored:
-        yield from _stored_teacher(teacher)
-    elif teacher.run is not None:
-        yield from _no_effect(
-            teacher, "teacher", ("stem", "weights", "arch_args", "mean", "std"), because="teacher.run determines it"
-        )
-    else:
-        yield from _own_teacher(teacher)
-    yield from _classes_and_accuracy(teacher, has_labels=config.data.label_column is not None)
-    yield from _outputs(config, teacher)
-
-
-def _stored_teacher(teacher: TeacherConfig) -> Iterator[str]:
-    """Check a teacher of which only the stored outputs exist."""
-    described = ("stem", "weights", "arch_args", "mean", "std", "class_map")
-    if teacher.outputs == "cached":
-        yield from _no_effect(teacher, "teacher", described, because="without teacher.run and teacher.arch the cache decides")
-    else:
-        yield (
-            "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights; without a teacher, set "
-            "teacher.outputs to cached and teacher.cache.dir to a cache of its outputs"
-        )
-
-
-def _classes_and_accuracy(teacher: TeacherConfig, *, has_labels: bool) -> Iterator[str]:
-    if not has_labels:
-        settings = ("class_map", "min_accuracy")
-        yield from _no_effect(teacher, "teacher", settings, because="with data.label_column null the classes are the teacher's")
-    if teacher.class_map is not None and not teacher.class_map:
-        yield f"teacher.class_map: {teacher.class_map} must name at least one class, or be auto or null"
-    minimum = teacher.min_accuracy
-    if minimum is not None and minimum != "auto" and not 0 <= minimum <= 1:
-        yield f"teacher.min_accuracy: {minimum} must be at least 0 and at most 1 (a fraction), or auto, or null for no check"
-
-
-def _outputs(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
-    cache, outputs = teacher.cache, teacher.outputs
-    yield from _at_least(cache, "teacher.cache", 1, "batch_size")
-    if not (math.isfinite(cache.shard_mib) and cache.shard_mib > 0):
-        yield f"teacher.cache.shard_mib: {cache.shard_mib} must be above 0"
-    if outputs == "live":
-        yield from _no_effect(cache, "teacher.cache", ("dtype", "shard_mib", "batch_size"), because="with teacher.outputs live")
-        return
-    if cache.dir is None:
-        yield f"teacher.cache.dir: missing; with teacher.outputs {outputs} set the directory of the cache"
-    if config.data.views is None and has_transform(config.data):
-        yield f"data.views: null means new views in each epoch; with teacher.outputs {outputs} set the number of cached views"
-    if outputs == "mixed" and (config.distill is None or not config.distill.features):
-        yield "teacher.outputs: mixed differs from cached only in the features; without distill.features use cached"
-
-
-def _own_teacher(teacher: TeacherConfig) -> Iterator[str]:
-    yield from _arch("teacher.arch", str(teacher.arch))
-    if teacher.weights is None:
-        yield "teacher.weights: null, but a teacher must be trained; set a .safetensors file or the name of pretrained weights"
-    if (teacher.mean is None) != (teacher.std is None):
-        yield "teacher.mean and teacher.std: one of them is set; set both or none"
-    weights = Path(teacher.weights or "")
-    if teacher.mean is None and weights.suffix == ".safetensors" and weights.name != "model.safetensors":
-        yield "teacher.mean and teacher.std: missing; with a weights file set those with which the teacher was trained, in 0..1"
-    yield from _pixel_statistics("teacher", teacher.mean, teacher.std)
-
-
-def _distill(config: RunConfig) -> Iterator[str]:
-    distill = config.distill
-    if distill is None:
-        return
-    yield from schedule_problems("distill.temperature", distill.temperature, least=_LEAST_TEMPERATURE, most=_MOST_TEMPERATURE)
-    if distill.label_weight is None:
-        yield from schedule_problems("distill.alpha", distill.alpha, most=1.0)
-    else:
-        yield from schedule_problems("distill.alpha", distill.alpha)
-        yield from schedule_problems("distill.label_weight", distill.label_weight)
-    if distill.logits is None:
-        yield from _without_logits(distill)
-    elif distill.logits.loss == "kl" and distill.logits.args.get("divergence") == "mse":
-        yield from _no_effect(distill, "distill", ("temperature",), because="with distill.logits.args.divergence mse")
-    for name, feature in distill.features.items():
-        yield from _feature(
-            f"distill.features.{name}", feature, has_teacher=config.teacher is None or not config.teacher.is_stored
-        )
-
-
-def _without_logits(distill: DistillConfig) -> Iterator[str]:
-    yield from _no_effect(distill, "distill", ("temperature", "alpha"), because="with distill.logits null")
-    if distill.label_weight is None:
-        yield "distill.label_weight: null means 1 - alpha, but distill.logits is null; set a number, such as 1"
-    if not distill.features:
-        yield "distill: logits is null and features is empty, so that nothing is distilled; set one of them, or teacher to null"
-
-
-def _feature(name: str, feature: FeatureLossConfig, *, has_teacher: bool) -> Iterator[str]:
-    yield from schedule_problems(f"{name}.weight", feature.weight)
-    if value_range(feature.weight)[1] == 0:
-        yield f"{name}.weight: 0, so that the term has no effect; remove it with {name}: null"
-    if feature.layers == "auto":
-        if not has_teacher:
-            yield (
-                f"{name}.layers: auto needs the teacher's network, but neither teacher.run nor teacher.arch is set; write the "
-                "pairs that `kd-accel cache build` has printed, as {student's module: teacher's module}"
-            )
-        return
-    layers = list(feature.layers)
-    if not layers or len(set(layers)) < len(layers):
-        yield f"{name}.layers: {layers} must name at least one module, each once"
-
-
-def _unknown_losses(distill: DistillConfig, losses: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    named = [("distill.logits.loss", "logits", distill.logits.loss)] if distill.logits else []
-    for name, feature in distill.features.items():
-        field = f"distill.features.{name}"
-        named.append((f"{field}.loss" if feature.loss else field, "features", feature.loss or name))
-    for field, kind, loss in named:
-        known = losses[kind]
-        if loss not in known and not loss.startswith(PREFIX):
-            listed = ", ".join([*known, f"{PREFIX}package.module:Class"])
-            yield f"{field}: {loss!r} is not the name of a loss between {kind}{nearest(loss, known)} (known: {listed})"
+    yield from arch_problems("model.arch", config.model.arch)
 
 
 def _optim(config: RunConfig) -> Iterator[str]:
     optim = config.optim
     if not (math.isfinite(optim.lr) and optim.lr > 0):
         yield f"optim.lr: {optim.lr} must be above 0"
-    yield from _at_least(optim, "optim", 0, "weight_decay", "momentum")
+    yield from at_least(optim, "optim", 0, "weight_decay", "momentum")
     if optim.momentum >= 1:
         yield f"optim.momentum: {optim.momentum} must be below 1"
     if optim.clip_norm is not None and not optim.clip_norm > 0:
@@ -319,7 +186,7 @@ def _optim(config: RunConfig) -> Iterator[str]:
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas: {optim.betas} must be two numbers in [0, 1)"
     unused = ("betas",) if optim.name == "sgd" else ("momentum", "nesterov")
-    yield from _no_effect(optim, "optim", unused, because=f"with optimizer {optim.name}")
+    yield from no_effect(optim, "optim", unused, because=f"with optimizer {optim.name}")
     if optim.name == "sgd" and optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov: needs optim.momentum above 0"
     yield from _learning_rate_schedule(optim)
@@ -327,7 +194,7 @@ def _optim(config: RunConfig) -> Iterator[str]:
 
 def _learning_rate_schedule(optim: OptimConfig) -> Iterator[str]:
     if optim.schedule != "step":
-        yield from _no_effect(optim, "optim", ("step_epochs", "step_gamma"), because=f"with {optim.schedule}")
+        yield from no_effect(optim, "optim", ("step_epochs", "step_gamma"), because=f"with {optim.schedule}")
     elif not optim.step_epochs:
         yield "optim.step_epochs: empty, but the step schedule needs the epochs after which the learning rate falls"
     if optim.warmup_fraction is not None and not 0 <= optim.warmup_fraction < 1:
@@ -336,11 +203,11 @@ def _learning_rate_schedule(optim: OptimConfig) -> Iterator[str]:
 
 def _train(config: RunConfig) -> Iterator[str]:
     train = config.train
-    yield from _at_least(train, "train", 1, "epochs", "max_steps", "batch_size", "grad_accum_steps", "eval_batch_size")
-    yield from _at_least(train, "train", 1, "eval_every_epochs", "log_every_steps")
-    yield from _at_least(train, "train", 1, "timeout_s")
+    yield from at_least(train, "train", 1, "epochs", "max_steps", "batch_size", "grad_accum_steps", "eval_batch_size")
+    yield from at_least(train, "train", 1, "eval_every_epochs", "log_every_steps")
+    yield from at_least(train, "train", 1, "timeout_s")
     if config.data.val_fraction == 0:
-        yield from _no_effect(train, "train", ("eval_every_epochs",), because="with data.val_fraction 0 nothing is evaluated")
+        yield from no_effect(train, "train", ("eval_every_epochs",), because="with data.val_fraction 0 nothing is evaluated")
     if config.optim.schedule == "step" and any(not 0 < epoch < train.epochs for epoch in config.optim.step_epochs):
         yield f"optim.step_epochs: {config.optim.step_epochs} must be above 0 and below train.epochs ({train.epochs})"
     if not 0 <= train.label_smoothing < 1:
@@ -362,33 +229,5 @@ def _train(config: RunConfig) -> Iterator[str]:
 
 
 def _checkpoint(config: RunConfig) -> Iterator[str]:
-    yield from _at_least(config.checkpoint, "checkpoint", 1, "every_epochs", "every_steps", "keep", "stop_after_steps")
-    yield from _at_least(config.tracking, "tracking", 1, "timeout_s")
-
-
-def _arch(name: str, arch: str) -> Iterator[str]:
-    if not arch.startswith(ARCHS):
-        yield f"{name}: {arch!r} must start with one of {', '.join(ARCHS)}"
-
-
-def _pixel_statistics(section: str, mean: list[float] | None, std: list[float] | None) -> Iterator[str]:
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and (len(values) != 3 or not all(0 <= value <= 1 for value in values)):
-            yield f"{section}.{name}: {values} must be three numbers in 0..1, one for each of red, green and blue"
-    if std is not None and any(value == 0 for value in std):
-        yield f"{section}.std: {std} must be above 0"
-
-
-def _at_least(section: object, name: str, least: int, *field_names: str) -> Iterator[str]:
-    for field_name in field_names:
-        value = getattr(section, field_name)
-        if value is not None and not value >= least:
-            yield f"{name}.{field_name}: {value} must be at least {least}"
-
-
-def _no_effect(section: object, name: str, field_names: tuple[str, ...], *, because: str) -> Iterator[str]:
-    """Yield a message for each setting that differs from its default and has no effect in this mode."""
-    default = type(section)()
-    for field_name in field_names:
-        if getattr(section, field_name) != getattr(default, field_name):
-            yield f"{name}.{field_name}: has no effect ({because}); leave it out"
+    yield from at_least(config.checkpoint, "checkpoint", 1, "every_epochs", "every_steps", "keep", "stop_after_steps")
+    yield from at_least(config.tracking, "tracking", 1, "timeout_s")

@@ -1,0 +1,38 @@
+"""Rules for settings of several sections. Each yields a message for each broken rule: field, value, rule and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+ARCHS = ("torchvision/", "timm/", "import:")
+
+
+def arch_problems(name: str, arch: str) -> Iterator[str]:
+    """Yield a message if an architecture has no known prefix. name: name of the setting."""
+    if not arch.startswith(ARCHS):
+        yield f"{name}: {arch!r} must start with one of {', '.join(ARCHS)}"
+
+
+def pixel_statistics(section: str, mean: list[float] | None, std: list[float] | None) -> Iterator[str]:
+    """Yield a message for each wrong mean or standard deviation of the channels."""
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or not all(0 <= value <= 1 for value in values)):
+            yield f"{section}.{name}: {values} must be three numbers in 0..1, one for each of red, green and blue"
+    if std is not None and any(value == 0 for value in std):
+        yield f"{section}.std: {std} must be above 0"
+
+
+def at_least(section: object, name: str, least: int, *field_names: str) -> Iterator[str]:
+    """Yield a message for each setting of a section that is set and below `least`."""
+    for field_name in field_names:
+        value = getattr(section, field_name)
+        if value is not None and not value >= least:
+            yield f"{name}.{field_name}: {value} must be at least {least}"
+
+
+def no_effect(section: object, name: str, field_names: tuple[str, ...], *, because: str) -> Iterator[str]:
+    """Yield a message for each setting that differs from its default and has no effect in this mode."""
+    default = type(section)()
+    for field_name in field_names:
+        if getattr(section, field_name) != getattr(default, field_name):
+            yield f"{name}.{field_name}: has no effect ({because}); leave it out"

@@ -1,0 +1,83 @@
+"""Rules of the teacher's settings: where it comes from, its classes, and the source of its outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from kd_accel.config.data_schema import has_transform
+from kd_accel.config.rules import arch_problems, at_least, no_effect, pixel_statistics
+from kd_accel.config.schema import RunConfig, TeacherConfig
+
+
+def teacher_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each broken rule of `teacher`."""
+    teacher = config.teacher
+    if teacher is None:
+        if config.distill is not None:
+            yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
+        return
+    if teacher.run is not None and teacher.arch is not None:
+        yield "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights, not both"
+    elif teacher.is_stored:
+        yield from _stored_teacher(teacher)
+    elif teacher.run is not None:
+        yield from no_effect(
+            teacher, "teacher", ("stem", "weights", "arch_args", "mean", "std"), because="teacher.run determines it"
+        )
+    else:
+        yield from _own_teacher(teacher)
+    yield from _classes_and_accuracy(teacher, has_labels=config.data.label_column is not None)
+    yield from _outputs(config, teacher)
+
+
+def _stored_teacher(teacher: TeacherConfig) -> Iterator[str]:
+    """Check a teacher of which only the stored outputs exist."""
+    described = ("stem", "weights", "arch_args", "mean", "std", "class_map")
+    if teacher.outputs == "cached":
+        yield from no_effect(teacher, "teacher", described, because="without teacher.run and teacher.arch the cache decides")
+    else:
+        yield (
+            "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights; without a teacher, set "
+            "teacher.outputs to cached and teacher.cache.dir to a cache of its outputs"
+        )
+
+
+def _classes_and_accuracy(teacher: TeacherConfig, *, has_labels: bool) -> Iterator[str]:
+    if not has_labels:
+        settings = ("class_map", "min_accuracy")
+        yield from no_effect(teacher, "teacher", settings, because="with data.label_column null the classes are the teacher's")
+    if teacher.class_map is not None and not teacher.class_map:
+        yield f"teacher.class_map: {teacher.class_map} must name at least one class, or be auto or null"
+    minimum = teacher.min_accuracy
+    if minimum is not None and minimum != "auto" and not 0 <= minimum <= 1:
+        yield f"teacher.min_accuracy: {minimum} must be at least 0 and at most 1 (a fraction), or auto, or null for no check"
+
+
+def _outputs(config: RunConfig, teacher: TeacherConfig) -> Iterator[str]:
+    cache, outputs = teacher.cache, teacher.outputs
+    yield from at_least(cache, "teacher.cache", 1, "batch_size")
+    if not (math.isfinite(cache.shard_mib) and cache.shard_mib > 0):
+        yield f"teacher.cache.shard_mib: {cache.shard_mib} must be above 0"
+    if outputs == "live":
+        yield from no_effect(cache, "teacher.cache", ("dtype", "shard_mib", "batch_size"), because="with teacher.outputs live")
+        return
+    if cache.dir is None:
+        yield f"teacher.cache.dir: missing; with teacher.outputs {outputs} set the directory of the cache"
+    if config.data.views is None and has_transform(config.data):
+        yield f"data.views: null means new views in each epoch; with teacher.outputs {outputs} set the number of cached views"
+    if outputs == "mixed" and (config.distill is None or not config.distill.features):
+        yield "teacher.outputs: mixed differs from cached only in the features; without distill.features use cached"
+
+
+def _own_teacher(teacher: TeacherConfig) -> Iterator[str]:
+    yield from arch_problems("teacher.arch", str(teacher.arch))
+    if teacher.weights is None:
+        yield "teacher.weights: null, but a teacher must be trained; set a .safetensors file or the name of pretrained weights"
+    if (teacher.mean is None) != (teacher.std is None):
+        yield "teacher.mean and teacher.std: one of them is set; set both or none"
+    weights = Path(teacher.weights or "")
+    if teacher.mean is None and weights.suffix == ".safetensors" and weights.name != "model.safetensors":
+        yield "teacher.mean and teacher.std: missing; with a weights file set those with which the teacher was trained, in 0..1"
+    yield from pixel_statistics("teacher", teacher.mean, teacher.std)
