@@ -1,0 +1,283 @@
+"""Comparison of all distillation methods on CIFAR-10: `python -m benchmarks.methods --data DIR --teacher FILE`.
+
+The student is a ResNet-18, the teacher a ResNet-18 without max-pool. Each student takes 624 steps of 128 images: 8 epochs of
+10,000 images, crop and flip, a view per epoch, SGD with the learning rate that suits training on labels alone. The methods,
+their weights and their seeds are in methods_table.py.
+
+    1. `cache build`: the teacher's outputs for all methods, once; and the students without a teacher.
+    2. All methods with the first seed and the weights of their sources; then the other seeds of the logit losses.
+    3. The feature losses with a tenth and ten times the weight. The accuracy on 4,925 validation images decides.
+    4. The other seeds of the feature losses, with the chosen weight.
+
+Two trainings run at the same time, with one thread each. The same command continues after a kill, or with a further
+`--budget_s`: finished runs are skipped, others resume from their checkpoint. OUT/table.md is the table of the results so far,
+which is printed too; the last line is JSON with the accuracies in percent.
+
+`--cost` measures the time of a step of each method in place of training, in turns with plain `kl`, from the finished cache. It
+needs an otherwise idle machine. `--trial` runs a few steps on generated images, with a random teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.budgeted_jobs import Job, Ledger, Outcome, Runner, Running
+from benchmarks.gpu_reference_plan import ROOT, as_arguments
+from benchmarks.harness import Result, finish
+from benchmarks.methods_cost import measure_costs, read_costs
+from benchmarks.methods_results import Row, chosen_factor, read_row, read_summary, results_table, run_name
+from benchmarks.methods_table import METHODS, Method, chosen_methods, features_of_cache, missing_methods
+from kd_accel.models.factory import build_model
+
+EPOCHS = 8
+_BUILD = "cache-build"
+_PROCESSES = 2
+_LEAST_S = 20.0
+"""Time that must be left to start a job; a job that the end of the budget stops is resumed by the next call."""
+_TRIAL_METHODS = ("plain", "kl", "rkd")
+_STUDENT = ROOT / "configs" / "cifar10_short" / "student.yaml"
+_TEACHER = {
+    "teacher.arch": "torchvision/resnet18",
+    "teacher.stem": "no_pool",
+    "teacher.mean": [0.4914, 0.4822, 0.4465],
+    "teacher.std": [0.2470, 0.2435, 0.2616],
+    "teacher.outputs": "cached",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of the command line.
+
+    Args:
+        data: Directory of the Parquet files; None = generated images, in a trial.
+        teacher: File of the teacher's weights; None = random weights, in a trial.
+        out: Directory of cache, runs and results.
+        budget_s: Time for everything, in seconds.
+        methods: Names of the methods.
+        cost: Whether the time of a step is measured, and nothing is trained.
+        repeats: Measured blocks of each method, for `cost`.
+        trial: Whether few steps are run on generated images.
+    """
+
+    data: Path | None
+    teacher: Path | None
+    out: Path
+    budget_s: float
+    methods: tuple[str, ...]
+    cost: bool
+    repeats: int
+    trial: bool
+
+    @property
+    def runs(self) -> Path:
+        """Return the directory of the runs."""
+        return self.out / "runs"
+
+
+def main() -> None:
+    options = _parse()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if missing := missing_methods():
+        raise SystemExit(f"methods_table.py: no method has the registered losses {', '.join(missing)}; add their weights")
+    methods = chosen_methods(options.methods)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    if options.trial:
+        _save_random_teacher(_teacher_file(options))
+    if options.cost:
+        measure_costs({method.name: run_flags(options, method) for method in methods}, options.out, repeats=options.repeats)
+    failed = [] if options.cost else _train(options, methods)
+    rows = [read_row(method, options.runs) for method in methods]
+    table = results_table(rows, read_costs(options.out))
+    (options.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    if not options.cost:
+        _close(options, rows, failed)
+    if failed:
+        raise SystemExit(1)
+
+
+def _parse() -> Options:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="directory of train-*.parquet and test-*.parquet, with columns img and label")
+    parser.add_argument("--teacher", type=Path, help="weights of the teacher, a .safetensors file of torchvision's names")
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="directory of all files (default: runs/methods)")
+    parser.add_argument("--budget_s", type=float, default=7200.0, help="time for everything, in seconds (default: 7200)")
+    parser.add_argument("--methods", nargs="+", help="names of the methods (default: all)")
+    parser.add_argument("--cost", action="store_true", help="measure the time of a step; needs the cache")
+    parser.add_argument("--repeats", type=int, default=15, help="measured blocks of each method with --cost (default: 15)")
+    parser.add_argument("--trial", action="store_true", help="a few steps on generated images, with a random teacher")
+    arguments = parser.parse_args()
+    if not arguments.trial and not (arguments.data and arguments.teacher):
+        parser.error("--data and --teacher are required without --trial")
+    for name in ("data", "teacher", "out"):
+        path = getattr(arguments, name)
+        setattr(arguments, name, path and path.resolve())
+    everything = _TRIAL_METHODS if arguments.trial and not arguments.cost else tuple(method.name for method in METHODS)
+    arguments.methods = tuple(arguments.methods or everything)
+    return Options(**vars(arguments))
+
+
+def _train(options: Options, methods: Sequence[Method]) -> list[str]:
+    """Build the cache and train all methods within the budget; return the names of the failed jobs."""
+    logs = Path(tempfile.mkdtemp(prefix="logs-", dir=options.out))
+    ledger = Ledger(options.out / "methods.jsonl")
+    search_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path}
+    with Runner(
+        ledger,
+        logs / "jobs",
+        ends_at=time.monotonic() + options.budget_s,
+        least_s=_LEAST_S,
+        program=(sys.executable, "-m", "kd_accel"),
+        environment=variables,
+    ) as runner:
+        for jobs in (_cache_jobs, _first_jobs, _tuning_jobs, _last_jobs):
+            _run_in_pairs(runner, jobs(options, methods))
+    return ledger.failed
+
+
+def _run_in_pairs(runner: Runner, jobs: Iterable[Job]) -> None:
+    """Run jobs in their order, two at a time, without those that have finished in an earlier call."""
+    running: list[Running] = []
+    for job in jobs:
+        if job.run_dir is not None and read_summary(job.run_dir) is not None:
+            continue
+        if len(running) == _PROCESSES:
+            runner.wait_until(lambda: False, *running)
+            runner.finish(*(run for run in running if run.has_ended))
+            running = [run for run in running if not run.has_ended]
+        started = runner.start(job)
+        running += [started] if started else []
+    runner.finish(*running)
+
+
+def _cache_jobs(options: Options, methods: Sequence[Method]) -> Iterable[Job]:
+    """Yield the build of the cache, and the runs that do not need it."""
+    features = {"distill": {"logits": None, "label_weight": 1.0, "features": features_of_cache()}}
+    flags = {**_flags(options), **_teacher_flags(options), **features, "name": "cache"}
+    yield Job(_BUILD, ["cache", "build", *as_arguments(flags)])
+    for method in methods:
+        if method.loss is None:
+            yield from (_training(options, method, seed=seed) for seed in method.seeds)
+
+
+def _first_jobs(options: Options, methods: Sequence[Method]) -> Iterable[Job]:
+    """Yield the runs of all losses with the first seed, then those of the logit losses with the other seeds."""
+    losses = [method for method in methods if method.loss is not None]
+    for method in losses:
+        yield _training(options, method, seed=method.seeds[0])
+    for method in losses:
+        if not method.is_tuned:
+            yield from (_training(options, method, seed=seed) for seed in method.seeds[1:])
+
+
+def _tuning_jobs(options: Options, methods: Sequence[Method]) -> Iterable[Job]:
+    """Yield the runs of the feature losses with the other weights."""
+    for method in methods:
+        yield from (_training(options, method, seed=method.seeds[0], factor=factor) for factor in method.factors[1:])
+
+
+def _last_jobs(options: Options, methods: Sequence[Method]) -> Iterable[Job]:
+    """Yield the runs of the feature losses with the other seeds, if all weights have been tried."""
+    for method in methods:
+        factor, tried = chosen_factor(method, options.runs)
+        if method.is_tuned and tried == len(method.factors):
+            yield from (_training(options, method, seed=seed, factor=factor) for seed in method.seeds[1:])
+
+
+def _training(options: Options, method: Method, *, seed: int, factor: float = 1.0) -> Job:
+    name = run_name(method, factor, seed)
+    run_dir = options.runs / name
+    flags = {**run_flags(options, method, factor), "name": name, "seed": seed, "run_dir": str(run_dir)}
+    about = {"method": method.name, "seed": seed, "factor": factor}
+    needs = (_BUILD,) if method.loss else ()
+    return Job(name, ["train", *as_arguments(flags)], run_dir, about, needs, _figures)
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    """Return the accuracy on the validation samples of a finished run, and remove its checkpoints, which take most space."""
+    assert outcome.job.run_dir is not None
+    summary = read_summary(outcome.job.run_dir)
+    if summary is None:
+        raise LookupError("summary.json is missing")
+    shutil.rmtree(outcome.job.run_dir / "checkpoints", ignore_errors=True)
+    return {"accuracy_best_val": summary["accuracy_best_val"], "seconds": summary["seconds"]}
+
+
+def run_flags(options: Options, method: Method, factor: float = 1.0) -> dict[str, Any]:
+    """Return the settings of a method's training, without name, seed and directory.
+
+    Args:
+        options: Arguments of the command line.
+        method: The method.
+        factor: Factor of the weight of a feature loss.
+    """
+    distill = method.distill(factor)
+    return {**_flags(options), **({**_teacher_flags(options), "distill": distill} if distill else {})}
+
+
+def _flags(options: Options) -> dict[str, Any]:
+    """Return the settings that all trainings share. The last evaluation is the only one, so the best one is the last one."""
+    epochs = 1 if options.trial else EPOCHS
+    flags = {
+        "config": str(_STUDENT),
+        "data.views": epochs,
+        "train.epochs": epochs,
+        "train.eval_every_epochs": epochs,
+        "checkpoint.every_epochs": 2,
+        "checkpoint.keep": 1,
+        "tracking.wandb": "disabled",
+    }
+    if options.data is not None:
+        return {**flags, "data.source": f"parquet:{options.data}"}
+    generated = {"data.source": "import:benchmarks.synthetic:images", "data.image_column": "image"}
+    return {**flags, **generated, "data.limit_train": 60, "data.limit_test": 40, "train.batch_size": 4}
+
+
+def _teacher_flags(options: Options) -> dict[str, Any]:
+    weakest = {"teacher.min_accuracy": None} if options.trial else {}
+    paths = {"teacher.weights": str(_teacher_file(options)), "teacher.cache.dir": str(options.out / "cache")}
+    return {**_TEACHER, **weakest, **paths}
+
+
+def _teacher_file(options: Options) -> Path:
+    return options.teacher or options.out / "teacher.safetensors"
+
+
+def _save_random_teacher(path: Path) -> None:
+    """Write random weights of the teacher, the same in each call, unless the file exists."""
+    if not path.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            save_file(build_model("torchvision/resnet18", num_classes=10, stem="no_pool").state_dict(), path)
+
+
+def _close(options: Options, rows: Sequence[Row], failed: Sequence[str]) -> None:
+    """Print the closing line of JSON, with the accuracies of the methods that have run."""
+    accuracies = {row.method.name: row.accuracies for row in rows if row.accuracies}
+    notes = {
+        "trial": options.trial,
+        "epochs": 1 if options.trial else EPOCHS,
+        "weights": {row.method.name: row.method.scaled_weight(row.factor) for row in rows if row.method.is_tuned},
+        "accuracies": accuracies,
+        "failed": list(failed),
+    }
+    finish(Result.of_repeats("methods", accuracies, notes=notes, unit="percent"), threads=1)
+
+
+if __name__ == "__main__":
+    main()
