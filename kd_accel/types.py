@@ -54,11 +54,13 @@ class TeacherOutput:
     Attributes:
         logits: Logits [B, C], before the division by a temperature; None without a teacher.
         features: Feature maps [B, D, H, W] by the teacher's layer name: unchanged, or already mapped by the frozen target
-            function of the feature loss.
+            function of the feature loss. With several teachers by "TEACHER/LAYER".
+        members: Logits [B, C] of each of several teachers by name, which the distiller combines; empty for one teacher.
     """
 
     logits: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
+    members: dict[str, Tensor] = field(default_factory=dict)
 
 
 TeacherSource = Callable[[Batch], TeacherOutput]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from kd_accel.builders.ensemble import errors_of_teacher, held_out_ensemble
 from kd_accel.builders.teacher import load_teacher, teacher_on_device
 from kd_accel.cache.reader import find_held_out
+from kd_accel.config.ensemble_rules import of_teacher
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import HeldOutSplit
@@ -34,6 +36,24 @@ def agreement_source(
     Raises:
         UserError: If the teacher is not found or does not fit the data.
     """
+    if not config.teachers:
+        return _source(config, data, split, accelerator, stack)
+    sources: dict[str, TeacherSource] = {}
+    notices: list[str] = []
+    for name, own in config.by_teacher().items():
+        with errors_of_teacher(name):
+            source, own_notices = _source(own, data, split, accelerator, stack)
+        notices += [f"teachers.{name}: {of_teacher(notice, name)}" for notice in own_notices]
+        if source is not None:
+            sources[name] = source
+    # The mean needs all teachers.
+    return (held_out_ensemble(config, sources) if len(sources) == len(config.teachers) else None), notices
+
+
+def _source(
+    config: RunConfig, data: DataModule, split: HeldOutSplit, accelerator: Accelerator, stack: ExitStack
+) -> tuple[TeacherSource | None, list[str]]:
+    """Prepare the outputs of a single teacher; see `agreement_source`."""
     teacher = config.teacher
     if teacher is None:
         return None, []

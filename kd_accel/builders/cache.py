@@ -18,15 +18,25 @@ from kd_accel.losses.targets import TargetFunction
 from kd_accel.teacher.teacher import Teacher
 
 
-def cache_directory(config: RunConfig) -> Path:
-    """Return the directory of a config's cache. Raises UserError if the config uses no cache."""
-    teacher = config.teacher
-    if teacher is None or teacher.outputs == "live" or teacher.cache.dir is None:
+def configs_with_cache(config: RunConfig) -> dict[str, RunConfig]:
+    """Return the config of each teacher that uses a cache, by the teacher's name; the name of a single teacher is empty.
+
+    Raises:
+        UserError: If none of them uses a cache.
+    """
+    found = {name: own for name, own in config.by_teacher().items() if own.teacher is not None and own.teacher.uses_cache}
+    if not found:
         raise UserError(
             "teacher.outputs: this config uses no cache; set teacher.outputs to cached or mixed, and teacher.cache.dir to the "
             "directory of the cache"
         )
-    return Path(teacher.cache.dir)
+    return found
+
+
+def cache_directory(config: RunConfig) -> Path:
+    """Return the directory of the cache of a single teacher, which uses one."""
+    assert config.teacher is not None and config.teacher.cache.dir is not None, "checked by config/validation.py"
+    return Path(config.teacher.cache.dir)
 
 
 def cache_request(

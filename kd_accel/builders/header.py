@@ -22,6 +22,7 @@ from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import HeldOutSplit
 from kd_accel.distributed import Accelerator, gathered, launch_notices, missing_gpu
 from kd_accel.io.safe_yaml import dump_yaml
+from kd_accel.models.pretrained import WeightsInfo, weights_info
 from kd_accel.teacher.teacher import Teacher
 
 _WIDTH = 11
@@ -93,7 +94,7 @@ def evaluation_header(
         "model": described_model(config.model.arch, network),
         "data": _source(config),
         "samples": f"{len(data.splits.by_name()[split]):,} {split}",
-        "teacher": "none" if config.teacher is None else _teacher_name(config.teacher),
+        "teacher": ", ".join(_teacher_name(own.teacher) for own in config.by_teacher().values() if own.teacher) or "none",
     }
 
 
@@ -146,9 +147,33 @@ def described_teacher(teacher: TeacherConfig | None, accuracy: float | None) -> 
         "cached": f"cached in {teacher.cache.dir}",
         "mixed": f"logits cached in {teacher.cache.dir}, features live",
     }[teacher.outputs]
-    return f"{_teacher_name(teacher)}, {outputs}" + (
-        "" if accuracy is None else f", accuracy {100 * accuracy:.2f} % on the test samples"
-    )
+    measured = "" if accuracy is None else f", accuracy {100 * accuracy:.2f} % on the test samples{_stated_accuracy(teacher)}"
+    return f"{_teacher_name(teacher)}, {outputs}{measured}"
+
+
+def _stated_accuracy(teacher: TeacherConfig) -> str:
+    """Return the accuracy that the teacher's run or the card of its weights states, in parentheses; empty if none is known."""
+    weights = teacher.run or teacher.weights
+    info = weights_info(weights, teacher.arch or "") if weights else WeightsInfo()
+    if info.accuracy is None:
+        return ""
+    where = "in its own run" if info.is_of_run else f"on {info.data}, as the card of its weights states"
+    return f" ({100 * info.accuracy:.2f} % {where})"
+
+
+def described_teachers(config: RunConfig, accuracies: Mapping[str, float], accuracy: float | None) -> str:
+    """Return the teacher of a run as `described_teacher`, or several with their weights.
+
+    Args:
+        config: Config of the run.
+        accuracies: Accuracy of each of several teachers by name, fractions of 1.
+        accuracy: Accuracy of the teacher, or of the mean of several.
+    """
+    if not config.teachers:
+        return described_teacher(config.teacher, accuracy)
+    members = (f"{name}: {described_teacher(own, accuracies.get(name))}" for name, own in config.teachers.items())
+    mean = "" if accuracy is None else f"; their mean: accuracy {100 * accuracy:.2f} %"
+    return "; ".join(members) + mean
 
 
 def _teacher_name(teacher: TeacherConfig) -> str:

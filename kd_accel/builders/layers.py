@@ -11,10 +11,13 @@ from pathlib import Path
 from torch import nn
 
 from kd_accel.builders.teacher import refuse_absent_run
-from kd_accel.config.schema import RunConfig, TeacherConfig
+from kd_accel.config.schema import FeatureLossConfig, RunConfig, TeacherConfig
 from kd_accel.models.auto_layers import pair_layers
 from kd_accel.models.factory import build_model
+from kd_accel.models.feature_extractor import check_teacher_size
+from kd_accel.models.pretrained import weights_info
 from kd_accel.models.weights import load_run_model
+from kd_accel.teacher.loading import own_image_size
 
 _NUM_CLASSES = 10
 """Any number, because the pairs do not depend on the classifier."""
@@ -35,23 +38,38 @@ def with_layers(config: RunConfig) -> RunConfig:
     Raises:
         UserError: If a network cannot be built, or none of its layers outputs a feature map.
     """
-    features = config.distill.features if config.distill else {}
-    chosen = [name for name, feature in features.items() if feature.layers == "auto"]
-    if config.distill is None or config.teacher is None or not chosen:
+    replaced: dict[str, FeatureLossConfig] = {}
+    for own in config.by_teacher().values():
+        features = own.distill.features if own.distill else {}
+        chosen = [name for name, feature in features.items() if feature.layers == "auto"]
+        if config.distill is not None and chosen:
+            pairs = _pairs(own, field=f"distill.features.{chosen[0]}.layers")
+            replaced |= {name: config.distill.features[name].model_copy(update={"layers": pairs}) for name in chosen}
+    if config.distill is None or not replaced:
         return config
-    model = config.model
-    student = build_model(model.arch, num_classes=_NUM_CLASSES, stem=model.stem, arch_args=model.arch_args)
-    field = f"distill.features.{chosen[0]}.layers"
-    pairs = pair_layers(student, _teacher(config.teacher), image_size=config.data.image_size, field=field)
-    replaced = {name: features[name].model_copy(update={"layers": pairs}) for name in chosen}
-    distill = config.distill.model_copy(update={"features": {**features, **replaced}})
+    distill = config.distill.model_copy(update={"features": {**config.distill.features, **replaced}})
     return config.model_copy(update={"distill": distill})
 
 
-def _teacher(teacher: TeacherConfig) -> nn.Module:
-    """Build the teacher's network. Raises UserError if its run is not on this machine."""
+def _pairs(config: RunConfig, *, field: str) -> dict[str, str]:
+    """Pair the layers of the student with those of a single teacher."""
+    assert config.teacher is not None, "each of these configs has a teacher"
+    model = config.model
+    student = build_model(model.arch, num_classes=_NUM_CLASSES, stem=model.stem, arch_args=model.arch_args)
+    image_size = config.data.image_size
+    teacher, own_size = _teacher(config.teacher)
+    teacher_size = config.teacher.image_size or own_size or image_size
+    check_teacher_size(teacher, teacher_size)
+    return pair_layers(student, teacher, image_size=image_size, teacher_size=teacher_size, field=field)
+
+
+def _teacher(teacher: TeacherConfig) -> tuple[nn.Module, int | None]:
+    """Return the teacher's network and its own image size. Raises UserError if its run is not on this machine."""
     refuse_absent_run(teacher)
     if teacher.run is not None:
-        return load_run_model(Path(teacher.run), field="teacher")[0]
-    assert teacher.arch, "checked by config/validation.py"
-    return build_model(teacher.arch, num_classes=_NUM_CLASSES, stem=teacher.stem, arch_args=teacher.arch_args, field="teacher")
+        network, card = load_run_model(Path(teacher.run), field="teacher")
+        return network, card.image_size
+    assert teacher.arch and teacher.weights, "checked by config/validation.py"
+    arch_args = teacher.arch_args
+    network = build_model(teacher.arch, num_classes=_NUM_CLASSES, stem=teacher.stem, arch_args=arch_args, field="teacher")
+    return network, own_image_size(weights_info(teacher.weights, teacher.arch), arch_args)

@@ -10,12 +10,13 @@ import torch
 import torchvision
 
 import kd_accel
-from kd_accel.builders.run import Run, role, trained_network
+from kd_accel.builders.run import Run, role
 from kd_accel.builders.student import model_card
 from kd_accel.config.schema import RunConfig, Schedule
 from kd_accel.distributed import on_main_process
 from kd_accel.io.files import write_json
 from kd_accel.models.weights import save_model
+from kd_accel.training.checkpoint import restore_module
 
 _TABLE_COLUMNS = ("name", "role", "arch", "accuracy", "parameters")
 
@@ -24,27 +25,60 @@ def save_trained_model(run: Run) -> None:
     """Write model.safetensors and model.json of a finished training, from the main process."""
     accelerator = run.trainer.accelerator
     on_main_process(
-        accelerator, lambda: save_model(run.directory.path, trained_network(run), card=model_card(run.config, run.data))
+        accelerator, lambda: save_model(run.directory.path, run.trainer.network, card=model_card(run.config, run.data))
     )
 
 
-def save_summary(run: Run, test_metrics: dict[str, float]) -> None:
+def evaluate_best(run: Run, last: dict[str, float]) -> dict[str, float] | None:
+    """Evaluate the weights of the best epoch on the test split, once at the end. Every rank must call it.
+
+    The network has these weights afterwards.
+
+    Args:
+        run: The run, after its training.
+        last: Metrics of the last weights on the test split.
+
+    Returns:
+        Metrics by name; None without `checkpoint.keep_best`.
+    """
+    train_state, trainer = run.trainer.train_state, run.trainer
+    if train_state.best is None:
+        return None
+    if train_state.position.best_epoch == train_state.position.epoch:
+        return last
+    restore_module(trainer.network, train_state.best)
+    return trainer.evaluate(run.test)
+
+
+def save_summary(run: Run, test_metrics: dict[str, float], best_metrics: dict[str, float] | None = None) -> None:
     """Write summary.json, the last file of a run, from the main process, and print the test accuracy or agreement.
 
     Args:
         run: The run, after its training.
         test_metrics: Metrics on the test split by name; accuracies are fractions of 1.
+        best_metrics: Those of the weights of the best epoch; None if they are not kept.
     """
     position, trainer = run.trainer.train_state.position, run.trainer
     trainer.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
-    on_main_process(trainer.accelerator, lambda: _save(run, test_metrics))
+    on_main_process(trainer.accelerator, lambda: _save(run, {**_summary(run, test_metrics), **_selection(run, best_metrics)}))
     name = "accuracy" if "accuracy" in test_metrics else "agreement"
     text = f"test {name} {100 * test_metrics[name]:.2f} %" + ("" if name == "accuracy" else " with the teacher")
+    if best_metrics is not None:
+        text += f", {100 * best_metrics[name]:.2f} % with the weights of the best epoch, {position.best_epoch}"
     trainer.progress.say(f"{run.config.name}: {text} ({run.directory.path})")
 
 
-def _save(run: Run, test_metrics: dict[str, float]) -> None:
-    summary = _summary(run, test_metrics)
+def _selection(run: Run, best_metrics: dict[str, float] | None) -> dict[str, Any]:
+    """Return what summary.json holds about the best epoch; nothing for a run that does not select one."""
+    position, selection = run.trainer.train_state.position, dict[str, Any]()
+    if best_metrics is not None:
+        selection |= {"accuracy_best": best_metrics.get("accuracy"), "agreement_best": best_metrics.get("agreement")}
+    if run.config.train.early_stopping_epochs is not None:
+        selection["stopped_early_after_epoch"] = position.epoch if position.stopped_early else None
+    return {"best_epoch": position.best_epoch, **selection} if selection else {}
+
+
+def _save(run: Run, summary: dict[str, Any]) -> None:
     write_json(summary, run.directory.path / "summary.json")
     run.tracker.log_table("results", list(_TABLE_COLUMNS), [[summary[key] for key in _TABLE_COLUMNS]])
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kd_accel.builders.ensemble import build_ensemble_setup, fingerprint_of_teachers
 from kd_accel.builders.labels import check_labels, unlabeled_class_names
 from kd_accel.builders.layers import with_layers
 from kd_accel.builders.student import Losses, build_distiller, build_losses, build_student, data_settings
-from kd_accel.builders.teacher import TeacherSetup, build_teacher_setup, teacher_fingerprint
+from kd_accel.builders.teacher import TeacherSetup, build_teacher_setup
 from kd_accel.builders.trainer import build_held_out, build_schedule, build_train_loader, build_train_state, build_trainer
+from kd_accel.config.rules import BEST_WEIGHTS
 from kd_accel.config.schema import RunConfig
 from kd_accel.data.datamodule import DataModule, keep_images_on_gpu, load_data, notices_of_small_batches
 from kd_accel.data.loader import TrainLoader
@@ -80,7 +82,7 @@ class _CheckedInputs:
 
 def role(config: RunConfig) -> str:
     """Return the role of a run in tables and W&B: teacher, student or distilled."""
-    return config.role if config.teacher is None else "distilled"
+    return "distilled" if config.has_teacher else config.role
 
 
 def run_directory(config: RunConfig) -> RunDirectory:
@@ -117,11 +119,8 @@ def build_run(config: RunConfig, accelerator: Accelerator, stack: ExitStack) -> 
         processes=accelerator.num_processes,
         grad_accum_steps=config.train.grad_accum_steps,
     )
-    teacher = None
-    if config.teacher is not None:
-        teacher = build_teacher_setup(
-            config, inputs.data, network, inputs.losses, accelerator=accelerator, checkpoint=inputs.checkpoint
-        )
+    teacher = _teacher(inputs, network, accelerator)
+    if teacher is not None:
         stack.callback(teacher.close)
         notices += teacher.notices
     _refuse_other_teacher_or_cache(inputs, teacher)
@@ -142,6 +141,16 @@ def build_run(config: RunConfig, accelerator: Accelerator, stack: ExitStack) -> 
     return Run(config, inputs.directory, inputs.data, distiller, trainer, test, teacher, tracker, notices)
 
 
+def _teacher(inputs: _CheckedInputs, network: nn.Module, accelerator: Accelerator) -> TeacherSetup | None:
+    """Set up the teacher, or the teachers, of a run; None without one."""
+    config, data, checkpoint = inputs.config, inputs.data, inputs.checkpoint
+    if config.teachers:
+        return build_ensemble_setup(config, data, network, accelerator=accelerator, checkpoint=checkpoint)
+    if config.teacher is None:
+        return None
+    return build_teacher_setup(config, data, network, inputs.losses, accelerator=accelerator, checkpoint=checkpoint)
+
+
 def _check_inputs(config: RunConfig, accelerator: Accelerator) -> _CheckedInputs | None:
     """Check run directory, losses, checkpoint, data and schedule, the fastest checks first. Returns None if finished."""
     directory = run_directory(config)
@@ -159,6 +168,7 @@ def _check_inputs(config: RunConfig, accelerator: Accelerator) -> _CheckedInputs
         fields = data.fingerprint_fields(replaceable=replaceable_samples(checkpoint))
         refuse_other_data(checkpoint.state["data"], fields, where=str(checkpoint.path))
     check_labels(config, data)
+    _refuse_selection_without_samples(config, data)
     loader = build_train_loader(config, data, accelerator)
     schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
     _refuse_pause_beyond_end(config, schedule.total_steps)
@@ -169,9 +179,9 @@ def _refuse_other_finished_run(finished: Mapping[str, Any], config: RunConfig, d
     """Raise UserError if the finished run in the directory was trained on other data, or with another teacher."""
     where = str(config.directory)
     refuse_other_data(finished.get("data", {}), {**data.fingerprint_fields(), "test": data.fields_of_test_split()}, where=where)
-    fingerprint = teacher_fingerprint(config, data)
+    fingerprint = fingerprint_of_teachers(config, data)
     # A finished run needs no cache, so that without a teacher there may be nothing to compare.
-    if config.teacher is None or fingerprint is not None:
+    if not config.has_teacher or fingerprint is not None:
         refuse_other_teacher(finished, fingerprint, where=where)
 
 
@@ -187,6 +197,20 @@ def _refuse_pause_beyond_end(config: RunConfig, total_steps: int) -> None:
     if stop is not None and stop >= total_steps:
         raise UserError(
             f"checkpoint.stop_after_steps: {stop} has no effect, because the training has {total_steps} steps; lower it, or "
+            "leave it out"
+        )
+
+
+def _refuse_selection_without_samples(config: RunConfig, data: DataModule) -> None:
+    """Raise UserError for settings that select an epoch, which has no effect without validation samples."""
+    settings = {
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "train.early_stopping_epochs": config.train.early_stopping_epochs is not None,
+    }
+    used = [name for name, is_set in settings.items() if is_set]
+    if used and not len(data.splits.val):
+        raise UserError(
+            f"{' and '.join(used)}: has no effect, because no sample is held out for validation; raise data.val_fraction, or "
             "leave it out"
         )
 
@@ -254,6 +278,10 @@ def _build_trainer(
     )
     if len(inputs.data.splits.val):
         trainer.validation = _held_out(inputs, "val", teacher, accelerator)
+    if config.checkpoint.keep_best:
+        trainer.best_file = config.directory / BEST_WEIGHTS
+        # A training that was killed may have written those of an epoch after the checkpoint.
+        trainer.save_best()
     length_bytes = checkpoint.state["metrics_bytes"] if checkpoint else 0
     on_main_process(accelerator, lambda: trainer.metrics_log.start(length_bytes))
     return trainer, notices
@@ -292,9 +320,3 @@ def _checkpoint_extra(
         "explained": dict(teacher.explained) if teacher else {},
     }
     return state, {"targets": tensors} if tensors else {}
-
-
-def trained_network(run: Run) -> nn.Module:
-    """Return the network to deploy: the moving average of the student if `train.ema_decay` is set, otherwise the student."""
-    average = run.trainer.train_state.average
-    return run.distiller.student if average is None else average.module

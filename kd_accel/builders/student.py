@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd_accel.builders.labels import mixing_settings
+from kd_accel.builders.labels import class_weights, mixing_settings
 from kd_accel.config.schema import DataConfig, DistillConfig, FeatureLossConfig, RunConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.errors import UserError
 from kd_accel.losses.base import FeatureLoss, LogitLoss
 from kd_accel.losses.distiller import Distiller
+from kd_accel.losses.ensemble import Ensemble
 from kd_accel.losses.registry import Kind, build_loss
 from kd_accel.models.factory import build_model
 from kd_accel.models.feature_extractor import probe_logits
+from kd_accel.models.freezing import freeze_modules
 from kd_accel.models.inference import image_memory_format, use_cpu_kernels
 from kd_accel.models.pretrained import random_weights_notices, weights_info
 from kd_accel.models.projectors import Shape
@@ -33,11 +35,13 @@ class Losses:
         logits: Loss on the logits; None = no such term.
         features: Feature losses by name.
         layers: Pairs of compared layers, {student layer: teacher layer}, of each feature loss.
+        ensemble: Combination of the logits of several teachers; None for one teacher.
     """
 
     logits: LogitLoss | None = None
     features: Mapping[str, FeatureLoss] = field(default_factory=dict)
     layers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    ensemble: Ensemble | None = None
 
     def teacher_layers(self) -> list[str]:
         """Return the compared layers of the teacher, without duplicates."""
@@ -51,7 +55,7 @@ def build_losses(config: RunConfig) -> Losses:
         UserError: If losses or their settings are unknown or not valid, or a loss does not support mixed labels. The message
             lists the mistakes of all losses.
     """
-    if config.teacher is None:
+    if not config.has_teacher:
         return Losses()
     distill = config.distill or DistillConfig()
     sections: dict[str, tuple[Kind, str, Mapping[str, Any]]] = {}
@@ -71,7 +75,13 @@ def build_losses(config: RunConfig) -> Losses:
         raise UserError("; ".join(mistakes))
     features = {name: built[f"features.{name}"] for name in distill.features}
     layers = {name: _layer_pairs(feature) for name, feature in distill.features.items()}
-    return Losses(built.get("logits"), features, layers)
+    return Losses(built.get("logits"), features, layers, build_ensemble(config))
+
+
+def build_ensemble(config: RunConfig) -> Ensemble | None:
+    """Build the combination of the teachers' logits; None for a config without several teachers."""
+    settings = (config.distill or DistillConfig()).ensemble
+    return Ensemble(tuple(config.teachers), settings.mean, settings.confidence) if config.teachers else None
 
 
 def _refuse_mixed_labels(config: RunConfig, section: str, name: str, loss: LogitLoss | FeatureLoss) -> None:
@@ -85,25 +95,28 @@ def _refuse_mixed_labels(config: RunConfig, section: str, name: str, loss: Logit
 
 
 def _layer_pairs(feature: FeatureLossConfig) -> dict[str, str]:
+    """Return {student layer: teacher layer}, or {student layer: "TEACHER/LAYER"} for one of several teachers."""
     layers = feature.layers
     assert layers != "auto", "replaced by builders/layers.py"
-    return dict(layers) if isinstance(layers, dict) else {layer: layer for layer in layers}
+    pairs = dict(layers) if isinstance(layers, dict) else {layer: layer for layer in layers}
+    return pairs if feature.teacher is None else {layer: f"{feature.teacher}/{own}" for layer, own in pairs.items()}
 
 
 def build_student(config: RunConfig, data: DataModule) -> tuple[nn.Module, list[str]]:
     """Build the network to train, and load its initial weights.
 
     Returns:
-        The network, and notices: random weights, and the normalization that belongs to the weights.
+        The network, with frozen modules, and notices: random weights, and the normalization that belongs to the weights.
 
     Raises:
-        UserError: If the network or its weights do not fit the data.
+        UserError: If the network or its weights do not fit the data, or modules to freeze are not found.
     """
     model, num_classes = config.model, len(data.label_names)
     network = build_model(model.arch, num_classes=num_classes, stem=model.stem, arch_args=model.arch_args, seed=config.seed)
     probe_logits(network, num_classes=num_classes, image_size=config.data.image_size)
+    freeze_modules(network, model.freeze, field="model.freeze")
     if model.weights is None:
-        return network, random_weights_notices(model.arch)
+        return network, [*random_weights_notices(model.arch), *_notices_of_random_frozen_modules(model.freeze)]
     notices = load_weights(network, model.weights, arch=model.arch, is_exact=False)
     if data_settings(config) is not config.data:
         notices.append(
@@ -111,6 +124,11 @@ def build_student(config: RunConfig, data: DataModule) -> tuple[nn.Module, list[
             f"{model.weights} was trained; data.mean and data.std override them"
         )
     return network, notices
+
+
+def _notices_of_random_frozen_modules(names: Sequence[str]) -> list[str]:
+    """Return a notice if modules without initial weights are frozen."""
+    return [f"model.freeze: {', '.join(names)} keeps random weights, because model.weights is null"] if names else []
 
 
 def data_settings(config: RunConfig) -> DataConfig:
@@ -150,6 +168,8 @@ def build_distiller(
     use_cpu_kernels(network, device, config.train.cpu_kernels)
     if config.train.sync_batchnorm:
         network = _with_sync_batchnorm(network)
+    for loss in losses.features.values():
+        loss.set_samples(torch.from_numpy(data.training_samples))
     return Distiller(
         network,
         mean=data.mean,
@@ -158,9 +178,12 @@ def build_distiller(
         features=losses.features,
         layers=losses.layers,
         target_shapes=target_shapes,
+        ensemble=losses.ensemble,
         image_size=config.data.image_size,
         label_smoothing=config.train.label_smoothing,
         has_unlabeled=data.has_unlabeled,
+        class_weights=class_weights(config, data),
+        freeze=config.model.freeze,
         seed=config.seed,
         memory_format=image_memory_format(config.train.channels_last, device),
     )

@@ -21,11 +21,11 @@ from kd_accel.data.splits import Split
 from kd_accel.distributed import Accelerator, on_main_process
 from kd_accel.errors import UserError
 from kd_accel.losses.targets import TargetFunction
-from kd_accel.models.feature_extractor import compile_with_hooks, probe_layers
+from kd_accel.models.feature_extractor import check_teacher_size, compile_with_hooks, probe_layers
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import Shape
 from kd_accel.teacher.fitting import fit_notices, fit_targets
-from kd_accel.teacher.loading import load_own_teacher, load_run_teacher, teacher_notices
+from kd_accel.teacher.loading import Preprocessing, load_own_teacher, load_run_teacher, teacher_notices
 from kd_accel.teacher.teacher import LiveTeacher, Teacher
 from kd_accel.training.checkpoint import Checkpoint
 from kd_accel.types import Batch, StagedTeacher, TeacherOutput, TeacherSource
@@ -86,8 +86,9 @@ def load_teacher(config: RunConfig, data: DataModule) -> Teacher:
     settings = config.teacher
     assert settings is not None, "checked by config/validation.py"
     refuse_stored_teacher(settings)
+    preprocessing = Preprocessing(settings.image_size, settings.interpolation, settings.crop_pct)
     if settings.run is not None:
-        teacher = load_run_teacher(Path(settings.run), class_map=settings.class_map)
+        teacher = load_run_teacher(Path(settings.run), class_map=settings.class_map, preprocessing=preprocessing)
     else:
         assert settings.arch and settings.weights, "checked by config/validation.py"
         teacher = load_own_teacher(
@@ -99,8 +100,14 @@ def load_teacher(config: RunConfig, data: DataModule) -> Teacher:
             stem=settings.stem,
             arch_args=settings.arch_args,
             class_map=settings.class_map,
+            preprocessing=preprocessing,
         )
-    return teacher.for_classes(data.label_names)
+    size = config.data.image_size
+    resize = teacher.resize_for(size)
+    if settings.interpolation is not None and (resize is None or resize.side == size):
+        raise UserError(f"teacher.interpolation: has no effect (views of {size} pixels are not resized for it); leave it out")
+    check_teacher_size(teacher.network, teacher.input_size(size))
+    return teacher.for_classes(data.label_names).for_images(size)
 
 
 def refuse_stored_teacher(teacher: TeacherConfig) -> None:
@@ -170,7 +177,8 @@ def layer_shapes(config: RunConfig, losses: Losses, teacher: Teacher | StoredTea
     shapes: dict[str, Shape] = {}
     for name, pairs in losses.layers.items():
         field = f"distill.features.{name}.layers (teacher)"
-        shapes |= probe_layers(teacher.network, list(pairs.values()), image_size=config.data.image_size, field=field)
+        size = teacher.input_size(config.data.image_size)
+        shapes |= probe_layers(teacher.network, list(pairs.values()), image_size=size, field=field)
     return shapes
 
 
@@ -190,7 +198,7 @@ def teacher_on_device(
 def live_teacher(
     config: RunConfig,
     network: nn.Module,
-    normalize: nn.Module,
+    normalize: Normalize,
     targets: Mapping[str, TargetFunction],
     accelerator: Accelerator,
     *,

@@ -45,6 +45,7 @@ def build_train_loader(config: RunConfig, data: DataModule, accelerator: Acceler
         grad_accum_steps=config.train.grad_accum_steps,
         seed=config.seed,
         pin_memory=accelerator.device.type == "cuda",
+        is_balanced=config.data.sampling == "balanced",
     )
 
 
@@ -52,8 +53,9 @@ def build_schedule(config: RunConfig, *, steps_per_epoch: int) -> TrainingSchedu
     """Build the schedules of learning rate, temperature and weights, which end after all epochs or after `train.max_steps`."""
     steps = config.train.epochs * steps_per_epoch
     steps = steps if config.train.max_steps is None else min(steps, config.train.max_steps)
-    distill = None if config.teacher is None else config.distill or DistillConfig()
-    return TrainingSchedule(config.optim, steps_per_epoch, steps, distill)
+    distill = config.distill or DistillConfig() if config.has_teacher else None
+    teachers = {name: teacher.weight for name, teacher in config.teachers.items()}
+    return TrainingSchedule(config.optim, steps_per_epoch, steps, distill, teachers)
 
 
 def build_train_state(
@@ -72,7 +74,7 @@ def build_train_state(
     meters = Meters(
         accelerator.device,
         terms=distiller.term_names,
-        has_teacher=config.teacher is not None,
+        has_teacher=config.has_teacher,
         counts_overflows=accelerator.scaler is not None,
         has_unlabeled=has_unlabeled,
         has_mixed_labels=bool(mixing_settings(config)),

@@ -33,6 +33,7 @@ from kd_accel.io.files import readable_size
 from kd_accel.io.hashing import tensors_digest
 from kd_accel.losses.targets import TargetFunction
 from kd_accel.models.feature_extractor import probe_layers
+from kd_accel.models.preprocess import Normalize
 from kd_accel.teacher.fitting import fit_notices, fit_targets
 
 Samples = Mapping[Split, CachedSamples]
@@ -47,7 +48,7 @@ class CacheBuild:
         request: Contents that the cache must have after the build. Its target functions are fitted in place.
         data: Images and splits.
         network: The teacher's network on the device of this process.
-        normalize: Module that turns uint8 images [B, 3, H, W] into the input of the network.
+        normalize: Module that turns uint8 images [B, 3, H, W] into the input of the network, which may have another size.
         accelerator: The launch's `Accelerator`.
         batch_samples: Samples in one forward of the teacher, for a new cache.
         shard_mib: Size of the largest tensor's files in MiB, for a new cache.
@@ -59,7 +60,7 @@ class CacheBuild:
     request: CacheRequest
     data: DataModule
     network: nn.Module
-    normalize: nn.Module
+    normalize: Normalize
     accelerator: Accelerator
     batch_samples: int
     shard_mib: float = 64.0
@@ -184,7 +185,7 @@ def _dtype(build: CacheBuild, found: CacheSpec | None) -> StorageType:
 
 def _tensor_specs(build: CacheBuild, targets: Mapping[str, TargetFunction], *, dtype: StorageType) -> dict[str, TensorSpec]:
     layers = list(build.request.targets)
-    shapes = probe_layers(build.network, layers, image_size=build.data.transform.image_size)
+    shapes = probe_layers(build.network, layers, image_size=build.normalize.output_size(build.data.transform.image_size))
     specs = {LOGITS: TensorSpec((len(build.data.label_names),), storage_type(dtype, is_logits=True))}
     for layer in layers:
         target = targets[layer]

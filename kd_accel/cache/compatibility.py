@@ -111,10 +111,11 @@ def create_request(  # noqa: PLR0913  (everything that decides the stored values
             f"distill.features: the teacher's layer {LOGITS} cannot be cached, because a cache stores the logits under that "
             "name; compare a module inside the layer, or set teacher.outputs to live or mixed"
         )
+    image_size = data.transform.image_size
     numerics = teacher.numerics(
         device,
         layers=targets,
-        image_size=data.transform.image_size,
+        image_size=image_size,
         precision=precision,
         channels_last=channels_last,
         compiled=compiled,
@@ -122,7 +123,7 @@ def create_request(  # noqa: PLR0913  (everything that decides the stored values
         cpu_kernels=cpu_kernels,
     )
     return CacheRequest(
-        {"teacher": teacher.fingerprint_fields(), "numerics": numerics, **data_fields(data)},
+        {"teacher": teacher.for_images(image_size).fingerprint_fields(), "numerics": numerics, **data_fields(data)},
         covered_samples(data),
         views,
         targets,

@@ -22,6 +22,7 @@ MEMORY_FORMAT = "numerics.channels_last"
 CONTENTS = "data.contents"
 UNLABELED_SIZE = "data.unlabeled_size"
 _TRANSFORM, _VIEW_SEED, _PARTNERS = "views.transform", "views.view_seed", "views.partners"
+_IMAGE_SIZE = "views.image_size"
 _LABELS = "data.label_names"
 _CLASS_MAP = "teacher.class_map"
 _UNLABELED = ("data.unlabeled", "data.unlabeled_split")
@@ -58,6 +59,9 @@ FIELDS = {
     "teacher.arch_args": Field(("teacher.run", "teacher.arch_args")),
     "teacher.mean": Field(("teacher.run", "teacher.mean")),
     "teacher.std": Field(("teacher.run", "teacher.std")),
+    "teacher.image_size": Field(("teacher.image_size",), default="data.image_size"),
+    "teacher.interpolation": Field(("teacher.interpolation",), "of views that are resized for the teacher", default="none"),
+    "teacher.crop_pct": Field(("teacher.crop_pct",), default="1.0"),
     _CLASS_MAP: Field(("teacher.class_map",), "index of the teacher's logit for each class", default="null"),
     "numerics.precision": Field(("train.precision",)),
     MEMORY_FORMAT: Field(("train.channels_last",)),
@@ -93,7 +97,7 @@ FIELDS = {
         default="none",
     ),
     "views.version": Field((), "of kd_accel's augmentations, not a setting"),
-    "views.image_size": Field(("data.image_size",)),
+    _IMAGE_SIZE: Field(("data.image_size",)),
     _VIEW_SEED: Field(("data.view_seed",)),
 }
 """Each field of a fingerprint by its dotted name; a field below one of these (an argument in `arch_args`) belongs to it."""
@@ -142,6 +146,9 @@ def differing_fields(
     # Views without a transform have no seed, and those without mixing no partners. That the others have one is listed.
     if any(key.startswith(_TRANSFORM) for key in different):
         different = [key for key in different if key not in (_VIEW_SEED, _PARTNERS) or (key in stored and key in now)]
+    # Whether the teacher's images are resized follows from the size of the views.
+    if _IMAGE_SIZE in different:
+        different = [key for key in different if key not in ("teacher.image_size", "teacher.interpolation")]
     # A cache may hold unlabeled samples that are not requested.
     if UNLABELED_SIZE not in now:
         different = [key for key in different if key in now or key not in (UNLABELED_SIZE, "data.left_out.unlabeled")]

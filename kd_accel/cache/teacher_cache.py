@@ -136,8 +136,8 @@ class TeacherCache:
         cache_spec = read_spec(directory)
         if teacher is not None:
             stored = cache_spec.fingerprint_fields
-            present = teacher.for_classes(stored["data"]["label_names"]).fingerprint_fields()
-            different = differing_fields(stored, {**stored, "teacher": present})
+            present = teacher.for_classes(stored["data"]["label_names"]).for_images(stored["views"]["image_size"])
+            different = differing_fields(stored, {**stored, "teacher": present.fingerprint_fields()})
             _refuse(directory, "the outputs of another teacher", different)
         samples, files = read_samples(directory, cache_spec), read_manifest(directory, cache_spec)
         names, splits = tuple(cache_spec.tensors), cache_spec.samples

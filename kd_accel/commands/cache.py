@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from kd_accel.builders.cache import cache_directory
+from kd_accel.builders.cache import cache_directory, configs_with_cache
 from kd_accel.builders.cache_build import VerifiedCache, build_cache_of, verify_cache_of
+from kd_accel.builders.ensemble import errors_of_teacher
 from kd_accel.cache.info import cache_info, info_text
 from kd_accel.cache.manifest import read_spec
 from kd_accel.config.schema import RunConfig
@@ -17,43 +19,59 @@ from kd_accel.models.inference import choose_kernels
 
 
 def run_cache_build(config: RunConfig) -> None:
-    """Write the files that the cache of a config lacks: all, those of further views or layers, or damaged files."""
-    accelerator = _start(config)
+    """Write the files that the caches of a config lack: all, those of further views or layers, or damaged files."""
+    configs, accelerator = configs_with_cache(config), _start(config)
     with peers_needed(accelerator, lambda: "during the build of a cache"):
-        build_cache_of(config, accelerator)
+        # Of several teachers, one that is not at hand keeps the cache that it has.
+        at_hand = {name: own for name, own in configs.items() if own.teacher is not None and not own.teacher.is_stored}
+        for name, own in (at_hand or configs).items():
+            with errors_of_teacher(name):
+                build_cache_of(own, accelerator)
     leave_processes(accelerator)
 
 
 def run_cache_verify(config: RunConfig, *, as_json: bool) -> None:
-    """Check every byte of a cache, and recompute a few samples with the teacher.
+    """Check every byte of the caches of a config, and recompute a few samples with the teacher.
 
     Args:
         config: Config of a distillation with a cache.
-        as_json: Whether the result is printed as JSON.
+        as_json: Whether the result is printed as JSON: one object for each cache, by teacher if there are several teachers.
 
     Raises:
         UserError: If a file is damaged, or the cache does not fit the config.
     """
-    accelerator = _start(config)
-    result = verify_cache_of(config, accelerator)
-    accelerator.print(json.dumps(_verify_report(result)) if as_json else _verify_text(result))
+    configs, accelerator = configs_with_cache(config), _start(config)
+    results: dict[str, VerifiedCache] = {}
+    for name, own in configs.items():
+        with errors_of_teacher(name):
+            results[name] = verify_cache_of(own, accelerator)
+    reports = {name: _verify_report(result) for name, result in results.items()}
+    accelerator.print(_json(reports) if as_json else "\n".join(map(_verify_text, results.values())))
     leave_processes(accelerator)
-    if result.wrong:
+    if wrong := [result for result in results.values() if result.wrong]:
+        files = " and ".join(f"{len(result.wrong)} files of {result.directory}" for result in wrong)
         raise UserError(
-            f"teacher.cache.dir: {len(result.wrong)} files of {result.directory} are damaged; run `kd-accel cache build` with "
-            "the same config, which rewrites only these files"
+            f"teacher.cache.dir: {files} are damaged; run `kd-accel cache build` with the same config, which rewrites only "
+            "these files"
         )
 
 
 def run_cache_info(config: RunConfig, *, as_json: bool) -> None:
-    """Print the contents of a cache. Only the files of the cache are read."""
-    directory = cache_directory(config)
-    info = cache_info(directory)
-    print(json.dumps(info, indent=2) if as_json else info_text(info, read_spec(directory)))
+    """Print the contents of the caches of a config. Only the files of the caches are read."""
+    directories = {name: cache_directory(own) for name, own in configs_with_cache(config).items()}
+    infos = {name: cache_info(directory) for name, directory in directories.items()}
+    if as_json:
+        print(_json(infos, indent=2))
+    else:
+        print("\n\n".join(info_text(info, read_spec(directories[name])) for name, info in infos.items()))
+
+
+def _json(by_teacher: Mapping[str, dict[str, Any]], *, indent: int | None = None) -> str:
+    """Return the object of a single teacher (name ""), or those of several by name."""
+    return json.dumps(by_teacher.get("", by_teacher), indent=indent)
 
 
 def _start(config: RunConfig) -> Accelerator:
-    cache_directory(config)
     choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     return start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
 

@@ -74,7 +74,8 @@ def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConf
 def _needs_its_cache(run: RunConfig) -> bool:
     """Return whether a run is unfinished and reads a cache that its teacher can complete, which a build does and checks."""
     is_finished = (run.directory / "summary.json").is_file()
-    return run.teacher is not None and run.teacher.outputs != "live" and not run.teacher.is_stored and not is_finished
+    teachers = [own.teacher for own in run.by_teacher().values() if own.teacher is not None]
+    return not is_finished and any(teacher.uses_cache and not teacher.is_stored for teacher in teachers)
 
 
 def _launch(arguments: list[str], *, launch: str, what: str) -> None:

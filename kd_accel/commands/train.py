@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from kd_accel.builders.header import described_teacher, header_text, start_notices, training_header
-from kd_accel.builders.results import save_summary, save_trained_model
+from kd_accel.builders.ensemble import errors_of_teacher
+from kd_accel.builders.header import described_teachers, header_text, start_notices, training_header
+from kd_accel.builders.results import evaluate_best, save_summary, save_trained_model
 from kd_accel.builders.run import Run, build_run
+from kd_accel.config.ensemble_rules import of_teacher
 from kd_accel.config.schema import RunConfig
 from kd_accel.distributed import Accelerator, leave_processes, on_main_process, peers_needed, start_processes
 from kd_accel.errors import Preempted, UnreadableImage
 from kd_accel.models.inference import choose_kernels
 from kd_accel.teacher.accuracy import check_accuracy
-from kd_accel.training.evaluation import teacher_accuracy
+from kd_accel.training.evaluation import member_accuracies, teacher_accuracy
 from kd_accel.training.wandb_tracker import tracker_name
 
 
@@ -56,12 +58,18 @@ def _announce(run: Run, accelerator: Accelerator) -> dict[str, float]:
     config, known = run.config, {}
     run.trainer.progress.say(header_text(training_header(run)))
     accuracy = teacher_accuracy(run.test, accelerator=accelerator) if run.teacher else None
-    if config.teacher and accuracy is not None:
+    accuracies: dict[str, float] = {}
+    if accuracy is not None:
         known["teacher_accuracy"] = accuracy
         labels = run.data.test.labels[run.data.splits.test]
-        run.notices.extend(check_accuracy(accuracy, labels, config.teacher.min_accuracy))
+        accuracies = member_accuracies(run.test, labeled=int((labels >= 0).sum()), accelerator=accelerator)
+        for name, own in config.by_teacher().items():
+            assert own.teacher is not None, "each of these configs has a teacher"
+            with errors_of_teacher(name):
+                notices = check_accuracy(accuracies.get(name, accuracy), labels, own.teacher.min_accuracy)
+            run.notices.extend(of_teacher(notice, name) for notice in notices)
     # Only now, because a live teacher may take minutes on the test samples, and the other lines are useful before.
-    run.trainer.progress.say(header_text({"teacher": described_teacher(config.teacher, accuracy)}))
+    run.trainer.progress.say(header_text({"teacher": described_teachers(config, accuracies, accuracy)}))
     on_main_process(accelerator, run.directory.write_config)
     for notice in [*start_notices(config, accelerator), *run.notices]:
         run.trainer.progress.say(f"{config.name}: {notice}")
@@ -74,15 +82,22 @@ def _finish(run: Run, known: dict[str, float]) -> None:
     if not trainer.is_done:
         trainer.progress.say(f"{run.config.name}: paused {_place(run)}; run the same command again to resume")
         return
+    position = trainer.train_state.position
+    if position.stopped_early:
+        trainer.progress.say(
+            f"{run.config.name}: stopped early after epoch {position.epoch} of {run.config.train.epochs}: the best validation "
+            f"result is that of epoch {position.best_epoch}"
+        )
     if run.teacher:
         run.teacher.check_unchanged()
     # Before the evaluation, so that a bad test image does not lose the training.
     save_trained_model(run)
     try:
         test_metrics = trainer.evaluate(run.test)
+        best_metrics = evaluate_best(run, test_metrics)
     except UnreadableImage as error:
         raise error.with_remedy(
             f"the training is complete, and its model is in {run.directory.path}. Restore or remove the image, or set "
             "data.on_error to skip, then run the same command again, which only evaluates on the test samples"
         ) from None
-    save_summary(run, {**test_metrics, **known})
+    save_summary(run, {**test_metrics, **known}, best_metrics)

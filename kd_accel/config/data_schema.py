@@ -15,6 +15,7 @@ MAX_IMAGE_SIZE = 4096
 LabelRule = Literal["keep", "remap"]
 OnError = Literal["stop", "skip"]
 Background = Literal["black", "white"]
+Sampling = Literal["uniform", "balanced"]
 
 
 class DataConfig(Section):
@@ -38,6 +39,7 @@ class DataConfig(Section):
         unlabeled_split: Name of the split of data.unlabeled to use; the default also stands for its only split.
         unlabeled_ratio: Number of unlabeled samples for each labeled one in an epoch, others in each epoch in turn; null = all
             in each epoch.
+        sampling: Samples of an epoch: uniform = each once; balanced = as many of each class, drawn in each epoch.
         image_size: Side of the square to which every image is resized, in pixels.
         background: Color behind transparent pixels: black or white.
         pixel_range: Values [low, high] that become black and white in images of more than 8 bits per channel, linear between
@@ -69,6 +71,7 @@ class DataConfig(Section):
     unlabeled: str | None = None
     unlabeled_split: str = "train"
     unlabeled_ratio: float | None = None
+    sampling: Sampling = "uniform"
     image_size: int = 32
     background: Background = "black"
     pixel_range: list[float] | None = None

@@ -31,9 +31,8 @@ def distill_problems(config: RunConfig) -> Iterator[str]:
     elif distill.logits.loss == "kl" and distill.logits.args.get("divergence") == "mse":
         yield from no_effect(distill, "distill", ("temperature",), because="with distill.logits.args.divergence mse")
     for name, feature in distill.features.items():
-        yield from _feature(
-            f"distill.features.{name}", feature, has_teacher=config.teacher is None or not config.teacher.is_stored
-        )
+        teacher = config.teachers.get(feature.teacher or "", config.teacher)
+        yield from _feature(f"distill.features.{name}", feature, has_teacher=teacher is None or not teacher.is_stored)
 
 
 def _without_logits(distill: DistillConfig) -> Iterator[str]:

@@ -49,6 +49,7 @@ class FeatureLossConfig(Section):
     Args:
         loss: Name of a registered loss, or import:package.module:Class; null = NAME.
         weight: Factor of the sum.
+        teacher: NAME of the teacher whose layers are compared, with several teachers (teachers.NAME).
         layers: Names of modules that both networks have, or {student's module: teacher's module}; auto = the last block of each
             resolution, paired from the deepest one. config.yaml of the run has the pairs.
         args: Settings of the loss itself.
@@ -56,10 +57,23 @@ class FeatureLossConfig(Section):
 
     loss: str | None = None
     weight: float | Schedule = 0.1
+    teacher: str | None = None
     layers: Literal["auto"] | list[str] | dict[str, str] = Field(
         default_factory=lambda: ["layer1", "layer2", "layer3", "layer4"]
     )
     args: dict[str, Argument] = Field(default_factory=dict)
+
+
+class EnsembleConfig(Section):
+    """The combination of the logits of several teachers.
+
+    Args:
+        mean: Averaged quantity: probabilities softened by the temperature, or logits.
+        confidence: Also weight the teachers in each sample: less, the larger the cross-entropy of a teacher's logits.
+    """
+
+    mean: Literal["probabilities", "logits"] = "probabilities"
+    confidence: bool = False
 
 
 class DistillConfig(Section):
@@ -71,6 +85,7 @@ class DistillConfig(Section):
         label_weight: Weight of the cross-entropy with the labels; null = 1 - alpha.
         logits: The logit loss; null = none.
         features: Feature losses by name.
+        ensemble: The combination of the logits of several teachers.
     """
 
     temperature: float | Schedule = 4.0
@@ -78,3 +93,4 @@ class DistillConfig(Section):
     label_weight: float | Schedule | None = None
     logits: LogitLossConfig | None = Field(default_factory=LogitLossConfig)
     features: dict[str, FeatureLossConfig] = Field(default_factory=dict)
+    ensemble: EnsembleConfig = Field(default_factory=EnsembleConfig)

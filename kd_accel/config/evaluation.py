@@ -14,17 +14,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from kd_accel.config.command_line import CommandParser
-from kd_accel.config.fields import Keys, exists
+from kd_accel.config.fields import Keys, as_one_teacher, exists
 from kd_accel.config.parsing import checked_config
 from kd_accel.config.schema import RunConfig
 from kd_accel.config.settings import CALL, COMMAND_LINE, Settings, nested
 from kd_accel.config.validation import problems
 
-_TAKEN = ("data", "teacher", "train.eval_batch_size", "train.precision")
+_TAKEN = ("data", "teacher", "teachers", "train.eval_batch_size", "train.precision")
 _BY_REASON_REFUSED = {
     "model.json determines it": "data.image_size data.mean data.std",
     "held-out samples are not augmented": "data.transform data.views data.view_seed",
-    "no training samples are read": "data.unlabeled data.unlabeled_split data.unlabeled_ratio",
+    "no training samples are read": "data.sampling data.unlabeled data.unlabeled_split data.unlabeled_ratio",
     "a training checks it": "teacher.min_accuracy",
     "it decides the contents of a new cache": "teacher.cache.dtype teacher.cache.shard_mib teacher.cache.batch_size",
 }
@@ -34,7 +34,8 @@ _NO_EFFECT = ": has no effect"
 
 def is_evaluation_setting(name: str) -> bool:
     """Return whether a setting, by its dotted name, can be changed for an evaluation."""
-    return any(name == each or name.startswith(f"{each}.") for each in _TAKEN) and name not in _REFUSED
+    is_taken = any(name == each or name.startswith(f"{each}.") for each in _TAKEN)
+    return is_taken and as_one_teacher(name) not in (*_REFUSED, "teacher.weight")
 
 
 def parse_evaluation(argv: Sequence[str], *, parser: CommandParser) -> tuple[RunConfig, argparse.Namespace]:
@@ -92,7 +93,7 @@ def _checked(settings: Settings, losses: Mapping[str, Sequence[str]], command_op
     for keys in sorted(changed.keys() - sections):
         name = ".".join(keys)
         if exists(RunConfig, keys) and not is_evaluation_setting(name):
-            reason = _REFUSED.get(name, f"only {', '.join(_TAKEN[:-1])} and {_TAKEN[-1]} can be changed")
+            reason = _REFUSED.get(as_one_teacher(name), f"only {', '.join(_TAKEN[:-1])} and {_TAKEN[-1]} can be changed")
             shown = f"--{name}" if changed[keys] == COMMAND_LINE else name
             settings.mistakes.append(f"{shown}{_NO_EFFECT} on an evaluation ({reason}); leave it out")
             _remove(settings.values, keys)

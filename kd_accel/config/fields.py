@@ -102,6 +102,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {found}?" if found else ""
 
 
+def as_one_teacher(name: str) -> str:
+    """Return the dotted name of a setting of one of several teachers as that of a single one; other names are unchanged.
+
+    `teachers.a.run` becomes `teacher.run`.
+    """
+    section, _, below = name.partition(".")
+    return f"teacher.{below.partition('.')[2]}" if section == "teachers" and below else name
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by their dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}

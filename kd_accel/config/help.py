@@ -43,10 +43,13 @@ _FLAGS = (
 
 
 def descriptions(section: type[BaseModel]) -> dict[str, str]:
-    """Return the description of each setting, from the "Args:" of the class."""
-    _, _, arguments = inspect.cleandoc(section.__doc__ or "").partition("Args:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", arguments, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    """Return the description of each setting, from the "Args:" of the class and of those it extends."""
+    found: dict[str, str] = {}
+    for own in reversed(section.__mro__):
+        _, _, arguments = inspect.cleandoc(vars(own).get("__doc__") or "").partition("Args:\n")
+        entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", arguments, flags=re.MULTILINE)
+        found |= {name: " ".join(text.split()) for name, text in entries}
+    return found
 
 
 def settings_help(

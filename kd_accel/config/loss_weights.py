@@ -21,7 +21,7 @@ def value_range(value: float | Schedule) -> tuple[float, float]:
 
 def labels_without_weight(config: RunConfig) -> str | None:
     """Return the setting that gives the labels no weight at any step, as "field: value"; None if they have a weight."""
-    if config.teacher is None:
+    if not config.has_teacher:
         return None
     distill = config.distill or DistillConfig()
     if distill.label_weight is not None:
@@ -32,7 +32,7 @@ def labels_without_weight(config: RunConfig) -> str | None:
 def notices_of_weights(config: RunConfig) -> list[str]:
     """Return a notice if there is a teacher but no term of the loss compares the student with it."""
     distill = config.distill or DistillConfig()
-    is_unused = config.teacher is not None and not distill.features and value_range(distill.alpha)[1] == 0
+    is_unused = config.has_teacher and not distill.features and value_range(distill.alpha)[1] == 0
     if not is_unused:
         return []
     return [

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd_accel.config.fields import flatten
+from kd_accel.config.fields import as_one_teacher, flatten
 from kd_accel.io.files import is_directory
 
 _DIRECTORIES = ("run_dir", "teacher.run", "teacher.cache.dir")
@@ -44,7 +44,7 @@ def moved_paths(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
         Dotted names.
     """
     old, new = flatten(before), flatten(now)
-    return {name for name in (*_DIRECTORIES, *_WEIGHTS, *_SOURCES) if _is_moved(name, old.get(name), new.get(name))}
+    return {name for name in new if _is_moved(name, old.get(name), new[name])}
 
 
 def is_path_of_weights(weights: str) -> bool:
@@ -56,6 +56,7 @@ def _prefix_and_path(name: str, value: Any) -> tuple[str, str | None]:
     """Return the part of a setting's value before a path, and the path; None if the value is not a path."""
     if not isinstance(value, str):
         return "", None
+    name = as_one_teacher(name)
     if name in _SOURCES:
         kind, colon, location = value.partition(":")
         # As in data/tables.py, where a directory takes precedence over a repository; only sources may begin with ~.

@@ -6,6 +6,12 @@ from collections.abc import Iterator
 
 ARCHS = ("torchvision/", "timm/", "import:")
 
+BEST_WEIGHTS = "model_best.safetensors"
+"""File of the weights of the best epoch in a run directory."""
+
+RUN_WEIGHTS = ("model.safetensors", BEST_WEIGHTS)
+"""Files of weights in a run directory, which model.json describes."""
+
 
 def arch_problems(name: str, arch: str) -> Iterator[str]:
     """Yield a message if an architecture has no known prefix. name: name of the setting."""

@@ -19,7 +19,7 @@ def run_name(config: RunConfig) -> str:
     """Return the name of a run, or its default ARCH-DATA-ROLE, such as `resnet18-cifar10-distilled`."""
     if config.name != AUTO:
         return config.name
-    role = config.role if config.teacher is None else "distilled"
+    role = "distilled" if config.has_teacher else config.role
     return f"{_slug(config.model.arch)}-{_slug(config.data.source)}-{role}"
 
 

@@ -6,13 +6,14 @@ The "Args:" of a class is the `--help` of its settings. Rules that need more tha
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kd_accel.config.data_schema import MAX_IMAGE_SIZE as MAX_IMAGE_SIZE
 from kd_accel.config.data_schema import DataConfig as DataConfig
 from kd_accel.config.distill_schema import DistillConfig as DistillConfig
+from kd_accel.config.distill_schema import EnsembleConfig as EnsembleConfig
 from kd_accel.config.distill_schema import FeatureLossConfig as FeatureLossConfig
 from kd_accel.config.distill_schema import LogitLossConfig as LogitLossConfig
 from kd_accel.config.distill_schema import Schedule as Schedule
@@ -20,6 +21,7 @@ from kd_accel.config.run_name import AUTO, run_name
 from kd_accel.config.section import Argument as Argument
 from kd_accel.config.section import Section as Section
 from kd_accel.config.teacher_schema import CacheConfig as CacheConfig
+from kd_accel.config.teacher_schema import MemberConfig as MemberConfig
 from kd_accel.config.teacher_schema import Stem as Stem
 from kd_accel.config.teacher_schema import StorageType as StorageType
 from kd_accel.config.teacher_schema import TeacherConfig as TeacherConfig
@@ -36,12 +38,14 @@ class ModelConfig(Section):
         weights: Run directory, .safetensors file, or the library's name of pretrained weights (downloaded); null = random. The
             mean and std of a run or library are used, unless data.mean and data.std are set.
         arch_args: Further arguments of the library's builder, such as {zero_init_residual: true}.
+        freeze: Names of modules that keep their weights and stay in evaluation mode, such as [conv1, bn1, layer1].
     """
 
     arch: str = "torchvision/resnet18"
     stem: Stem = "imagenet"
     weights: str | None = None
     arch_args: dict[str, Argument] = Field(default_factory=dict)
+    freeze: list[str] = Field(default_factory=list)
 
 
 class OptimConfig(Section):
@@ -53,7 +57,8 @@ class OptimConfig(Section):
         momentum: Momentum (sgd).
         nesterov: Nesterov momentum (sgd).
         betas: Decay rates of the moment estimates (adamw).
-        weight_decay: Weight decay of all trained parameters.
+        weight_decay: Weight decay of all trained parameters, or of some (norm_bias_weight_decay).
+        norm_bias_weight_decay: Whether norms and biases (parameters of one dimension) have weight decay, too.
         schedule: Learning rate over the steps of the run.
         warmup_fraction: Fraction of the steps in which the rate rises to its peak; null = 0.3 for onecycle, else 0.
         step_epochs: Epochs after which the rate is multiplied by step_gamma (step).
@@ -67,6 +72,7 @@ class OptimConfig(Section):
     nesterov: bool = False
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 5.0e-4
+    norm_bias_weight_decay: bool = True
     schedule: Literal["onecycle", "cosine", "step", "constant"] = "onecycle"
     warmup_fraction: float | None = None
     step_epochs: list[int] = Field(default_factory=list)
@@ -88,10 +94,14 @@ class TrainConfig(Section):
         channels_last: Memory format channels_last of images, feature maps and, on GPUs, weights; null = on GPUs.
         cpu_kernels: This package's CPU kernels in place of PyTorch's; auto = on CPUs.
         label_smoothing: Label smoothing of the cross-entropy.
+        class_weights: Factor of the cross-entropy for each class: balanced = inverse to its training samples, with a mean of 1
+            over these; a list in the order of the classes; {class name: factor}, the others 1; null = 1.
         ema_decay: Decay per step of an exponential moving average of the weights, which is evaluated and saved; null = none.
             After t steps the decay is at most 1 - (1 + t) ** (-2/3), as in timm.
         eval_batch_size: Samples per process in one forward of an evaluation.
         eval_every_epochs: Epochs between evaluations on the validation samples.
+        early_stopping_epochs: Epochs without a better validation accuracy after which the training ends; schedules are those of
+            all epochs; null = never.
         log_every_steps: Steps between lines of metrics.
         deterministic: Use deterministic GPU kernels only; slower.
         tf32: TF32 in float32 convolutions and matrix products (GPUs); false = full float32.
@@ -109,9 +119,11 @@ class TrainConfig(Section):
     channels_last: bool | None = None
     cpu_kernels: Literal["auto", "always", "never"] = "auto"
     label_smoothing: float = 0.0
+    class_weights: Literal["balanced"] | list[float] | dict[str, float] | None = None
     ema_decay: float | None = None
     eval_batch_size: int = 256
     eval_every_epochs: int = 1
+    early_stopping_epochs: int | None = None
     log_every_steps: int = 20
     deterministic: bool = False
     tf32: bool = True
@@ -126,6 +138,7 @@ class CheckpointConfig(Section):
         every_epochs: Epochs between checkpoints; null = only at the end.
         every_steps: Optimizer steps between further checkpoints; null = none.
         keep: Number of latest checkpoints that are kept.
+        keep_best: Also keep the weights of the epoch with the best validation accuracy, in model_best.safetensors.
         resume: Policy: auto = resume if a checkpoint exists; never = refuse a run directory in use; must = refuse an empty one.
         stop_after_steps: Step after which the training writes a checkpoint and stops, to be resumed later (time-limited jobs).
     """
@@ -133,6 +146,7 @@ class CheckpointConfig(Section):
     every_epochs: int | None = 1
     every_steps: int | None = None
     keep: int = 2
+    keep_best: bool = False
     resume: Literal["auto", "never", "must"] = "auto"
     stop_after_steps: int | None = None
 
@@ -167,7 +181,8 @@ class RunConfig(Section):
         seed: Seed of initial weights, sample order and dropout.
         data: Images, splits and views.
         model: The trained model.
-        teacher: The teacher; null = plain training.
+        teacher: The teacher; null = plain training, or several teachers.
+        teachers: Several teachers by name, in place of teacher.
         distill: The distillation objective; null = its defaults if a teacher is set.
         optim: The optimizer and its learning rate.
         train: The training loop.
@@ -184,12 +199,18 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     teacher: TeacherConfig | None = None
+    teachers: dict[str, MemberConfig] = Field(default_factory=dict)
     distill: DistillConfig | None = None
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     profile: int | None = None
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _without_teachers(cls, value: Any) -> Any:
+        return {} if value is None else value  # null leaves a section out, here as in teacher
 
     @model_validator(mode="after")
     def _name_the_run(self) -> Self:
@@ -200,6 +221,29 @@ class RunConfig(Section):
     def directory(self) -> Path:
         """Directory of the run."""
         return Path(self.run_dir) if self.run_dir else Path("runs") / self.name
+
+    @property
+    def has_teacher(self) -> bool:
+        """True if the run is a distillation, from one teacher or several."""
+        return self.teacher is not None or bool(self.teachers)
+
+    def by_teacher(self) -> dict[str, RunConfig]:
+        """Return the config of each teacher: that of the run with this teacher alone, and the feature losses on its layers.
+
+        Returns:
+            Configs by name of the teacher. The name of a single teacher is the empty string.
+        """
+        if not self.teachers:
+            return {"": self} if self.teacher is not None else {}
+        return {name: self._with_teacher_alone(name) for name in self.teachers}
+
+    def _with_teacher_alone(self, name: str) -> RunConfig:
+        distill = self.distill
+        if distill is not None:
+            own = {key: feature for key, feature in distill.features.items() if feature.teacher == name}
+            features = {key: feature.model_copy(update={"teacher": None}) for key, feature in own.items()}
+            distill = distill.model_copy(update={"features": features, "ensemble": EnsembleConfig()})
+        return self.model_copy(update={"teacher": self.teachers[name], "teachers": {}, "distill": distill})
 
 
 class BenchConfig(Section):

@@ -7,17 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kd_accel.config.data_schema import has_transform
-from kd_accel.config.rules import arch_problems, at_least, no_effect, pixel_statistics
-from kd_accel.config.schema import RunConfig, TeacherConfig
+from kd_accel.config.rules import RUN_WEIGHTS, arch_problems, at_least, no_effect, pixel_statistics
+from kd_accel.config.schema import MAX_IMAGE_SIZE, RunConfig, TeacherConfig
 
 
 def teacher_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a message for each broken rule of `teacher`."""
+    """Yield a message for each broken rule of `teacher`, in a config with one teacher."""
     teacher = config.teacher
-    if teacher is None:
-        if config.distill is not None:
-            yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
-        return
+    assert teacher is not None, "called for each teacher"
     if teacher.run is not None and teacher.arch is not None:
         yield "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights, not both"
     elif teacher.is_stored:
@@ -28,19 +25,35 @@ def teacher_problems(config: RunConfig) -> Iterator[str]:
         )
     else:
         yield from _own_teacher(teacher)
+    yield from _preprocessing(teacher, data_size=config.data.image_size)
     yield from _classes_and_accuracy(teacher, has_labels=config.data.label_column is not None)
     yield from _outputs(config, teacher)
 
 
 def _stored_teacher(teacher: TeacherConfig) -> Iterator[str]:
     """Check a teacher of which only the stored outputs exist."""
-    described = ("stem", "weights", "arch_args", "mean", "std", "class_map")
+    described = ("stem", "weights", "arch_args", "mean", "std", "image_size", "interpolation", "crop_pct", "class_map")
     if teacher.outputs == "cached":
         yield from no_effect(teacher, "teacher", described, because="without teacher.run and teacher.arch the cache decides")
     else:
         yield (
             "teacher: set either teacher.run (a run directory) or teacher.arch with teacher.weights; without a teacher, set "
             "teacher.outputs to cached and teacher.cache.dir to a cache of its outputs"
+        )
+
+
+def _preprocessing(teacher: TeacherConfig, *, data_size: int) -> Iterator[str]:
+    """Check the size of the images that the teacher sees. That interpolation has an effect is checked with its weights."""
+    yield from at_least(teacher, "teacher", 1, "image_size")
+    size, crop_pct = teacher.image_size or data_size, 1.0 if teacher.crop_pct is None else teacher.crop_pct
+    if not 0 < crop_pct <= 1:
+        yield f"teacher.crop_pct: {crop_pct} must be above 0 and at most 1"
+    elif size > MAX_IMAGE_SIZE:
+        yield f"teacher.image_size: {size} must be at most {MAX_IMAGE_SIZE}"
+    elif size / crop_pct > MAX_IMAGE_SIZE:
+        yield (
+            f"teacher.crop_pct: {crop_pct} resizes views to {size / crop_pct:.0f} pixels, of which the teacher sees {size}; at "
+            f"most {MAX_IMAGE_SIZE} are supported: raise it, or lower teacher.image_size"
         )
 
 
@@ -78,6 +91,6 @@ def _own_teacher(teacher: TeacherConfig) -> Iterator[str]:
     if (teacher.mean is None) != (teacher.std is None):
         yield "teacher.mean and teacher.std: one of them is set; set both or none"
     weights = Path(teacher.weights or "")
-    if teacher.mean is None and weights.suffix == ".safetensors" and weights.name != "model.safetensors":
+    if teacher.mean is None and weights.suffix == ".safetensors" and weights.name not in RUN_WEIGHTS:
         yield "teacher.mean and teacher.std: missing; with a weights file set those with which the teacher was trained, in 0..1"
     yield from pixel_statistics("teacher", teacher.mean, teacher.std)

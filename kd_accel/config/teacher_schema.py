@@ -6,10 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
+from kd_accel.config.distill_schema import Schedule
 from kd_accel.config.section import Argument, Section
 
 Stem = Literal["imagenet", "no_pool", "cifar"]
 StorageType = Literal["float32", "float16", "bfloat16", "int8"]
+TeacherInterpolation = Literal["bilinear", "bicubic"]
 
 
 class CacheConfig(Section):
@@ -39,6 +41,11 @@ class TeacherConfig(Section):
         arch_args: Arguments of the builder, as model.arch_args.
         mean: Per-channel mean in 0..1 with which the teacher was trained; null = that of the weights' run or library.
         std: Per-channel standard deviation in 0..1 with which the teacher was trained; null = as mean.
+        image_size: Side of the images that the teacher sees, in pixels, to which each view is resized; null = that of the
+            teacher's run, of arch_args, or of the card of its pretrained weights, else data.image_size.
+        interpolation: Interpolation of that resizing; null = that of the weights' card, bicubic for a run, else bilinear.
+        crop_pct: Side of the central square that the teacher sees, as a fraction of the side of the view; null = 1, the
+            complete view, because data.transform and data.crop_pct have cropped it already.
         class_map: Class of the teacher for each class of the data: auto = the class of the same name; a list of indices or
             names in the order of the data; {data class: teacher's index or name}, the others by name; null = the same classes.
         min_accuracy: Smallest accuracy of the teacher on the test samples, a fraction, with which a training or a build starts;
@@ -55,6 +62,9 @@ class TeacherConfig(Section):
     arch_args: dict[str, Argument] = Field(default_factory=dict)
     mean: list[float] | None = None
     std: list[float] | None = None
+    image_size: int | None = None
+    interpolation: TeacherInterpolation | None = None
+    crop_pct: float | None = None
     class_map: Literal["auto"] | list[int | str] | dict[str, int | str] | None = None
     min_accuracy: float | Literal["auto"] | None = "auto"
     outputs: Literal["live", "cached", "mixed"] = "live"
@@ -64,3 +74,18 @@ class TeacherConfig(Section):
     def is_stored(self) -> bool:
         """True if no teacher is set that could run, so that its outputs can only be read from a cache."""
         return self.run is None and self.arch is None
+
+    @property
+    def uses_cache(self) -> bool:
+        """True if outputs are read from a cache."""
+        return self.outputs != "live" and self.cache.dir is not None
+
+
+class MemberConfig(TeacherConfig):
+    """One of several teachers: the settings of a teacher, and its weight.
+
+    Args:
+        weight: Weight of the teacher in the mean of all teachers; the weights are divided by their sum.
+    """
+
+    weight: float | Schedule = 1.0

@@ -14,10 +14,9 @@ _MIXING = ("mixup", "cutmix")
 
 def label_column_problems(config: RunConfig) -> Iterator[str]:
     """Yield a message for each setting that does not fit data without labels (`data.label_column: null`)."""
-    teacher = config.teacher
     if config.data.label_column is not None:
         return
-    if teacher is None:
+    if not config.has_teacher:
         yield "data.label_column: null means that no labels are read, which needs a teacher; set teacher.run, or a column"
         return
     if labels_without_weight(config) is None:
@@ -27,10 +26,6 @@ def label_column_problems(config: RunConfig) -> Iterator[str]:
         )
     if config.data.labels != "keep":
         yield "data.labels: has no effect with data.label_column null; leave it out"
-    if teacher.class_map is not None:
-        yield "teacher.class_map: has no effect with data.label_column null, whose classes are the teacher's; leave it out"
-    if isinstance(teacher.min_accuracy, float):
-        yield "teacher.min_accuracy: has no effect with data.label_column null, because no accuracy is measured; leave it out"
 
 
 def unlabeled_problems(config: RunConfig, *, sources: Sequence[str]) -> Iterator[str]:
@@ -50,7 +45,7 @@ def unlabeled_problems(config: RunConfig, *, sources: Sequence[str]) -> Iterator
         yield f"data.unlabeled: {data.unlabeled!r} must start with one of {', '.join(sources)}, or be null"
     if data.unlabeled_ratio is not None and not 0 < data.unlabeled_ratio < math.inf:
         yield f"data.unlabeled_ratio: {data.unlabeled_ratio} must be above 0, or null"
-    if config.teacher is None:
+    if not config.has_teacher:
         yield (
             "data.unlabeled: has no effect without a teacher, the only thing to learn from images without labels; set "
             "teacher.run, or leave it out"

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from kd_accel.config.data_schema import has_transform
 from kd_accel.config.distill_rules import distill_problems, unknown_losses
+from kd_accel.config.ensemble_rules import ensemble_problems, of_teacher
 from kd_accel.config.fields import nearest
 from kd_accel.config.loss_weights import labels_without_weight
 from kd_accel.config.rules import arch_problems, at_least, no_effect, pixel_statistics
@@ -26,6 +27,7 @@ from kd_accel.config.schema import (
     RunConfig,
 )
 from kd_accel.config.teacher_rules import teacher_problems
+from kd_accel.config.training_rules import training_option_problems
 from kd_accel.config.transform_schema import transform_config
 from kd_accel.config.unlabeled_rules import label_column_problems, unlabeled_problems
 from kd_accel.io.files import is_directory
@@ -49,7 +51,7 @@ def problems(config: BaseModel, losses: Mapping[str, Sequence[str]] | None = Non
     if isinstance(config, BenchConfig):
         return [*_values(config), *_bench(config)]
     assert isinstance(config, RunConfig)
-    checks = (_values, _name, _data, _model, teacher_problems, distill_problems, _optim, _train, _checkpoint)
+    checks = (_values, _name, _data, _model, _teachers, distill_problems, _optim, _train, _checkpoint, training_option_problems)
     unknown = unknown_losses(config.distill, losses) if config.distill is not None and losses else ()
     return [*(problem for check in checks for problem in check(config)), *unknown]
 
@@ -99,7 +101,7 @@ def _name(config: RunConfig) -> Iterator[str]:
         yield f"run_dir: {config.run_dir!r} would be parsed as an option; write ./{config.run_dir}"
     if config.profile is not None and config.profile < 1:
         yield f"profile: {config.profile} must be at least 1"
-    if config.role == "teacher" and config.teacher:
+    if config.role == "teacher" and config.has_teacher:
         yield "role: teacher has no effect if a teacher is set (the role of the run is distilled); leave it out"
 
 
@@ -168,6 +170,14 @@ def _data_without_effect(data: DataConfig) -> Iterator[str]:
         yield from no_effect(data, "data", ("view_seed",), because="with transform none")
         if data.views not in (None, 1):
             yield "data.views: has no effect (with transform none all views are equal); leave it out"
+
+
+def _teachers(config: RunConfig) -> Iterator[str]:
+    if not config.has_teacher and config.distill is not None:
+        yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
+    yield from ensemble_problems(config)
+    for name, own in config.by_teacher().items():
+        yield from (of_teacher(problem, name) for problem in teacher_problems(own))
 
 
 def _model(config: RunConfig) -> Iterator[str]:

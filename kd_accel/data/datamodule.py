@@ -186,6 +186,7 @@ class DataModule:
         grad_accum_steps: int = 1,
         seed: int = 0,
         pin_memory: bool = False,
+        is_balanced: bool = False,
     ) -> TrainLoader:
         """Create the loader of one rank's augmented training batches.
 
@@ -196,14 +197,17 @@ class DataModule:
             grad_accum_steps: Number of micro-batches per optimizer step.
             seed: Seed of the order of the samples.
             pin_memory: Whether batches are in page-locked memory.
+            is_balanced: Whether an epoch has as many labeled samples of each class, instead of each sample once.
 
         Raises:
-            UserError: If the batch size is not divisible by ranks and accumulation steps, or exceeds the number of samples.
+            UserError: If the batch size is not divisible by ranks and accumulation steps, or exceeds the number of samples; if
+                the classes have equally many samples, and `is_balanced` has no effect.
         """
         return TrainLoader(
             self.batch_loader,
             samples=self.splits.train,
             turns=self.turns,
+            labels=self.train.labels[self.splits.train] if is_balanced else None,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,

@@ -17,16 +17,19 @@ from torch import Tensor
 
 from kd_accel.data.batches import BatchLoader
 from kd_accel.data.hashing import hashed_order
+from kd_accel.data.sampling import balanced_samples, check_balance
 from kd_accel.data.splits import HeldOutSplit
 from kd_accel.data.unlabeled import Turns
 from kd_accel.errors import UserError
 from kd_accel.types import Batch
 
-_ORDER = 21
-"""Hash key of the sample order, different from the keys of all other uses of `hash_words`."""
+_ORDER, _BALANCED_ORDER = 21, 25
+"""Hash keys of the sample order, different from the keys of all other uses of `hash_words`."""
 
 
-def epoch_order(samples: np.ndarray, *, seed: int, epoch: int, turns: Turns | None = None) -> np.ndarray:
+def epoch_order(
+    samples: np.ndarray, *, seed: int, epoch: int, turns: Turns | None = None, labels: np.ndarray | None = None
+) -> np.ndarray:
     """Return the sample indices in the order of an epoch.
 
     Args:
@@ -34,9 +37,14 @@ def epoch_order(samples: np.ndarray, *, seed: int, epoch: int, turns: Turns | No
         seed: Seed of the order.
         epoch: Number of the epoch.
         turns: Samples of which each epoch has some; None = no such samples.
+        labels: Classes of `samples`, int64 [N], of each of which the epoch has as many; None = it has each sample once.
     """
-    drawn = samples if turns is None else np.concatenate([samples, turns.at(epoch, seed=seed)])
-    return hashed_order((_ORDER, seed, epoch), drawn)
+    drawn = samples if labels is None else balanced_samples(samples, labels, seed=seed, epoch=epoch)
+    drawn = drawn if turns is None else np.concatenate([drawn, turns.at(epoch, seed=seed)])
+    if labels is None:
+        return hashed_order((_ORDER, seed, epoch), drawn)
+    # By position: copies of a sample have the same hash, and would be neighbors.
+    return drawn[hashed_order((_BALANCED_ORDER, seed, epoch), np.arange(len(drawn)))]
 
 
 class TrainLoader:
@@ -51,6 +59,7 @@ class TrainLoader:
         *,
         samples: np.ndarray,
         turns: Turns | None = None,
+        labels: np.ndarray | None = None,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -65,6 +74,7 @@ class TrainLoader:
             batches: Loader of the batches of any samples.
             samples: Indices of the training samples in their source split, int64 [N], ascending.
             turns: Unlabeled samples, of which each epoch has some; None = no such samples.
+            labels: Classes of `samples`, int64 [N], of each of which an epoch has as many; None = it has each sample once.
             batch_size: Number of samples per optimizer step, over all ranks and accumulation steps.
             rank: Rank of this process.
             world_size: Number of processes.
@@ -74,7 +84,8 @@ class TrainLoader:
             pin_memory: Whether batches are in page-locked memory.
 
         Raises:
-            UserError: If the batch size is not divisible by ranks and accumulation steps, or exceeds the number of samples.
+            UserError: If the batch size is not divisible by ranks and accumulation steps, or exceeds the number of samples; if
+                `labels` has no effect, because the classes have equally many samples.
         """
         parts = world_size * grad_accum_steps
         if batch_size % parts:
@@ -85,7 +96,9 @@ class TrainLoader:
         self._epoch_samples = len(samples) + (turns.per_epoch if turns else 0)
         if self._epoch_samples < batch_size:
             raise UserError(f"train.batch_size: {batch_size} is more than the {self._epoch_samples} training samples; lower it")
-        self._batches, self._samples, self._turns = batches, samples, turns
+        if labels is not None:
+            check_balance(labels)
+        self._batches, self._samples, self._turns, self._labels = batches, samples, turns, labels
         self._every_sample = samples if turns is None else np.concatenate([samples, turns.samples])
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._grad_accum_steps, self._seed, self._views = grad_accum_steps, seed, views
@@ -126,7 +139,7 @@ class TrainLoader:
 
     def _shares(self, epoch: int, start_step: int) -> list[np.ndarray]:
         """Return the sample indices of each of this rank's micro-batches."""
-        order = epoch_order(self._samples, seed=self._seed, epoch=epoch, turns=self._turns)
+        order = epoch_order(self._samples, seed=self._seed, epoch=epoch, turns=self._turns, labels=self._labels)
         order = order[: self.steps_per_epoch * self._batch_size]
         # Axes [steps, ranks, micro-batches, samples]. With the rank axis before the micro-batch axis a rank's share is
         # contiguous, so any factorization of ranks x micro-batches divides a step into the same pieces in the same order.

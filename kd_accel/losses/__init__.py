@@ -30,6 +30,7 @@ _SUBMODULES = {
     "nkd_loss": "nkd",
     "AT": "attention",
     "at_loss": "attention",
+    "CRD": "crd",
     "Cosine": "cosine",
     "cosine_loss": "cosine",
     "MGD": "mgd",
@@ -41,6 +42,9 @@ _SUBMODULES = {
     "rkd_loss": "rkd",
     "SP": "sp",
     "sp_loss": "sp",
+    "Ensemble": "ensemble",
+    "combine_logits": "ensemble",
+    "confidences": "ensemble",
     "Distiller": "distiller",
     "DistillerOutput": "distiller",
     "LossWeights": "distiller",
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
     from kd_accel.losses.base import register as register
     from kd_accel.losses.cosine import Cosine as Cosine
     from kd_accel.losses.cosine import cosine_loss as cosine_loss
+    from kd_accel.losses.crd import CRD as CRD
     from kd_accel.losses.dist import DIST as DIST
     from kd_accel.losses.dist import dist_loss as dist_loss
     from kd_accel.losses.distiller import Distiller as Distiller
@@ -64,6 +69,9 @@ if TYPE_CHECKING:
     from kd_accel.losses.distiller import LossWeights as LossWeights
     from kd_accel.losses.dkd import DKD as DKD
     from kd_accel.losses.dkd import dkd_loss as dkd_loss
+    from kd_accel.losses.ensemble import Ensemble as Ensemble
+    from kd_accel.losses.ensemble import combine_logits as combine_logits
+    from kd_accel.losses.ensemble import confidences as confidences
     from kd_accel.losses.features import MSE as MSE
     from kd_accel.losses.features import mse_loss as mse_loss
     from kd_accel.losses.logits import KL as KL

@@ -50,8 +50,13 @@ class _Loss(nn.Module):
 
     The docstring of a loss has the sections "Formula:" and "References:", which the table of losses shows.
 
-    Parameters are trained with the student. Buffers are saved in each checkpoint. With several processes, the buffers of rank 0
-    are broadcast before each forward, so a loss that writes to a buffer must first gather the samples of all processes.
+    Parameters are trained with the student. Buffers are saved in each checkpoint. A loss that writes to a buffer what depends
+    on the samples, such as a memory bank, must write the samples of all processes, which `gather` returns.
+
+    Attributes:
+        gather: Function from a tensor [B, ...] of this process to those of all processes, concatenated in the order of the
+            ranks. Every rank must call it, with tensors of the same shape. The trainer sets it; by default it returns its
+            argument, as is right for one process.
     """
 
     name: ClassVar[str] = ""
@@ -62,6 +67,11 @@ class _Loss(nn.Module):
     """
     uses_index: ClassVar[bool] = False
     """Whether `forward` needs `index`, which is copied to the device only then."""
+    synchronizes_buffers: ClassVar[bool] = False
+    """Whether the buffers of the loss and its submodules are equal on all ranks by themselves.
+
+    If False, the buffers of rank 0 are broadcast before each forward.
+    """
     supports_mixed_labels: ClassVar[bool] = True
     """Whether the loss is defined for samples mixed from two by mixup or cutmix.
 
@@ -82,6 +92,7 @@ class _Loss(nn.Module):
         """
         super().__init__()
         self.settings: Any = type(self).Settings(**settings)
+        self.gather: Callable[[Tensor], Tensor] = _of_this_process
 
     @classmethod
     def checked_settings(cls, args: Mapping[str, Any], *, field: str) -> dict[str, Any]:
@@ -148,6 +159,16 @@ class FeatureLoss(_Loss):
         """
         return Identity()
 
+    def set_samples(self, samples: Tensor) -> None:
+        """Set the samples of the training, before `build`; by default they are ignored.
+
+        A loss with something for each sample, such as a memory bank, needs their number and positions.
+
+        Args:
+            samples: Positions of all training samples in their source split, int64 [N], ascending, in host memory. Each `index`
+                of a forward is one of them.
+        """
+
     def build(self, student_shapes: Mapping[str, Shape], target_shapes: Mapping[str, Shape], *, seed: int) -> None:
         """Create parameters and buffers; by default none.
 
@@ -169,6 +190,11 @@ class FeatureLoss(_Loss):
             The loss, a scalar.
         """
         raise NotImplementedError
+
+
+def _of_this_process(tensor: Tensor) -> Tensor:
+    """Return the tensor itself: the samples of all processes, if there is one."""
+    return tensor
 
 
 def _describe_mistake(mistake: Any, known: list[str], field: str) -> str:

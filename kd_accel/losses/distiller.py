@@ -16,16 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from kd_accel.losses.base import FeatureLoss, LogitLoss
+from kd_accel.losses.ensemble import Ensemble
 from kd_accel.losses.features import module_key
-from kd_accel.losses.logits import cross_entropy, full_precision
+from kd_accel.losses.logits import CrossEntropy, full_precision
 from kd_accel.models.feature_extractor import FeatureExtractor, probe_layers
+from kd_accel.models.freezing import freeze_modules
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import Shape
 from kd_accel.profiling import profiler_range
@@ -44,12 +45,14 @@ class LossWeights:
         alpha: Weight of the logit loss.
         label_weight: Weight of the cross-entropy; None = 1 - alpha, or 1 without a logit loss.
         features: Weight of each feature loss by name; 1 for a name that is missing.
+        teachers: Weight of each of several teachers by name; 1 for a name that is missing.
     """
 
     temperature: float | Tensor = 4.0
     alpha: float | Tensor = 0.5
     label_weight: float | Tensor | None = None
     features: Mapping[str, float | Tensor] = field(default_factory=dict)
+    teachers: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 class DistillerOutput(NamedTuple):
@@ -59,11 +62,13 @@ class DistillerOutput(NamedTuple):
         loss: Weighted sum of the terms, a scalar.
         terms: Terms before weighting, scalars by name: `ce`, the name of the logit loss, and `features/NAME`.
         logits: Logits of the student, [B, C], in float32 or float64.
+        teacher_logits: Logits of the teacher, [B, C], of several teachers combined; None without logits of a teacher.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     logits: Tensor
+    teacher_logits: Tensor | None = None
 
 
 class Distiller(nn.Module):
@@ -79,14 +84,17 @@ class Distiller(nn.Module):
         features: Feature losses by name. The names are also those of their weights and of the terms `features/NAME`.
         layers: Pairs of compared layers, {student layer: teacher layer}: one mapping for all feature losses, or one per name.
         target_shapes: Shape (D, H, W) of each target by teacher layer, as in `TeacherCache.shapes`.
+        ensemble: Combination of the logits of several teachers; None for one teacher.
         image_size: Height and width of the images in pixels, for a forward that determines the shapes of the student's layers.
         label_smoothing: Label smoothing of the cross-entropy, from 0 to 1.
         has_unlabeled: Whether labels may be -1 (no label); such samples count as 0 in the cross-entropy.
+        class_weights: Factor of the cross-entropy for each class, C numbers; None = 1.
+        freeze: Names of modules of the student that are not trained and stay in evaluation mode.
         seed: Seed of the initial weights of learned projectors.
         memory_format: Memory format of images and feature maps; `torch.preserve_format` = that of the images.
 
     Raises:
-        UserError: If a layer of the student is not found, or does not output a feature map.
+        UserError: If a layer of the student is not found, or does not output a feature map, or nothing would be trained.
         ValueError: If `layers` or `target_shapes` does not match the feature losses.
     """
 
@@ -100,17 +108,22 @@ class Distiller(nn.Module):
         features: Mapping[str, FeatureLoss] | None = None,
         layers: Layers | Mapping[str, Layers] | None = None,
         target_shapes: Mapping[str, Shape] | None = None,
+        ensemble: Ensemble | None = None,
         image_size: int = 32,
         label_smoothing: float = 0.0,
         has_unlabeled: bool = False,
+        class_weights: Sequence[float] | None = None,
+        freeze: Sequence[str] = (),
         seed: int = 0,
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         super().__init__()
         self.student = student
         self.normalize = Normalize(mean, std, memory_format=memory_format)
-        self.logit_loss = logits
-        self._cross_entropy = partial(cross_entropy, label_smoothing=label_smoothing, has_unlabeled=has_unlabeled)
+        self.logit_loss, self._ensemble = logits, ensemble
+        self._cross_entropy = CrossEntropy(
+            label_smoothing=label_smoothing, has_unlabeled=has_unlabeled, class_weights=class_weights
+        )
         self._layers = _layers_by_loss(features or {}, layers or {})
         recorded = list(dict.fromkeys(layer for pairs in self._layers.values() for layer in pairs))
         shapes = probe_layers(student, recorded, image_size=image_size)
@@ -120,6 +133,14 @@ class Distiller(nn.Module):
             loss.build(student_shapes, _target_shapes(self._layers[name], target_shapes or {}), seed=seed)
             self.feature_losses[module_key(name)] = loss
         self._extractor = FeatureExtractor(student, recorded)
+        self._frozen = freeze_modules(student, freeze)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; frozen modules of the student stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     @property
     def term_names(self) -> list[str]:
@@ -192,7 +213,7 @@ class Distiller(nn.Module):
 
     def _refuse_mismatch(self, target: TeacherOutput, weights: LossWeights) -> None:
         """Raise ValueError if the teacher's output or the weights do not match the losses."""
-        if self.logit_loss is not None and target.logits is None:
+        if self.logit_loss is not None and self._ensemble is None and target.logits is None:
             raise ValueError("target: lacks logits, which the logit loss compares; pass TeacherOutput(logits=...)")
         teacher_layers = [layer for pairs in self._layers.values() for layer in pairs.values()]
         if missing := [layer for layer in teacher_layers if layer not in target.features]:
@@ -204,6 +225,12 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"weights.features: {', '.join(unknown)} not found among the feature losses "
                 f"({', '.join(self._layers) or 'none'}); use their names as keys"
+            )
+        teachers = self._ensemble.names if self._ensemble is not None else ()
+        if unknown := [name for name in weights.teachers if name not in teachers]:
+            raise ValueError(
+                f"weights.teachers: {', '.join(unknown)} not found among the names of the teachers "
+                f"({', '.join(teachers) or 'none'}); use those as keys"
             )
 
     def _refuse_mixed_labels(self) -> None:
@@ -230,10 +257,12 @@ class Distiller(nn.Module):
     ) -> DistillerOutput:
         terms = {"ce": self._cross_entropy(logits, labels)}
         loss = terms["ce"]
-        label_weight = weights.label_weight
+        label_weight, teacher_logits = weights.label_weight, target.logits
+        if self._ensemble is not None:
+            teacher_logits = self._ensemble(target.members, weights.teachers, temperature=weights.temperature, labels=labels)
         if self.logit_loss is not None:
-            assert target.logits is not None, "checked by _refuse_mismatch"
-            distance = self.logit_loss(logits, target.logits, temperature=weights.temperature, labels=labels, index=index)
+            assert teacher_logits is not None, "checked by _refuse_mismatch"
+            distance = self.logit_loss(logits, teacher_logits, temperature=weights.temperature, labels=labels, index=index)
             terms[self.term_names[1]] = distance
             label_weight = 1 - weights.alpha if label_weight is None else label_weight
             loss = weights.alpha * distance + label_weight * loss
@@ -247,7 +276,7 @@ class Distiller(nn.Module):
             distance = self.feature_losses[module_key(name)](features, targets, index=index)
             terms[f"features/{name}"] = distance
             loss = loss + weights.features.get(name, 1.0) * distance
-        return DistillerOutput(loss, terms, logits)
+        return DistillerOutput(loss, terms, logits, teacher_logits)
 
 
 def _layers_by_loss(features: Mapping[str, FeatureLoss], layers: Layers | Mapping[str, Layers]) -> dict[str, dict[str, str]]:

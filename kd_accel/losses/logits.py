@@ -9,11 +9,12 @@ Shapes: B batch, C classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
 from pydantic import model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from kd_accel.losses.base import LogitLoss, LossSettings, register
@@ -27,11 +28,21 @@ def full_precision(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, has_unlabeled: bool = False) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    has_unlabeled: bool = False,
+    class_weights: Tensor | None = None,
+) -> Tensor:
     """Compute the cross-entropy with labels.
 
     A sample without a label counts as 0 in the mean over the batch. So each label has the same weight in every batch, and the
     loss does not depend on the number of processes or accumulation steps. A mean over the labeled samples of each batch would.
+
+    For the same reason the sum of class_weights[c] * target[c] * -log p[c] over classes and samples is divided by the number of
+    samples. PyTorch's mean with `weight` divides by the sum of the weights of the batch.
 
     Args:
         logits: Logits, [B, C].
@@ -39,26 +50,60 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
             that sum to 1; zeros = no label.
         label_smoothing: Probability mass of the target that is spread evenly over all classes, from 0 to 1.
         has_unlabeled: Whether class indices may be -1, which costs two kernel launches per step.
+        class_weights: Factor of each class, [C]; None = 1.
 
     Returns:
         The mean over the batch, a scalar.
     """
     with torch.autocast(logits.device.type, enabled=False):
         student = full_precision(logits)
+        weight = None if class_weights is None else class_weights.to(student.dtype)
         if labels.is_floating_point():
-            return _cross_entropy_with_probabilities(student, labels.to(student.dtype), label_smoothing)
-        if not has_unlabeled:
+            return _cross_entropy_with_probabilities(student, labels.to(student.dtype), label_smoothing, weight)
+        if weight is None and not has_unlabeled:
             return functional.cross_entropy(student, labels, label_smoothing=label_smoothing)
-        total = functional.cross_entropy(student, labels, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
+        total = functional.cross_entropy(
+            student, labels, weight, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing
+        )
         return total / len(labels)
 
 
-def _cross_entropy_with_probabilities(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+class CrossEntropy(nn.Module):
+    """Cross-entropy with labels as a module, which holds the class weights on its device; see `cross_entropy`.
+
+    Args:
+        label_smoothing: Probability mass of the target that is spread evenly over all classes, from 0 to 1.
+        has_unlabeled: Whether class indices may be -1.
+        class_weights: Factor of each class, C numbers; None = 1.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(self, *, label_smoothing: float, has_unlabeled: bool, class_weights: Sequence[float] | None) -> None:
+        super().__init__()
+        self._label_smoothing, self._has_unlabeled = label_smoothing, has_unlabeled
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the cross-entropy of logits [B, C] with labels, a scalar."""
+        return cross_entropy(
+            logits,
+            labels,
+            label_smoothing=self._label_smoothing,
+            has_unlabeled=self._has_unlabeled,
+            class_weights=self.class_weights,
+        )
+
+
+def _cross_entropy_with_probabilities(
+    logits: Tensor, labels: Tensor, label_smoothing: float, class_weights: Tensor | None
+) -> Tensor:
     if label_smoothing:
         # Not torch's own smoothing, which gives a target to a row of zeros too.
         evenly = labels.sum(1, keepdim=True) / labels.shape[1]
         labels = (1 - label_smoothing) * labels + label_smoothing * evenly
-    return functional.cross_entropy(logits, labels)
+    return functional.cross_entropy(logits, labels, class_weights)
 
 
 def kl_loss(

@@ -43,7 +43,9 @@ def auto_layers(model: nn.Module, *, image_size: int, field: str = "layers") -> 
     return depths.last(min(len(depths.names), _PARTS) if depths.is_uniform else len(depths.names))
 
 
-def pair_layers(student: nn.Module, teacher: nn.Module, *, image_size: int, field: str = "layers") -> dict[str, str]:
+def pair_layers(
+    student: nn.Module, teacher: nn.Module, *, image_size: int, teacher_size: int | None = None, field: str = "layers"
+) -> dict[str, str]:
     """Pair the layers of two networks as `layers: auto` does.
 
     The last block of each resolution is paired with that of the other network, the deepest first, until one network has no
@@ -55,6 +57,7 @@ def pair_layers(student: nn.Module, teacher: nn.Module, *, image_size: int, fiel
         student: Student's network; it is not changed.
         teacher: Teacher's network; it is not changed.
         image_size: Height and width of the images, in pixels.
+        teacher_size: Height and width of the teacher's images; None = those of the student's.
         field: Config key of the layers, for error messages.
 
     Returns:
@@ -63,7 +66,7 @@ def pair_layers(student: nn.Module, teacher: nn.Module, *, image_size: int, fiel
     Raises:
         UserError: If a network does not accept images of this size, or none of its layers outputs a feature map.
     """
-    pair = [_depths(model, image_size, field) for model in (student, teacher)]
+    pair = [_depths(student, image_size, field), _depths(teacher, teacher_size or image_size, field)]
     numbers = [len(depths.names) for depths in pair]
     if all(depths.is_uniform for depths in pair):
         numbers.append(_PARTS)

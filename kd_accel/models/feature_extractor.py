@@ -48,7 +48,7 @@ class FeatureExtractor:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], *, field: str = "layers") -> None:
-        self._modules = {name: _find(model, name, field) for name in names}
+        self._modules = {name: find_module(model, name, field) for name in names}
         self._prefixes = prefix_tokens(model, names)
         self._handles: list[Any] = []
         self._features: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ def probe_layers(
         UserError: If a layer does not exist, does not run or does not output a feature map, if its output is overwritten in
             place by a later module, or if the model does not accept images of this size. The message lists valid layers.
     """
-    modules = {name: _find(model, name, field) for name in names}
+    modules = {name: find_module(model, name, field) for name in names}
     outputs = _record_outputs(model, modules, image_size)
     unusable = _unusable(model, outputs, image_size)
     for name in names:
@@ -174,6 +174,19 @@ def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None
             f"{expected}, one per class; use another arch, fix the function that builds the model, or turn off auxiliary heads "
             "if it has any, for example with model.arch_args: {aux_logits: false}"
         )
+
+
+def check_teacher_size(model: nn.Module, image_size: int) -> None:
+    """Check with one forward that a teacher accepts images.
+
+    Args:
+        model: Network of the teacher; it is not changed.
+        image_size: Height and width of the images, in pixels.
+
+    Raises:
+        UserError: If the model does not accept images of this size.
+    """
+    _record_outputs(model, {}, image_size, section="teacher")
 
 
 @dataclass(frozen=True)
@@ -255,9 +268,12 @@ def _channels_last(model: nn.Module, names: Sequence[str], image_size: int) -> s
 
 @torch.no_grad()
 def _record_outputs(
-    model: nn.Module, modules: dict[str, nn.Module], image_size: int, *, width: int | None = None
+    model: nn.Module, modules: dict[str, nn.Module], image_size: int, *, width: int | None = None, section: str = "data"
 ) -> dict[str, _Output]:
-    """Run one forward in evaluation mode and return the last output of each module that ran."""
+    """Run one forward in evaluation mode and return the last output of each module that ran.
+
+    section: section of the config with the image size, for messages.
+    """
     outputs: dict[str, _Output] = {}
     prefixes = prefix_tokens(model, list(modules))
 
@@ -278,7 +294,7 @@ def _record_outputs(
     except UserError:
         raise
     except Exception as error:  # the model's own code can raise any exception
-        raise UserError(_explain_refusal(model, image_size, describe_error(error))) from None
+        raise UserError(_explain_refusal(model, image_size, describe_error(error), section)) from None
     finally:
         for handle in handles:
             handle.remove()
@@ -287,7 +303,7 @@ def _record_outputs(
     return outputs
 
 
-def _explain_refusal(model: nn.Module, image_size: int, reason: str) -> str:
+def _explain_refusal(model: nn.Module, image_size: int, reason: str, section: str) -> str:
     """Return the error message for a network that does not accept the images."""
     name = type(model).__name__
     channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), _IMAGE_CHANNELS)
@@ -298,14 +314,22 @@ def _explain_refusal(model: nn.Module, image_size: int, reason: str) -> str:
         )
     arguments = inspect.signature(type(model).__init__).parameters
     sizes = [argument for argument in ("img_size", "image_size") if argument in arguments]
-    remedy = f"set arch_args: {{{sizes[0]}: {image_size}}}, or choose" if sizes else "choose"
-    return (
-        f"data.image_size: {name} does not accept images of {image_size}x{image_size} pixels ({reason}); {remedy} another size "
-        "or arch"
-    )
+    argument = f"arch_args: {{{sizes[0]}: {image_size}}}" if sizes else ""
+    if section == "teacher":
+        remedy = f"set it to the size for which the network is built{argument and f', or teacher.{argument}'}"
+    else:
+        remedy = f"{argument and f'set {argument}, or '}choose another size or arch"
+    return f"{section}.image_size: {name} does not accept images of {image_size}x{image_size} pixels ({reason}); {remedy}"
 
 
-def _find(model: nn.Module, name: str, field: str) -> nn.Module:
+def find_module(model: nn.Module, name: str, field: str) -> nn.Module:
+    """Return the module of a name. Raises UserError, with the nearest names, if the model has no such module.
+
+    Args:
+        model: Network that contains the module.
+        name: Name of the module, as in `model.named_modules()`.
+        field: Config key or argument that has the name, for the message.
+    """
     modules = _named_submodules(model)
     if name in modules:
         return modules[name]

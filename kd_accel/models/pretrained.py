@@ -1,14 +1,18 @@
-"""Classes and preprocessing of pretrained weights, from the run or the library that they belong to; no network access.
+"""Classes, preprocessing and accuracy of pretrained weights, from their run or library; no network access.
 
-torchvision keeps them with its weights (`transforms()`, `meta`), timm in `pretrained_cfg`.
+torchvision keeps them with its weights (`transforms()`, `meta`), timm, without the accuracy, in `pretrained_cfg`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast, get_args
 
-from kd_accel.io.files import is_directory
+from kd_accel.config.rules import BEST_WEIGHTS, RUN_WEIGHTS
+from kd_accel.config.teacher_schema import TeacherInterpolation
+from kd_accel.errors import UserError
+from kd_accel.io.files import is_directory, read_json
 from kd_accel.models.weights import load_card
 
 _LISTED = 3
@@ -24,6 +28,10 @@ class WeightsInfo:
         num_classes: Number of classes; None if unknown.
         class_names: Class names in the order of the logits; None if unknown.
         image_size: Height and width of the images in pixels; None if unknown.
+        interpolation: Interpolation with which photos were resized; None if unknown.
+        crop_pct: Side of the central square that was evaluated, as a fraction of the shorter side of a photo; None if unknown.
+        accuracy: Accuracy that the weights are stated to have, a fraction of 1; None if none is stated.
+        data: Name of the library's data on which that accuracy was measured.
         is_of_run: Whether the weights are those of a run of this program, whose class names are those of its data.
     """
 
@@ -32,6 +40,10 @@ class WeightsInfo:
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     image_size: int | None = None
+    interpolation: TeacherInterpolation | None = None
+    crop_pct: float | None = None
+    accuracy: float | None = None
+    data: str = ""
     is_of_run: bool = False
 
 
@@ -49,15 +61,31 @@ def weights_info(weights: str, arch: str) -> WeightsInfo:
         UserError: If model.json of a run is damaged.
     """
     path = Path(weights)
-    directory = path.parent if path.name == "model.safetensors" and (path.parent / "model.json").is_file() else path
+    directory = path.parent if path.name in RUN_WEIGHTS and (path.parent / "model.json").is_file() else path
     if is_directory(directory):
-        card = load_card(directory)
-        names = tuple(card.label_names)
-        return WeightsInfo(list(card.mean), list(card.std), len(names), names, card.image_size, is_of_run=True)
+        info = run_info(directory)
+        # The stated accuracy is that of the last epoch.
+        return replace(info, accuracy=None) if path.name == BEST_WEIGHTS else info
     library, _, name = arch.partition("/")
     if path.suffix == ".safetensors" or library not in ("torchvision", "timm"):
         return WeightsInfo()
     return _of_torchvision(name, weights) if library == "torchvision" else _of_timm(name, weights)
+
+
+def run_info(directory: Path) -> WeightsInfo:
+    """Return the facts about the model of a run. Raises UserError if its model.json is missing or damaged."""
+    card = load_card(directory)
+    names = tuple(card.label_names)
+    return WeightsInfo(
+        card.mean,
+        card.std,
+        len(names),
+        names,
+        card.image_size,
+        "bicubic",  # data/decode.py
+        accuracy=_accuracy_of_run(directory),
+        is_of_run=True,
+    )
 
 
 def weights_names(arch: str) -> list[str]:
@@ -91,8 +119,20 @@ def _of_torchvision(name: str, weights: str) -> WeightsInfo:
     known = models.get_model_weights(name).__members__ if name in models.list_models(module=models) else {}
     if weights not in known:
         return WeightsInfo()
-    transforms, names = known[weights].transforms(), tuple(known[weights].meta["categories"])
-    return WeightsInfo(list(transforms.mean), list(transforms.std), len(names), names, transforms.crop_size[0])
+    transforms, meta = known[weights].transforms(), known[weights].meta
+    (crop,), (resize,), ((data, figures),) = transforms.crop_size, transforms.resize_size, meta["_metrics"].items()
+    names = meta["categories"]  # None for weights without a classifier, which have no accuracy either
+    return WeightsInfo(
+        list(transforms.mean),
+        list(transforms.std),
+        len(names) if names else None,
+        tuple(names) if names else None,
+        crop,
+        _smooth(transforms.interpolation.value),
+        crop / resize,
+        figures["acc@1"] / 100 if names else None,
+        data,
+    )
 
 
 def _of_timm(name: str, weights: str) -> WeightsInfo:
@@ -105,4 +145,20 @@ def _of_timm(name: str, weights: str) -> WeightsInfo:
     if config is None:
         return WeightsInfo()
     names = tuple(config.label_names) if config.label_names else None
-    return WeightsInfo(list(config.mean), list(config.std), config.num_classes, names, config.input_size[-1])
+    size, interpolation = config.input_size[-1], _smooth(config.interpolation)
+    crop_pct = config.crop_pct
+    return WeightsInfo(list(config.mean), list(config.std), config.num_classes, names, size, interpolation, crop_pct)
+
+
+def _smooth(interpolation: str) -> TeacherInterpolation | None:
+    """Return an interpolation of a library's card; None for one that `Resize` does not have."""
+    return cast(TeacherInterpolation, interpolation) if interpolation in get_args(TeacherInterpolation) else None
+
+
+def _accuracy_of_run(directory: Path) -> float | None:
+    """Return the accuracy in summary.json of a run; None without a valid one, because only a notice depends on it."""
+    try:
+        accuracy = read_json(directory / "summary.json", remedy="").get("accuracy")
+    except UserError:
+        return None
+    return accuracy if isinstance(accuracy, float) and 0 <= accuracy <= 1 else None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -67,11 +68,32 @@ def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
     Raises:
         UserError: If a file cannot be written; the previous file is then kept.
     """
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_weights(directory / "model.safetensors", model.state_dict())
     text = json.dumps(asdict(card), indent=2) + "\n"
-    try:
-        write_whole(directory / "model.safetensors", lambda path: save_file(tensors, path))
+    with _write_errors_explained(directory):
         write_whole(directory / "model.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the state dict of a network as a safetensors file, atomically.
+
+    Args:
+        path: File in an existing directory.
+        state: State dict on any device; tied parameters are written under each of their names.
+
+    Raises:
+        UserError: If the file cannot be written; the previous file is then kept.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    with _write_errors_explained(path.parent):
+        write_whole(path, lambda temporary: save_file(tensors, temporary))
+
+
+@contextmanager
+def _write_errors_explained(directory: Path) -> Iterator[None]:
+    """Inside the `with` block, turn the errors of a failed write into UserError."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write the model to {directory} ({error}); check that the directory exists, is writable and has free "

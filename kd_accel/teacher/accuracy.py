@@ -44,7 +44,7 @@ def check_accuracy(accuracy: float, labels: np.ndarray, minimum: float | Literal
         f"teacher.min_accuracy: the teacher's accuracy on {len(labels)} test samples is {_percent(accuracy)}, and must be at "
         f"least {_percent(bound)} ({minimum}{rule}). Check that its classes are in the order of the data "
         "(teacher.class_map), that its mean and std are those of its training (teacher.mean, teacher.std), and that it was "
-        "trained on data of this kind and size (data.image_size); set teacher.min_accuracy to null to use it nevertheless"
+        "trained on data of this kind and size (teacher.image_size); set teacher.min_accuracy to null to use it nevertheless"
     )
 
 

@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kd_accel.config.schema import Stem
+from kd_accel.config.teacher_schema import TeacherInterpolation
 from kd_accel.errors import UserError
 from kd_accel.models.factory import build_model
-from kd_accel.models.pretrained import WeightsInfo, weights_info
+from kd_accel.models.pretrained import WeightsInfo, run_info, weights_info
 from kd_accel.models.weights import count_classes, load_run_model, load_weights
 from kd_accel.teacher.classes import ClassMap, class_notices
 from kd_accel.teacher.teacher import Teacher
 
 
-def load_run_teacher(directory: Path, *, class_map: ClassMap | None = None) -> Teacher:
+@dataclass(frozen=True)
+class Preprocessing:
+    """Settings of the images that a teacher sees; None = as its weights were trained.
+
+    Attributes:
+        image_size: Height and width in pixels; None = those of the weights, if they are known.
+        interpolation: Interpolation of the resizing; None = that of the weights, else bilinear.
+        crop_pct: Side of the central square, as a fraction of the side of the view; None = 1, the complete view.
+    """
+
+    image_size: int | None = None
+    interpolation: TeacherInterpolation | None = None
+    crop_pct: float | None = None
+
+    def arguments(self, info: WeightsInfo, arch_args: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of `Teacher`, completed by what is known of the weights."""
+        return {
+            "image_size": own_image_size(info, arch_args) if self.image_size is None else self.image_size,
+            "interpolation": self.interpolation or info.interpolation or "bilinear",
+            "crop_pct": 1.0 if self.crop_pct is None else self.crop_pct,
+        }
+
+
+_OF_WEIGHTS = Preprocessing()
+
+
+def load_run_teacher(
+    directory: Path, *, class_map: ClassMap | None = None, preprocessing: Preprocessing = _OF_WEIGHTS
+) -> Teacher:
     """Load the model of a finished run. Raises UserError if the directory has no intact model."""
     network, card = load_run_model(directory, field="teacher")
+    info = run_info(directory)
     return Teacher(
         network,
         card.mean,
@@ -27,12 +58,13 @@ def load_run_teacher(directory: Path, *, class_map: ClassMap | None = None) -> T
         card.arch,
         card.stem,
         card.arch_args,
-        class_map=class_map,
-        image_size=card.image_size,
+        class_map,
+        **preprocessing.arguments(info, card.arch_args),
+        info=info,
     )
 
 
-def load_own_teacher(
+def load_own_teacher(  # noqa: PLR0913  (everything that decides the outputs)
     arch: str,
     weights: str,
     *,
@@ -42,6 +74,7 @@ def load_own_teacher(
     stem: Stem = "imagenet",
     arch_args: Mapping[str, Any] | None = None,
     class_map: ClassMap | None = None,
+    preprocessing: Preprocessing = _OF_WEIGHTS,
 ) -> Teacher:
     """Build an architecture and load weights into it.
 
@@ -54,6 +87,7 @@ def load_own_teacher(
         stem: Stem of a ResNet.
         arch_args: Further arguments of the architecture's builder.
         class_map: The teacher's class for each class of the data, as in `Teacher`.
+        preprocessing: Settings of the images that the teacher sees.
 
     Raises:
         UserError: If the weights do not fit the architecture exactly, or mean and std are not known.
@@ -79,13 +113,25 @@ def load_own_teacher(
         arch,
         stem,
         dict(arch_args or {}),
-        class_map=class_map,
-        image_size=info.image_size,
+        class_map,
+        **preprocessing.arguments(info, arch_args or {}),
+        info=info,
     )
 
 
+def own_image_size(info: WeightsInfo, arch_args: Mapping[str, Any]) -> int | None:
+    """Return the image size of weights in pixels; None if unknown.
+
+    Args:
+        info: What is known of the weights.
+        arch_args: Arguments of the architecture's builder. A network that is built for one size accepts no other.
+    """
+    built = arch_args.get("img_size", arch_args.get("image_size"))
+    return built if isinstance(built, int) else info.image_size
+
+
 def teacher_notices(teacher: Teacher, class_names: Sequence[str], *, image_size: int) -> list[str]:
-    """Return lines for the user: selected classes, an order of classes that is likely to differ, another image size.
+    """Return lines for the user: selected classes, an order of classes that is likely to differ, preprocessing of its own.
 
     Args:
         teacher: The teacher, as `Teacher.for_classes` returns it.
@@ -94,11 +140,28 @@ def teacher_notices(teacher: Teacher, class_names: Sequence[str], *, image_size:
     """
     has_map = teacher.class_map is not None
     notices = class_notices(teacher.class_indices, teacher.class_names, class_names, has_map=has_map)
-    trained = teacher.image_size
-    if trained is not None and trained != image_size:
+    return notices + _preprocessing_notices(teacher, teacher.info or WeightsInfo(), image_size=image_size)
+
+
+def _preprocessing_notices(teacher: Teacher, info: WeightsInfo, *, image_size: int) -> list[str]:
+    """Return lines about the image size and the crop of the teacher, and about those of its weights."""
+    notices, size = [], teacher.input_size(image_size)
+    if (resize := teacher.resize_for(image_size)) is not None:
+        crop = "" if resize.side == size else f" to {resize.side}, of which it sees the central {size}"
+        remedy = f"; {image_size} shows them as they are" if size != image_size else ""
         notices.append(
-            f"data.image_size: {image_size}, but the teacher was trained on images of {trained} pixels, and may be less "
-            f"accurate at another size; set data.image_size to {trained}, or use a teacher that was trained at {image_size}"
+            f"teacher.image_size: {size}, so that the views of {image_size} pixels are resized for the teacher{crop} "
+            f"({resize.interpolation}){remedy}"
+        )
+    if info.image_size is not None and info.image_size != size:
+        notices.append(
+            f"teacher.image_size: {size}, but the teacher was trained on images of {info.image_size} pixels, and may be less "
+            f"accurate at another size; set it to {info.image_size}, or use a teacher that was trained at {size}"
+        )
+    if info.crop_pct is not None and info.crop_pct != teacher.crop_pct:
+        notices.append(
+            f"teacher.crop_pct: {teacher.crop_pct:.4g}, but the card of the weights states {info.crop_pct:.4g}, for photos "
+            "that are not cropped; with another value than 1 teacher and student see different parts of a view"
         )
     return notices
 

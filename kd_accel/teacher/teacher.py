@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from kd_accel.config.teacher_schema import TeacherInterpolation
 from kd_accel.errors import UserError
 from kd_accel.io.hashing import settings_digest, tensors_digest
 from kd_accel.losses.targets import Identity, TargetFunction
 from kd_accel.models.feature_extractor import FeatureExtractor
 from kd_accel.models.inference import CpuKernels, cast_for_autocast, fuse_conv_bn, image_memory_format, use_cpu_kernels
-from kd_accel.models.preprocess import Normalize
+from kd_accel.models.preprocess import Normalize, Resize
+from kd_accel.models.pretrained import WeightsInfo
 from kd_accel.teacher.classes import ClassMap, resolve_class_map, resolve_indices
 from kd_accel.types import Batch, TeacherOutput
 
@@ -42,10 +44,13 @@ class Teacher:
             a list of indices or names, in the order of the data; `"auto"`, the class of the same name; or {class of the data:
             the teacher's index or name}, in which a class that is left out has the same name in both. The last two need the
             data's names, see `for_classes`. None = the same classes in the same order.
-        image_size: Height and width of the images with which the network was trained, in pixels; None if unknown.
+        image_size: Height and width to which images are resized for the network, in pixels; None = they keep their size.
+        interpolation: Interpolation of that resizing, see `Resize`.
+        crop_pct: Side of the central square that the network sees, as a fraction of the side of the images.
+        info: Facts about the weights, for notices; None if unknown.
 
     Raises:
-        ValueError: If `mean` or `std` has not three numbers, `std` is not positive, or `class_map` is not valid.
+        ValueError: If `mean` or `std` has not three numbers, `std` is not positive, or another argument is not valid.
     """
 
     network: nn.Module
@@ -57,6 +62,10 @@ class Teacher:
     arch_args: dict[str, Any] = field(default_factory=dict)
     class_map: ClassMap | None = None
     image_size: int | None = None
+    interpolation: TeacherInterpolation = "bilinear"
+    crop_pct: float = 1.0
+    info: WeightsInfo | None = field(default=None, repr=False, compare=False)
+    _view_size: int | None = None
     _indices: tuple[int, ...] | None = None
     _is_resolved: bool = False
     _fused: dict[tuple[str, ...], nn.Module | None] = field(default_factory=dict, repr=False, compare=False)
@@ -72,6 +81,12 @@ class Teacher:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or (name == "std" and min(values) <= 0):
                 raise ValueError(f"{name}: {values} must be three {'positive ' * (name == 'std')}numbers, one per channel")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size: {self.image_size} must be at least 1")
+        if self.interpolation not in (modes := get_args(TeacherInterpolation)):
+            raise ValueError(f"interpolation: {self.interpolation!r} must be one of {', '.join(modes)}")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct: {self.crop_pct} must be above 0 and at most 1")
 
     @classmethod
     def from_run(cls, run: str | Path, *, class_map: ClassMap | None = None) -> Teacher:
@@ -106,6 +121,26 @@ class Teacher:
         except UserError as error:
             raise UserError(f"teacher.{error}") from None
         return replace(self, _indices=indices, _is_resolved=True)
+
+    def for_images(self, image_size: int) -> Teacher:
+        """Return the teacher for images of one size, whose fingerprint has the resizing of these images, if any.
+
+        Args:
+            image_size: Height and width of the images of the data in pixels.
+
+        Returns:
+            A teacher with the same network.
+        """
+        return replace(self, _view_size=image_size)
+
+    def resize_for(self, image_size: int) -> Resize | None:
+        """Return the resizing of images of `image_size` pixels in height and width; None if they stay as they are."""
+        resize = Resize(self.input_size(image_size), self.interpolation, self.crop_pct)
+        return resize if resize.changes(image_size) else None
+
+    def input_size(self, image_size: int) -> int:
+        """Return height and width of what the network sees of images of `image_size` pixels in height and width."""
+        return self.image_size or image_size
 
     @property
     def class_indices(self) -> tuple[int, ...] | None:
@@ -143,7 +178,7 @@ class Teacher:
                 "teacher normalizes images itself"
             )
         self.network.eval()
-        normalize = Normalize(self.mean, self.std).to(images.device)
+        normalize = Normalize(self.mean, self.std, resize=self.resize_for(images.shape[-1])).to(images.device)
         with FeatureExtractor(self.network, list(layers)) as extractor:
             logits = _selection(self.class_indices, images.device)(self.network(normalize(images)))
             return TeacherOutput(logits.float(), extractor.take())
@@ -161,16 +196,18 @@ class Teacher:
         """
         names = tuple(sorted(layers))
         if names not in self._fused:
-            self._fused[names] = fuse_conv_bn(self.network, layers=names, image_size=image_size)
+            self._fused[names] = fuse_conv_bn(self.network, layers=names, image_size=self.input_size(image_size))
         return self._fused[names]
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Return what decides the outputs: a digest of weights and buffers, architecture, normalization, selected logits."""
+        """Return what decides the outputs: a digest of weights and buffers, architecture, preprocessing, selected logits."""
         weights = tensors_digest(self.network.state_dict())
         shared = {"arch": self.arch, "stem": self.stem, "arch_args": self.arch_args}
-        # Missing without a selection, so that the caches of such teachers keep their fingerprint.
+        # Missing without a selection or a resizing, so that the caches of such teachers keep their fingerprint.
         selected = {} if self.class_indices is None else {"class_map": list(self.class_indices)}
-        return {"weights": weights, **shared, "mean": self.mean, "std": self.std, **selected}
+        resize = None if self._view_size is None else self.resize_for(self._view_size)
+        resized = {} if resize is None else resize.fingerprint_fields()
+        return {"weights": weights, **shared, "mean": self.mean, "std": self.std, **resized, **selected}
 
     @property
     def fingerprint(self) -> str:
@@ -196,7 +233,7 @@ class Teacher:
             cpu_kernels: Choice of kernels, as in `use_cpu_kernels`.
 
         Returns:
-            (copy, normalization of its input), on the device.
+            (copy, preprocessing of its input: resizing if the network sees another size, and normalization), on the device.
         """
         memory_format = image_memory_format(channels_last, device)
         network = copy.deepcopy(self.fused(layers, image_size=image_size) or self.network)
@@ -206,7 +243,8 @@ class Teacher:
             select = _selection(self.class_indices, device)
             # A hook, so that modules and state dict keep their names, by which layers and weights are found.
             network.register_forward_hook(lambda module, inputs, logits: select(logits))
-        return network, Normalize(self.mean, self.std, memory_format=memory_format).to(device)
+        resize = self.resize_for(image_size)
+        return network, Normalize(self.mean, self.std, resize=resize, memory_format=memory_format).to(device)
 
     def numerics(
         self,
@@ -267,7 +305,7 @@ class LiveTeacher:
     def __init__(
         self,
         network: nn.Module,
-        normalize: nn.Module,
+        normalize: Normalize,
         *,
         targets: Mapping[str, TargetFunction] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -277,7 +315,8 @@ class LiveTeacher:
         self.targets = dict(targets or {})
         for module in (network, normalize, *self.targets.values()):
             module.eval().requires_grad_(False)
-        cast = cast_for_autocast(network, image_size=image_size, autocast=autocast) if image_size is not None else None
+        size = None if image_size is None else normalize.output_size(image_size)
+        cast = None if size is None else cast_for_autocast(network, image_size=size, autocast=autocast)
         self.network = cast or network
         self._extractor = FeatureExtractor(self.network, list(self.targets))
         self._extractor.open()

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,6 +39,7 @@ class HeldOut:
         self._padded_to = padded_to
         self._teacher = teacher
         self._teacher_logits: list[Tensor] | None = None
+        self._correct: dict[str, int] = {}
 
     @property
     def has_teacher(self) -> bool:
@@ -52,11 +54,19 @@ class HeldOut:
             found = []
             for batch in self.loader:
                 on_device = batch.to(accelerator.device)
-                logits = self._teacher(replace(on_device, images=self.padded(on_device.images))).logits
-                assert logits is not None, "each source has logits for held-out samples"
-                found.append(logits[: len(batch.index)].cpu())
+                output = self._teacher(replace(on_device, images=self.padded(on_device.images)))
+                assert output.logits is not None, "each source has logits for held-out samples"
+                found.append(output.logits[: len(batch.index)].cpu())
+                for name, logits in output.members.items():
+                    correct = (logits[: len(batch.index)].argmax(1).cpu() == batch.labels).sum()
+                    self._correct[name] = self._correct.get(name, 0) + int(correct)
             self._teacher_logits = found
         return list(self._teacher_logits)
+
+    def correct(self, accelerator: Accelerator) -> dict[str, int]:
+        """Return the number of correct predictions of each of several teachers by name, on the samples of this rank."""
+        self.teacher_logits(accelerator)
+        return dict(self._correct)
 
     def padded(self, images: Tensor) -> Tensor:
         """Append black images to a batch [B, 3, H, W], up to the number of images of each forward."""
@@ -110,6 +120,21 @@ def teacher_accuracy(held_out: HeldOut, *, accelerator: Accelerator) -> float | 
             sums += torch.tensor([(batch.labels >= 0).sum(), correct], dtype=torch.float64).to(sums.device)
     labeled, total = accelerator.reduce(sums, "sum").tolist()
     return total / labeled if labeled else None
+
+
+def member_accuracies(held_out: HeldOut, *, labeled: int, accelerator: Accelerator) -> dict[str, float]:
+    """Compute the accuracy of each of several teachers on a split, fractions of 1. Every rank must call it.
+
+    Args:
+        held_out: The split.
+        labeled: Number of its samples with a label, at least 1.
+        accelerator: The launch's `Accelerator`.
+
+    Returns:
+        Accuracies by name of the teacher; empty for one teacher.
+    """
+    ranks: list[dict[str, int]] = gather_object([held_out.correct(accelerator)])
+    return {name: sum(own.get(name, 0) for own in ranks) / labeled for name in ranks[0]}
 
 
 def synchronize_buffers(module: nn.Module, *, accelerator: Accelerator) -> None:

@@ -38,7 +38,7 @@ class DeviceWeights:
 
     Args:
         device: The device.
-        scheduled: Names of the scheduled ones: `temperature`, `alpha`, `label_weight`, `features/NAME`.
+        scheduled: Names of the scheduled ones: `temperature`, `alpha`, `label_weight`, `features/NAME`, `teachers/NAME`.
     """
 
     def __init__(self, device: torch.device, scheduled: Collection[str]) -> None:
@@ -53,6 +53,7 @@ class DeviceWeights:
             alpha=self._scalar("alpha", weights.alpha),
             label_weight=None if label_weight is None else self._scalar("label_weight", label_weight),
             features={name: self._scalar(f"features/{name}", weight) for name, weight in weights.features.items()},
+            teachers={name: self._scalar(f"teachers/{name}", weight) for name, weight in weights.teachers.items()},
         )
 
     def _scalar(self, name: str, value: float | Tensor) -> float | Tensor:

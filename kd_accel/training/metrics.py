@@ -56,19 +56,20 @@ class Meters:
         """Add the number of samples of a step, which the host counts."""
         self._samples += number
 
-    def update(self, output: DistillerOutput, labels: Tensor, *, teacher_logits: Tensor | None = None) -> None:
+    def update(self, output: DistillerOutput, labels: Tensor) -> None:
         """Add the sums of one micro-batch on the device, without synchronizing; `count_samples` adds their number.
 
         Args:
             output: Output of the distiller.
             labels: Class indices, int64 [B]; -1 = no label. Or mixed labels, float [B, C]; a row of zeros = no label.
-            teacher_logits: Logits of the teacher, [B, C]; None without a teacher.
         """
         # On a GPU the cost of logging is the number of its small kernels, so all losses and all counts are added at once.
         losses = torch.stack([output.loss, *output.terms.values()]).detach()
         self._sums[1 : 1 + len(losses)].add_(losses, alpha=len(labels))
         classes = [labels] if "accuracy" in self._means else []
-        classes += [teacher_logits.argmax(1)] if teacher_logits is not None else []
+        if "agreement" in self._means:
+            assert output.teacher_logits is not None, "each teacher has logits"
+            classes.append(output.teacher_logits.argmax(1))
         counts = [(torch.stack(classes) == output.logits.detach().argmax(1)).sum(1)] if classes else []
         if _LABELED in self._means:
             counts.append((labels.any(1) if labels.is_floating_point() else labels >= 0).sum(0, keepdim=True))

@@ -22,7 +22,6 @@ from kd_accel.data.unlabeled import sample_name
 from kd_accel.distributed import gathered
 from kd_accel.errors import UserError
 from kd_accel.losses.distiller import DistillerOutput
-from kd_accel.types import TeacherOutput
 
 _LISTED = 5
 _OVERFLOW = "overflow"
@@ -127,16 +126,15 @@ class NonFiniteGuard:
         self._norms: Tensor | None = None
         self._steps: list[_Step] = []
 
-    def backward(self, output: DistillerOutput, target: TeacherOutput, *, weight: float = 1.0) -> None:
+    def backward(self, output: DistillerOutput, *, weight: float = 1.0) -> None:
         """Record one micro-batch, and run its backward pass; the gradient is NaN if the loss is not finite.
 
         Args:
             output: Output of the distiller.
-            target: Output of the teacher.
             weight: Weight of the micro-batch in the loss of the step.
         """
         terms = {name: term.detach() for name, term in output.terms.items()}
-        teacher = None if target.logits is None else _magnitude(target.logits)
+        teacher = None if output.teacher_logits is None else _magnitude(output.teacher_logits)
         self._forwards.append(_Forward(terms, _magnitude(output.logits), teacher))
         scaler = self._accelerator.scaler
         loss = output.loss if scaler is None else scaler.scale(output.loss)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,25 +17,28 @@ _ONECYCLE_END_FRACTION = 1 / 25 / 1e4
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer with one parameter group and a fused kernel, which makes a single pass over the parameters.
+    """Build the optimizer with a fused kernel, which makes a single pass over the parameters of a group.
+
+    It has one parameter group, or with `norm_bias_weight_decay: false` a second one without weight decay.
 
     Args:
         parameters: The parameters; those without `requires_grad` are left out.
         optim: Settings of the optimizer.
 
     Raises:
-        UserError: If no parameter requires a gradient.
+        UserError: If no parameter requires a gradient, or a second group is asked for and would be empty.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         raise UserError(
             "model.arch: the model has no parameter that can be trained; use another model, or set requires_grad to True"
         )
+    groups = [{"params": trained}] if optim.norm_bias_weight_decay else _groups_by_decay(trained)
     if optim.name == "adamw":
         first, second = optim.betas
-        return torch.optim.AdamW(trained, lr=optim.lr, betas=(first, second), weight_decay=optim.weight_decay, fused=True)
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=(first, second), weight_decay=optim.weight_decay, fused=True)
     optimizer = torch.optim.SGD(
-        trained,
+        groups,
         lr=optim.lr,
         momentum=optim.momentum,
         nesterov=optim.nesterov,
@@ -47,6 +51,25 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> t
         for weight in trained:
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
+
+
+def _groups_by_decay(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return parameter groups with and without weight decay: weights, then norms and biases, which have one dimension.
+
+    Raises:
+        UserError: If no parameter has one dimension.
+
+    References:
+        He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks", CVPR 2019 ("no bias decay").
+    """
+    decayed = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    if not others:
+        raise UserError(
+            "optim.norm_bias_weight_decay: false has no effect, because the model has no norm or bias that is trained; leave "
+            "it out"
+        )
+    return [*([{"params": decayed}] if decayed else []), {"params": others, "weight_decay": 0.0}]
 
 
 def learning_rate(optim: OptimConfig, *, step: int, total_steps: int, steps_per_epoch: int) -> float:

@@ -17,7 +17,8 @@ _BY_REASON_ACCEPTED = {
     "the batches are the same in any number of workers, decoded once or on demand": "data.num_workers data.memory_limit_mib",
     "a path; the teacher is identified by its fingerprint": "teacher.run teacher.weights",
     "a part of the teacher's fingerprint; a training from a cache alone sets none of them": (
-        "teacher.arch teacher.stem teacher.arch_args teacher.mean teacher.std teacher.class_map"
+        "teacher.arch teacher.stem teacher.arch_args teacher.mean teacher.std teacher.class_map "
+        "teacher.image_size teacher.interpolation teacher.crop_pct"
     ),
     "a path; the cache is identified by its contents": "teacher.cache.dir",
     "the layout of a new cache, of no effect on a training": "teacher.cache.shard_mib teacher.cache.batch_size",
@@ -38,7 +39,7 @@ _BY_REASON_ACCEPTED = {
 }
 
 _BY_REASON_REFUSED = {
-    "initial weights, order of the samples, dropout": "seed",
+    "initial weights, order of the samples, dropout": "seed data.sampling",
     # The fingerprint of the data is that of the training split, and of 512 of its images.
     "the images and labels": (
         "data.source data.image_column data.label_column data.labels data.train_split data.val_split "
@@ -49,17 +50,19 @@ _BY_REASON_REFUSED = {
         "data.transform data.views data.view_seed data.mean data.std data.background data.pixel_range data.crop_pct"
     ),
     # The initial weights are not used again, but config.yaml must describe where the training began.
-    "the network and its initial weights": "model.arch model.stem model.weights model.arch_args",
+    "the network and its initial weights": "model.arch model.stem model.weights model.arch_args model.freeze",
     # Live and stored outputs are equal only for some storage types, devices and shapes of batches.
     "the outputs of the teacher": "teacher.outputs teacher.cache.dtype",
     "the loss": (
         "distill.temperature distill.alpha distill.label_weight distill.logits.loss distill.logits.args "
         "distill.features.NAME.loss distill.features.NAME.weight distill.features.NAME.layers distill.features.NAME.args "
-        "train.label_smoothing"
+        "distill.features.NAME.teacher distill.ensemble.mean distill.ensemble.confidence teachers.NAME.weight "
+        "train.label_smoothing train.class_weights"
     ),
     "the updates of the weights": (
-        "optim.name optim.lr optim.momentum optim.nesterov optim.betas optim.weight_decay optim.schedule optim.warmup_fraction "
-        "optim.step_epochs optim.step_gamma optim.clip_norm train.batch_size train.ema_decay"
+        "optim.name optim.lr optim.momentum optim.nesterov optim.betas optim.weight_decay optim.norm_bias_weight_decay "
+        "optim.schedule optim.warmup_fraction optim.step_epochs optim.step_gamma optim.clip_norm train.batch_size "
+        "train.ema_decay"
     ),
     # Learning rate and loss weights are functions of the share of the steps that is done.
     "the length of the schedules": "train.epochs train.max_steps",
@@ -69,16 +72,29 @@ _BY_REASON_REFUSED = {
         "train.precision train.compile train.cuda_graph train.channels_last train.cpu_kernels train.deterministic train.tf32"
     ),
     # summary.json has the best accuracy of all evaluations.
-    "the epochs of which the best validation accuracy is reported": "train.eval_every_epochs",
+    "the epochs of which the best validation accuracy is reported": (
+        "train.eval_every_epochs train.early_stopping_epochs checkpoint.keep_best"
+    ),
 }
 
 ACCEPTED: Mapping[str, str] = {name: reason for reason, names in _BY_REASON_ACCEPTED.items() for name in names.split()}
-"""Settings that may change, by dotted name: why the results stay the same."""
+"""Settings that may change, by dotted name: why the results stay the same. `teacher` stands for each of several, too."""
 
 OF_RESULTS = frozenset({"data.test_split", "data.limit_test"})
 """Settings among those of `ACCEPTED` that may not change once the run is finished."""
 
-_BEFORE: Mapping[str, Any] = {"train.cuda_graph": "auto"}
+_BEFORE: Mapping[str, Any] = {
+    "train.cuda_graph": "auto",
+    "teachers": {},
+    "distill.ensemble.mean": "probabilities",
+    "distill.ensemble.confidence": False,
+    "data.sampling": "uniform",
+    "model.freeze": [],
+    "optim.norm_bias_weight_decay": True,
+    "train.class_weights": None,
+    "train.early_stopping_epochs": None,
+    "checkpoint.keep_best": False,
+}
 """Settings that runs of earlier versions lack, with the values that describe those runs."""
 
 REFUSED: Mapping[str, str] = {name: reason for reason, names in _BY_REASON_REFUSED.items() for name in names.split()}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from kd_accel.config.fields import as_one_teacher
 from kd_accel.config.paths import absolute_paths, moved_paths
 from kd_accel.errors import UserError
 from kd_accel.io.files import lock, read_json, refuse_links, write_whole
@@ -21,6 +22,9 @@ from kd_accel.training.checkpoint import Checkpoint, find_checkpoint, has_checkp
 from kd_accel.training.progress import print_line
 from kd_accel.training.resume_settings import ACCEPTED, OF_RESULTS, setting_changes
 from kd_accel.training.state import Position
+
+_LATER = {"best_val_agreement", "best_epoch", "stopped_early"}
+"""Fields of a position that checkpoints of earlier versions lack."""
 
 
 def _is_count(value: Any) -> bool:
@@ -32,11 +36,14 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_position(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {each.name for each in fields(Position)}:
+    known = {each.name for each in fields(Position)}
+    # Checkpoints of earlier versions lack the others.
+    if not isinstance(value, dict) or not known - _LATER <= value.keys() <= known:
         return False
-    numbers = (value["elapsed_s"], value["best_val_accuracy"] or 0.0)
+    numbers = (value["elapsed_s"], value["best_val_accuracy"] or 0.0, value.get("best_val_agreement") or 0.0)
     is_finite = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-    return is_finite and all(_is_count(value[name]) for name in ("epoch", "step_in_epoch", "step"))
+    counts = (*(value[name] for name in ("epoch", "step_in_epoch", "step")), value.get("best_epoch") or 0)
+    return is_finite and all(map(_is_count, counts)) and isinstance(value.get("stopped_early", False), bool)
 
 
 _STATE: dict[str, Callable[[Any], bool]] = {
@@ -199,10 +206,11 @@ class RunDirectory:
                 are compared by their contents, and initial weights are not used again.
         """
         before = absolute_paths(stored)
-        changes, accepted = setting_changes(before, self.settings), {*ACCEPTED, *moved_paths(before, self.settings)}
-        if is_finished:
-            accepted -= OF_RESULTS
-        refused = {name: change for name, change in changes.items() if name not in accepted}
+        changes, moved = setting_changes(before, self.settings), moved_paths(before, self.settings)
+        accepted = ACCEPTED.keys() - (OF_RESULTS if is_finished else frozenset())
+        refused = {
+            name: change for name, change in changes.items() if name not in moved and as_one_teacher(name) not in accepted
+        }
         if not refused:
             return list(changes.values())
         remedy = "Set them back, or start from scratch in another run_dir"
@@ -232,8 +240,8 @@ def refuse_other_teacher(stored: Mapping[str, Any], fingerprint: str | None, *, 
     if stored.get("teacher_fingerprint") != fingerprint:
         raise UserError(
             f"teacher: {where} was trained with the teacher {stored.get('teacher_fingerprint')}, the present one is "
-            f"{fingerprint}; use the same teacher with the same mean, std and class_map, or start from scratch in another "
-            "run_dir"
+            f"{fingerprint}; use the same teacher with the same mean, std, class_map and image_size, or start from scratch in "
+            "another run_dir"
         )
 
 

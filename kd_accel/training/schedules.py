@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kd_accel.config.schema import DistillConfig, OptimConfig, Schedule
 from kd_accel.losses.distiller import LossWeights
@@ -54,12 +55,14 @@ class TrainingSchedule:
         steps_per_epoch: Optimizer steps of an epoch.
         total_steps: Optimizer steps of the training.
         distill: Settings of the distillation; None for plain training.
+        teachers: Weight of each of several teachers, by name.
     """
 
     optim: OptimConfig
     steps_per_epoch: int
     total_steps: int
     distill: DistillConfig | None = None
+    teachers: Mapping[str, float | Schedule] = field(default_factory=dict)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate after `step` optimizer steps."""
@@ -80,15 +83,17 @@ class TrainingSchedule:
             alpha=value(distill.alpha),
             label_weight=None if distill.label_weight is None else value(distill.label_weight),
             features={name: value(feature.weight) for name, feature in distill.features.items()},
+            teachers={name: value(weight) for name, weight in self.teachers.items()},
         )
 
     @property
     def scheduled(self) -> list[str]:
-        """Names of the temperature and weights that can change: `temperature`, `alpha`, `label_weight`, `features/NAME`."""
+        """Names of what can change: `temperature`, `alpha`, `label_weight`, `features/NAME`, `teachers/NAME`."""
         if self.distill is None:
             return []
         schedules = {name: getattr(self.distill, name) for name in ("temperature", "alpha", "label_weight")}
         schedules |= {f"features/{name}": feature.weight for name, feature in self.distill.features.items()}
+        schedules |= {f"teachers/{name}": weight for name, weight in self.teachers.items()}
         return [name for name, own in schedules.items() if isinstance(own, Schedule) and own.kind != "constant"]
 
     def logged(self, weights: LossWeights) -> dict[str, float]:
@@ -98,4 +103,5 @@ class TrainingSchedule:
         numbers = {f"features/{name}/weight": float(weight) for name, weight in weights.features.items()}
         if self.distill.logits is not None:
             numbers |= {"temperature": float(weights.temperature), "alpha": float(weights.alpha)}
+            numbers |= {f"teachers/{name}/weight": float(weight) for name, weight in weights.teachers.items()}
         return numbers if weights.label_weight is None else {**numbers, "label_weight": float(weights.label_weight)}

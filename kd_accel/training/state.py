@@ -1,13 +1,14 @@
 """State of a training, its capture for a checkpoint, and its restoration, after which the training is as if never stopped.
 
-The state consists of weights, buffers, optimizer, moving average, loss scaler, position, best accuracy, the sums for the next
-line of metrics, and all random number generators of every rank. Learning rate, temperature, alpha and the order of the samples
-are functions of the position and need no state.
+The state consists of weights, buffers, optimizer, moving average, loss scaler, position, best accuracy, the weights of the best
+epoch if they are kept, the sums for the next line of metrics, and all random number generators of every rank. Learning rate,
+temperature, alpha and the order of the samples are functions of the position and need no state.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kd_accel.losses.base import FeatureLoss, LogitLoss
+from kd_accel.losses.logits import CrossEntropy
 from kd_accel.models.preprocess import Normalize
 from kd_accel.training.average import MovingAverage
 from kd_accel.training.checkpoint import (
@@ -40,6 +43,9 @@ class Position:
         step: Optimizer steps done in total.
         best_val_accuracy: Best accuracy so far on the validation samples, a fraction of 1; None before the first evaluation.
         elapsed_s: Training time in seconds.
+        best_val_agreement: Best agreement with the teacher, as `best_val_accuracy`, of validation samples without labels.
+        best_epoch: Epochs completed at the evaluation with the best of these; None before the first evaluation.
+        stopped_early: Whether the training has ended before the end of its schedule (`train.early_stopping_epochs`).
     """
 
     epoch: int = 0
@@ -47,6 +53,27 @@ class Position:
     step: int = 0
     best_val_accuracy: float | None = None
     elapsed_s: float = 0.0
+    best_val_agreement: float | None = None
+    best_epoch: int | None = None
+    stopped_early: bool = False
+
+    def note_validation(self, result: Mapping[str, float], *, epochs_done: int) -> bool:
+        """Compare an evaluation on the validation samples with the best one so far, the earlier of equal ones.
+
+        Args:
+            result: Metrics by name; without an accuracy the agreement with the teacher counts.
+            epochs_done: Epochs completed.
+
+        Returns:
+            True if the evaluation is the best one.
+        """
+        name = "accuracy" if "accuracy" in result else "agreement"
+        best = getattr(self, f"best_val_{name}")
+        if best is not None and result[name] <= best:
+            return False
+        setattr(self, f"best_val_{name}", result[name])
+        self.best_epoch = epochs_done
+        return True
 
 
 @dataclass
@@ -59,6 +86,7 @@ class TrainState:
         meters: Sums since the last line of metrics.
         average: Moving average of the student; None without one.
         position: Position of the training.
+        best: Weights of the best epoch on the CPU, as the state dict of the student; None if they are not kept.
     """
 
     module: nn.Module
@@ -66,6 +94,7 @@ class TrainState:
     meters: Meters
     average: MovingAverage | None = None
     position: Position = field(default_factory=Position)
+    best: dict[str, torch.Tensor] | None = None
 
 
 def capture(train_state: TrainState, accelerator: Accelerator) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -81,6 +110,8 @@ def capture(train_state: TrainState, accelerator: Accelerator) -> tuple[dict[str
     tensors = {"module": accelerator.unwrap_model(train_state.module).state_dict(), "optimizer": optimizer}
     if train_state.average is not None:
         tensors["average"] = train_state.average.state_dict()
+    if train_state.best is not None:
+        tensors["best"] = train_state.best
     state = {
         "position": vars(train_state.position).copy(),
         "optimizer": numbers,
@@ -105,6 +136,7 @@ def restore(train_state: TrainState, checkpoint: Checkpoint, accelerator: Accele
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     train_state.position = Position(**state["position"])
+    train_state.best = checkpoint.tensors.get("best")
     return _restore_ranks(train_state, state, accelerator)
 
 
@@ -157,7 +189,13 @@ def _byte_tensor(text: str) -> torch.Tensor:
 def wrap_for_training(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, AcceleratedOptimizer]:
-    """Prepare module and optimizer with Accelerate; DDP broadcasts buffers only if `needs_buffers_exchanged`."""
+    """Prepare module and optimizer with Accelerate; DDP broadcasts buffers only if `needs_buffers_exchanged`.
+
+    With several processes, losses receive a function that gathers tensors from all of them.
+    """
+    if accelerator.num_processes > 1:
+        for loss in _losses(module):
+            loss.gather = accelerator.gather
     accelerator.ddp_handler.broadcast_buffers = needs_buffers_exchanged(module)
     return accelerator.prepare(module, optimizer)
 
@@ -166,7 +204,13 @@ def needs_buffers_exchanged(module: nn.Module) -> bool:
     """Return whether a training forward may read a buffer that differs between ranks.
 
     If so, DistributedDataParallel must broadcast rank 0's buffers before each forward. BatchNorm does not read its running
-    statistics in a training forward, and evaluation and checkpoints use rank 0's statistics in any case.
+    statistics in a training forward, and evaluation and checkpoints use rank 0's statistics in any case; those of frozen layers
+    are read, but never changed. Losses that declare it keep their buffers equal by themselves.
     """
-    owners = [own for own in module.modules() if any(buffer is not None for buffer in own._buffers.values())]
-    return not all(isinstance(own, _BatchNorm | Normalize) for own in owners)
+    synchronized = {part for loss in _losses(module) if loss.synchronizes_buffers for part in loss.modules()}
+    owners = {own for own in module.modules() if any(buffer is not None for buffer in own._buffers.values())} - synchronized
+    return not all(isinstance(own, _BatchNorm | CrossEntropy | Normalize) for own in owners)
+
+
+def _losses(module: nn.Module) -> list[LogitLoss | FeatureLoss]:
+    return [part for part in module.modules() if isinstance(part, LogitLoss | FeatureLoss)]

@@ -127,25 +127,22 @@ class TrainStep:
         for number, micro_batch in enumerate(inputs, 1):
             with nullcontext() if number == count else accelerator.no_sync(module):
                 with accelerator.autocast():
-                    output, target = self.forward(micro_batch, weights)
+                    output = self.forward(micro_batch, weights)
                 with profiler_range("backward"):
-                    self.guard.backward(output, target, weight=1 / count)
+                    self.guard.backward(output, weight=1 / count)
             with profiler_range("logging"):
-                self.train_state.meters.update(output, micro_batch.batch.labels, teacher_logits=target.logits)
+                self.train_state.meters.update(output, micro_batch.batch.labels)
         with profiler_range("optimizer"):
             self._update()
         return self.guard.take()
 
-    def forward(self, inputs: StepInput, weights: LossWeights) -> tuple[DistillerOutput, TeacherOutput]:
-        """Run the teacher and the distiller for one micro-batch, under the caller's autocast.
-
-        Returns:
-            The outputs of the distiller and of the teacher.
-        """
+    def forward(self, inputs: StepInput, weights: LossWeights) -> DistillerOutput:
+        """Run the teacher and the distiller for one micro-batch, under the caller's autocast."""
         batch = inputs.batch
         with profiler_range("teacher"):
             target = self._staged.finish(batch, inputs.fetched)
-        return self.train_state.module(batch.images, target, batch.labels, weights, index=inputs.index), target
+        output: DistillerOutput = self.train_state.module(batch.images, target, batch.labels, weights, index=inputs.index)
+        return output
 
     def _update(self) -> None:
         """Apply the gradients, unless one of them is not finite."""

@@ -7,18 +7,20 @@ checkpoints. A step never synchronizes the device; values are read only for a li
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_accel.config.schema import TrainConfig
 from kd_accel.data.loader import TrainLoader
-from kd_accel.distributed import Accelerator
+from kd_accel.distributed import Accelerator, on_main_process
 from kd_accel.errors import UnreadableImage, UserError
+from kd_accel.models.weights import save_weights
 from kd_accel.profiling import StepProfiler, profiled, profiler_range
 from kd_accel.training.evaluation import HeldOut, evaluate, synchronize_buffers
 from kd_accel.training.metrics import MetricsLog
@@ -48,6 +50,7 @@ class Trainer:
         profiler: Profiler of a few steps, if the run's `profile` is set.
         preemption: Handler of the signals that stop the training.
         validation: The split that is evaluated after epochs; None = no evaluation.
+        best_file: File of the weights of the best epoch; None = they are not kept.
         note_unreadable: Function that receives the index of a training sample that cannot be read, before a checkpoint.
     """
 
@@ -62,6 +65,7 @@ class Trainer:
     profiler: StepProfiler
     preemption: PreemptionHandler
     validation: HeldOut | None = None
+    best_file: Path | None = None
     note_unreadable: Callable[[int], None] = lambda sample: None
     _steps: ReadAhead | None = field(default=None, init=False)
 
@@ -71,13 +75,20 @@ class Trainer:
         return self.step.train_state
 
     @property
+    def network(self) -> nn.Module:
+        """The network to evaluate and save: the moving average of the student if there is one, else the student."""
+        average = self.train_state.average
+        return self.step.distiller.student if average is None else average.module
+
+    @property
     def is_done(self) -> bool:
-        """True if all steps of the schedule are done."""
-        return self.train_state.position.step >= self.schedule.total_steps
+        """True if all steps of the schedule are done, or the training has been stopped early."""
+        position = self.train_state.position
+        return position.stopped_early or position.step >= self.schedule.total_steps
 
     @property
     def must_stop(self) -> bool:
-        """True if all steps are done, or `checkpoint.stop_after_steps` is reached."""
+        """True if the training is done, or `checkpoint.stop_after_steps` is reached."""
         return self.is_done or self.train_state.position.step == self.checkpoints.settings.stop_after_steps
 
     def fit(self) -> None:
@@ -162,14 +173,36 @@ class Trainer:
         epochs_done = position.epoch + 1
         if self.validation is not None and (self.is_done or _is_due(epochs_done, self.settings.eval_every_epochs)):
             result = self._validate(self.validation)
-            if (accuracy := result.get("accuracy")) is not None:
-                position.best_val_accuracy = max(accuracy, position.best_val_accuracy or 0.0)
             self.metrics_log.write({"step": position.step, "epoch": epochs_done, "split": "val", **result})
             self.progress.note_epoch(epochs_done, result)
+            self._select(result, epochs_done)
         position.epoch, position.step_in_epoch = epochs_done, 0
         is_due = _is_due(position.epoch, saving.every_epochs) or _is_due(position.step, saving.every_steps)
         if self.must_stop or is_due:
             self.save()
+
+    def _select(self, result: Mapping[str, float], epochs_done: int) -> None:
+        """Keep the weights if they are the best so far, and stop the training if the best ones are too many epochs old.
+
+        The result is the same on all ranks.
+        """
+        position, patience = self.train_state.position, self.settings.early_stopping_epochs
+        if position.note_validation(result, epochs_done=epochs_done) and self.best_file is not None:
+            self.train_state.best = {name: tensor.to("cpu", copy=True) for name, tensor in self.network.state_dict().items()}
+            self.save_best()
+        if patience is not None and not self.is_done:
+            assert position.best_epoch is not None, "noted above"
+            position.stopped_early = epochs_done - position.best_epoch >= patience
+
+    def save_best(self) -> None:
+        """Write the weights of the best epoch, if there are any, from the main process. Every rank must call it.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        path, best = self.best_file, self.train_state.best
+        if path is not None and best is not None:
+            on_main_process(self.accelerator, lambda: save_weights(path, best))
 
     def _validate(self, validation: HeldOut) -> dict[str, float]:
         """Evaluate on the validation samples. If one cannot be read, the checkpoint is at the end of the open epoch."""
@@ -249,7 +282,8 @@ class Trainer:
         """Raise UserError if BatchNorm would get a single sample: it computes statistics per forward and process."""
         processes, batch_size = self.accelerator.num_processes, self.settings.batch_size
         parts = processes * self.settings.grad_accum_steps
-        if batch_size == parts and any(isinstance(module, _BatchNorm) for module in self.train_state.module.modules()):
+        norms = [module for module in self.train_state.module.modules() if isinstance(module, _BatchNorm)]
+        if batch_size == parts and any(norm.training for norm in norms):
             raise UserError(
                 f"train.batch_size: {parts} over {processes} processes x {self.settings.grad_accum_steps} accumulation steps "
                 f"is one sample in each forward, too few for the model's BatchNorm layers; use {2 * parts} or more"

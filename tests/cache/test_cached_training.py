@@ -59,7 +59,8 @@ def weights(run_dir):
     + [("both", "resized_crop_flip", 32), ("both", MANY, 32)],
 )
 def test_cached_equals_live(tmp_path, teacher_run, direction, transform, image_size):
-    common = [*flags(teacher_run, direction, transform=transform), f"--data.image_size={image_size}"]
+    common = [*flags(teacher_run, direction, transform=transform)]
+    common += [f"--data.image_size={image_size}", f"--teacher.image_size={image_size}"]
     if transform == "none":
         common.remove("--data.views=2")
     train(tmp_path / "live", *common)

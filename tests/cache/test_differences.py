@@ -47,7 +47,8 @@ def fingerprints():
     """Yield the fingerprint fields of caches that together have every field that a build can record."""
     network = build_model("import:tests.support.models:teacher", num_classes=4)
     described = {"arch": "torchvision/resnet18", "arch_args": {"zero_init_residual": True}, "class_map": [1, 0, 3, 2]}
-    teacher = Teacher(network, [0.5] * 3, [0.2] * 3, **described)
+    resized = {"image_size": 48, "interpolation": "bicubic", "crop_pct": 0.9}
+    teacher = Teacher(network, [0.5] * 3, [0.2] * 3, **described, **resized).for_images(32)
     for device, cpu_kernels in (("cpu", "auto"), ("cpu", "never"), ("cuda", "always")):
         switches = {"precision": "bf16", "channels_last": None, "compiled": False, "tf32": True, "cpu_kernels": cpu_kernels}
         numerics = teacher.numerics(torch.device(device), layers=["layer1"], image_size=32, **switches)

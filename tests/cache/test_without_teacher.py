@@ -192,6 +192,9 @@ def test_a_teacher_that_is_missing_is_not_left_out_silently(tmp_path, copied):
         (["--teacher.mean=[0.5, 0.5, 0.5]"], "teacher.mean: has no effect (without teacher.run and teacher.arch"),
         (["--teacher.weights=w.safetensors"], "teacher.weights: has no effect"),
         (["--teacher.class_map=auto"], "teacher.class_map: has no effect"),
+        (["--teacher.image_size=32"], "teacher.image_size: has no effect"),
+        (["--teacher.interpolation=bicubic"], "teacher.interpolation: has no effect"),
+        (["--teacher.crop_pct=0.9"], "teacher.crop_pct: has no effect"),
     ],
 )
 def test_settings_that_need_a_teacher_are_refused(tmp_path, copied, more, message):

@@ -67,7 +67,8 @@ def test_a_resumed_training_begins_with_its_position(tmp_path):
 
 
 def accuracy_of(run):
-    return f"accuracy {100 * summary(run)['accuracy']:.2f} % on the test samples"
+    figure = f"{100 * summary(run)['accuracy']:.2f} %"
+    return f"accuracy {figure} on the test samples ({figure} in its own run)"
 
 
 def test_the_accuracy_of_a_live_teacher_is_printed_once(tmp_path, teacher_run):

@@ -117,6 +117,19 @@ def test_weight_decay_adds_its_fraction_of_each_weight_to_the_update(tmp_path, p
         torch.testing.assert_close(with_decay[name] - without[name], 0.05 * 0.5 * weight.detach(), rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("optimizer", [["--optim.momentum=0"], ["--optim.name=adamw"]], ids=str)
+def test_norms_and_biases_can_be_left_out_of_the_weight_decay(tmp_path, optimizer):
+    flags = ["--model.arch=import:tests.support.models:teacher", *optimizer]
+    decay = ["--optim.weight_decay=0.5", "--optim.norm_bias_weight_decay=false"]
+    for name, own in (("without", ["--optim.weight_decay=0"]), ("with", decay)):
+        train(tmp_path / name, *[flag for flag in FIRST_STEP if not flag.startswith("--optim.momentum")], *flags, *own)
+    network = build_model("import:tests.support.models:teacher", num_classes=4, seed=0)
+    without, with_decay = (updates(tmp_path / name, network) for name in ("without", "with"))
+    for name, weight in network.named_parameters():
+        expected = 0.05 * 0.5 * weight.detach().double() if weight.ndim > 1 else torch.zeros_like(weight).double()
+        torch.testing.assert_close((with_decay[name] - without[name]).double(), expected, rtol=2e-3, atol=2e-7)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

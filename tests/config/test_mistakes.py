@@ -61,7 +61,7 @@ def test_layer_that_is_missing_or_not_a_feature_map_is_refused(tmp_path, teacher
 
 def test_a_single_pixel_for_the_pca_is_refused(tmp_path, teacher_run):
     flags = [f"--teacher.run={teacher_run}", "--distill.features.mse={layers: [layer2], args: {pca_images: 1}}"]
-    done = train(tmp_path / "run", *flags, "--data.image_size=16", code=2)
+    done = train(tmp_path / "run", *flags, "--data.image_size=16", "--teacher.image_size=16", code=2)
     check_message(done, "a PCA of layer2 needs two pixels or more, the images have 1", "pca_images")
 
 

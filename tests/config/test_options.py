@@ -12,7 +12,7 @@ from tests.support.in_process import cache, say, train
 from tests.support.launching import metrics, summary
 from tests.support.parsing import SECTIONS
 
-RULES = ("validation.py", "loss_weights.py", "schedule_rules.py", "unlabeled_rules.py")
+RULES = ("validation.py", "loss_weights.py", "schedule_rules.py", "training_rules.py", "unlabeled_rules.py")
 IN_CONFIG = (*RULES, "parsing.py", "help.py", "fields.py", "settings.py", "run_name.py")
 NOT_READERS = (*(f"config/{name}" for name in IN_CONFIG), "pydantic")
 

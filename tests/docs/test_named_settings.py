@@ -9,7 +9,7 @@ from tests.support.in_process import say
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SETTING = re.compile(r"(?<![\w./])(?:--)?((?:data|model|teacher|distill|optim|train|checkpoint|tracking)\.[a-z_]+(?:\.\w+)*)")
+SETTING = re.compile(r"(?<![\w./])(?:--)?((?:data|model|teachers?|distill|optim|train|checkpoint|tracking)\.[a-z_]+(?:\.\w+)*)")
 FILE = re.compile(
     r"(?<![\w./])((?:kd_accel/)?(?:io|config|data|models|losses|teacher|cache|training|bench|report|builders|commands|tests|benchmarks)"
     r"/[a-z0-9_/]+\.py)\b"
@@ -25,7 +25,9 @@ def settings():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_exist(page, settings):
     named = {name for name in SETTING.findall(page.read_text()) if name not in RUN_FILES}
-    general = {name: re.sub(r"^(distill\.features)\.\w+(?=\.|$)", r"\1.NAME", name).partition(".args.")[0] for name in named}
+    general = {
+        name: re.sub(r"^(distill\.features|teachers)\.\w+(?=\.|$)", r"\1.NAME", name).partition(".args.")[0] for name in named
+    }
     is_known = {name: any(f"{known}.".startswith(f"{key}.") for known in settings) for name, key in general.items()}
     assert [name for name in sorted(named) if not is_known[name]] == []
 

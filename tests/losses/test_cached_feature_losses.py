@@ -7,7 +7,7 @@ from tests.support.feature_losses import NAMES
 from tests.support.in_process import cache, train
 from tests.support.launching import metrics
 
-SHAPES = {"at": (1, 8, 8), "pkt": (16, 1, 1), "rkd": (16, 1, 1)}
+SHAPES = {"at": (1, 8, 8), "crd": (16, 1, 1), "pkt": (16, 1, 1), "rkd": (16, 1, 1)}
 """Shape of the stored target of layer1, whose map is (16, 8, 8), where it is not the map itself."""
 WEIGHTS = {"mgd": 0.001, "rkd": 0.01}
 

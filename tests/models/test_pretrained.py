@@ -25,6 +25,14 @@ def test_torchvision_weights_are_described_by_their_transforms(name, weights):
         expected.transforms().crop_size[0],
     )
     assert info.class_names == tuple(expected.meta["categories"]) and info.num_classes == 1000 and not info.is_of_run
+    assert info.interpolation == expected.transforms().interpolation.value
+    assert int(info.image_size / info.crop_pct) == expected.transforms().resize_size[0]
+    assert (100 * info.accuracy, info.data) == (pytest.approx(expected.meta["_metrics"]["ImageNet-1K"]["acc@1"]), "ImageNet-1K")
+
+
+def test_torchvision_weights_without_a_classifier_have_neither_classes_nor_an_accuracy():
+    info = weights_info("IMAGENET1K_FEATURES", "torchvision/vgg16")
+    assert (info.num_classes, info.class_names, info.accuracy, info.image_size) == (None, None, None, 224)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +47,7 @@ def test_timm_weights_are_described_by_their_pretrained_cfg(name, weights):
         expected.num_classes,
         expected.input_size[1],
     )
+    assert (info.interpolation, info.crop_pct, info.accuracy) == (expected.interpolation, expected.crop_pct, None)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +69,18 @@ def test_weights_of_a_run_are_described_by_its_card(tmp_path):
     save_model(tmp_path, build_model(CARD.arch, num_classes=4), card=CARD)
     for weights in (tmp_path, tmp_path / "model.safetensors"):
         info = weights_info(str(weights), CARD.arch)
-        assert dataclasses.astuple(info) == (CARD.mean, CARD.std, 4, tuple("abcd"), 64, True)
+        known = {"mean": CARD.mean, "std": CARD.std, "num_classes": 4, "class_names": tuple("abcd"), "image_size": 64}
+        assert info == WeightsInfo(**known, interpolation="bicubic", is_of_run=True)
+        assert dataclasses.replace(info, accuracy=0.75) == with_summary(tmp_path, weights, '{"accuracy": 0.75}')
+        for text in ('{"accuracy": null}', '{"accuracy": 75.0}', '{"accuracy": "high"}', "[]", "{"):
+            assert with_summary(tmp_path, weights, text) == info
+        (tmp_path / "summary.json").unlink()
+
+
+def with_summary(directory, weights, text):
+    """Return what is known of weights of a run with a summary.json of this text."""
+    (directory / "summary.json").write_text(text)
+    return weights_info(str(weights), CARD.arch)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@ import torch
 
 from kd_accel.losses.registry import load_loss
 
-NAMES = ("at", "cosine", "mgd", "pkt", "review", "rkd", "sp")
+NAMES = ("at", "cosine", "crd", "mgd", "pkt", "review", "rkd", "sp")
 LAYER = "layer"
+SAMPLES = torch.tensor([*range(64), 2**40])
+"""Positions of the samples of a training."""
 
 
 def built(name, student_shape, teacher_shape, *, seed=0, **settings):
     """Build a loss for maps of shapes (D, H, W), as a training does; return it with its target function."""
     loss = load_loss("features", name)(**settings)
     target = loss.target_function(student_shape, teacher_shape)
+    loss.set_samples(SAMPLES)
     loss.build({LAYER: student_shape}, {LAYER: target.output_shape(teacher_shape)}, seed=seed)
     return loss, target
 

@@ -165,17 +165,22 @@ def reference_review(states, student, target):
     return total
 
 
-def reference_mask(seed, draw, index, pixels, probability):
-    """Compute the kept pixels of samples, bool [B, pixels], with Python's unbounded integers."""
-    kept = np.zeros((len(index), pixels), dtype=bool)
-    for sample, pixel in np.ndindex(kept.shape):
+def reference_words(seed, draw, index, count):
+    """Compute random integers below 2^53, [B, count], with Python's unbounded integers."""
+    words = np.zeros((len(index), count), dtype=np.int64)
+    for sample, number in np.ndindex(words.shape):
         state = int(index[sample]) * 0x9FB21C651E98DF25 + draw * 0xD6E8FEB86659FD93 + seed * 0xA24BAED4963EE407
-        state = (state + pixel * 0x9E3779B97F4A7C15) % _WORD
+        state = (state + number * 0x9E3779B97F4A7C15) % _WORD
         state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB % _WORD
         state ^= state >> 31
-        kept[sample, pixel] = (state >> 11) / 2**53 >= probability
-    return kept
+        words[sample, number] = state >> 11
+    return words
+
+
+def reference_mask(seed, draw, index, pixels, probability):
+    """Compute the kept pixels of samples, bool [B, pixels]."""
+    return reference_words(seed, draw, index, pixels) / 2**53 >= probability
 
 
 def reference_mgd(state, student, target, kept):
@@ -187,3 +192,27 @@ def reference_mgd(state, student, target, kept):
     hidden = np.maximum(reference_conv(masked, state["0.weight"], state["0.bias"]), 0)
     generated = reference_conv(hidden, state["2.weight"], state["2.bias"])
     return ((generated - target) ** 2).sum() / len(student)
+
+
+def reference_embeddings(state, student, teacher):
+    """Compute the embeddings of length 1 of student and teacher, [2][B, E], by the tensors of a layer of `crd`."""
+    found = []
+    for name, feature in (("embed_s", student), ("embed_t", teacher)):
+        embedded = feature.mean((2, 3)) @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+        found.append(np.stack([each / math.sqrt(each @ each) for each in embedded]))
+    return found
+
+
+def reference_crd(state, student, teacher, rows, negatives, *, temperature, z=None):
+    """Compute the loss of one layer by its tensors, and the constants Z of both banks: those given, else an estimate."""
+    samples, count, total, constants = state["memory"].shape[1], len(negatives[0]), 0.0, []
+    for bank, anchors in zip(state["memory"], reversed(reference_embeddings(state, student, teacher)), strict=True):
+        columns = [[row, *drawn] for row, drawn in zip(rows, negatives, strict=True)]
+        scores = [
+            [math.exp(anchor @ bank[row] / temperature) for row in own] for anchor, own in zip(anchors, columns, strict=True)
+        ]
+        constants.append(samples * np.mean(scores) if z is None else z[len(constants)])
+        for own in scores:
+            shares = [score / constants[-1] / (score / constants[-1] + count / samples) for score in own]
+            total -= (math.log(shares[0]) + sum(math.log(1 - share) for share in shares[1:])) / len(scores)
+    return total, constants

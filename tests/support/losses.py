@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from kd_accel.losses import FeatureLoss, LogitLoss, LossSettings
@@ -25,6 +25,7 @@ class BankLoss(FeatureLoss):
 
     per_sample = False
     uses_index = True
+    synchronizes_buffers = True
 
     class Settings(LossSettings):
         """Settings of the loss.
@@ -60,7 +61,7 @@ class BankLoss(FeatureLoss):
 
     @torch.no_grad()
     def _write(self, index: Tensor, embeddings: Tensor) -> None:
-        index, embeddings = _of_all_processes(index), _of_all_processes(embeddings)
+        index, embeddings = self.gather(index), self.gather(embeddings)
         momentum = self.settings.momentum
         self.bank[index] = functional.normalize(momentum * self.bank[index] + (1 - momentum) * embeddings)
 
@@ -115,11 +116,3 @@ class ClassShareLoss(LogitLoss):
 
 def _embedding(feature: Tensor) -> Tensor:
     return functional.normalize(feature.float().mean((2, 3)))
-
-
-def _of_all_processes(tensor: Tensor) -> Tensor:
-    if not distributed.is_initialized():
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)

@@ -100,6 +100,15 @@ def partly_labeled_images(split: str, image_size: int) -> dict[str, object]:
     return content
 
 
+def imbalanced_images(split: str, image_size: int) -> dict[str, object]:
+    """Leave 40, 20, 10 and 5 training samples of the classes."""
+    content = images(split, image_size)
+    if split == "train":
+        kept = [sample for sample in range(160) if sample // 4 % 2 ** (sample % 4) == 0]
+        content |= {"images": content["images"][kept], "labels": [content["labels"][sample] for sample in kept]}
+    return content
+
+
 def unlabeled_images(split: str, image_size: int) -> dict[str, object]:
     return {"images": images(split, image_size)["images"]}
 

@@ -11,7 +11,7 @@ from torchvision import models
 from kd_accel.errors import UserError
 from kd_accel.models.factory import build_model
 from kd_accel.models.weights import ModelCard, save_model
-from kd_accel.teacher.loading import load_own_teacher, load_run_teacher, teacher_notices
+from kd_accel.teacher.loading import load_own_teacher, load_run_teacher
 from tests.support.in_process import cache, say, train
 from tests.support.launching import SMALL, metrics, summary
 
@@ -97,16 +97,6 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
         load_run_teacher(tmp_path)
 
 
-def test_another_image_size_is_noticed_with_both_sizes(tmp_path):
-    save_model(tmp_path, build_model(ARCH, num_classes=4), card=CARD)
-    teacher = load_run_teacher(tmp_path).for_classes(NAMES)
-    assert teacher_notices(teacher, NAMES, image_size=64) == []
-    assert teacher_notices(teacher, NAMES, image_size=32) == [
-        "data.image_size: 32, but the teacher was trained on images of 64 pixels, and may be less accurate at another size; "
-        "set data.image_size to 64, or use a teacher that was trained at 32"
-    ]
-
-
 @pytest.fixture
 def mapped(teacher_run):
     """Flags of a distillation on two of the teacher's four classes, in another order."""
@@ -137,7 +127,7 @@ def test_another_class_map_is_refused_on_resume(tmp_path, mapped):
     flags = [*mapped, "--train.epochs=2", "--teacher.min_accuracy=null"]
     train(tmp_path / "run", *flags, "--teacher.class_map=auto", "--checkpoint.stop_after_steps=3")
     said = train(tmp_path / "run", *flags, "--teacher.class_map=[0, 3]", code=2)
-    assert "use the same teacher with the same mean, std and class_map" in said
+    assert "use the same teacher with the same mean, std, class_map and image_size" in said
     train(tmp_path / "run", *flags[:-1], "--teacher.class_map=auto")
     assert summary(tmp_path / "run")["steps"] == 8
 

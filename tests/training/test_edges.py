@@ -132,6 +132,7 @@ def test_a_cached_training_resumes_on_the_edge_of_an_epoch(tmp_path, distilled, 
 def test_a_few_samples_train_with_features_of_one_pixel(tmp_path, teacher_run):
     """The PCA of 12 maps of one pixel has 11 directions for 16 channels; cached targets equal live ones bit for bit."""
     flags = [f"--teacher.run={teacher_run}", "--distill.features.mse={weight: 0.1, layers: [layer2]}", "--data.image_size=16"]
+    flags += ["--teacher.image_size=16"]
     flags += ["--data.val_fraction=0", "--data.limit_train=12", "--train.batch_size=4", "--data.views=2", "--train.epochs=2"]
     output = train(tmp_path / "live", *flags)
     assert "layer2 of the 12 images of the fit varies in 11 directions, fewer than the 16 channels of its target" in output

@@ -27,7 +27,7 @@ from kd_accel.training.average import MovingAverage
 from kd_accel.training.metrics import Meters
 from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import set_learning_rate
-from kd_accel.types import Batch, TeacherOutput
+from kd_accel.types import Batch
 from tests.support.fake_cuda import autocast
 
 LAYERS = ["layer1", "layer2", "layer3", "layer4"]
@@ -52,7 +52,7 @@ def test_a_step_leaves_nothing_on_the_wrong_device(direction, use_bf16):
             target = teacher(batch)
             output = distiller(batch.images, target, batch.labels, LossWeights(features={"mse": 0.1}))
         meters = Meters(torch.device("cuda"), terms=distiller.term_names, has_teacher=True)
-        meters.update(output, batch.labels, teacher_logits=target.logits)
+        meters.update(output, batch.labels)
         for tensor in (output.loss, *output.terms.values(), output.logits, target.logits, meters.sums, batch.images):
             assert tensor.device.type == "cuda"
         assert list(output.terms) == distiller.term_names == ["ce", "kl", "features/mse"]
@@ -138,7 +138,7 @@ def test_the_guard_and_the_average_read_nothing(monkeypatch):
         batch = batch_on("cuda")
         logits = network(batch.images.float())
         ce = torch.nn.functional.cross_entropy(logits, batch.labels)
-        guard.backward(DistillerOutput(ce, {"ce": ce}, logits), TeacherOutput(logits.detach()))
+        guard.backward(DistillerOutput(ce, {"ce": ce}, logits, logits.detach()))
         assert guard.without_gradient() == []
         norm = guard.gradient_norm()
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm)

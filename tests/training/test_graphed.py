@@ -43,6 +43,17 @@ def test_only_scheduled_numbers_are_on_the_device():
     assert second.features["mse"] is first.features["mse"] and first.features["mse"].item() < 1
 
 
+def test_scheduled_weights_of_teachers_are_on_the_device():
+    teachers = "{a: {run: t, weight: {kind: linear, start: 1, end: 0, unit: step}}, b: {run: t2, weight: 3}}"
+    config, _ = parse_config(RunConfig, [*SMALL, f"--teachers={teachers}"])
+    schedule = build_schedule(config, steps_per_epoch=10)
+    assert schedule.scheduled == ["teachers/a"]
+    place = DeviceWeights(CPU, schedule.scheduled)
+    first = place(schedule.weights_at(0, 0))
+    assert (first.teachers["a"].item(), first.teachers["b"]) == (1.0, 3.0)
+    assert place(schedule.weights_at(0, 5)).teachers["a"] is first.teachers["a"] and 0 < first.teachers["a"].item() < 1
+
+
 def test_constant_schedules_and_plain_trainings_have_nothing_on_the_device():
     for flags in (["--teacher.run=t", "--distill.temperature={kind: constant, start: 3}"], []):
         config, _ = parse_config(RunConfig, [*SMALL, *flags])

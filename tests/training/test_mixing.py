@@ -45,7 +45,7 @@ def test_no_accuracy_is_measured_with_mixed_labels():
     output, mixed = DistillerOutput(torch.tensor(1.0), {"ce": torch.tensor(0.5)}, logits), torch.full((4, 4), 0.25)
     plain, distilled = meters(), meters(has_teacher=True)
     plain.update(output, mixed)
-    distilled.update(output, mixed, teacher_logits=logits)
+    distilled.update(output._replace(teacher_logits=logits), mixed)
     for each in (plain, distilled):
         each.count_samples(4)
     assert plain.read(plain.sums) == {"loss": 1.0, "ce": 0.5}

@@ -16,7 +16,6 @@ from kd_accel.losses.distiller import DistillerOutput
 from kd_accel.training.average import MovingAverage
 from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import build_optimizer
-from kd_accel.types import TeacherOutput
 from tests.support import in_process
 from tests.support.launching import check_message, train
 from tests.support.models import SmallNet
@@ -52,7 +51,7 @@ class Bench:
         images = torch.rand(4, 3, 32, 32, generator=generator)
         logits = self.model(images)
         ce = nn.functional.cross_entropy(logits, torch.arange(4)) * factor
-        self.guard.backward(DistillerOutput(ce, {"ce": ce}, logits), TeacherOutput())
+        self.guard.backward(DistillerOutput(ce, {"ce": ce}, logits))
         norm = self.guard.gradient_norm()
         self.guard.add(number, [torch.tensor(samples)], self.guard.take())
         self.optimizer.step()

@@ -7,7 +7,9 @@ import torch
 
 from kd_accel.config.schema import OptimConfig
 from kd_accel.errors import UserError
-from kd_accel.training.optim import build_optimizer, learning_rate, set_learning_rate
+from kd_accel.training.optim import build_optimizer, learning_rate, prepare_for_capture, set_learning_rate
+from tests.support.in_process import train
+from tests.support.resuming import EVERYTHING, assert_same_run
 
 
 def rates(optim, total_steps, steps_per_epoch=10):
@@ -75,3 +77,39 @@ def test_the_settings_reach_the_optimizer():
 def test_a_model_without_trained_parameters_is_refused():
     with pytest.raises(UserError, match="no parameter that can be trained"):
         build_optimizer([torch.nn.Parameter(torch.zeros(2), requires_grad=False)], OptimConfig())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_norms_and_biases_have_a_group_without_decay(name):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    network.scale = torch.nn.Parameter(torch.ones(()))
+    optim = OptimConfig(name=name, weight_decay=0.1, norm_bias_weight_decay=False)
+    decayed, others = build_optimizer(network.parameters(), optim).param_groups
+    names = {id(parameter): key for key, parameter in network.named_parameters()}
+    assert [names[id(parameter)] for parameter in decayed["params"]] == ["0.weight", "3.weight"]
+    assert {names[id(parameter)] for parameter in others["params"]} == {"scale", "0.bias", "1.weight", "1.bias", "3.bias"}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    (only,) = build_optimizer([network.scale], optim).param_groups
+    assert only["weight_decay"] == 0.0
+    optimizer = build_optimizer(network.parameters(), optim)
+    set_learning_rate(optimizer, 0.01)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01]
+    prepare_for_capture(optimizer)
+    set_learning_rate(optimizer, 0.02)
+    assert [group["lr"].item() for group in optimizer.param_groups] == [pytest.approx(0.02)] * 2
+
+
+def test_a_model_without_norms_and_biases_needs_no_second_group():
+    with pytest.raises(UserError, match="norm_bias_weight_decay: false has no effect, because the model has no norm or bias"):
+        build_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], OptimConfig(norm_bias_weight_decay=False))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_resumed_training_has_the_same_two_groups(tmp_path, distilled, name):
+    """Restored moments belong to their parameters: those of the groups are in another order than the network has them."""
+    own = ["--optim.nesterov=false", f"--optim.name={name}", "--optim.weight_decay=0.1", "--optim.norm_bias_weight_decay=false"]
+    flags = [*distilled, *EVERYTHING, *own, "--train.max_steps=10"]
+    train(tmp_path / "straight", *flags)
+    train(tmp_path / "stopped", *flags, "--checkpoint.stop_after_steps=5")
+    train(tmp_path / "stopped", *flags)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")

@@ -14,7 +14,7 @@ from tests.support.resuming import EVERYTHING, assert_same_run
     ("processes", "image_size"), [(1, 32), pytest.param(2, 32, marks=[pytest.mark.slow, pytest.mark.proof]), (1, 16)]
 )
 def test_stop_after_7_of_20_steps_and_resume(tmp_path, distilled, processes, image_size):
-    flags = [*EVERYTHING, *distilled, f"--data.image_size={image_size}"]
+    flags = [*EVERYTHING, *distilled, f"--data.image_size={image_size}", f"--teacher.image_size={image_size}"]
     train(tmp_path / "straight", *flags, processes=processes)
     train(tmp_path / "stopped", *flags, "--checkpoint.stop_after_steps=7", processes=processes)
     assert not (tmp_path / "stopped/summary.json").exists()

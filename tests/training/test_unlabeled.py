@@ -48,10 +48,10 @@ def test_the_training_accuracy_is_that_of_the_labeled_samples():
     output = DistillerOutput(torch.tensor(1.0), {"ce": torch.tensor(0.5)}, logits)
     meters = Meters(torch.device("cpu"), terms=["ce"], has_teacher=True, has_unlabeled=True)
     for labels in ([0, -1, 3, -1], [-1, -1, -1, 3]):
-        meters.update(output, torch.tensor(labels), teacher_logits=logits.flip(0))
+        meters.update(output._replace(teacher_logits=logits.flip(0)), torch.tensor(labels))
         meters.count_samples(4)
     assert meters.read(meters.sums) == {"loss": 1.0, "agreement": 0.0, "ce": 0.5, "accuracy": 2 / 3}
-    meters.update(output, torch.full((4,), -1), teacher_logits=logits)
+    meters.update(output._replace(teacher_logits=logits), torch.full((4,), -1))
     meters.count_samples(4)
     assert meters.read(meters.sums) == {"loss": 1.0, "agreement": 1.0}
 
@@ -223,8 +223,8 @@ def test_sources_are_read_without_their_labels(tmp_path, write):
         ),
         (["--distill.label_weight=0.1"], "distill.label_weight: the cross-entropy has a weight"),
         (["--data.labels=remap"], "data.labels: has no effect with data.label_column null"),
-        (["--teacher.class_map=auto"], "teacher.class_map: has no effect with data.label_column null"),
-        (["--teacher.min_accuracy=0.5"], "teacher.min_accuracy: has no effect with data.label_column null"),
+        (["--teacher.class_map=auto"], "teacher.class_map: has no effect (with data.label_column null"),
+        (["--teacher.min_accuracy=0.5"], "teacher.min_accuracy: has no effect (with data.label_column null"),
     ],
 )
 def test_settings_that_need_labels_are_refused_without_them(tmp_path, flags, message):
