@@ -1,12 +1,14 @@
-"""Shipped chains in which a distilled student is the teacher of the next one: teaching assistant, born-again networks."""
+"""Shipped chains: a distilled student is the teacher of the next one (assistant, born-again), and a student of two teachers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 import kd_accel as kd
-from tests.support.launching import ROOT, python, summary
+from kd_accel.io.hashing import settings_digest
+from tests.support.launching import ROOT, metrics, python, summary
 
 FEW_STEPS = ["--train.max_steps=4", "--train.batch_size=8", "--data.views=1", "--data.limit_train=64", "--data.limit_test=40"]
 ONE_PROCESS = "--launch=launch/gpu1.yaml"  # on a CPU if no GPU is found
@@ -25,8 +27,8 @@ def run_shipped(name, tmp_path):
     runs = []
     for file in settings["runs"]:
         content = yaml.safe_load((ROOT / file).read_text())
-        if "teacher" in content:
-            content["teacher"]["min_accuracy"] = None  # four steps leave a network at chance
+        for teacher in [content["teacher"]] if "teacher" in content else content.get("teachers", {}).values():
+            teacher["min_accuracy"] = None  # four steps leave a network at chance
         runs.append(tmp_path / content["run_dir"])
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(yaml.safe_dump(content))
@@ -56,6 +58,25 @@ def test_each_stage_is_distilled_from_the_model_of_the_stage_before(name, tmp_pa
     assert all(row["latency_ms"] > 0 and row["accuracy"] is not None for row in rows)
     sizes = [row["parameters"] for row in rows]
     assert sizes == sorted(sizes, reverse=True) and (name == "born_again") == (len(set(sizes)) == 1)
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_two_teachers_with_two_caches(tmp_path):
+    runs, report_dir = run_shipped("two_teachers", tmp_path)
+    first, second, student = [summary(run) for run in runs]
+    fingerprints = {name: kd.Teacher.from_run(run).fingerprint for name, run in zip(("first", "second"), runs[:2], strict=True)}
+    assert student["teacher_fingerprint"] == settings_digest(fingerprints)
+    teachers = yaml.safe_load((runs[2] / "config.yaml").read_text())["teachers"]
+    stored = {name: json.loads((Path(own["cache"]["dir"]) / "spec.json").read_text()) for name, own in teachers.items()}
+    assert [sorted(spec["tensors"]) for spec in stored.values()] == [["layer4", "logits"]] * 2
+    assert {name: spec["fingerprint_fields"]["teacher"]["arch"] for name, spec in stored.items()} == {
+        "first": first["arch"],
+        "second": second["arch"],
+    }
+    last = metrics(runs[2], "train")[-1]
+    assert {"kl", "features/first", "features/second", "teachers/first/weight", "agreement"} < set(last)
+    rows = json.loads((report_dir / "results.json").read_text())["rows"]
+    assert [row["role"] for row in rows] == ["teacher", "teacher", "distilled"]
 
 
 @pytest.mark.parametrize("name", ARCHS)

@@ -228,7 +228,10 @@ def test_a_cache_without_its_teacher_has_no_agreement_on_other_samples(project, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--optim.lr=0.1"], "--optim.lr: has no effect on an evaluation (only data, teacher, teachers, train.eval_batch_size and"),
+        (
+            ["--optim.lr=0.1"],
+            "--optim.lr: has no effect on an evaluation (only data, teacher, teachers, train.eval_batch_size and",
+        ),
         (["--data.mean=[0.5, 0.5, 0.5]"], "--data.mean: has no effect on an evaluation (model.json determines it)"),
         (["--data.views=3"], "--data.views: has no effect on an evaluation (held-out samples are not augmented)"),
         (["--data.suorce=digits"], "--data.suorce: no such setting; did you mean --data.source?"),
