@@ -64,10 +64,10 @@ def _balanced_weights(data: DataModule) -> list[float]:
     labels = data.train.labels[data.splits.train]
     counts = np.bincount(labels[labels >= 0], minlength=len(data.label_names))
     if empty := [data.label_names[label] for label in np.flatnonzero(counts == 0)]:
-        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise UserError(
-            f"train.class_weights: balanced divides by the number of training samples of each class, and {empty[0]!r}{more} "
-            "has none; remove the class, or use {class name: weight}"
+            "train.class_weights: balanced divides by the number of training samples of each class, but there are none of "
+            f"{empty[0]!r}{more}; remove the class, or use {{class name: weight}}"
         )
     if counts.min() == counts.max():
         raise UserError(

@@ -35,7 +35,7 @@ _NO_EFFECT = ": has no effect"
 def is_evaluation_setting(name: str) -> bool:
     """Return whether a setting, by its dotted name, can be changed for an evaluation."""
     is_taken = any(name == each or name.startswith(f"{each}.") for each in _TAKEN)
-    return is_taken and as_one_teacher(name) not in (*_REFUSED, "teacher.weight")
+    return is_taken and as_one_teacher(name) not in _REFUSED
 
 
 def parse_evaluation(argv: Sequence[str], *, parser: CommandParser) -> tuple[RunConfig, argparse.Namespace]:

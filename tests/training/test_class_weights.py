@@ -106,7 +106,7 @@ def test_given_weights_are_used_as_they_are(given, expected):
         (["--train.class_weights=[0, 0, 0, 0]"], "train.class_weights: 0 for every class"),
         (
             ["--data.source=import:tests.support.models:images_without_olive"],
-            "balanced divides by the number of training samples of each class, and 'olive' has none",
+            "balanced divides by the number of training samples of each class, but there are none of 'olive'; remove",
         ),
     ],
 )
