@@ -14,6 +14,7 @@ from kd_accel.data.datamodule import DataModule
 from kd_accel.data.splits import HeldOutSplit
 from kd_accel.distributed import Accelerator
 from kd_accel.errors import UserError
+from kd_accel.teacher.loading import teacher_notices
 from kd_accel.teacher.teacher import LiveTeacher
 from kd_accel.types import TeacherSource
 
@@ -66,7 +67,8 @@ def _source(
             f"teacher.run: no finished run in {teacher.run}; name its directory (--teacher.run DIR), or evaluate without the "
             f"agreement (--teacher null){stored}"
         )
-    network, normalize = teacher_on_device(config, load_teacher(config, data), accelerator, [])
+    loaded = load_teacher(config, data)
+    network, normalize = teacher_on_device(config, loaded, accelerator, [])
     live = LiveTeacher(network, normalize, autocast=accelerator.autocast)
     stack.callback(live.close)
-    return live, []
+    return live, teacher_notices(loaded, data.label_names, image_size=config.data.image_size)

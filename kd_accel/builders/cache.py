@@ -26,9 +26,10 @@ def configs_with_cache(config: RunConfig) -> dict[str, RunConfig]:
     """
     found = {name: own for name, own in config.by_teacher().items() if own.teacher is not None and own.teacher.uses_cache}
     if not found:
+        section = "teachers.NAME" if config.teachers else "teacher"
         raise UserError(
-            "teacher.outputs: this config uses no cache; set teacher.outputs to cached or mixed, and teacher.cache.dir to the "
-            "directory of the cache"
+            f"{section}.outputs: this config uses no cache; set {section}.outputs to cached or mixed, and {section}.cache.dir "
+            "to the directory of the cache"
         )
     return found
 

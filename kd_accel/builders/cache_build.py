@@ -12,7 +12,7 @@ from torch import nn
 
 from kd_accel.builders.cache import cache_directory, cache_request, stored_request, used_views
 from kd_accel.builders.header import build_header, header_text
-from kd_accel.builders.labels import unlabeled_class_names
+from kd_accel.builders.labels import ClassNames
 from kd_accel.builders.layers import with_layers
 from kd_accel.builders.student import build_losses, build_student
 from kd_accel.builders.teacher import (
@@ -71,8 +71,13 @@ class _Parts:
     request: CacheRequest
 
 
-def build_cache_of(config: RunConfig, accelerator: Accelerator) -> None:
+def build_cache_of(config: RunConfig, accelerator: Accelerator, *, class_names: ClassNames) -> None:
     """Write what the cache of a config lacks. Every process must call this function.
+
+    Args:
+        config: Config with one teacher.
+        accelerator: Accelerator of the launch.
+        class_names: Class names of data without labels, as `unlabeled_class_names` returns them; None if the data has labels.
 
     Raises:
         UserError: If the parts of the config do not fit together, or the directory holds another cache.
@@ -82,7 +87,7 @@ def build_cache_of(config: RunConfig, accelerator: Accelerator) -> None:
     directory, settings = cache_directory(config), config.teacher.cache
     refuse_stored_teacher(config.teacher)
     with locked_for_building(directory, accelerator):
-        parts = _load_parts(config, accelerator)
+        parts = _load_parts(config, accelerator, class_names)
         classes, image_size = parts.data.label_names, config.data.image_size
         notices = [*launch_notices(accelerator), *parts.data.notices]
         notices += teacher_notices(parts.teacher, classes, image_size=image_size)
@@ -126,10 +131,10 @@ def _check_accuracy(build: CacheBuild, minimum: float | Literal["auto"]) -> None
         build.accelerator.print(notice)
 
 
-def verify_cache_of(config: RunConfig, accelerator: Accelerator) -> VerifiedCache:
+def verify_cache_of(config: RunConfig, accelerator: Accelerator, *, class_names: ClassNames) -> VerifiedCache:
     """Check every byte of the cache of a config, and recompute a few samples if the config has a teacher.
 
-    Every process must call this function.
+    Every process must call this function, with the arguments of `build_cache_of`.
 
     Raises:
         UserError: If the cache does not match the config, lacks what the config requests, or differs from the live teacher.
@@ -137,9 +142,9 @@ def verify_cache_of(config: RunConfig, accelerator: Accelerator) -> VerifiedCach
     config = with_layers(config)
     assert config.teacher is not None
     directory = cache_directory(config)
-    parts = None if config.teacher.is_stored else _load_parts(config, accelerator, rereads=True)
+    parts = None if config.teacher.is_stored else _load_parts(config, accelerator, class_names, rereads=True)
     if parts is None:
-        request = _request_without_teacher(config, accelerator)
+        request = _request_without_teacher(config, accelerator, class_names)
     else:
         request = replace(parts.request, views=used_views(config, parts.data))
     cache_spec = read_spec(directory)
@@ -150,9 +155,9 @@ def verify_cache_of(config: RunConfig, accelerator: Accelerator) -> VerifiedCach
     return VerifiedCache(directory, cache_spec, wrong, difference)
 
 
-def _load_parts(config: RunConfig, accelerator: Accelerator, *, rereads: bool = False) -> _Parts:
-    losses, names = build_losses(config), unlabeled_class_names(config)
-    data = load_data(config.data, accelerator, class_names=names, rereads=rereads)
+def _load_parts(config: RunConfig, accelerator: Accelerator, class_names: ClassNames, *, rereads: bool = False) -> _Parts:
+    losses = build_losses(config)
+    data = load_data(config.data, accelerator, class_names=class_names, rereads=rereads)
     student, _ = build_student(config, data)
     teacher = load_teacher(config, data)
     targets = build_targets(config, losses, student, teacher)
@@ -160,9 +165,9 @@ def _load_parts(config: RunConfig, accelerator: Accelerator, *, rereads: bool = 
     return _Parts(cache_directory(config), data, teacher, request)
 
 
-def _request_without_teacher(config: RunConfig, accelerator: Accelerator) -> CacheRequest:
-    losses, names = build_losses(config), unlabeled_class_names(config)
-    data = load_data(config.data, accelerator, class_names=names, rereads=True)
+def _request_without_teacher(config: RunConfig, accelerator: Accelerator, class_names: ClassNames) -> CacheRequest:
+    losses = build_losses(config)
+    data = load_data(config.data, accelerator, class_names=class_names, rereads=True)
     student, _ = build_student(config, data)
     teacher = StoredTeacher.read(cache_directory(config))
     return stored_request(config, data, teacher, losses, build_targets(config, losses, student, teacher))

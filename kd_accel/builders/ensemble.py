@@ -173,6 +173,14 @@ def fingerprint_of_teachers(config: RunConfig, data: DataModule) -> str | None:
     return _common_fingerprint(found) if found else None
 
 
+def teachers_at_hand(configs: Mapping[str, RunConfig]) -> Mapping[str, RunConfig]:
+    """Return the configs whose teacher can run, by name; all of them if none can, so that a command can say so.
+
+    Of several teachers, one that cannot run keeps the cache that it has.
+    """
+    return {name: own for name, own in configs.items() if own.teacher and not own.teacher.is_stored} or configs
+
+
 @contextmanager
 def errors_of_teacher(name: str) -> Iterator[None]:
     """Name the settings of one of several teachers in the messages of errors. name: its name; empty for a single one."""

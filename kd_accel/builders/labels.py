@@ -82,7 +82,11 @@ def mixing_settings(config: RunConfig) -> list[str]:
     return [f"data.transform.{name}" for name, settings in transforms if isinstance(settings, MixingSettings)]
 
 
-def unlabeled_class_names(config: RunConfig) -> tuple[str, ...] | None:
+ClassNames = tuple[str, ...] | None
+"""Class names of data without labels; None for data with labels, which have their own."""
+
+
+def unlabeled_class_names(config: RunConfig) -> ClassNames:
     """Return the teacher's class names, which are those of data without labels; None if the data has labels.
 
     Classes without a name are numbered. Of several teachers, those of the first; the others are compared with the data later.

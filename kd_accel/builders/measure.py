@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_accel.builders.labels import unlabeled_class_names
+from kd_accel.builders.labels import ClassNames
 from kd_accel.builders.layers import with_layers
 from kd_accel.builders.student import build_distiller, build_losses, build_student
 from kd_accel.builders.teacher import build_targets, layer_shapes, live_teacher, load_teacher, teacher_on_device
@@ -35,12 +35,13 @@ _MEASURED_S = 2.0
 _MAX_CALLS, _MIN_CALLS = 50, 3
 
 
-def estimate_costs(config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
+def estimate_costs(config: RunConfig, accelerator: Accelerator, *, class_names: ClassNames) -> dict[str, Any]:
     """Measure the parts of a training for some seconds, and estimate its cost with a live and with a cached teacher.
 
     Args:
         config: Config of the training, with a teacher.
         accelerator: Accelerator of the launch.
+        class_names: Class names of data without labels; None if the data has labels.
 
     Returns:
         The estimate, as returned by `cache.estimate.estimate`.
@@ -51,7 +52,7 @@ def estimate_costs(config: RunConfig, accelerator: Accelerator) -> dict[str, Any
     config = with_layers(config)
     assert config.teacher is not None
     losses = build_losses(config)
-    data = load_data(config.data, accelerator, class_names=unlabeled_class_names(config))
+    data = load_data(config.data, accelerator, class_names=class_names)
     student, _ = build_student(config, data)
     teacher = load_teacher(config, data)
     targets, shapes = build_targets(config, losses, student, teacher), layer_shapes(config, losses, teacher)

@@ -106,6 +106,8 @@ def load_teacher(config: RunConfig, data: DataModule) -> Teacher:
     resize = teacher.resize_for(size)
     if settings.interpolation is not None and (resize is None or resize.side == size):
         raise UserError(f"teacher.interpolation: has no effect (views of {size} pixels are not resized for it); leave it out")
+    if settings.crop_pct not in (None, 1.0) and (resize is None or resize.side == resize.image_size):
+        raise UserError(f"teacher.crop_pct: {settings.crop_pct} has no effect, because it cuts off less than a pixel; lower it")
     check_teacher_size(teacher.network, teacher.input_size(size))
     return teacher.for_classes(data.label_names).for_images(size)
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from kd_accel.builders.cache import cache_directory, configs_with_cache
 from kd_accel.builders.cache_build import VerifiedCache, build_cache_of, verify_cache_of
-from kd_accel.builders.ensemble import errors_of_teacher
+from kd_accel.builders.ensemble import errors_of_teacher, teachers_at_hand
+from kd_accel.builders.labels import unlabeled_class_names
 from kd_accel.cache.info import cache_info, info_text
 from kd_accel.cache.manifest import read_spec
+from kd_accel.config.ensemble_rules import of_teacher
 from kd_accel.config.schema import RunConfig
 from kd_accel.distributed import Accelerator, leave_processes, peers_needed, start_processes
 from kd_accel.errors import UserError
@@ -22,11 +24,9 @@ def run_cache_build(config: RunConfig) -> None:
     """Write the files that the caches of a config lack: all, those of further views or layers, or damaged files."""
     configs, accelerator = configs_with_cache(config), _start(config)
     with peers_needed(accelerator, lambda: "during the build of a cache"):
-        # Of several teachers, one that is not at hand keeps the cache that it has.
-        at_hand = {name: own for name, own in configs.items() if own.teacher is not None and not own.teacher.is_stored}
-        for name, own in (at_hand or configs).items():
+        for name, own in teachers_at_hand(configs).items():
             with errors_of_teacher(name):
-                build_cache_of(own, accelerator)
+                build_cache_of(own, accelerator, class_names=unlabeled_class_names(config))
     leave_processes(accelerator)
 
 
@@ -44,15 +44,16 @@ def run_cache_verify(config: RunConfig, *, as_json: bool) -> None:
     results: dict[str, VerifiedCache] = {}
     for name, own in configs.items():
         with errors_of_teacher(name):
-            results[name] = verify_cache_of(own, accelerator)
+            results[name] = verify_cache_of(own, accelerator, class_names=unlabeled_class_names(config))
     reports = {name: _verify_report(result) for name, result in results.items()}
     accelerator.print(_json(reports) if as_json else "\n".join(map(_verify_text, results.values())))
     leave_processes(accelerator)
-    if wrong := [result for result in results.values() if result.wrong]:
-        files = " and ".join(f"{len(result.wrong)} files of {result.directory}" for result in wrong)
+    if wrong := {name: result for name, result in results.items() if result.wrong}:
+        settings = (of_teacher("teacher.cache.dir:", name) for name in wrong)
+        files = (f"{len(result.wrong)} files of {result.directory}" for result in wrong.values())
         raise UserError(
-            f"teacher.cache.dir: {files} are damaged; run `kd-accel cache build` with the same config, which rewrites only "
-            "these files"
+            f"{', '.join(settings)} {' and '.join(files)} are damaged; run `kd-accel cache build` with the same config, which "
+            "rewrites only these files"
         )
 
 

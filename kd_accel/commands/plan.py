@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kd_accel.builders.ensemble import errors_of_teacher
+from kd_accel.builders.ensemble import errors_of_teacher, teachers_at_hand
+from kd_accel.builders.labels import unlabeled_class_names
 from kd_accel.builders.measure import estimate_costs
 from kd_accel.cache.estimate import estimate_text
 from kd_accel.config.data_schema import has_transform
@@ -30,9 +31,9 @@ def run_plan(config: RunConfig, *, as_json: bool) -> None:
     choose_kernels(deterministic=config.train.deterministic, tf32=config.train.tf32)
     accelerator = start_processes(config.train.precision, seed=config.seed, timeout_s=config.train.timeout_s)
     results: dict[str, dict[str, Any]] = {}
-    for name, own in config.by_teacher().items():
+    for name, own in teachers_at_hand(config.by_teacher()).items():
         with errors_of_teacher(name):
-            results[name] = estimate_costs(own, accelerator)
+            results[name] = estimate_costs(own, accelerator, class_names=unlabeled_class_names(config))
     text = "\n\n".join(
         f"teachers.{name}:\n{estimate_text(each)}" if name else estimate_text(each) for name, each in results.items()
     )

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from kd_accel.config.loss_weights import value_range
 from kd_accel.config.rules import no_effect
 from kd_accel.config.schedule_rules import schedule_problems
-from kd_accel.config.schema import DistillConfig, EnsembleConfig, RunConfig
+from kd_accel.config.schema import DistillConfig, EnsembleConfig, RunConfig, Schedule
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_SETTING = re.compile(r"(?<![\w.-])teacher(?=\.[a-z]|:)")
+_SETTING = re.compile(r"(?<![\w./-])(--)?teacher(?=\.[a-z]|:)")
 
 
 def ensemble_problems(config: RunConfig) -> Iterator[str]:
@@ -43,7 +43,9 @@ def of_teacher(message: str, name: str) -> str:
         message: Message for a user.
         name: Name of the teacher; the empty string for a single one, whose messages stay as they are.
     """
-    return _SETTING.sub(f"teachers.{name}", message) if name else message
+    if not name:
+        return message
+    return _SETTING.sub(rf"\g<1>teachers.{name}", message.replace("--teacher null", "--teachers null"))
 
 
 def _weights(config: RunConfig, distill: DistillConfig) -> Iterator[str]:
@@ -61,8 +63,19 @@ def _weights(config: RunConfig, distill: DistillConfig) -> Iterator[str]:
                 )
         elif ranges[name][1] == 0 and not has_features:
             yield f"teachers.{name}.weight: 0, so that the teacher has no effect; remove it with teachers.{name}: null"
-    if all(least == 0 for least, _ in ranges.values()):
+    # A schedule can be 0 at its beginning, and from its end on.
+    if not all(map(any, zip(*(_ends(teacher.weight) for teacher in config.teachers.values()), strict=True))):
         yield "teachers: the weight of one of them must be above 0 at every step, because the weights are divided by their sum"
+
+
+def _ends(weight: float | Schedule) -> tuple[float, float]:
+    """Return the first and the last value of a weight, up to its sign."""
+    if not isinstance(weight, Schedule) or weight.kind == "constant":
+        value = weight.start if isinstance(weight, Schedule) else weight
+        return value, value
+    if weight.kind == "exponential":
+        return max(weight.start, weight.floor or 0), max(weight.start, weight.floor or 0)
+    return weight.start, weight.start if weight.end is None else weight.end
 
 
 def _directories(config: RunConfig) -> Iterator[str]:

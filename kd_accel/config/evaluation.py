@@ -97,9 +97,17 @@ def _checked(settings: Settings, losses: Mapping[str, Sequence[str]], command_op
             shown = f"--{name}" if changed[keys] == COMMAND_LINE else name
             settings.mistakes.append(f"{shown}{_NO_EFFECT} on an evaluation ({reason}); leave it out")
             _remove(settings.values, keys)
+    if any(keys[0] in ("teacher", "teachers") for keys in changed):
+        _leave_out_losses(settings.values)
     _leave_out_ineffective(settings)
     config: RunConfig = checked_config(settings, losses, command_options)
     return config
+
+
+def _leave_out_losses(values: dict[str, Any]) -> None:
+    """Reduce the objective of the run to the combination of several teachers: the losses belong to the run's own teachers."""
+    if isinstance(distill := values.get("distill"), dict):
+        values["distill"] = {"ensemble": distill["ensemble"]} if distill.get("ensemble") else None
 
 
 def _leave_out_ineffective(settings: Settings) -> None:
@@ -119,5 +127,5 @@ def _leave_out_ineffective(settings: Settings) -> None:
 
 def _remove(values: dict[str, Any], keys: Keys) -> None:
     for key in keys[:-1]:
-        values = values[key]
+        values = values.get(key) or {}  # removed with a section above
     values.pop(keys[-1], None)

@@ -11,8 +11,13 @@ from kd_accel.config.rules import RUN_WEIGHTS, arch_problems, at_least, no_effec
 from kd_accel.config.schema import MAX_IMAGE_SIZE, RunConfig, TeacherConfig
 
 
-def teacher_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a message for each broken rule of `teacher`, in a config with one teacher."""
+def teacher_problems(config: RunConfig, *, has_own_classes: bool = False) -> Iterator[str]:
+    """Yield a message for each broken rule of `teacher`, in a config with one teacher.
+
+    Args:
+        config: The config.
+        has_own_classes: Whether data without labels has the classes of another teacher, the first of several.
+    """
     teacher = config.teacher
     assert teacher is not None, "called for each teacher"
     if teacher.run is not None and teacher.arch is not None:
@@ -26,7 +31,10 @@ def teacher_problems(config: RunConfig) -> Iterator[str]:
     else:
         yield from _own_teacher(teacher)
     yield from _preprocessing(teacher, data_size=config.data.image_size)
-    yield from _classes_and_accuracy(teacher, has_labels=config.data.label_column is not None)
+    if config.data.label_column is None:
+        settings = ("min_accuracy",) if has_own_classes else ("class_map", "min_accuracy")
+        yield from no_effect(teacher, "teacher", settings, because="with data.label_column null the classes are the teacher's")
+    yield from _classes_and_accuracy(teacher)
     yield from _outputs(config, teacher)
 
 
@@ -57,10 +65,7 @@ def _preprocessing(teacher: TeacherConfig, *, data_size: int) -> Iterator[str]:
         )
 
 
-def _classes_and_accuracy(teacher: TeacherConfig, *, has_labels: bool) -> Iterator[str]:
-    if not has_labels:
-        settings = ("class_map", "min_accuracy")
-        yield from no_effect(teacher, "teacher", settings, because="with data.label_column null the classes are the teacher's")
+def _classes_and_accuracy(teacher: TeacherConfig) -> Iterator[str]:
     if teacher.class_map is not None and not teacher.class_map:
         yield f"teacher.class_map: {teacher.class_map} must name at least one class, or be auto or null"
     minimum = teacher.min_accuracy

@@ -176,8 +176,8 @@ def _teachers(config: RunConfig) -> Iterator[str]:
     if not config.has_teacher and config.distill is not None:
         yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
     yield from ensemble_problems(config)
-    for name, own in config.by_teacher().items():
-        yield from (of_teacher(problem, name) for problem in teacher_problems(own))
+    for number, (name, own) in enumerate(config.by_teacher().items()):
+        yield from (of_teacher(problem, name) for problem in teacher_problems(own, has_own_classes=number > 0))
 
 
 def _model(config: RunConfig) -> Iterator[str]:

@@ -22,6 +22,8 @@ from torch.nn import functional
 from kd_accel.losses.logits import full_precision
 
 Mean = Literal["probabilities", "logits"]
+_LEAST_CONFIDENCE = 1e-20
+"""Confidence of a teacher whose cross-entropy is far above that of the others, so that it can be the only one with a weight."""
 
 
 def combine_logits(logits: Tensor, weights: Tensor, *, temperature: float | Tensor, mean: Mean = "probabilities") -> Tensor:
@@ -121,7 +123,7 @@ class Ensemble:
         logits = torch.stack([full_precision(members[name]) for name in self.names])
         given = torch.stack([_scalar(weights.get(name, 1.0), logits) for name in self.names])
         if self.confidence and labels is not None:
-            given = given[:, None] * confidences(logits, labels)
+            given = given[:, None] * confidences(logits, labels).clamp(min=_LEAST_CONFIDENCE)
         return combine_logits(logits, given, temperature=temperature, mean=self.mean)
 
 

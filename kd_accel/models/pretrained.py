@@ -58,10 +58,15 @@ def weights_info(weights: str, arch: str) -> WeightsInfo:
         What is known; nothing for other files, and for names that the library does not have, which `load_weights` refuses.
 
     Raises:
-        UserError: If model.json of a run is damaged.
+        UserError: If model.json of a run is damaged, or missing next to the weights of the best epoch.
     """
     path = Path(weights)
     directory = path.parent if path.name in RUN_WEIGHTS and (path.parent / "model.json").is_file() else path
+    if path.name == BEST_WEIGHTS and directory == path and path.is_file():
+        raise UserError(
+            f"{path}: belongs to a run that is not finished (model.json is missing), whose preprocessing is unknown; finish "
+            "the run, or copy the file to another name to use the weights alone"
+        )
     if is_directory(directory):
         info = run_info(directory)
         # The stated accuracy is that of the last epoch.

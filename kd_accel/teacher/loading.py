@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,12 @@ def own_image_size(info: WeightsInfo, arch_args: Mapping[str, Any]) -> int | Non
     return built if isinstance(built, int) else info.image_size
 
 
+def _shortened(crop_pct: float, size: int) -> float:
+    """Return a fraction with the fewest digits with which an image of `size` pixels is cut out of one of the same size."""
+    rounded = (floor(crop_pct * 10**digits) / 10**digits for digits in range(2, 9))
+    return next((value for value in rounded if floor(size / value) == floor(size / crop_pct)), crop_pct)
+
+
 def teacher_notices(teacher: Teacher, class_names: Sequence[str], *, image_size: int) -> list[str]:
     """Return lines for the user: selected classes, an order of classes that is likely to differ, preprocessing of its own.
 
@@ -158,10 +165,11 @@ def _preprocessing_notices(teacher: Teacher, info: WeightsInfo, *, image_size: i
             f"teacher.image_size: {size}, but the teacher was trained on images of {info.image_size} pixels, and may be less "
             f"accurate at another size; set it to {info.image_size}, or use a teacher that was trained at {size}"
         )
-    if info.crop_pct is not None and info.crop_pct != teacher.crop_pct:
+    if info.crop_pct is not None and floor(size / info.crop_pct) != floor(size / teacher.crop_pct):
+        stated = _shortened(info.crop_pct, size)
         notices.append(
-            f"teacher.crop_pct: {teacher.crop_pct:.4g}, but the card of the weights states {info.crop_pct:.4g}, for photos "
-            "that are not cropped; with another value than 1 teacher and student see different parts of a view"
+            f"teacher.crop_pct: {teacher.crop_pct:.4g}, but the card of the weights states {stated}, for photos that are not "
+            "cropped; with another value than 1 teacher and student see different parts of a view"
         )
     return notices
 

@@ -240,8 +240,8 @@ def refuse_other_teacher(stored: Mapping[str, Any], fingerprint: str | None, *, 
     if stored.get("teacher_fingerprint") != fingerprint:
         raise UserError(
             f"teacher: {where} was trained with the teacher {stored.get('teacher_fingerprint')}, the present one is "
-            f"{fingerprint}; use the same teacher with the same mean, std, class_map and image_size, or start from scratch in "
-            "another run_dir"
+            f"{fingerprint}; use the same teacher with the same mean, std, class_map and image_size (for a run of an earlier "
+            "version, set teacher.image_size to data.image_size), or start from scratch in another run_dir"
         )
 
 

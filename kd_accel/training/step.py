@@ -167,17 +167,21 @@ class _Fetched:
 
     def __init__(self, source: TeacherSource, accelerator: Accelerator) -> None:
         self._source, self._accelerator = source, accelerator
-        self._has_logits, self._layers = False, list[str]()
+        self._has_logits, self._layers, self._members = False, list[str](), list[str]()
 
     def fetch(self, batch: Batch) -> tuple[Tensor, ...]:
         with self._accelerator.autocast():
             output = self._source(batch)
-        self._has_logits, self._layers = output.logits is not None, list(output.features)
-        return (*([] if output.logits is None else [output.logits]), *output.features.values())
+        self._has_logits, self._layers, self._members = output.logits is not None, list(output.features), list(output.members)
+        logits = [] if output.logits is None else [output.logits]
+        return (*logits, *output.features.values(), *output.members.values())
 
     def finish(self, batch: Batch, fetched: tuple[Tensor, ...]) -> TeacherOutput:
-        logits, features = (fetched[0], fetched[1:]) if self._has_logits else (None, fetched)
-        return TeacherOutput(logits, dict(zip(self._layers, features, strict=True)))
+        logits, others = (fetched[0], fetched[1:]) if self._has_logits else (None, fetched)
+        features, members = others[: len(self._layers)], others[len(self._layers) :]
+        return TeacherOutput(
+            logits, dict(zip(self._layers, features, strict=True)), dict(zip(self._members, members, strict=True))
+        )
 
 
 def _refuse_idle_parameters(idle: Sequence[str]) -> None:

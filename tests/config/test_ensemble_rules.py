@@ -29,6 +29,8 @@ def test_two_teachers_have_no_problem():
     assert found(teachers=with_b(weight={"start": 0.0, "kind": "linear", "end": 1.0})) == []
     assert found(teachers={"a": cached("one", "x"), "b": cached("two", "y")}, data={"views": 2}) == []
     assert found(teachers=None) == []
+    falling, rising = ({"kind": "linear", "start": start, "end": 1 - start} for start in (1.0, 0.0))
+    assert found(teachers={"a": {"run": "one", "weight": falling}, "b": {"run": "two", "weight": rising}}) == []
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,14 @@ def test_without_a_logit_loss_weights_and_teachers_without_features_have_no_effe
     ]
 
 
+def test_only_the_first_teacher_decides_the_classes_of_data_without_labels():
+    data, distill = {"source": "parquet:x", "label_column": None}, {"label_weight": 0.0}
+    teachers = {name: {"run": name, "class_map": ["x", "y"]} for name in "ab"}
+    assert found(teachers=teachers, data=data, distill=distill) == [
+        "teachers.a.class_map: has no effect (with data.label_column null the classes are the teacher's); leave it out"
+    ]
+
+
 def test_layers_auto_need_the_network_of_the_teacher_that_is_named():
     stored = {"outputs": "cached", "cache": {"dir": "x"}}
     distill = {"features": {name: {**FEATURE, "layers": "auto", "teacher": name} for name in "ab"}}
@@ -116,6 +126,10 @@ def test_messages_name_the_teacher():
         "set teacher.arch", "set teachers.a.arch"
     )
     assert of_teacher(text, "") == text
+    flags = "name it (--teacher.run DIR), or evaluate without (--teacher null); caches/teacher: holds runs/teacher.old"
+    assert of_teacher(flags, "a") == flags.replace("--teacher.run", "--teachers.a.run").replace(
+        "--teacher null", "--teachers null"
+    )
 
 
 def test_names_of_settings_are_those_of_a_single_teacher():

@@ -95,6 +95,15 @@ def test_extreme_logits_give_finite_values(dtype, temperature, mean):
     assert loss.isfinite() and predicted.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("mean", ["probabilities", "logits"])
+def test_the_only_teacher_with_a_weight_may_have_no_confidence(mean):
+    """Its share of the softmax is 1 to the rounding, so that the difference from 1 is 0."""
+    members = {"a": torch.tensor([[20.0, 0.0, 0.0]]), "b": torch.tensor([[0.0, 5.0, 0.0]])}
+    assert confidences(torch.stack([*members.values()]), torch.tensor([1]))[0] == 0
+    combined = Ensemble(("a", "b"), mean, confidence=True)(members, {"b": 0.0}, temperature=1.0, labels=torch.tensor([1]))
+    torch.testing.assert_close(combined.softmax(1), members["a"].softmax(1))
+
+
 def test_weights_are_numbers_or_scalars_of_the_device():
     members = {name: torch.tensor(own) for name, own in zip("abc", LOGITS, strict=True)}
     numbers = Ensemble(("a", "b", "c"))(members, {"a": 0.5, "b": 2.0}, temperature=2.0)

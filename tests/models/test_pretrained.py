@@ -6,6 +6,7 @@ import pytest
 import timm
 from torchvision import models
 
+from kd_accel.errors import UserError
 from kd_accel.models.factory import build_model
 from kd_accel.models.pretrained import WeightsInfo, random_weights_notices, weights_info
 from kd_accel.models.weights import ModelCard, save_model
@@ -105,3 +106,10 @@ def with_summary(directory, weights, text):
 )
 def test_random_weights_of_a_library_model_are_noticed(arch, notices):
     assert random_weights_notices(arch) == notices
+
+
+def test_the_best_weights_of_a_run_that_is_not_finished_are_refused(tmp_path):
+    """Mean and std of the run would be missing without a word."""
+    (tmp_path / "model_best.safetensors").touch()
+    with pytest.raises(UserError, match=r"model_best\.safetensors: belongs to a run that is not finished"):
+        weights_info(str(tmp_path / "model_best.safetensors"), "torchvision/resnet18")

@@ -1,6 +1,7 @@
 """A teacher with its own image size: the resized view, its defaults, and the same outputs live and from a cache."""
 
 import dataclasses
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -24,7 +25,14 @@ from kd_accel.models.preprocess import Normalize, Resize
 from kd_accel.models.pretrained import WeightsInfo
 from kd_accel.models.weights import ModelCard, save_model
 from kd_accel.teacher import loading
-from kd_accel.teacher.loading import Preprocessing, load_own_teacher, load_run_teacher, own_image_size, teacher_notices
+from kd_accel.teacher.loading import (
+    Preprocessing,
+    _shortened,
+    load_own_teacher,
+    load_run_teacher,
+    own_image_size,
+    teacher_notices,
+)
 from kd_accel.teacher.teacher import LiveTeacher, Teacher
 from tests.support.caches import FEATURE, RAW
 from tests.support.in_process import cache, say, train
@@ -342,6 +350,17 @@ def test_an_interpolation_without_a_resizing_is_refused(tmp_path, teacher_run):
         flags = [f"--teacher.run={teacher_run}", "--teacher.interpolation=bicubic", *more]
         text = train(tmp_path / "run", *flags, code=2)
         assert "teacher.interpolation: has no effect (views of 32 pixels are not resized for it); leave it out" in text
+
+
+def test_a_crop_of_less_than_a_pixel_is_refused(tmp_path, teacher_run):
+    text = train(tmp_path / "run", *flags_of(teacher_run), "--teacher.crop_pct=0.99", code=2)
+    assert "teacher.crop_pct: 0.99 has no effect, because it cuts off less than a pixel; lower it" in text
+    train(tmp_path / "run", *flags_of(teacher_run), "--teacher.crop_pct=1.0", "--train.max_steps=1")
+
+
+@pytest.mark.parametrize(("side", "size", "stated"), [(236, 224, 0.949), (256, 224, 0.875), (342, 299, 0.874)])
+def test_the_stated_crop_gives_the_size_of_the_card(side, size, stated):
+    assert _shortened(size / side, size) == stated and math.floor(size / stated) == side
 
 
 def test_another_preprocessing_is_refused_on_resume(tmp_path, teacher_run):

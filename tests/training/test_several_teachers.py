@@ -1,16 +1,23 @@
 """Several teachers through all commands: each live, cached or mixed, with its own files, and their mean."""
 
+import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kd_accel import api
+from kd_accel.training import step
+from kd_accel.types import TeacherOutput
 from tests.support.caches import files_of
 from tests.support.in_process import cache, say, train
 from tests.support.launching import SMALL, metrics, run, summary
 from tests.support.launching import train as launched_train
 
+ONE, TWO, FEATURE = (torch.full((2, 3), float(number)) for number in (1, 2, 3))
+CPU_ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext)
 SCHEDULES = [
     "--distill.temperature={start: 4.0, floor: 2.0, decay: 0.9}",
     "--distill.alpha=0.8",
@@ -149,8 +156,31 @@ def test_the_start_shows_the_teachers_and_the_accuracy_of_their_mean(tmp_path, t
     assert f"; their mean: accuracy {100 * summary(tmp_path / 'run')['teacher_accuracy']:.2f} %" in line
     result = api.evaluate(tmp_path / "run", split="test")
     assert result["agreement"] == summary(tmp_path / "run")["agreement"]
-    alone = json.loads(say("evaluate", tmp_path / "run", "--teachers=null", f"--teacher.run={teacher_run}").splitlines()[-1])
-    assert 0 <= alone["agreement"] <= 1
+
+
+def test_an_evaluation_may_have_other_teachers(tmp_path, cached, teacher_run, second_run):
+    """The losses of the run, which belong to its own teachers, have no part in it."""
+    train(tmp_path / "run", *live(cached), "--distill.ensemble.mean=logits")
+
+    def agreement(*flags):
+        return json.loads(say("evaluate", tmp_path / "run", *flags).splitlines()[-1]).get("agreement")
+
+    assert agreement() == summary(tmp_path / "run")["agreement"]
+    assert agreement("--teachers=null") is None
+    alone = agreement("--teachers=null", f"--teacher.run={teacher_run}")
+    assert agreement("--teachers.b.weight=0.000001") == pytest.approx(alone, abs=0.05)
+    weak = agreement("--teachers=null", f"--teacher.run={second_run}")
+    assert agreement(f"--teachers.a.run={second_run}") == pytest.approx(weak, abs=0.05) and weak != alone
+    train(tmp_path / "one", f"--teacher.run={teacher_run}", *SCHEDULES, FEATURES[0].replace("teacher: a, ", ""))
+    both = [f"--teachers.{name}.run={run_dir}" for name, run_dir in (("a", teacher_run), ("b", second_run))]
+    text = say("evaluate", tmp_path / "one", "--teacher=null", *both)
+    assert 0 <= json.loads(text.splitlines()[-1])["agreement"] <= 1
+
+
+def test_a_source_of_a_user_may_have_several_teachers():
+    fetched = step._Fetched(lambda batch: TeacherOutput(None, {"a/x": FEATURE}, {"a": ONE, "b": TWO}), CPU_ACCELERATOR)
+    output = fetched.finish(None, fetched.fetch(None))
+    assert output.logits is None and output.features == {"a/x": FEATURE} and output.members == {"a": ONE, "b": TWO}
 
 
 def test_a_teacher_that_is_not_better_than_chance_is_refused(tmp_path, teacher_run, second_run):
