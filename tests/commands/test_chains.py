@@ -1,13 +1,16 @@
 """Shipped chains: a distilled student is the teacher of the next one (assistant, born-again), and a student of two teachers."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
 import kd_accel as kd
+from kd_accel.commands import reproduce
 from kd_accel.io.hashing import settings_digest
+from tests.support.in_process import say
 from tests.support.launching import ROOT, metrics, python, summary
 
 FEW_STEPS = ["--train.max_steps=4", "--train.batch_size=8", "--data.views=1", "--data.limit_train=64", "--data.limit_test=40"]
@@ -20,8 +23,12 @@ ARCHS = {
 ROLES = {"assistant": ["teacher", "distilled", "distilled"], "born_again": ["student", "distilled", "distilled"]}
 
 
-def run_shipped(name, tmp_path):
-    """Run a shipped chain with few steps per training. Returns the run directories in their order, and the report directory."""
+def run_shipped(name, tmp_path, run):
+    """Run a shipped chain with few steps per training, by a function of the arguments of the command line.
+
+    Returns:
+        The run directories in their order, and the report directory.
+    """
     chain = f"configs/digits/{name}/reproduce.yaml"
     settings = yaml.safe_load((ROOT / chain).read_text())
     runs = []
@@ -33,14 +40,23 @@ def run_shipped(name, tmp_path):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(yaml.safe_dump(content))
     (tmp_path / "launch").symlink_to(ROOT / "launch")
-    python("-m", "kd_accel", "reproduce", ROOT / chain, ONE_PROCESS, *QUICK_BENCH, "--", *FEW_STEPS, cwd=tmp_path)
+    run("reproduce", ROOT / chain, ONE_PROCESS, *QUICK_BENCH, "--", *FEW_STEPS)
     return runs, tmp_path / settings["report_dir"]
+
+
+@pytest.fixture
+def in_this_process(tmp_path, monkeypatch):
+    """Function that runs a chain with each of its steps in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "_launch", lambda arguments, *, launch, what: say(*arguments))
+    monkeypatch.setattr(reproduce, "_call", lambda arguments, *, what: say(*arguments))
+    return say
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHS)
-def test_each_stage_is_distilled_from_the_model_of_the_stage_before(name, tmp_path):
-    runs, report_dir = run_shipped(name, tmp_path)
+def test_each_stage_is_distilled_from_the_model_of_the_stage_before(name, tmp_path, in_this_process):
+    runs, report_dir = run_shipped(name, tmp_path, in_this_process)
     summaries = [summary(run) for run in runs]
     assert [each["arch"] for each in summaries] == ARCHS[name] and summaries[0]["teacher_fingerprint"] is None
     for before, run, each in zip(runs, runs[1:], summaries[1:], strict=False):
@@ -62,7 +78,7 @@ def test_each_stage_is_distilled_from_the_model_of_the_stage_before(name, tmp_pa
 
 @pytest.mark.slow
 def test_a_student_learns_from_two_teachers_with_two_caches(tmp_path):
-    runs, report_dir = run_shipped("two_teachers", tmp_path)
+    runs, report_dir = run_shipped("two_teachers", tmp_path, partial(python, "-m", "kd_accel", cwd=tmp_path))
     first, second, student = [summary(run) for run in runs]
     fingerprints = {name: kd.Teacher.from_run(run).fingerprint for name, run in zip(("first", "second"), runs[:2], strict=True)}
     assert student["teacher_fingerprint"] == settings_digest(fingerprints)
