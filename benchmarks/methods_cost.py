@@ -26,6 +26,8 @@ from kd_accel.models.inference import choose_kernels
 from kd_accel.training.progress import Progress
 
 _STEPS = 4
+_RATE = 1e-6
+"""Learning rate with which no method diverges; the time of a step does not depend on it."""
 _FILE = "cost.json"
 
 
@@ -46,7 +48,7 @@ def measure_costs(flags: Mapping[str, Mapping[str, Any]], out: Path, *, repeats:
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         cases = {}
         for name, settings in flags.items():
-            own = {"name": name, "run_dir": f"{directory}/{name}", "checkpoint.every_epochs": None}
+            own = {"name": name, "run_dir": f"{directory}/{name}", "checkpoint.every_epochs": None, "optim.lr": _RATE}
             config, _ = parse_config(RunConfig, as_arguments({**settings, **own, **_block(settings, repeats)}))
             run = build_run(config, accelerator, stack)
             assert run is not None, "the run directory is new"
