@@ -86,6 +86,7 @@ def live(arguments):
     return [flag for flag in arguments if ".cache." not in flag and ".outputs=" not in flag]
 
 
+@pytest.mark.slow
 def test_cached_teachers_are_equal_to_live_ones(tmp_path, cached):
     text = cache("build", *cached)
     assert f"cache       {tmp_path / 'caches/a'}" in text and f"cache       {tmp_path / 'caches/b'}" in text
@@ -158,6 +159,7 @@ def test_the_start_shows_the_teachers_and_the_accuracy_of_their_mean(tmp_path, t
     assert result["agreement"] == summary(tmp_path / "run")["agreement"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_may_have_other_teachers(tmp_path, cached, teacher_run, second_run):
     """The losses of the run, which belong to its own teachers, have no part in it."""
     train(tmp_path / "run", *live(cached), "--distill.ensemble.mean=logits")
