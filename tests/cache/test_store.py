@@ -163,7 +163,7 @@ def _read_elsewhere(reader, queue):
     queue.put(reader.read(1, np.array([7, 99, 7]))["layer1"].values.numpy())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_reader_can_be_pickled_for_another_process(tmp_path, method):
     cache_spec = spec_of()
     store(tmp_path, cache_spec)

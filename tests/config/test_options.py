@@ -64,6 +64,9 @@ def test_each_setting_is_read(tmp_path, teacher_run, read):
     own = ["--teacher.arch=import:tests.support.models:teacher", f"--teacher.weights={teacher_run}"]
     own += ["--data.unlabeled=import:tests.support.models:unlabeled_images", "--data.unlabeled_split=val"]
     train(tmp_path / "own", *own, "--teacher.mean=[0.5, 0.5, 0.5]", "--teacher.std=[0.2, 0.2, 0.2]", "--train.epochs=1")
+    second = [flag.replace("--teacher.", "--teachers.second.") for flag in own if flag.startswith("--teacher.")]
+    second += ["--teachers.second.mean=[0.5, 0.5, 0.5]", "--teachers.second.std=[0.2, 0.2, 0.2]", "--train.max_steps=1"]
+    train(tmp_path / "several", f"--teachers.first.run={teacher_run}", *second)
     say(
         "bench",
         tmp_path / "other",
