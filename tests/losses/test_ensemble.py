@@ -112,6 +112,17 @@ def test_weights_are_numbers_or_scalars_of_the_device():
     assert torch.equal(numbers, combine_logits(torch.tensor(LOGITS), torch.tensor(WEIGHTS), temperature=2.0))
 
 
+def test_confidences_multiply_the_weights_of_the_teachers():
+    members = {name: torch.tensor(own) for name, own in zip("abc", LOGITS, strict=True)}
+    combined = Ensemble(("a", "b", "c"), confidence=True)(
+        members, dict(zip("abc", WEIGHTS, strict=True)), temperature=2.0, labels=torch.tensor(LABELS)
+    )
+    own = confidences_of(LOGITS.tolist(), LABELS)
+    weights = [[weight * value for value in row] for weight, row in zip(WEIGHTS, own, strict=True)]
+    expected = mean_of_probabilities(LOGITS.tolist(), weights, 2.0)
+    np.testing.assert_allclose((combined / 2).softmax(1), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_wrong_names_are_refused():
     for names in (("a",), ("a", "a")):
         with pytest.raises(ValueError, match="names: .* must be two or more different names"):

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from kd_accel import api
+from kd_accel.builders.ensemble import held_out_ensemble
 from kd_accel.training import step
 from kd_accel.types import TeacherOutput
 from tests.support.caches import files_of
 from tests.support.in_process import cache, say, train
 from tests.support.launching import SMALL, metrics, run, summary
 from tests.support.launching import train as launched_train
+from tests.support.parsing import parse
 
 ONE, TWO, FEATURE = (torch.full((2, 3), float(number)) for number in (1, 2, 3))
+SECOND = torch.tensor([[3.0, 0.0, 1.0], [0.0, -2.0, 1.0]])
 CPU_ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext)
 SCHEDULES = [
     "--distill.temperature={start: 4.0, floor: 2.0, decay: 0.9}",
@@ -177,6 +180,17 @@ def test_an_evaluation_may_have_other_teachers(tmp_path, cached, teacher_run, se
     both = [f"--teachers.{name}.run={run_dir}" for name, run_dir in (("a", teacher_run), ("b", second_run))]
     text = say("evaluate", tmp_path / "one", "--teacher=null", *both)
     assert 0 <= json.loads(text.splitlines()[-1])["agreement"] <= 1
+
+
+def test_held_out_outputs_have_the_weights_of_the_config_and_no_confidence():
+    weights = [1.0, "{kind: linear, start: 3.0, end: 0.0}"]
+    own = [f"--teachers.{name}.weight={weight}" for name, weight in zip("ab", weights, strict=True)]
+    config = parse(*flags("x", "y", *own, "--distill.ensemble.confidence=true"))
+    sources = {name: lambda batch, logits=logits: TeacherOutput(logits) for name, logits in (("a", ONE), ("b", SECOND))}
+    output = held_out_ensemble(config, sources)(None)
+    assert output.members == {"a": ONE, "b": SECOND}
+    expected = (ONE.softmax(1) + 3 * SECOND.softmax(1)) / 4
+    torch.testing.assert_close(output.logits.softmax(1), expected)
 
 
 def test_a_source_of_a_user_may_have_several_teachers():
