@@ -115,10 +115,11 @@ def test_a_command_is_two_calls_below_main(monkeypatch):
     assert names[:2] == ["_train", "main"] and names[2].startswith("test_")
 
 
-LIMIT_RATIO = 3.0
+LIMIT_RATIO = 2.7
 """Limit of the processor time, relative to that of Python importing the two libraries without which no config can be read.
 
-Such a start takes 0.15 s on an idle machine. The elapsed time would depend on the load of the machine, and seconds on its kind.
+The elapsed time would depend on the load of the machine, and seconds on its kind. Where the imports take 0.25 s, a start takes
+0.6 s. The least of three ratios counts, because the first import of a checkout also compiles.
 """
 
 
@@ -158,7 +159,8 @@ def run_program(*argv):
 )
 def test_the_program_ends_at_once_without_a_traceback(argv, code):
     done, imported, errors, ratio = run_program(*argv)
-    ratio = ratio if ratio < LIMIT_RATIO else run_program(*argv)[-1]  # the first import of a checkout also compiles
+    for _ in range(2):
+        ratio = ratio if ratio < LIMIT_RATIO else run_program(*argv)[-1]
     assert done.returncode == code
     assert "Traceback" not in errors
     assert not {"torch", "numpy", "accelerate"} & imported and "pydantic" in imported

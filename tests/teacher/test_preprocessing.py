@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
-from torchvision.transforms import v2
 
 import kd_accel as kd
 from kd_accel.builders.header import described_teacher
@@ -21,7 +19,7 @@ from kd_accel.cache.manifest import read_spec
 from kd_accel.config.teacher_schema import TeacherConfig
 from kd_accel.errors import UserError
 from kd_accel.models.factory import build_model
-from kd_accel.models.preprocess import Normalize, Resize
+from kd_accel.models.preprocess import Normalize
 from kd_accel.models.pretrained import WeightsInfo
 from kd_accel.models.weights import ModelCard, save_model
 from kd_accel.teacher import loading
@@ -38,68 +36,17 @@ from tests.support.caches import FEATURE, RAW
 from tests.support.in_process import cache, say, train
 from tests.support.launching import SMALL, losses, summary
 from tests.support.parsing import parse
+from tests.support.pixels import noise, pillow
 
 CPU = torch.device("cpu")
 ARCH = "import:tests.support.models:teacher"
 NAMES = ["red", "green", "blue", "olive"]
 STATISTICS = ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
-SIZES = [(16, 32, 1.0), (32, 96, 1.0), (64, 32, 1.0), (100, 37, 1.0), (32, 32, 0.875), (64, 48, 0.95), (64, 56, 0.875)]
 VIT = {"img_size": 48, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 2}
-
-
-def noise(size, samples=2):
-    """Return uint8 images [samples, 3, size, size] of noise and of black and white stripes, the hardest to resize."""
-    images = torch.randint(0, 256, (samples, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
-    images[0, :, :, ::2], images[0, :, ::3] = 255, 0
-    return images
 
 
 def network():
     return build_model(ARCH, num_classes=4, seed=3).eval()
-
-
-def pillow(images, size, interpolation, crop_pct, dtype):
-    """Return images resized and cropped with Pillow, in 8 bits, or in float32 with clipping where 8-bit images have it."""
-    side, filter_ = int(size / crop_pct), Image.Resampling[interpolation.upper()]
-    first = round((side - size) / 2)
-
-    def resized(channel):
-        for shape in ((side, len(channel)), (side, side)):
-            image = Image.fromarray(channel, mode="L" if dtype == np.uint8 else "F")
-            channel = np.asarray(image.resize(shape, filter_)).clip(0, 255).astype(dtype)
-        return channel[first : first + size, first : first + size]
-
-    return np.stack([[resized(channel) for channel in image] for image in images.numpy().astype(dtype)])
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("size", "image_size", "crop_pct"), SIZES)
-def test_a_view_is_resized_as_by_pillow_and_torchvision(size, image_size, crop_pct, interpolation):
-    images, resize = noise(size), Resize(image_size, interpolation, crop_pct)
-    actual = resize(images)
-    assert actual.dtype == torch.float32 and actual.shape == (2, 3, image_size, image_size)
-    exact, in_8_bits = (pillow(images, image_size, interpolation, crop_pct, dtype) for dtype in (np.float32, np.uint8))
-    assert np.abs(actual.numpy() - exact).max() < 2e-3
-    assert np.abs(actual.numpy() - in_8_bits).max() < 2
-    mode = v2.InterpolationMode(interpolation)
-    torchvision = v2.functional.resize(images, [int(image_size / crop_pct)] * 2, mode, antialias=True)
-    assert (actual - v2.functional.center_crop(torchvision, [image_size] * 2).float()).abs().max() < 2
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_resized_pixels_depend_on_the_pixels_of_one_image_alone(interpolation):
-    images, resize = noise(32, samples=5), Resize(48, interpolation, 0.9)
-    expected = resize(images)
-    assert torch.equal(resize(images.contiguous(memory_format=torch.channels_last)), expected)
-    assert torch.equal(resize(images.float()), expected)
-    assert torch.equal(torch.cat([resize(image[None]) for image in images]), expected)
-    with pytest.raises(ValueError, match="images: 32x24 pixels must be square for a teacher with its own image size"):
-        resize(images[..., :24])
-
-
-def test_the_crop_alone_keeps_the_pixels():
-    images = noise(64)
-    assert torch.equal(Resize(56, crop_pct=0.875)(images), images[:, :, 4:60, 4:60].float())
 
 
 class Operators(TorchDispatchMode):
