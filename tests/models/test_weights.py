@@ -163,6 +163,7 @@ def test_weights_with_auxiliary_heads_by_name(name, put_download, tmp_path):
         load_weights(other, "DEFAULT", arch=arch, is_exact=False)
 
 
+@pytest.mark.slow
 def test_weights_by_name_with_keys_of_older_files(put_download):
     tensors = {name: tensor for name, tensor in models.densenet121().state_dict().items() if "tracked" not in name}
     old_key = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")

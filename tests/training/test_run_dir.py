@@ -148,6 +148,7 @@ def assert_same_training(one, other):
     assert metrics(one) == metrics(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["run/checkpoints", "run/metrics.jsonl"])
 def test_a_path_that_becomes_read_only_is_reported(tmp_path, path):
     """The path is made immutable, also for root, at the tenth step."""
