@@ -6,12 +6,14 @@ their weights and their seeds are in methods_table.py.
 
     1. `cache build`: the teacher's outputs for all methods, once; and the students without a teacher.
     2. All methods with the first seed and the weights of their sources; then the other seeds of the logit losses.
-    3. The feature losses with a tenth and ten times the weight. The accuracy on 4,925 validation images decides.
-    4. The other seeds of the feature losses, with the chosen weight.
+    3. The feature losses of several seeds with a tenth and ten times the weight. The accuracy on 4,925 validation images
+       decides. Then their other seeds, with the chosen weight.
+    4. The other feature losses with a tenth and ten times the weight.
 
 Two trainings run at the same time, with one thread each. The same command continues after a kill, or with a further
-`--budget_s`: finished runs are skipped, others resume from their checkpoint. OUT/table.md is the table of the results so far,
-which is printed too; the last line is JSON with the accuracies in percent.
+`--budget_s`: runs with a line in OUT/methods.jsonl are skipped, others resume from their checkpoint. Another machine needs no more
+than that file to continue. OUT/table.md is the table of the results so far, which is printed too; the last line is JSON with the
+accuracies in percent.
 
 `--cost` measures the time of a step of each method in place of training, in turns with plain `kl`, from the finished cache. It
 needs an otherwise idle machine. `--trial` runs a few steps on generated images, with a random teacher.
@@ -20,6 +22,7 @@ needs an otherwise idle machine. `--trial` runs a few steps on generated images,
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -38,7 +41,7 @@ from benchmarks.budgeted_jobs import Job, Ledger, Outcome, Runner, Running
 from benchmarks.gpu_reference_plan import ROOT, as_arguments
 from benchmarks.harness import Result, finish
 from benchmarks.methods_cost import measure_costs, read_costs
-from benchmarks.methods_results import Row, chosen_factor, read_row, read_summary, results_table, run_name
+from benchmarks.methods_results import Row, chosen_factor, read_results, read_row, results_table, run_name
 from benchmarks.methods_table import METHODS, Method, chosen_methods, features_of_cache, missing_methods
 from kd_accel.models.factory import build_model
 
@@ -87,6 +90,11 @@ class Options:
         """Return the directory of the runs."""
         return self.out / "runs"
 
+    @property
+    def ledger(self) -> Path:
+        """Return the file with a line for each finished run, from which the comparison continues."""
+        return self.out / "methods.jsonl"
+
 
 def main() -> None:
     options = _parse()
@@ -100,7 +108,8 @@ def main() -> None:
     if options.cost:
         measure_costs({method.name: run_flags(options, method) for method in methods}, options.out, repeats=options.repeats)
     failed = [] if options.cost else _train(options, methods)
-    rows = [read_row(method, options.runs) for method in methods]
+    results = read_results(options.ledger)
+    rows = [read_row(method, results) for method in methods]
     table = results_table(rows, read_costs(options.out))
     (options.out / "table.md").write_text(table + "\n", encoding="utf-8")
     print(table)
@@ -134,7 +143,7 @@ def _parse() -> Options:
 def _train(options: Options, methods: Sequence[Method]) -> list[str]:
     """Build the cache and train all methods within the budget; return the names of the failed jobs."""
     logs = Path(tempfile.mkdtemp(prefix="logs-", dir=options.out))
-    ledger = Ledger(options.out / "methods.jsonl")
+    ledger = Ledger(options.ledger)
     search_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path}
     with Runner(
@@ -145,16 +154,26 @@ def _train(options: Options, methods: Sequence[Method]) -> list[str]:
         program=(sys.executable, "-m", "kd_accel"),
         environment=variables,
     ) as runner:
-        for jobs in (_cache_jobs, _first_jobs, _tuning_jobs, _last_jobs):
-            _run_in_pairs(runner, jobs(options, methods))
+        of_several_seeds = [method for method in methods if method.has_seeds]
+        of_one_seed = [method for method in methods if not method.has_seeds]
+        phases = (
+            (_cache_jobs, methods),
+            (_first_jobs, methods),
+            (_tuning_jobs, of_several_seeds),
+            (_last_jobs, of_several_seeds),
+            (_tuning_jobs, of_one_seed),
+        )
+        for jobs, chosen in phases:
+            _run_in_pairs(runner, jobs(options, chosen), options.ledger)
     return ledger.failed
 
 
-def _run_in_pairs(runner: Runner, jobs: Iterable[Job]) -> None:
+def _run_in_pairs(runner: Runner, jobs: Iterable[Job], ledger: Path) -> None:
     """Run jobs in their order, two at a time, without those that have finished in an earlier call."""
     running: list[Running] = []
+    finished = read_results(ledger)
     for job in jobs:
-        if job.run_dir is not None and read_summary(job.run_dir) is not None:
+        if job.name in finished:
             continue
         if len(running) == _PROCESSES:
             runner.wait_until(lambda: False, *running)
@@ -193,8 +212,9 @@ def _tuning_jobs(options: Options, methods: Sequence[Method]) -> Iterable[Job]:
 
 def _last_jobs(options: Options, methods: Sequence[Method]) -> Iterable[Job]:
     """Yield the runs of the feature losses with the other seeds, if all weights have been tried."""
+    results = read_results(options.ledger)
     for method in methods:
-        factor, tried = chosen_factor(method, options.runs)
+        factor, tried = chosen_factor(method, results)
         if method.is_tuned and tried == len(method.factors):
             yield from (_training(options, method, seed=seed, factor=factor) for seed in method.seeds[1:])
 
@@ -209,13 +229,11 @@ def _training(options: Options, method: Method, *, seed: int, factor: float = 1.
 
 
 def _figures(outcome: Outcome) -> dict[str, Any]:
-    """Return the accuracy on the validation samples of a finished run, and remove its checkpoints, which take most space."""
+    """Return the accuracies of a finished run, and remove its checkpoints, which take most space."""
     assert outcome.job.run_dir is not None
-    summary = read_summary(outcome.job.run_dir)
-    if summary is None:
-        raise LookupError("summary.json is missing")
+    summary = json.loads((outcome.job.run_dir / "summary.json").read_text(encoding="utf-8"))
     shutil.rmtree(outcome.job.run_dir / "checkpoints", ignore_errors=True)
-    return {"accuracy_best_val": summary["accuracy_best_val"], "seconds": summary["seconds"]}
+    return {name: summary[name] for name in ("accuracy_best_val", "accuracy", "seconds", "commit")}
 
 
 def run_flags(options: Options, method: Method, factor: float = 1.0) -> dict[str, Any]:

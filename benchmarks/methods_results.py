@@ -48,33 +48,32 @@ def run_name(method: Method, factor: float, seed: int) -> str:
     return f"{method.name}-x{factor:g}-seed{seed}" if method.is_tuned else f"{method.name}-seed{seed}"
 
 
-def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """Return summary.json of a run, None if the run is not finished."""
-    path = run_dir / "summary.json"
-    summary: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return summary
+def read_results(ledger: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of the finished trainings in a ledger, by name of the run; empty without the file."""
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
+    return {line["job"]: line for line in map(json.loads, lines) if "accuracy" in line}
 
 
-def chosen_factor(method: Method, runs: Path) -> tuple[float, int]:
+def chosen_factor(method: Method, results: Mapping[str, Mapping[str, Any]]) -> tuple[float, int]:
     """Choose the factor with the highest accuracy on the validation samples; among equals, the first of `FACTORS`.
 
     Args:
         method: The method.
-        runs: Directory of the runs.
+        results: Lines of the finished trainings.
 
     Returns:
         The factor, and the number of factors of which a run has finished. Without any, the factor of the source.
     """
-    tried = {factor: read_summary(runs / run_name(method, factor, method.seeds[0])) for factor in method.factors}
-    validation = {factor: summary["accuracy_best_val"] for factor, summary in tried.items() if summary}
+    runs = {factor: results.get(run_name(method, factor, method.seeds[0])) for factor in method.factors}
+    validation = {factor: line["accuracy_best_val"] for factor, line in runs.items() if line}
     return max(validation, key=lambda factor: validation[factor], default=method.factors[0]), len(validation)
 
 
-def read_row(method: Method, runs: Path) -> Row:
-    """Read the results of a method from the directory of the runs."""
-    factor, tried = chosen_factor(method, runs)
-    summaries = (read_summary(runs / run_name(method, factor, seed)) for seed in method.seeds)
-    return Row(method, factor, tried, tuple(100 * summary["accuracy"] for summary in summaries if summary))
+def read_row(method: Method, results: Mapping[str, Mapping[str, Any]]) -> Row:
+    """Return the results of a method, from the lines of the finished trainings."""
+    factor, tried = chosen_factor(method, results)
+    lines = (results.get(run_name(method, factor, seed)) for seed in method.seeds)
+    return Row(method, factor, tried, tuple(100 * line["accuracy"] for line in lines if line))
 
 
 def pooled_deviation(groups: Sequence[Sequence[float]]) -> float | None:

@@ -1,6 +1,7 @@
 """Comparison of the methods: settings, choice on validation, differences, and a trial that is stopped and continued."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from benchmarks.methods_results import (
     chosen_factor,
     described_difference,
     pooled_deviation,
+    read_results,
     read_row,
     results_table,
     run_name,
@@ -39,10 +41,10 @@ TRIAL = ["--trial", "--budget_s=280", "--out=out"]
 KINDS = {"rkd": BY_NAME["rkd"], "plain": BY_NAME["plain"], "kl": BY_NAME["kl"], "sp": BY_NAME["sp"]}
 
 
-def write_run(runs, name, *, test, validation=0.5):
-    """Write the summary of a finished run."""
-    (runs / name).mkdir(parents=True)
-    (runs / name / "summary.json").write_text(json.dumps({"accuracy": test, "accuracy_best_val": validation}))
+def write_run(ledger, name, *, test, validation=0.5):
+    """Add the line of a finished run."""
+    with ledger.open("a") as file:
+        file.write(json.dumps({"job": name, "code": 0, "accuracy": test, "accuracy_best_val": validation}) + "\n")
 
 
 def row(name, *accuracies):
@@ -99,14 +101,15 @@ def test_page_has_the_settings():
 
 
 def test_weight_is_chosen_on_validation_images(tmp_path):
-    method = BY_NAME["rkd"]
-    assert chosen_factor(method, tmp_path) == (1.0, 0)
+    method, ledger = BY_NAME["rkd"], tmp_path / "methods.jsonl"
+    assert chosen_factor(method, read_results(ledger)) == (1.0, 0)
+    ledger.write_text('{"job": "cache-build", "code": 0}\n{"job": "rkd-x10-seed0", "code": 1, "failed": true}\n')
     for factor, test, validation in ((1.0, 0.9, 0.60), (0.1, 0.5, 0.61), (10.0, 0.8, 0.61)):
-        write_run(tmp_path, run_name(method, factor, 0), test=test, validation=validation)
-    assert chosen_factor(method, tmp_path) == (0.1, 3), "the first of equals, regardless of the test images"
-    write_run(tmp_path, run_name(method, 0.1, 2), test=0.7)
-    write_run(tmp_path, run_name(method, 1.0, 1), test=0.99)
-    assert read_row(method, tmp_path).accuracies == (50.0, 70.0), "seeds of the chosen weight alone"
+        write_run(ledger, run_name(method, factor, 0), test=test, validation=validation)
+    assert chosen_factor(method, read_results(ledger)) == (0.1, 3), "the first of equals, regardless of the test images"
+    write_run(ledger, run_name(method, 0.1, 2), test=0.7)
+    write_run(ledger, run_name(method, 1.0, 1), test=0.99)
+    assert read_row(method, read_results(ledger)).accuracies == (50.0, 70.0), "seeds of the chosen weight alone"
 
 
 def test_differences_within_two_standard_errors_are_none():
@@ -150,7 +153,7 @@ def test_trial_runs_each_method_with_its_weights_and_seeds(trial):
     directory, line = trial
     runs = directory / "out/runs"
     expected = {run_name(KINDS[name], 1.0, seed) for name in ("plain", "kl") for seed in (0, 1, 2)}
-    factor, tried = chosen_factor(KINDS["rkd"], runs)
+    factor, tried = chosen_factor(KINDS["rkd"], read_results(directory / "out/methods.jsonl"))
     expected |= {run_name(KINDS["rkd"], each, 0) for each in FACTORS} | {
         run_name(KINDS["rkd"], factor, seed) for seed in (1, 2)
     }
@@ -164,9 +167,10 @@ def test_trial_runs_each_method_with_its_weights_and_seeds(trial):
 
 
 @pytest.mark.slow
-def test_finished_runs_are_not_repeated(trial):
+def test_finished_runs_are_not_repeated_and_their_lines_are_enough(trial):
     directory, line = trial
     before = jobs_in(directory / "out")
+    shutil.rmtree(directory / "out/runs")
     again = last_line(directory, "benchmarks.methods", *TRIAL)
     assert again["notes"] == line["notes"] and jobs_in(directory / "out") == [*before, "cache-build"]
 
