@@ -11,9 +11,9 @@ their weights and their seeds are in methods_table.py.
     4. The other feature losses with a tenth and ten times the weight.
 
 Two trainings run at the same time, with one thread each. The same command continues after a kill, or with a further
-`--budget_s`: runs with a line in OUT/methods.jsonl are skipped, others resume from their checkpoint. Another machine needs no more
-than that file to continue. OUT/table.md is the table of the results so far, which is printed too; the last line is JSON with the
-accuracies in percent.
+`--budget_s`: runs with a line in OUT/methods.jsonl are skipped, others resume from their checkpoint. Another machine needs no
+more than that file to continue. OUT/table.md is the table of the results so far, which is printed too; the last line is JSON
+with the accuracies in percent.
 
 `--cost` measures the time of a step of each method in place of training, in turns with plain `kl`, from the finished cache. It
 needs an otherwise idle machine. `--trial` runs a few steps on generated images, with a random teacher.
