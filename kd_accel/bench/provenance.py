@@ -10,6 +10,9 @@ from typing import Any
 from kd_accel.config.schema import BenchConfig
 from kd_accel.io.files import load_json
 
+TIME_LIMIT = "time_limit_s"
+"""Value of `stopped_by` in a file whose measurement was stopped by this setting."""
+
 
 def model_digest(directory: Path) -> str | None:
     """Compute the SHA-256 digest of a run's model.json and model.safetensors; None if a file cannot be read."""
@@ -24,11 +27,16 @@ def model_digest(directory: Path) -> str | None:
 
 
 def is_measured(file: Path, directories: Sequence[Path], config: BenchConfig) -> bool:
-    """Return whether a bench file has the figures of exactly these runs, for their current models and with these settings."""
+    """Return whether a bench file has the figures of exactly these runs, for their current models and with these settings.
+
+    A measurement that was stopped by its time limit counts; one that was stopped by a signal does not.
+    """
     try:
         content = load_json(file)
         measured = [(entry["name"], entry["digest"]) for entry in content["models"]]
         settings: Any = content["settings"]
+        is_finished = content.get("stopped_by") in (None, TIME_LIMIT)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return settings == config.model_dump(mode="json") and measured == [(str(path), model_digest(path)) for path in directories]
+    expected = [(str(path), model_digest(path)) for path in directories]
+    return is_finished and settings == config.model_dump(mode="json") and measured == expected
