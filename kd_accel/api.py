@@ -11,11 +11,12 @@ from typing import Any, get_args
 
 import torch
 
-from kd_accel.commands.evaluate import evaluate_run
+from kd_accel.builders.evaluation import evaluate_run
 from kd_accel.commands.train import run_training
 from kd_accel.config.evaluation import build_evaluation
 from kd_accel.config.parsing import build_config
 from kd_accel.config.schema import RunConfig
+from kd_accel.config.wandb_sweep import as_trial_of_agent
 from kd_accel.data.splits import HeldOutSplit
 from kd_accel.distributed import accelerate_state_restored
 from kd_accel.errors import UserError
@@ -62,7 +63,7 @@ def train(config: RunConfig | str | Path | Mapping[str, Any], **settings: Any) -
     if not isinstance(config, RunConfig | str | Path | Mapping):
         raise TypeError(f"config: must be a RunConfig, a path or a mapping, not {type(config).__name__}")
     source = _with_text_paths(config) if isinstance(config, Mapping) else config
-    built = build_config(RunConfig, source, _with_text_paths(settings), losses=_losses())
+    built = as_trial_of_agent(build_config(RunConfig, source, _with_text_paths(settings), losses=_losses()))
     with _kernel_choices_restored(), accelerate_state_restored():
         run_training(built)
     if not (built.directory / "summary.json").is_file():
@@ -80,8 +81,13 @@ def evaluate(run: str | Path, *, split: HeldOutSplit = "test", **settings: Any) 
             `train.eval_batch_size` and `train.precision`, such as `**{"data.source": "imagefolder:photos"}`.
 
     Returns:
-        `samples`, the number of samples; `loss`, the mean cross-entropy; `accuracy`; and with a teacher `agreement`, the
-        fraction of samples with the same top-1 class as the teacher. Accuracy and agreement are fractions in 0..1.
+        - `samples`, the number of samples; `loss`, the mean cross-entropy; `accuracy`.
+        - With a teacher `agreement`, the fraction of samples with the same top-1 class as the teacher.
+        - With more than five classes `top5_accuracy`.
+        - `balanced_accuracy`, the mean of the accuracies of the classes; `calibration_error`, the expected one in 15 bins.
+        - `per_class`, for each class by name its `samples` and `accuracy`, None without samples.
+
+        Accuracies, agreement and calibration error are fractions in 0..1.
 
     Raises:
         ValueError: If `split` is not a held-out split, the directory has no finished run, or a setting or the data is not valid
@@ -91,7 +97,7 @@ def evaluate(run: str | Path, *, split: HeldOutSplit = "test", **settings: Any) 
         raise ValueError(f"split: {split!r} is not a held-out split; use one of {', '.join(get_args(HeldOutSplit))}")
     config = build_evaluation(Path(run), _with_text_paths(settings), losses=_losses())
     with _kernel_choices_restored(), accelerate_state_restored():
-        return evaluate_run(Path(run), config, split=split)
+        return evaluate_run(Path(run), config, split=split).metrics
 
 
 def _losses() -> dict[str, list[str]]:

@@ -254,7 +254,7 @@ def test_teacher_from_a_run(result, pictures):
     teacher, model = kd.Teacher.from_run(result.directory), result.load_model()
     assert (teacher.mean, teacher.std) == (model.card.mean, model.card.std)
     assert teacher.class_names == tuple(model.class_names) and teacher.arch == "import:tests.support.models:student"
-    probabilities = teacher(torch.from_numpy(pictures).permute(0, 3, 1, 2)).logits.softmax(1)
+    probabilities = teacher(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()).logits.softmax(1)
     for prediction, row in zip(model.predict(pictures), probabilities, strict=True):
         assert list(prediction.probabilities.values()) == row.tolist()
 

@@ -38,24 +38,27 @@ def is_evaluation_setting(name: str) -> bool:
     return is_taken and as_one_teacher(name) not in _REFUSED
 
 
-def parse_evaluation(argv: Sequence[str], *, parser: CommandParser) -> tuple[RunConfig, argparse.Namespace]:
-    """Parse and check the command line of an evaluation.
+def parse_evaluation(argv: Sequence[str], *, parser: CommandParser) -> tuple[list[RunConfig], argparse.Namespace]:
+    """Parse and check the command line of an evaluation of one or several runs.
 
     Args:
-        argv: The command's own arguments, among them the run directory `run`, and flags.
+        argv: The command's own arguments, among them the run directories `runs`, and flags.
         parser: Parser of these arguments.
 
     Returns:
-        The config of the run with the changes of the flags, and the values of the command's own arguments.
+        The config of each run with the changes of the flags, and the values of the command's own arguments.
 
     Raises:
         UserError: If the directory has no config, or a setting is not valid. The message lists every mistake.
     """
     flags, own = parser.split(argv)
-    arguments, settings = parser.parse(own), Settings(RunConfig)
-    _add_run(settings, arguments.run)
-    settings.add_flags(flags)
-    return _checked(settings, parser.losses, parser.options()), arguments
+    arguments, configs = parser.parse(own), []
+    for run in arguments.runs:
+        settings = Settings(RunConfig)
+        _add_run(settings, run)
+        settings.add_flags(flags)
+        configs.append(_checked(settings, parser.losses, parser.options()))
+    return configs, arguments
 
 
 def build_evaluation(run: Path, changes: Mapping[str, Any], *, losses: Mapping[str, Sequence[str]]) -> RunConfig:

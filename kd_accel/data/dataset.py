@@ -127,6 +127,11 @@ class ImageSet(ImageReader, Protocol):
         """Number of samples, N."""
         ...
 
+    @property
+    def paths(self) -> Sequence[str] | None:
+        """Path of each sample's image file; None if the source is not a folder or a list of files."""
+        ...
+
     def digests(self, samples: np.ndarray) -> np.ndarray:
         """Compute a digest of each sample's label and image; of the encoded image if the source holds encoded images.
 
@@ -169,6 +174,7 @@ class MemoryImages:
         digests: Digests of the encoded images; None = those of the pixels.
         unreadable: Reason by the index of each sample that cannot be read or decoded.
         notices: Lines for the user about the source, such as files that are left out.
+        paths: Path of each sample's image file; None if the source is not a folder or a list of files.
     """
 
     is_in_memory = True
@@ -182,12 +188,14 @@ class MemoryImages:
         digests: Digests | None = None,
         unreadable: Mapping[int, str] | None = None,
         notices: Sequence[str] = (),
+        paths: Sequence[str] | None = None,
     ) -> None:
         self._planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         if digests is not None:
             self._digests = digests
         self.unreadable = unreadable or {}
         self.notices = tuple(notices)
+        self.paths = paths
         self.labels = labels
         self.label_names = tuple(label_names)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from kd_accel.data.dataset import Decoded, Digests
 from kd_accel.data.decode import Crop, Decoder, image_size
+from kd_accel.data.folders import FileColumn
 from kd_accel.errors import UnreadableImage
 
 Result = TypeVar("Result")
@@ -76,6 +77,11 @@ class EncodedImages:
     def num_samples(self) -> int:
         """Number of samples, N."""
         return len(self.labels)
+
+    @property
+    def paths(self) -> Sequence[str] | None:
+        """Paths of the files; see `ImageSet.paths`."""
+        return self._column.paths if isinstance(self._column, FileColumn) else None
 
     def pixels(self, samples: np.ndarray) -> np.ndarray:
         """Return the decoded images of samples; see `ImageSet.pixels`."""

@@ -39,6 +39,11 @@ class FileColumn:
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
 
+    @property
+    def paths(self) -> Sequence[str]:
+        """Paths of the files, by sample."""
+        return self._paths
+
     def __getitem__(self, samples: Sequence[int]) -> list[dict[str, Any]]:
         """Return {"bytes": None, "path": path} of each sample."""
         return [{"bytes": None, "path": self._paths[sample]} for sample in samples]

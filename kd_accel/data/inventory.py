@@ -113,6 +113,7 @@ def in_memory(encoded: EncodedImages, *, on_error: OnError, num_workers: int) ->
         digests=Digests.join(digests),
         unreadable=unreadable,
         notices=encoded.notices,
+        paths=encoded.paths,
     )
 
 

@@ -170,7 +170,10 @@ def _missing_split(config: DataConfig, role: Role, name: str, available: Sequenc
 
 
 def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    """Load scikit-learn's 8x8 gray digits as RGB; every fifth sample (360 of 1,797) is in the test split."""
+    """Load scikit-learn's 8x8 gray digits as RGB.
+
+    Every fifth sample (360 of 1,797) is in the test split. With `data.test_fraction` all are in one split, which is both.
+    """
     refuse_remap(config.labels, setting="data.labels", because="the source defines the class names")
     _refuse_decoding_settings(config)
     try:
@@ -186,11 +189,13 @@ def _digits(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     gray = np.rint(levels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     decoder = Decoder.from_config(config)
     images = np.stack([decoder.fit_array(np.repeat(image[:, :, None], 3, axis=2)) for image in gray])
+    names, labels = [str(digit) for digit in range(10)], labels.astype(np.int64)
+    if config.test_fraction is not None:
+        everything = MemoryImages(images, labels, names)
+        return everything, everything
     is_test = np.arange(len(labels)) % 5 == 0
-    names = [str(digit) for digit in range(10)]
-    return tuple(  # type: ignore[return-value]
-        MemoryImages(images[part], labels[part].astype(np.int64), names) for part in (~is_test, is_test)
-    )
+    train, test = (MemoryImages(images[part], labels[part], names) for part in (~is_test, is_test))
+    return train, test
 
 
 def _refuse_decoding_settings(config: DataConfig) -> None:

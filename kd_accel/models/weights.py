@@ -1,60 +1,30 @@
 """Model files of a run, and pretrained weights from files, torchvision or timm.
 
 A saved model consists of `model.safetensors`, with the state dict keys of torchvision, timm or user code, and `model.json`,
-with its architecture and preprocessing (`ModelCard`). Files passed by a user are never unpickled.
+with its architecture and preprocessing (`card.py`). Files passed by a user are never unpickled.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kd_accel.config.data_schema import Background
-from kd_accel.config.schema import MAX_IMAGE_SIZE, Stem
 from kd_accel.errors import UserError, describe_error
-from kd_accel.io.files import is_directory, read_json, write_whole
+from kd_accel.io.files import is_directory, write_whole
 from kd_accel.io.tensors import read_tensors
 from kd_accel.io.user_code import import_problem
+from kd_accel.models.card import ModelCard as ModelCard
+from kd_accel.models.card import load_card as load_card
 from kd_accel.models.factory import build_model
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """Architecture, classes and preprocessing of a saved model; the content of `model.json`.
-
-    Attributes:
-        arch: Name of the architecture, as for `build_model`.
-        stem: Stem of a ResNet.
-        arch_args: Additional arguments of the architecture.
-        label_names: Name of each class, in the order of the logits.
-        mean: Mean per channel for the normalization of images, in 0..1.
-        std: Standard deviation per channel for the normalization, in 0..1.
-        image_size: Height and width of the training images, in pixels.
-        background: Color behind transparent pixels.
-        pixel_range: Values that become black and white in images of more than 8 bits per channel; None = the range of the type.
-        crop_pct: Side of the central square that is used, as a fraction of the image's shorter side.
-    """
-
-    arch: str
-    stem: Stem
-    arch_args: dict[str, Any]
-    label_names: list[str]
-    mean: list[float]
-    std: list[float]
-    image_size: int
-    background: Background = "black"
-    pixel_range: list[float] | None = None
-    crop_pct: float = 1.0
 
 
 def save_model(directory: Path, model: nn.Module, *, card: ModelCard) -> None:
@@ -99,50 +69,6 @@ def _write_errors_explained(directory: Path) -> Iterator[None]:
             f"cannot write the model to {directory} ({error}); check that the directory exists, is writable and has free "
             "space, then run the command again"
         ) from None
-
-
-def load_card(directory: Path) -> ModelCard:
-    """Load `model.json` from a run directory.
-
-    Raises:
-        UserError: If the file is missing, empty or damaged.
-    """
-    path = directory / "model.json"
-    content = read_json(path, remedy="no finished run in this directory; train it first, or choose another directory")
-    # Cards of 0.1.0 lack the settings of the decoding, which were fixed.
-    content = {"background": "black", "pixel_range": None, "crop_pct": 1.0, **content}
-    wrong = [name for name, is_valid in _VALID.items() if not is_valid(content.get(name))]
-    if wrong:
-        raise UserError(f"{path}: is damaged ({', '.join(wrong)} wrong or missing); train the run again")
-    return ModelCard(**{field.name: content[field.name] for field in fields(ModelCard)})
-
-
-def _is_per_channel(values: Any, *, above: float) -> bool:
-    """Return whether `values` is a list of three finite numbers greater than `above`."""
-    return isinstance(values, list) and len(values) == 3 and all(_is_number(v) and above < v < float("inf") for v in values)
-
-
-def _is_range(values: Any) -> bool:
-    """Return whether `values` is a list of two finite numbers in ascending order."""
-    return isinstance(values, list) and len(values) == 2 and all(map(_is_number, values)) and values[0] < values[1]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_VALID: dict[str, Callable[[Any], bool]] = {
-    "arch": lambda value: isinstance(value, str),
-    "stem": lambda value: value in get_args(Stem),
-    "arch_args": lambda value: isinstance(value, dict),
-    "label_names": lambda value: isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value),
-    "mean": lambda value: _is_per_channel(value, above=float("-inf")),
-    "std": lambda value: _is_per_channel(value, above=0),
-    "image_size": lambda value: _is_number(value) and isinstance(value, int) and 0 < value <= MAX_IMAGE_SIZE,
-    "background": lambda value: value in get_args(Background),
-    "pixel_range": lambda value: value is None or _is_range(value),
-    "crop_pct": lambda value: _is_number(value) and 0 < value <= 1,
-}
 
 
 def load_run_model(directory: Path, *, field: str = "model") -> tuple[nn.Module, ModelCard]:

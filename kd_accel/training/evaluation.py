@@ -18,10 +18,13 @@ from torch.nn import functional
 from kd_accel.data.loader import EvalLoader
 from kd_accel.errors import UserError
 from kd_accel.training.unreadable import failing_together
-from kd_accel.types import TeacherSource
+from kd_accel.types import Batch, TeacherSource
 
 Forward = Callable[[Tensor], Tensor]
 """Function from uint8 images [B, 3, H, W] to logits [B, C]."""
+
+Record = Callable[[Batch, Tensor, Tensor | None], None]
+"""Function of a batch on the host, its logits [B, C] on the device, and the teacher's logits [B, C] or None."""
 
 
 class HeldOut:
@@ -76,13 +79,16 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, held_out: HeldOut, *, accelerator: Accelerator) -> dict[str, float]:
+def evaluate(
+    forward: Forward, held_out: HeldOut, *, accelerator: Accelerator, record: Record | None = None
+) -> dict[str, float]:
     """Evaluate a forward on a held-out split. Every rank must call it.
 
     Args:
         forward: Function from uint8 images [B, 3, H, W] to logits [B, C]; its model must be in evaluation mode.
         held_out: The split.
         accelerator: The launch's `Accelerator`.
+        record: Function that is called with each batch of this rank, and must not communicate with other ranks.
 
     Returns:
         `samples` (their number), `loss` (mean cross-entropy), `accuracy` and, with a teacher, `agreement`, as fractions of 1;
@@ -99,6 +105,8 @@ def evaluate(forward: Forward, held_out: HeldOut, *, accelerator: Accelerator) -
             with accelerator.autocast():
                 logits = forward(held_out.padded(on_device.images))[: len(on_device.labels)].float()
             sums += _batch_sums(logits, on_device.labels, teacher_logits)
+            if record is not None:
+                record(batch, logits, teacher_logits)
     total = accelerator.reduce(sums, "sum")
     samples, labeled, loss, correct, agreeing = total.tolist()
     if not samples:

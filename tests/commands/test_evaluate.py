@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -210,6 +211,12 @@ def test_the_teacher_can_be_left_out_or_replaced(project, tmp_path):
     assert stored["agreement"] == own["agreement"]
 
 
+def test_the_header_has_the_stated_accuracy_of_the_teacher(project):
+    stated = f" ({100 * summary(project / 'teacher')['accuracy']:.2f} % in its own run)"
+    assert f"teacher     {project / 'teacher'}{stated}" in evaluate(project / "student")[1].splitlines()
+    assert "teacher     not at hand" in evaluate(project / "alone")[1].splitlines()
+
+
 def test_a_plain_run_gets_an_agreement_with_a_named_teacher(project):
     result, _ = evaluate(project / "teacher", f"--teacher.run={project / 'student'}")
     assert 0 <= result["agreement"] <= 1 and "agreement" not in evaluate(project / "teacher")[0]
@@ -267,8 +274,15 @@ def test_help_lists_the_settings_of_an_evaluation_only(capsys):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_other_data_alike(project, tmp_path):
+    """The shares have 5 and 4 samples, so that with this batch size the batches are the same, and with them all kernels."""
     write_photos(tmp_path / "photos", splits=["test"], count=5)
-    argv = ["evaluate", project / "student", f"--data.source=imagefolder:{tmp_path / 'photos'}", "--train.eval_batch_size=3"]
-    one, two = (json.loads(run(*argv, processes=count).stdout.splitlines()[-1]) for count in (1, 2))
+    argv = ["evaluate", project / "student", f"--data.source=imagefolder:{tmp_path / 'photos'}", "--train.eval_batch_size=5"]
+    files = {count: tmp_path / f"{count}.parquet" for count in (1, 2)}
+    done = {count: run(*argv, "--data.limit_test=9", f"--out={file}", processes=count).stdout for count, file in files.items()}
+    one, two = (json.loads(text.splitlines()[-1]) for text in done.values())
     assert one.pop("loss") == pytest.approx(two.pop("loss"), rel=1e-6)
-    assert one == two and one["samples"] == 10
+    assert one == two and one["samples"] == 9 == sum(of_class["samples"] for of_class in one["per_class"].values())
+    tables = [pq.read_table(file) for file in files.values()]
+    assert tables[0] == tables[1] and len(set(tables[0]["path"].to_pylist())) == 9
+    assert tables[0]["index"].to_pylist() == sorted(tables[0]["index"].to_pylist())
+    assert [len(text.splitlines()) for text in done.values()] == [1, 1]

@@ -178,6 +178,14 @@ def test_user_code():
     assert train.pixels(np.arange(3)).shape == (3, 24, 24, 3)
 
 
+def test_a_larger_part_of_the_digits_is_held_out():
+    data = load_data(DataConfig(source="digits", test_fraction=0.4, val_fraction=0.0))
+    train, test = data.splits.train, data.splits.test
+    assert len(test) == 719 and len(train) == 1797 - 719 and not set(train) & set(test)
+    usual = load_data(DataConfig(source="digits"))
+    assert data.test is data.train and data.train.num_samples == usual.train.num_samples + usual.test.num_samples
+
+
 def test_digits_without_scikit_learn_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match="pip install 'kd-accel.demo.'"):
