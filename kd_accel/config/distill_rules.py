@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from kd_accel.config.fields import nearest
 from kd_accel.config.loss_weights import value_range
-from kd_accel.config.rules import no_effect
+from kd_accel.config.rules import WithoutEffect, no_effect
 from kd_accel.config.schedule_rules import schedule_problems
 from kd_accel.config.schema import DistillConfig, FeatureLossConfig, RunConfig
 from kd_accel.io.user_code import PREFIX
@@ -46,7 +46,7 @@ def _without_logits(distill: DistillConfig) -> Iterator[str]:
 def _feature(name: str, feature: FeatureLossConfig, *, has_teacher: bool) -> Iterator[str]:
     yield from schedule_problems(f"{name}.weight", feature.weight)
     if value_range(feature.weight)[1] == 0:
-        yield f"{name}.weight: 0, so that the term has no effect; remove it with {name}: null"
+        yield WithoutEffect(f"{name}.weight: 0, so that the term has no effect; remove it with {name}: null", name)
     if feature.layers == "auto":
         if not has_teacher:
             yield (

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from kd_accel.config.loss_weights import value_range
-from kd_accel.config.rules import no_effect
+from kd_accel.config.rules import WithoutEffect, no_effect
 from kd_accel.config.schedule_rules import schedule_problems
 from kd_accel.config.schema import DistillConfig, EnsembleConfig, RunConfig, Schedule
 
@@ -21,7 +21,7 @@ def ensemble_problems(config: RunConfig) -> Iterator[str]:
         yield from no_effect(distill.ensemble, "distill.ensemble", ("mean", "confidence"), because="without teachers")
         for name, feature in distill.features.items():
             if feature.teacher is not None:
-                yield f"distill.features.{name}.teacher: has no effect (without teachers); leave it out"
+                yield WithoutEffect(f"distill.features.{name}.teacher: has no effect (without teachers); leave it out")
         return
     if config.teacher is not None:
         yield "teacher: set either teacher, or teachers, to which a single one belongs too"
@@ -45,7 +45,8 @@ def of_teacher(message: str, name: str) -> str:
     """
     if not name:
         return message
-    return _SETTING.sub(rf"\g<1>teachers.{name}", message.replace("--teacher null", "--teachers null"))
+    renamed = _SETTING.sub(rf"\g<1>teachers.{name}", message.replace("--teacher null", "--teachers null"))
+    return WithoutEffect(renamed) if isinstance(message, WithoutEffect) else renamed
 
 
 def _weights(config: RunConfig, distill: DistillConfig) -> Iterator[str]:
@@ -57,12 +58,13 @@ def _weights(config: RunConfig, distill: DistillConfig) -> Iterator[str]:
         if distill.logits is None:
             yield from no_effect(teacher, f"teachers.{name}", ("weight",), because="with distill.logits null")
             if not has_features:
-                yield (
+                yield WithoutEffect(
                     f"teachers.{name}: has no effect, because distill.logits is null and no feature loss compares its layers; "
                     f"remove it with teachers.{name}: null"
                 )
         elif ranges[name][1] == 0 and not has_features:
-            yield f"teachers.{name}.weight: 0, so that the teacher has no effect; remove it with teachers.{name}: null"
+            message = f"teachers.{name}.weight: 0, so that the teacher has no effect; remove it with teachers.{name}: null"
+            yield WithoutEffect(message, f"teachers.{name}")
     # A schedule can be 0 at its beginning, and from its end on.
     if not all(map(any, zip(*(_ends(teacher.weight) for teacher in config.teachers.values()), strict=True))):
         yield "teachers: the weight of one of them must be above 0 at every step, because the weights are divided by their sum"
@@ -106,4 +108,6 @@ def _combination(config: RunConfig, ensemble: EnsembleConfig, distill: DistillCo
     elif distill.logits.args.get("divergence") == "mse" and ensemble.mean == "probabilities":
         yield "distill.ensemble.mean: probabilities have no logits, which divergence mse compares; set it to logits"
     if ensemble.confidence and config.data.label_column is None:
-        yield "distill.ensemble.confidence: has no effect with data.label_column null, because it needs labels; leave it out"
+        yield WithoutEffect(
+            "distill.ensemble.confidence: has no effect with data.label_column null, because it needs labels; leave it out"
+        )

@@ -126,6 +126,16 @@ def _read(config_class: type[BaseModel], argv: Sequence[str], parser: CommandPar
 
 def checked_config(settings: Settings, losses: Mapping[str, Sequence[str]], command_options: Sequence[str] = ()) -> Any:
     """Return the config of merged settings. Raises UserError that lists every mistake."""
+    config, found = check_settings(settings, losses, command_options)
+    if found:
+        raise UserError(listed_mistakes(found))
+    return config
+
+
+def check_settings(
+    settings: Settings, losses: Mapping[str, Sequence[str]], command_options: Sequence[str] = ()
+) -> tuple[Any, list[str]]:
+    """Return the config of merged settings, None if it cannot be built, and a message for each mistake."""
     given, is_partial = copy.deepcopy(settings.values), bool(settings.mistakes)
     config, refused = _validate(settings, command_options, is_partial=is_partial)
     broken = problems(config, losses) if config is not None else []
@@ -134,9 +144,7 @@ def checked_config(settings: Settings, losses: Mapping[str, Sequence[str]], comm
         *(f"{rule}{_where(settings, rule.partition(':')[0])}" for rule in broken if not _mentions(rule, refused)),
         *_foreign_code(settings, given),
     ]
-    if found:
-        raise UserError(_listed(found))
-    return config
+    return config, found
 
 
 def _validate(settings: Settings, command_options: Sequence[str], *, is_partial: bool) -> tuple[Any, set[str]]:
@@ -298,7 +306,8 @@ def _foreign_code(settings: Settings, given: Mapping[str, Any]) -> list[str]:
     return [problem for problem in found if problem]
 
 
-def _listed(mistakes: Sequence[str]) -> str:
+def listed_mistakes(mistakes: Sequence[str]) -> str:
+    """Return the message of a UserError for several mistakes, each once and at most 20 of them."""
     unique = list(dict.fromkeys(mistakes))
     more = [f"  and {len(unique) - _MAX_LISTED} more"] if len(unique) > _MAX_LISTED else []
     listed = [f"  {item}" for item in unique[:_MAX_LISTED]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
 ARCHS = ("torchvision/", "timm/", "import:")
 
@@ -11,6 +12,26 @@ BEST_WEIGHTS = "model_best.safetensors"
 
 RUN_WEIGHTS = ("model.safetensors", BEST_WEIGHTS)
 """Files of weights in a run directory, which model.json describes."""
+
+
+class WithoutEffect(str):
+    """Message about a setting that is valid but has no effect. A sweep leaves such a setting out of a trial.
+
+    Args:
+        message: Field, rule and remedy.
+        setting: Dotted name of the setting or section to leave out; None = the field at the beginning of the message.
+
+    Attributes:
+        setting: This name.
+    """
+
+    setting: str
+
+    def __new__(cls, message: str, setting: str | None = None) -> Self:
+        """Return the message with the name of its setting."""
+        self = super().__new__(cls, message)
+        self.setting = setting or message.partition(":")[0]
+        return self
 
 
 def arch_problems(name: str, arch: str) -> Iterator[str]:
@@ -41,4 +62,4 @@ def no_effect(section: object, name: str, field_names: tuple[str, ...], *, becau
     default = type(section)()
     for field_name in field_names:
         if getattr(section, field_name) != getattr(default, field_name):
-            yield f"{name}.{field_name}: has no effect ({because}); leave it out"
+            yield WithoutEffect(f"{name}.{field_name}: has no effect ({because}); leave it out")

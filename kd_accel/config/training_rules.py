@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from kd_accel.config.loss_weights import labels_without_weight
-from kd_accel.config.rules import at_least, no_effect
+from kd_accel.config.rules import WithoutEffect, at_least, no_effect
 from kd_accel.config.schema import RunConfig
 
 
@@ -27,14 +27,16 @@ def _class_weights(config: RunConfig) -> Iterator[str]:
     if weights is None:
         return
     if cause := labels_without_weight(config):
-        yield f"train.class_weights: has no effect ({cause}: the labels have no weight at any step); leave it out"
+        message = f"train.class_weights: has no effect ({cause}: the labels have no weight at any step); leave it out"
+        yield WithoutEffect(message)
     if weights == "balanced":
         return
     values = list(weights.values()) if isinstance(weights, dict) else list(weights)
     if not all(math.isfinite(value) and value >= 0 for value in values):
         yield f"train.class_weights: {weights} must be at least 0 each"
     elif all(value == 1 for value in values):
-        yield f"train.class_weights: {weights} has no effect (each weight is 1); use null, balanced, or other weights"
+        message = f"train.class_weights: {weights} has no effect (each weight is 1); use null, balanced, or other weights"
+        yield WithoutEffect(message)
 
 
 def _selection(config: RunConfig) -> Iterator[str]:
@@ -52,7 +54,7 @@ def _selection(config: RunConfig) -> Iterator[str]:
     # The first evaluation is the best one so far, and the training can end at a later one.
     earliest = every * (1 + math.ceil(patience / every))
     if earliest >= train.epochs:
-        yield (
+        yield WithoutEffect(
             f"train.early_stopping_epochs: {patience} has no effect (the training could end after epoch {earliest} at the "
             f"earliest, and train.epochs is {train.epochs}); lower it, or leave it out"
         )

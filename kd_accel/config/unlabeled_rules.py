@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from kd_accel.config.loss_weights import labels_without_weight
+from kd_accel.config.rules import WithoutEffect
 from kd_accel.config.schema import DataConfig, RunConfig
 from kd_accel.config.transform_schema import transform_config
 
@@ -25,7 +26,7 @@ def label_column_problems(config: RunConfig) -> Iterator[str]:
             "distill.label_weight to 0"
         )
     if config.data.labels != "keep":
-        yield "data.labels: has no effect with data.label_column null; leave it out"
+        yield WithoutEffect("data.labels: has no effect with data.label_column null; leave it out")
 
 
 def unlabeled_problems(config: RunConfig, *, sources: Sequence[str]) -> Iterator[str]:
@@ -39,14 +40,14 @@ def unlabeled_problems(config: RunConfig, *, sources: Sequence[str]) -> Iterator
     if data.unlabeled is None:
         for name in ("unlabeled_split", "unlabeled_ratio"):
             if getattr(data, name) != getattr(DataConfig(), name):
-                yield f"data.{name}: has no effect (without data.unlabeled); leave it out"
+                yield WithoutEffect(f"data.{name}: has no effect (without data.unlabeled); leave it out")
         return
     if not data.unlabeled.startswith(tuple(sources)):
         yield f"data.unlabeled: {data.unlabeled!r} must start with one of {', '.join(sources)}, or be null"
     if data.unlabeled_ratio is not None and not 0 < data.unlabeled_ratio < math.inf:
         yield f"data.unlabeled_ratio: {data.unlabeled_ratio} must be above 0, or null"
     if not config.has_teacher:
-        yield (
+        yield WithoutEffect(
             "data.unlabeled: has no effect without a teacher, the only thing to learn from images without labels; set "
             "teacher.run, or leave it out"
         )

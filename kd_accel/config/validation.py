@@ -17,7 +17,7 @@ from kd_accel.config.distill_rules import distill_problems, unknown_losses
 from kd_accel.config.ensemble_rules import ensemble_problems, of_teacher
 from kd_accel.config.fields import nearest
 from kd_accel.config.loss_weights import labels_without_weight
-from kd_accel.config.rules import arch_problems, at_least, no_effect, pixel_statistics
+from kd_accel.config.rules import WithoutEffect, arch_problems, at_least, no_effect, pixel_statistics
 from kd_accel.config.schema import (
     MAX_IMAGE_SIZE,
     BenchConfig,
@@ -88,6 +88,10 @@ def _bench(bench: BenchConfig) -> Iterator[str]:
         yield f"image_size: {bench.image_size} must be at most {MAX_IMAGE_SIZE}"
     if not bench.batch_sizes or min(bench.batch_sizes) < 1:
         yield f"batch_sizes: {bench.batch_sizes} must list at least one number, each at least 1"
+    elif len(set(bench.batch_sizes)) < len(bench.batch_sizes):
+        yield f"batch_sizes: {bench.batch_sizes} must list each number once; remove repeated numbers"
+    if bench.time_limit_s is not None and not bench.time_limit_s > 0:
+        yield f"time_limit_s: {bench.time_limit_s} must be above 0, or null"
     if bench.cuda_graph and bench.device == "cpu":
         yield "cuda_graph: has no effect with device cpu; leave it out"
 
@@ -102,7 +106,7 @@ def _name(config: RunConfig) -> Iterator[str]:
     if config.profile is not None and config.profile < 1:
         yield f"profile: {config.profile} must be at least 1"
     if config.role == "teacher" and config.has_teacher:
-        yield "role: teacher has no effect if a teacher is set (the role of the run is distilled); leave it out"
+        yield WithoutEffect("role: teacher has no effect if a teacher is set (the role of the run is distilled); leave it out")
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -155,7 +159,7 @@ def _transform(data: DataConfig) -> Iterator[str]:
 
 
 def _data_without_effect(data: DataConfig) -> Iterator[str]:
-    splits = ("train_split", "val_split", "test_split", "test_fraction")
+    splits = ("train_split", "val_split", "test_split")
     if data.source == "digits":
         names = ("label_column", *splits, *(() if data.unlabeled else ("on_error",)))
         yield from no_effect(data, "data", names, because="with source digits")
@@ -169,12 +173,12 @@ def _data_without_effect(data: DataConfig) -> Iterator[str]:
     if not has_transform(data):
         yield from no_effect(data, "data", ("view_seed",), because="with transform none")
         if data.views not in (None, 1):
-            yield "data.views: has no effect (with transform none all views are equal); leave it out"
+            yield WithoutEffect("data.views: has no effect (with transform none all views are equal); leave it out")
 
 
 def _teachers(config: RunConfig) -> Iterator[str]:
     if not config.has_teacher and config.distill is not None:
-        yield "distill: has no effect without a teacher; add teacher.run, or remove distill"
+        yield WithoutEffect("distill: has no effect without a teacher; add teacher.run, or remove distill")
     yield from ensemble_problems(config)
     for number, (name, own) in enumerate(config.by_teacher().items()):
         yield from (of_teacher(problem, name) for problem in teacher_problems(own, has_own_classes=number > 0))
@@ -223,7 +227,7 @@ def _train(config: RunConfig) -> Iterator[str]:
     if not 0 <= train.label_smoothing < 1:
         yield f"train.label_smoothing: {train.label_smoothing} must be at least 0 and below 1"
     elif train.label_smoothing and (cause := labels_without_weight(config)):
-        yield (
+        yield WithoutEffect(
             f"train.label_smoothing: {train.label_smoothing} has no effect ({cause}: the labels have no weight at any step); "
             "leave it out, or give the labels a weight with distill.label_weight"
         )

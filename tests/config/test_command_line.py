@@ -19,7 +19,11 @@ from tests.support.launching import ROOT, SMALL, environment
     [
         (["report", "run"], "missing: --out (usage: kd-accel report RUN ... --out DIR [--bench FILE])"),
         (["report"], "missing: RUN, --out (usage: kd-accel report RUN ... --out DIR [--bench FILE])"),
-        (["evaluate", "a", "b"], "b: unexpected argument (usage: kd-accel evaluate RUN [--split test|val] [--a.b VALUE ...])"),
+        (
+            ["evaluate", "a", "--split=val", "b"],
+            "b: unexpected argument (usage: kd-accel evaluate RUN ... [--split test|val] [--out FILE] [--a.b VALUE ...])",
+        ),
+        (["predict", "a"], "missing: FILE (usage: kd-accel predict RUN FILE ... [--top_k N] [--batch_size N] [--out FILE])"),
         (["evaluate", "a"], "a/config.yaml: is missing: no finished run in this directory; train it first"),
         (
             ["evaluate", "a", "--split=vall"],
@@ -60,13 +64,15 @@ def test_wrong_arguments_are_refused(argv, expected, capsys):
 def test_arguments_reach_the_command(monkeypatch, tmp_path, argv, split, source):
     seen = {}
     module = type(sys)("kd_accel.commands.evaluate")
-    module.run_evaluation = lambda run, config, split: seen.update(run=str(run), source=config.data.source, split=split)
+    module.run_evaluations = lambda runs, configs, split, out: seen.update(
+        run=str(*runs), source=[config.data.source for config in configs], split=split, out=out
+    )
     monkeypatch.setitem(sys.modules, "kd_accel.commands.evaluate", module)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.yaml").write_text("data: {source: import:a:b}")
     main(["evaluate", *argv])
-    assert seen == {"run": "a", "source": source, "split": split}
+    assert seen == {"run": "a", "source": [source], "split": split, "out": None}
 
 
 def test_settings_and_arguments_are_accepted_in_any_order(monkeypatch):
@@ -205,7 +211,7 @@ def test_first_line_can_be_read_alone():
     """The code depends on whether the rest was written before the pipe was closed."""
     command = [sys.executable, "-c", LIKE_HEAD, "-m", "kd_accel", "train", "--help"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.stdout == "usage: kd-accel train [FILE ...] [--a.b VALUE ...]\n"
+    assert done.stdout == "usage: kd-accel train [--seeds N] [FILE ...] [--a.b VALUE ...]\n"
     assert done.returncode in (0, 141) and done.stderr == ""
 
 

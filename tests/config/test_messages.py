@@ -82,7 +82,7 @@ def test_file_that_cannot_be_read_is_refused(tmp_path):
         ("train: {compile: 3}", "train.compile: must be true or false, not 3"),
         ("train: {precision: no}", "train.precision: must be one of float32, bf16, fp16, not False"),
         ("name: 2024", "name: must be text, not 2024; put it in quotes"),
-        ("tracking: {project: 123}", "tracking.project: must be text, not 123; put it in quotes"),
+        ("tracking: {project: 123}", "tracking.project: must be text or null, not 123; put it in quotes"),
         ("tracking: {tags: [2024]}", "tracking.tags: must be a list (of each item: text), not [2024]; put it in quotes"),
         ("datä: {}", "datä: no such setting; did you mean data?"),
         ("3: 4", "3: no such setting; --help lists all settings"),

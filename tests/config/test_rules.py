@@ -31,7 +31,7 @@ from tests.support.parsing import mistakes, parse
             ["--data.source=imagefolder:x", "--data.test_split=train"],
             "data.test_split: 'train' is also data.train_split, so that the accuracy would be that of training samples",
         ),
-        (["--data.test_fraction=0.2"], "data.test_fraction: has no effect (with source digits)"),
+        (["--data.test_split=val"], "data.test_split: has no effect (with source digits)"),
         (["--data.source=imagefolder:x", "--data.image_column=img"], "data.image_column: has no effect (with this source)"),
         (["--data.unlabeled_split=x"], "data.unlabeled_split: has no effect (without data.unlabeled)"),
         (["--data.unlabeled_ratio=1"], "data.unlabeled_ratio: has no effect (without data.unlabeled)"),

@@ -8,7 +8,7 @@ from kd_accel.config.parsing import load_config_file, parse_config
 from kd_accel.config.schema import FeatureLossConfig, LogitLossConfig, ReproduceConfig, RunConfig, Schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in ("reproduce", "by_resnet50"))
+RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in ("reproduce", "by_resnet50", "wandb_sweep"))
 RUNS = [path for path in RUNS if path.parent.name != "cifar100"]  # tests/examples/test_cifar_networks.py
 CHAINS = sorted(CONFIGS.glob("*/reproduce.yaml"))
 

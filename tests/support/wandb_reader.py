@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 from wandb.proto.wandb_internal_pb2 import Record
@@ -15,14 +17,16 @@ def read_run(directory: Path) -> dict:
     """Read the only offline run in a directory.
 
     Returns:
-        {"id", "group", "job_type", "tags", "config", "history": [{key: value}], "metrics": [names]}.
+        {"id", "project", "entity", "name", "group", "job_type", "tags", "config", "history": [{key: value}],
+        "metrics": [names], "artifacts": [(name, type)]}.
     """
     (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
-    run = {"id": None, "group": None, "job_type": None, "tags": [], "config": {}, "history": [], "metrics": []}
+    run = {"tags": [], "config": {}, "history": [], "metrics": [], "artifacts": []}
     for record in map(_parsed, _messages(path.read_bytes())):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run |= {"id": record.run.run_id, "group": record.run.run_group, "job_type": record.run.job_type}
+            run |= {"project": record.run.project, "entity": record.run.entity, "name": record.run.display_name}
             run["tags"] = list(record.run.tags)
             run["config"] |= _items(record.run.config.update)
         elif kind == "config":
@@ -31,7 +35,20 @@ def read_run(directory: Path) -> dict:
             run["history"].append(_items(record.history.item))
         elif kind == "metric":
             run["metrics"].append(record.metric.name or record.metric.glob_name)
+        elif kind == "request" and record.request.HasField("log_artifact"):
+            artifact = record.request.log_artifact.artifact
+            run["artifacts"].append((artifact.name, artifact.type))
+        elif kind == "artifact":
+            run["artifacts"].append((record.artifact.name, record.artifact.type))
     return run
+
+
+def read_summary(directory: Path) -> dict:
+    """Return the summary of the only offline run in a directory, as W&B's own reader shows it."""
+    (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--summary", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)["summary"]
 
 
 def _messages(data):

@@ -21,16 +21,16 @@ _LEFT = set()
 
 
 class WarmProcess:
-    """The part of subprocess.Popen that tests use, with text streams."""
+    """The part of subprocess.Popen that tests use, with text streams. become: function that runs the program in the process."""
 
-    def __init__(self, argv, *, env, quiet=False):
+    def __init__(self, argv, *, env, quiet=False, become=None):
         self.stdout = self.stderr = None
         ends = []
         if not quiet:
             (out, out_end), (err, err_end) = _CONTEXT.Pipe(duplex=False), _CONTEXT.Pipe(duplex=False)
             self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno()), "r") for reader in (out, err))
             ends = [out_end, err_end]
-        self._process = _CONTEXT.Process(target=_become, args=([str(argument) for argument in argv], env, ends))
+        self._process = _CONTEXT.Process(target=become or _become, args=([str(argument) for argument in argv], env, ends))
         # Not on import: a forked process imports this module, and may start a fork server of its own.
         _CONTEXT.set_forkserver_preload(["pytest", "tests.support.preloaded"])
         with mock.patch.dict(os.environ, _environment_of_server(), clear=True):
