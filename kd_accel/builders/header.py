@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_accel.builders.run import Run, role
+from kd_accel.builders.run import Run
 from kd_accel.config.loss_weights import notices_of_weights
 from kd_accel.config.schema import RunConfig, TeacherConfig
 from kd_accel.data.datamodule import DataModule
@@ -45,7 +45,7 @@ def training_header(run: Run) -> dict[str, str]:
     """
     config, trainer = run.config, run.trainer
     return {
-        "run": f"{config.name} ({role(config)}) in {run.directory.path}",
+        "run": f"{config.name} ({config.shown_role}) in {run.directory.path}",
         **processes_header(config, trainer.accelerator),
         "model": described_model(config.model.arch, run.distiller.student),
         **_layers(config),
@@ -94,7 +94,7 @@ def evaluation_header(
         "model": described_model(config.model.arch, network),
         "data": _source(config),
         "samples": f"{len(data.splits.by_name()[split]):,} {split}",
-        "teacher": ", ".join(_teacher_name(own.teacher) for own in config.by_teacher().values() if own.teacher) or "none",
+        "teacher": ", ".join(_stated_teacher(own.teacher) for own in config.by_teacher().values() if own.teacher) or "none",
     }
 
 
@@ -159,6 +159,11 @@ def _stated_accuracy(teacher: TeacherConfig) -> str:
         return ""
     where = "in its own run" if info.is_of_run else f"on {info.data}, as the card of its weights states"
     return f" ({100 * info.accuracy:.2f} % {where})"
+
+
+def _stated_teacher(teacher: TeacherConfig) -> str:
+    """Return the name of a teacher and its stated accuracy."""
+    return f"{_teacher_name(teacher)}{_stated_accuracy(teacher)}"
 
 
 def described_teachers(config: RunConfig, accuracies: Mapping[str, float], accuracy: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Results of a finished training: the model files for deployment, and summary.json."""
+"""Results of a finished training: the model files for deployment, the predictions for the test samples, and summary.json."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 import torchvision
 
 import kd_accel
-from kd_accel.builders.run import Run, role
+from kd_accel.builders.run import Run
 from kd_accel.builders.student import model_card
 from kd_accel.config.schema import RunConfig, Schedule
 from kd_accel.distributed import on_main_process
 from kd_accel.io.files import write_json
 from kd_accel.models.weights import save_model
 from kd_accel.training.checkpoint import restore_module
-
-_TABLE_COLUMNS = ("name", "role", "arch", "accuracy", "parameters")
+from kd_accel.training.prediction_file import StoredPredictions, save_predictions, with_errors
+from kd_accel.training.predictions import PredictionRecorder
 
 
 def save_trained_model(run: Run) -> None:
@@ -27,6 +27,18 @@ def save_trained_model(run: Run) -> None:
     on_main_process(
         accelerator, lambda: save_model(run.directory.path, run.trainer.network, card=model_card(run.config, run.data))
     )
+
+
+def evaluate_test(run: Run) -> tuple[dict[str, float], StoredPredictions]:
+    """Evaluate the last weights on the test split. Every rank must call it.
+
+    Returns:
+        Metrics by name; and the predictions, with the images of the most confident errors on the main process alone.
+    """
+    recorder, images = PredictionRecorder(keeps_probabilities=False), run.data.test
+    metrics = run.trainer.evaluate(run.test, record=recorder)
+    predictions = recorder.gather()
+    return metrics, on_main_process(run.trainer.accelerator, lambda: with_errors(predictions, images.pixels))
 
 
 def evaluate_best(run: Run, last: dict[str, float]) -> dict[str, float] | None:
@@ -50,17 +62,26 @@ def evaluate_best(run: Run, last: dict[str, float]) -> dict[str, float] | None:
     return trainer.evaluate(run.test)
 
 
-def save_summary(run: Run, test_metrics: dict[str, float], best_metrics: dict[str, float] | None = None) -> None:
-    """Write summary.json, the last file of a run, from the main process, and print the test accuracy or agreement.
+def save_results(
+    run: Run,
+    test_metrics: dict[str, float],
+    predictions: StoredPredictions,
+    best_metrics: dict[str, float] | None = None,
+) -> None:
+    """Write predictions and summary.json, the last file of a run, from the main process, and print the test accuracy.
+
+    Without labels, the agreement with the teacher is printed instead.
 
     Args:
         run: The run, after its training.
         test_metrics: Metrics on the test split by name; accuracies are fractions of 1.
+        predictions: Predictions for the test split, which only the main process reads.
         best_metrics: Those of the weights of the best epoch; None if they are not kept.
     """
     position, trainer = run.trainer.train_state.position, run.trainer
     trainer.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
-    on_main_process(trainer.accelerator, lambda: _save(run, {**_summary(run, test_metrics), **_selection(run, best_metrics)}))
+    summary = {**_summary(run, test_metrics), **_selection(run, best_metrics)}
+    on_main_process(trainer.accelerator, lambda: _save(run, summary, predictions))
     name = "accuracy" if "accuracy" in test_metrics else "agreement"
     text = f"test {name} {100 * test_metrics[name]:.2f} %" + ("" if name == "accuracy" else " with the teacher")
     if best_metrics is not None:
@@ -78,16 +99,17 @@ def _selection(run: Run, best_metrics: dict[str, float] | None) -> dict[str, Any
     return {"best_epoch": position.best_epoch, **selection} if selection else {}
 
 
-def _save(run: Run, summary: dict[str, Any]) -> None:
+def _save(run: Run, summary: dict[str, Any], predictions: StoredPredictions) -> None:
+    save_predictions(run.directory.path, predictions)
     write_json(summary, run.directory.path / "summary.json")
-    run.tracker.log_table("results", list(_TABLE_COLUMNS), [[summary[key] for key in _TABLE_COLUMNS]])
+    run.trackers.note_results(summary, predictions, run.data.label_names)
 
 
 def _summary(run: Run, test_metrics: dict[str, float]) -> dict[str, Any]:
     config, position, accelerator = run.config, run.trainer.train_state.position, run.trainer.accelerator
     return {
         "name": config.name,
-        "role": role(config),
+        "role": config.shown_role,
         "arch": config.model.arch,
         "stem": config.model.stem,
         "accuracy": test_metrics.get("accuracy"),

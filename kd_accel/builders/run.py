@@ -15,6 +15,7 @@ from kd_accel.builders.labels import check_labels, unlabeled_class_names
 from kd_accel.builders.layers import with_layers
 from kd_accel.builders.student import Losses, build_distiller, build_losses, build_student, data_settings
 from kd_accel.builders.teacher import TeacherSetup, build_teacher_setup
+from kd_accel.builders.tracking import Trackers, refuse_missing_trackers
 from kd_accel.builders.trainer import build_held_out, build_schedule, build_train_loader, build_train_state, build_trainer
 from kd_accel.config.rules import BEST_WEIGHTS
 from kd_accel.config.schema import RunConfig
@@ -36,7 +37,7 @@ from kd_accel.training.run_dir import (
 from kd_accel.training.schedules import TrainingSchedule
 from kd_accel.training.state import TrainState, restore
 from kd_accel.training.trainer import Trainer
-from kd_accel.training.wandb_tracker import WandbTracker, missing_package_notices, refuse_missing_package
+from kd_accel.training.wandb_tracker import missing_package_notices
 from kd_accel.types import no_teacher
 
 
@@ -52,7 +53,7 @@ class Run:
         trainer: Trainer that fits the distiller.
         test: Test split.
         teacher: Teacher with its targets and the source of its outputs; None without a teacher.
-        tracker: Tracker that sends metrics to W&B.
+        trackers: Experiment trackers, W&B and TensorBoard.
         notices: Lines to print before the training starts.
     """
 
@@ -63,7 +64,7 @@ class Run:
     trainer: Trainer
     test: HeldOut
     teacher: TeacherSetup | None
-    tracker: WandbTracker
+    trackers: Trackers
     notices: list[str]
 
 
@@ -78,11 +79,6 @@ class _CheckedInputs:
     loader: TrainLoader
     schedule: TrainingSchedule
     checkpoint: Checkpoint | None
-
-
-def role(config: RunConfig) -> str:
-    """Return the role of a run in tables and W&B: teacher, student or distilled."""
-    return "distilled" if config.has_teacher else config.role
 
 
 def run_directory(config: RunConfig) -> RunDirectory:
@@ -129,16 +125,17 @@ def build_run(config: RunConfig, accelerator: Accelerator, stack: ExitStack) -> 
     distiller.start_recording()
     stack.callback(distiller.stop_recording)
     _claim_directory(inputs, accelerator, stack)
-    tracker = _start_tracker(config, accelerator, inputs.checkpoint)
-    stack.callback(tracker.finish)
+    trackers = Trackers(config, checkpoint=inputs.checkpoint)
+    stack.callback(trackers.finish)
+    trackers.start(accelerator)
     if accelerator.is_main_process:
         notices += missing_package_notices(config.tracking)
-    trainer, resume_notices = _build_trainer(inputs, distiller, teacher, tracker, accelerator)
+    trainer, resume_notices = _build_trainer(inputs, distiller, teacher, trackers, accelerator)
     for close in (trainer.progress.close, trainer.profiler.close, trainer.checkpoints.writer.close):
         stack.callback(close)
     test = _held_out(inputs, "test", teacher, accelerator)
     notices += resume_notices
-    return Run(config, inputs.directory, inputs.data, distiller, trainer, test, teacher, tracker, notices)
+    return Run(config, inputs.directory, inputs.data, distiller, trainer, test, teacher, trackers, notices)
 
 
 def _teacher(inputs: _CheckedInputs, network: nn.Module, accelerator: Accelerator) -> TeacherSetup | None:
@@ -157,7 +154,7 @@ def _check_inputs(config: RunConfig, accelerator: Accelerator) -> _CheckedInputs
     finished = on_main_process(accelerator, directory.finished_summary)
     losses = build_losses(config)
     if finished is None:
-        on_main_process(accelerator, lambda: refuse_missing_package(config.tracking))
+        on_main_process(accelerator, lambda: refuse_missing_trackers(config.tracking))
     resumed_from = None if finished else on_main_process(accelerator, directory.checkpoint_to_resume)
     checkpoint = load_checkpoint(resumed_from) if resumed_from else None
     data = load_data(data_settings(config), accelerator, class_names=unlabeled_class_names(config))
@@ -223,32 +220,11 @@ def _claim_directory(inputs: _CheckedInputs, accelerator: Accelerator, stack: Ex
         stack.callback(os.close, lock)
 
 
-def _start_tracker(config: RunConfig, accelerator: Accelerator, checkpoint: Checkpoint | None) -> WandbTracker:
-    """Start W&B on the main process, through Accelerate's tracker; a resumed run continues the same W&B run."""
-    tracker = WandbTracker(
-        config.tracking,
-        run_dir=config.directory,
-        name=config.name,
-        role=role(config),
-        run_id=checkpoint.state["wandb_id"] if checkpoint else None,
-    )
-
-    def init(kwargs: dict[str, Any]) -> Any:
-        # Trackers of a failed attempt are still registered, and would be started again.
-        accelerator.trackers.clear()
-        accelerator.init_trackers(config.tracking.project, config=config.model_dump(mode="json"), init_kwargs={"wandb": kwargs})
-        return accelerator.get_tracker("wandb", unwrap=True)
-
-    if accelerator.is_main_process:
-        tracker.start(init)
-    return tracker
-
-
 def _build_trainer(
     inputs: _CheckedInputs,
     distiller: Distiller,
     teacher: TeacherSetup | None,
-    tracker: WandbTracker,
+    trackers: Trackers,
     accelerator: Accelerator,
 ) -> tuple[Trainer, list[str]]:
     """Build the trainer, in the state of the checkpoint if there is one.
@@ -260,7 +236,7 @@ def _build_trainer(
     train_state = build_train_state(config, distiller, accelerator, has_unlabeled=inputs.data.has_unlabeled)
     notices = [] if checkpoint is None else _restore_checkpoint(train_state, checkpoint, accelerator)
     keep_images_on_gpu(inputs.loader, inputs.data, accelerator.device)
-    state, tensors = _checkpoint_extra(inputs, teacher, tracker)
+    state, tensors = _checkpoint_extra(inputs, teacher, trackers)
     source = teacher.source if teacher else no_teacher
     trainer = build_trainer(
         config,
@@ -269,7 +245,7 @@ def _build_trainer(
         source,
         inputs.schedule,
         accelerator,
-        tracker=tracker,
+        trackers=trackers.all,
         extra_state=state,
         extra_tensors=tensors,
     )
@@ -307,14 +283,14 @@ def _held_out(inputs: _CheckedInputs, split: HeldOutSplit, teacher: TeacherSetup
 
 
 def _checkpoint_extra(
-    inputs: _CheckedInputs, teacher: TeacherSetup | None, tracker: WandbTracker
+    inputs: _CheckedInputs, teacher: TeacherSetup | None, trackers: Trackers
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Return the plain values, and the tensors by file name, that each checkpoint holds in addition to the `TrainState`."""
     tensors = teacher.saved_tensors() if teacher else {}
     state = {
         "config": dict(inputs.directory.settings),
         "data": inputs.data.fingerprint_fields(replaceable=replaceable_samples(inputs.checkpoint)),
-        "wandb_id": tracker.run_id,
+        "wandb_id": trackers.wandb.run_id,
         "teacher_fingerprint": teacher.fingerprint if teacher else None,
         "cache": teacher.cache if teacher else None,
         "explained": dict(teacher.explained) if teacher else {},

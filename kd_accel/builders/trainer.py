@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from kd_accel.profiling import StepProfiler
 from kd_accel.training.average import MovingAverage
 from kd_accel.training.evaluation import HeldOut
 from kd_accel.training.graphed import DeviceWeights, GraphedStep
-from kd_accel.training.metrics import Meters, MetricsLog
+from kd_accel.training.metrics import Meters, MetricsLog, Tracker
 from kd_accel.training.nonfinite import NonFiniteGuard
 from kd_accel.training.optim import build_optimizer, prepare_for_capture
 from kd_accel.training.preemption import PreemptionHandler
@@ -32,7 +32,6 @@ from kd_accel.training.schedules import TrainingSchedule
 from kd_accel.training.state import TrainState, wrap_for_training
 from kd_accel.training.step import TrainStep
 from kd_accel.training.trainer import Trainer
-from kd_accel.training.wandb_tracker import WandbTracker
 from kd_accel.types import TeacherSource
 
 
@@ -90,7 +89,7 @@ def build_trainer(  # noqa: PLR0913  (the parts of a training)
     schedule: TrainingSchedule,
     accelerator: Accelerator,
     *,
-    tracker: WandbTracker | None = None,
+    trackers: Sequence[Tracker] = (),
     extra_state: Mapping[str, Any] | None = None,
     extra_tensors: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Trainer:
@@ -103,7 +102,7 @@ def build_trainer(  # noqa: PLR0913  (the parts of a training)
         source: Source of the teacher's outputs.
         schedule: Schedules over the steps.
         accelerator: Accelerator of the launch.
-        tracker: Tracker that receives the metrics; None = metrics.jsonl only.
+        trackers: Experiment trackers that receive the metrics in addition to metrics.jsonl.
         extra_state: Plain values that are added to each checkpoint.
         extra_tensors: Tensors, by file name, that are added to each checkpoint.
     """
@@ -123,7 +122,7 @@ def build_trainer(  # noqa: PLR0913  (the parts of a training)
         checkpoints=CheckpointSaver(
             accelerator, directory / "checkpoints", config.checkpoint, extra_state or {}, extra_tensors or {}
         ),
-        metrics_log=MetricsLog(directory / "metrics.jsonl", is_main=is_main, tracker=tracker),
+        metrics_log=MetricsLog(directory / "metrics.jsonl", is_main=is_main, trackers=trackers),
         progress=progress,
         profiler=StepProfiler(directory / "profile", steps=config.profile, rank=accelerator.process_index, say=progress.say),
         preemption=PreemptionHandler(accelerator, timeout_s=config.train.timeout_s, every_step=not loader.is_in_memory),

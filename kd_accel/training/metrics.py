@@ -107,7 +107,7 @@ class Meters:
 
 
 class Tracker(Protocol):
-    """Protocol of an experiment tracker, to which metrics are sent in addition to the file (training/wandb_tracker.py)."""
+    """Protocol of an experiment tracker, to which metrics are sent in addition to the file."""
 
     def log(self, values: dict[str, Any], *, step: int) -> None:
         """Log metrics at an optimizer step."""
@@ -121,11 +121,11 @@ class MetricsLog:
     Args:
         path: The file.
         is_main: Whether this is the main process; other ranks write nothing.
-        tracker: Experiment tracker, to which the same metrics are sent; None = no tracker.
+        trackers: Experiment trackers, to which the same metrics are sent.
     """
 
-    def __init__(self, path: Path, *, is_main: bool, tracker: Tracker | None = None) -> None:
-        self._path, self._is_main, self._tracker = path, is_main, tracker
+    def __init__(self, path: Path, *, is_main: bool, trackers: Sequence[Tracker] = ()) -> None:
+        self._path, self._is_main, self._trackers = path, is_main, trackers
 
     def start(self, length_bytes: int) -> None:
         """Truncate the file before the first step.
@@ -167,9 +167,9 @@ class MetricsLog:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise UserError(refused_by_disk(error)) from None
-        if self._tracker is not None:
-            numbers = {key: value for key, value in values.items() if key not in ("split", "step")}
-            self._tracker.log({_axis_name(values["split"], key): value for key, value in numbers.items()}, step=values["step"])
+        numbers = {key: value for key, value in values.items() if key not in ("split", "step")}
+        for tracker in self._trackers:
+            tracker.log({_axis_name(values["split"], key): value for key, value in numbers.items()}, step=values["step"])
 
 
 def _axis_name(split: str, key: str) -> str:

@@ -33,7 +33,8 @@ _BY_REASON_ACCEPTED = {
         "checkpoint.every_epochs checkpoint.every_steps checkpoint.keep checkpoint.resume checkpoint.stop_after_steps"
     ),
     "a tracker receives copies of the metrics": (
-        "tracking.wandb tracking.project tracking.entity tracking.group tracking.tags tracking.timeout_s"
+        "tracking.wandb tracking.project tracking.entity tracking.group tracking.tags tracking.dir tracking.log_model "
+        "tracking.tensorboard tracking.timeout_s"
     ),
     "a profiler records steps without changing them": "profile",
 }

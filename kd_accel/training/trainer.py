@@ -22,7 +22,7 @@ from kd_accel.distributed import Accelerator, on_main_process
 from kd_accel.errors import UnreadableImage, UserError
 from kd_accel.models.weights import save_weights
 from kd_accel.profiling import StepProfiler, profiled, profiler_range
-from kd_accel.training.evaluation import HeldOut, evaluate, synchronize_buffers
+from kd_accel.training.evaluation import HeldOut, Record, evaluate, synchronize_buffers
 from kd_accel.training.metrics import MetricsLog
 from kd_accel.training.preemption import UNREADABLE, UNWRITTEN, PreemptionHandler, preempted
 from kd_accel.training.progress import Progress
@@ -212,10 +212,14 @@ class Trainer:
         except UnreadableImage as error:
             self._stop_for(error)
 
-    def evaluate(self, held_out: HeldOut) -> dict[str, float]:
+    def evaluate(self, held_out: HeldOut, *, record: Record | None = None) -> dict[str, float]:
         """Evaluate the student, or its moving average if there is one, on a split. Every rank must call it.
 
         The module is in training mode afterwards.
+
+        Args:
+            held_out: The split.
+            record: Function that is called with each batch of this rank.
 
         Returns:
             The metrics of `training.evaluation.evaluate`.
@@ -224,7 +228,7 @@ class Trainer:
         for module in filter(None, (train_state.module, train_state.average)):
             synchronize_buffers(module, accelerator=self.accelerator)
             module.eval()
-        result = evaluate(self.student_logits(), held_out, accelerator=self.accelerator)
+        result = evaluate(self.student_logits(), held_out, accelerator=self.accelerator, record=record)
         train_state.module.train()
         return result
 

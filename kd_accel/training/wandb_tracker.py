@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+import numpy as np
+
 from kd_accel.config.schema import TrackingConfig
+from kd_accel.config.wandb_sweep import agent_run_id
 from kd_accel.errors import UserError, describe_error
 
 Mode = Literal["online", "offline", "disabled"]
+_DEFAULT_PROJECT = "kd-accel"
+_BEST = {"accuracy": "max", "agreement": "max", "loss": "min"}
+"""Which value of a validation metric is the best one; the summary has this and the last one."""
+_SPLITS = ("train", "val", "test")
 
 
 class WandbTracker:
@@ -35,7 +43,7 @@ class WandbTracker:
     """
 
     def __init__(self, config: TrackingConfig, *, run_dir: Path, name: str, role: str, run_id: str | None = None) -> None:
-        self.run_id = run_id or uuid.uuid4().hex[:12]
+        self.run_id = run_id or agent_run_id() or uuid.uuid4().hex[:12]
         self._config = config
         self._run_dir = run_dir
         self._name = name
@@ -66,19 +74,24 @@ class WandbTracker:
                 _tear_down()
 
     def init_arguments(self, mode: str) -> dict[str, Any]:
-        """Return the arguments of `wandb.init` except project and config, which Accelerate adds."""
+        """Return the arguments of `wandb.init` except project and config, which Accelerate adds.
+
+        With None, W&B uses its environment variable, such as WANDB_RUN_GROUP.
+        """
         import wandb
 
+        directory = self._config.dir or os.environ.get("WANDB_DIR") or self._run_dir
+        Path(directory).mkdir(parents=True, exist_ok=True)
         return {
             "mode": mode,
             "id": self.run_id,
             "resume": "allow",
-            "name": self._name,
+            "name": None if "WANDB_NAME" in os.environ else self._name,
             "entity": self._config.entity,
             "group": self._config.group,
-            "job_type": self._role,
-            "tags": list(self._config.tags),
-            "dir": str(self._run_dir),
+            "job_type": None if "WANDB_JOB_TYPE" in os.environ else self._role,
+            "tags": list(self._config.tags) or None,
+            "dir": str(directory),
             "settings": wandb.Settings(init_timeout=self._config.timeout_s, console="off", quiet=True),
         }
 
@@ -86,13 +99,38 @@ class WandbTracker:
         """Log metrics at an optimizer step."""
         self._try(lambda: self._run.log({**values, "step": step}, step=step))
 
+    def summarize(self, values: Mapping[str, Any]) -> None:
+        """Add values to the summary of the run, which is a row of W&B's table of runs."""
+        self._try(lambda: self._run.summary.update(dict(values)))
+
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table."""
+        """Add a table to the summary: in the history, its numbers of rows and columns would be drawn as curves.
+
+        Args:
+            name: Name of the table.
+            columns: Names of the columns.
+            rows: Cells; arrays are images, uint8 [H, W, 3].
+        """
 
         def send() -> None:
             import wandb
 
-            self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+            data = [[wandb.Image(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
+            self._run.summary[name] = wandb.Table(columns=list(columns), data=data)
+
+        self._try(send)
+
+    def log_files(self, paths: Sequence[Path]) -> None:
+        """Log the files of the trained model as an artifact of type `model`."""
+
+        def send() -> None:
+            import wandb
+
+            # W&B accepts these characters in the name of an artifact.
+            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", self._name), type="model")
+            for path in paths:
+                artifact.add_file(str(path))
+            self._run.log_artifact(artifact)
 
         self._try(send)
 
@@ -105,8 +143,12 @@ class WandbTracker:
         """Set the x-axis of plots: the step for training metrics, the epoch for those of evaluations."""
         self._run.define_metric("step")
         self._run.define_metric("epoch")
+        for split in _SPLITS:
+            self._run.define_metric(f"{split}/samples", summary="none")
         self._run.define_metric("train/*", step_metric="step")
-        self._run.define_metric("val/*", step_metric="epoch", summary="max")
+        for name, best in _BEST.items():
+            self._run.define_metric(f"val/{name}", step_metric="epoch", summary=f"last,{best}")
+        self._run.define_metric("val/*", step_metric="epoch")
         self._run.define_metric("test/*", step_metric="epoch")
 
     def _try(self, action: Callable[[], Any]) -> None:
@@ -149,6 +191,11 @@ def missing_package_notices(config: TrackingConfig) -> list[str]:
 def tracker_name(config: TrackingConfig) -> str | None:
     """Return the tracker to request from Accelerate, or None, as Accelerate warns about a tracker that is not installed."""
     return None if choose_mode(config) == "disabled" else "wandb"
+
+
+def project_name(config: TrackingConfig) -> str:
+    """Return the W&B project of a run."""
+    return config.project or os.environ.get("WANDB_PROJECT") or _DEFAULT_PROJECT
 
 
 def choose_mode(config: TrackingConfig) -> Mode:

@@ -54,12 +54,14 @@ CHANGES = {
     "tracking.entity": (None, "team"),
     "tracking.group": (None, "pairs"),
     "tracking.tags": ([], ["resumed"]),
+    "tracking.log_model": (False, True),
+    "tracking.tensorboard": (False, True),
     "tracking.timeout_s": (15, 5),
     "profile": (None, 2),
 }
 """Changes at the resume of a training without a teacher: (before, after)."""
 
-MOVED = {"run_dir", "teacher.run", "teacher.weights", "teacher.cache.dir"}
+MOVED = {"run_dir", "teacher.run", "teacher.weights", "teacher.cache.dir", "tracking.dir"}
 """Settings that change because a directory is moved."""
 
 _DESCRIBED = "arch stem arch_args mean std image_size interpolation crop_pct class_map"
@@ -146,6 +148,7 @@ def test_a_moved_teacher_and_a_moved_cache_are_accepted(tmp_path, distilled, tea
     for name in ("teacher", "cache"):
         (tmp_path / name).rename(tmp_path / f"moved_{name}")
     moved = [f"--teacher.run={tmp_path / 'moved_teacher'}", f"--teacher.cache.dir={tmp_path / 'moved_cache'}"]
+    moved += [f"--tracking.dir={tmp_path / 'tracking'}"]
     in_process.train(tmp_path / "run", *flags, *moved, *flags_of(NEW_CACHE, 1))
     assert_same_results(tmp_path / "straight", tmp_path / "run")
 

@@ -1,15 +1,20 @@
 """Tracking with W&B: real offline runs, read back from disk, and failures of the service or the network."""
 
+import io
+import json
 import socket
 import sys
 import time
 from importlib.metadata import PackageNotFoundError
 
+import numpy as np
+import PIL.Image
 import psutil
 import pytest
 
 from kd_accel.config.schema import TrackingConfig
 from kd_accel.errors import UserError
+from kd_accel.training.prediction_file import load_predictions
 from kd_accel.training.wandb_tracker import (
     WandbTracker,
     choose_mode,
@@ -18,13 +23,13 @@ from kd_accel.training.wandb_tracker import (
     tracker_name,
 )
 from tests.support.launching import SMALL, kill_all, metrics, start, train
-from tests.support.wandb_reader import read_run
+from tests.support.wandb_reader import read_run, read_summary
 
 
 @pytest.mark.slow
 def test_an_offline_run_holds_config_curves_temperature_and_alpha(tmp_path, distilled):
     flags = ["--tracking.wandb=auto", "--tracking.tags=[small, hybrid]", "--tracking.group=pairs"]
-    done = train(tmp_path / "run", *distilled, *flags, processes=2, WANDB_API_KEY="")
+    done = train(tmp_path / "run", *distilled, *flags, processes=2, WANDB_API_KEY="", WANDB_DATA_DIR=str(tmp_path / "data"))
     assert "metrics.jsonl is complete" not in done.stderr
     run = read_run(tmp_path / "run")
     assert (run["job_type"], run["group"], sorted(run["tags"])) == ("distilled", "pairs", ["hybrid", "small"])
@@ -44,20 +49,99 @@ def test_an_offline_run_holds_config_curves_temperature_and_alpha(tmp_path, dist
     assert [line["train/temperature"] for line in tracked][::8] == pytest.approx([4.0, 3.6, 3.24])
     assert [line["train/alpha"] for line in tracked][::8] == pytest.approx([0.8, 0.76, 0.722])
     assert len([line for line in run["history"] if "val/accuracy" in line]) == 3
-    assert any("results" in key for line in run["history"] for key in line)
+    assert run["config"]["role"] == "distilled"
+    check_errors(tmp_path / "run", tmp_path / "data")
+    check_summary(read_summary(tmp_path / "run"), tmp_path / "run")
+
+
+def check_errors(run_dir, staging):
+    """Compare the table of errors and the confusion matrix with the predictions file."""
+    stored = load_predictions(run_dir)
+    names = json.loads((run_dir / "model.json").read_text())["label_names"]
+    (errors,) = (json.loads(path.read_text()) for path in run_dir.glob("wandb/offline-run-*/files/media/table/test/errors_*"))
+    assert errors["columns"] == ["image", "label", "prediction", "score", "teacher's prediction"]
+    assert len(errors["data"]) == len(stored.error_rows) > 0
+    row, (_, label, prediction, score, teacher) = stored.error_rows[0], errors["data"][0]
+    found = stored.predictions
+    assert [label, prediction, teacher] == [names[of[row]] for of in (found.labels, found.predicted, found.teacher_predicted)]
+    assert score == pytest.approx(found.scores[row]) == found.scores[found.labels != found.predicted].max()
+    # W&B uploads the table with its pictures as an artifact, whose files it keeps elsewhere until then.
+    staged = [path.read_bytes() for path in staging.rglob("tmp*") if path.is_file()]
+    shown = [np.asarray(PIL.Image.open(io.BytesIO(content))) for content in staged if content.startswith(b"\x89PNG")]
+    assert any(np.array_equal(picture, stored.error_images[0].transpose(1, 2, 0)) for picture in shown)
+    (matrix,) = (
+        json.loads(path.read_text()) for path in run_dir.glob("wandb/offline-run-*/files/media/table/test/confusion_matrix*")
+    )
+    assert matrix["columns"] == ["label / prediction", *names] and [line[0] for line in matrix["data"]] == names
+    counts = np.array([line[1:] for line in matrix["data"]])
+    assert counts.sum() == len(found.labels) and counts.trace() == (found.labels == found.predicted).sum()
+    assert counts[0, 1] == ((found.labels == 0) & (found.predicted == 1)).sum()
+
+
+def check_summary(summary, run_dir):
+    written, validations = json.loads((run_dir / "summary.json").read_text()), metrics(run_dir, "val")
+    accuracies, losses = ([line[name] for line in validations] for name in ("accuracy", "loss"))
+    assert summary["val/accuracy"] == pytest.approx({"last": accuracies[-1], "max": max(accuracies)})
+    assert summary["val/loss"] == pytest.approx({"last": losses[-1], "min": min(losses)})
+    assert summary["best_val_accuracy"] == max(accuracies)
+    assert summary["test/accuracy"] == written["accuracy"]
+    assert summary["gap_to_teacher"] == pytest.approx(written["teacher_accuracy"] - written["accuracy"])
+    assert summary["parameters"] == written["parameters"] and summary["macs"] > 0
+    assert 0 < summary["latency_ms"] < 1000 and summary["latency_device"] == "cpu"
+    assert len(summary["data_fingerprint"]) == 32
+    assert not [name for name in summary if name.endswith("/samples") or "results" in name]
+    assert summary["test/errors"]["_type"] == summary["test/confusion_matrix"]["_type"] == "table-file"
+    assert not [name for line in read_run(run_dir)["history"] for name in line if "nrows" in name]
 
 
 @pytest.mark.slow
 def test_a_resumed_run_has_the_same_id_and_a_run_without_a_teacher_the_configured_role(tmp_path):
-    flags = ["--tracking.wandb=offline", "--role=teacher"]
+    flags = [
+        "--tracking.wandb=offline",
+        "--role=teacher",
+        f"--tracking.dir={tmp_path / 'tracking'}",
+        "--tracking.log_model=true",
+    ]
     train(tmp_path / "run", *flags, "--checkpoint.stop_after_steps=3")
-    first = read_run(tmp_path / "run")
-    assert (first["job_type"], first["tags"]) == ("teacher", [])
-    (tmp_path / "run/wandb").rename(tmp_path / "first")
-    train(tmp_path / "run", *flags)
-    second = read_run(tmp_path / "run")
+    first = read_run(tmp_path / "tracking")
+    assert (first["job_type"], first["tags"], first["project"]) == ("teacher", [], "kd-accel")
+    (tmp_path / "tracking").rename(tmp_path / "first")
+    train(tmp_path / "run", *flags, WANDB_DATA_DIR=str(tmp_path / "data"))
+    second = read_run(tmp_path / "tracking")
     assert second["id"] == first["id"] and second["job_type"] == "teacher"
     assert min(line["step"] for line in second["history"] if "train/loss" in line) == 4
+    assert [kind for _, kind in first["artifacts"]] == []
+    assert ("student-images-teacher", "model") in second["artifacts"], "named like the run"
+    staged = {path.read_bytes() for path in (tmp_path / "data").rglob("tmp*") if path.is_file()}
+    assert {(tmp_path / "run" / name).read_bytes() for name in ("model.safetensors", "model.json")} <= staged
+    assert not (tmp_path / "run/wandb").exists()
+
+
+@pytest.mark.slow
+def test_variables_of_wandb_are_honored_where_the_config_leaves_them_open(tmp_path):
+    variables = {
+        "WANDB_PROJECT": "pets",
+        "WANDB_ENTITY": "team",
+        "WANDB_RUN_GROUP": "pairs",
+        "WANDB_NAME": "third",
+        "WANDB_TAGS": "small,fast",
+        "WANDB_JOB_TYPE": "sweep",
+        "WANDB_DIR": str(tmp_path / "tracking"),
+    }
+    train(tmp_path / "run", "--tracking.wandb=offline", "--train.max_steps=2", **variables)
+    run = read_run(tmp_path / "tracking")
+    assert [run[key] for key in ("project", "entity", "group", "name", "job_type")] == [
+        "pets",
+        "team",
+        "pairs",
+        "third",
+        "sweep",
+    ]
+    assert sorted(run["tags"]) == ["fast", "small"]
+    flags = ["--tracking.project=cars", "--tracking.group=alone", "--tracking.tags=[own]", f"--tracking.dir={tmp_path / 'own'}"]
+    train(tmp_path / "other", "--tracking.wandb=offline", "--train.max_steps=2", *flags, **variables)
+    run = read_run(tmp_path / "own")
+    assert [run[key] for key in ("project", "group", "tags")] == ["cars", "alone", ["own"]]
 
 
 @pytest.mark.slow
@@ -138,7 +222,8 @@ def test_a_disabled_run_never_imports_wandb(tmp_path, no_wandb, recwarn):
     tracking = tracker("disabled", tmp_path)
     tracking.start(lambda kwargs: pytest.fail("a disabled run was started"))
     tracking.log({"loss": 1.0}, step=1)
-    tracking.log_table("results", ["name"], [["x"]])
+    tracking.summarize({"loss": 1.0})
+    tracking.log_files([tmp_path])
     tracking.finish()
     assert not tracking.is_enabled and not recwarn.list
 
