@@ -5,11 +5,15 @@ INSTALLED := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 FAST := not slow and not alone and not faults
+PAGE ?= runs/digits/report/index.html
 
-.PHONY: demo test test-all faults check fix clean
+.PHONY: demo page test test-all faults check fix clean
 
 demo: $(INSTALLED)  ## train, measure and compare the four models on the embedded digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_accel reproduce configs/digits/reproduce.yaml
+
+page: $(INSTALLED)  ## render the page of a report in headless Chromium, light and dark; a message on the console is an error
+	$(BIN)/python -m tests.report.browser $(PAGE)
 
 test: $(INSTALLED)  ## fast tests, then a real proof of each promise with several processes: under five minutes on two cores
 	$(PYTEST) $(PARALLEL) -m "$(FAST)"
@@ -17,7 +21,8 @@ test: $(INSTALLED)  ## fast tests, then a real proof of each promise with severa
 
 test-all: $(INSTALLED)  ## all tests but `make faults`; what CI runs
 	$(PYTEST) $(PARALLEL) -m "$(FAST)"
-	$(PYTEST) -m "(slow or alone) and not faults"
+	$(PYTEST) -n 2 --dist loadfile -m "slow and not alone and not faults"
+	$(PYTEST) -m "alone and not faults"
 
 faults: $(INSTALLED)  ## kills, damage and fuzzing at length; the record is printed and saved in runs/faults.json
 	$(PYTEST) -s -m faults

@@ -1,4 +1,4 @@
-"""The report: table and figures from run directories and a bench file, with reference figures for CIFAR-10 only."""
+"""The report: table, pictures and page from run directories and a bench file, with reference figures for CIFAR-10 only."""
 
 import json
 import sys
@@ -8,51 +8,36 @@ from PIL import Image
 
 from kd_accel.bench.provenance import model_digest
 from kd_accel.errors import UserError
-from kd_accel.report.plots import plot_accuracy_against_latency, plot_learning_curves
-from kd_accel.report.tables import CIFAR10_CLASSES, write_report
+from kd_accel.report.output import read_report, write_report
+from kd_accel.report.tables import CIFAR10_CLASSES, results_table
+from tests.report.runs import (
+    RESNET18,
+    RESNET50,
+    bench_file,
+    finished_run,
+    unfinished_run,
+    write_predictions,
+    write_settings,
+)
 from tests.support.launching import run
 
-RESNET50, RESNET18 = "torchvision/resnet50", "torchvision/resnet18"
-HEADER = ["Model", "Architecture", "Accuracy (%)", "Parameters (M)", "MACs (M)", "Latency (ms)"]
-
-
-def finished_run(root, name, **changes):
-    """Create the directory of a finished run, without the weights."""
-    directory = root / name
-    directory.mkdir()
-    summary = {
-        "name": name,
-        "role": "student",
-        "arch": RESNET18,
-        "accuracy": 0.7506,
-        "parameters": 11_181_642,
-        "is_scheduled": False,
-        "data": {"label_names": ["a", "b"]},
-    }
-    (directory / "summary.json").write_text(json.dumps({**summary, **changes}))
-    lines = [{"step": step, "epoch": 0, "split": "train", "loss": 2.0 / step} for step in range(1, 5)]
-    lines += [{"step": 4, "epoch": epoch, "split": "val", "loss": 1.0, "accuracy": 0.2 * epoch} for epoch in (1, 2)]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return directory
-
-
-def bench_file(root, *runs):
-    """Create a bench file of runs, each (directory, median in milliseconds)."""
-    models = [
-        {
-            "name": str(directory),
-            "macs": 37_017_600,
-            "latency": [{"batch_size": 32, "median_ms": 99.0}, {"batch_size": 1, "median_ms": median_ms}],
-        }
-        for directory, median_ms in runs
-    ]
-    path = root / "bench.json"
-    path.write_text(json.dumps({"device": "cpu", "models": models}))
-    return path
+HEADER = ["Model", "Architecture", "Accuracy (%)", "Parameters (M)", "MACs (M)", "Latency (ms)", "Throughput (images/s)"]
+COMPARED = ["Model", "Architecture", "Accuracy (%)", "Gap to teacher (points)", "Parameters (M)", "Compression"]
+KEYS = ["name", "role", "arch", "accuracy", "parameters", "macs", "latency_ms"]
+FILES = {"results.md", "results.json", "index.html"}
 
 
 def cells(table):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def table_of(runs, bench_file=None):
+    """Return the cells of the table, without the pictures of a complete report."""
+    return cells(results_table(read_report(runs, bench_file).results))
+
+
+def rows_of(runs, bench_file=None):
+    return [result.row.figures() for result in read_report(runs, bench_file).results]
 
 
 def test_table_without_reference_for_other_data_than_cifar10(tmp_path):
@@ -62,18 +47,21 @@ def test_table_without_reference_for_other_data_than_cifar10(tmp_path):
     ]
     table = write_report(runs, out=tmp_path / "out", bench_file=bench_file(tmp_path, (runs[0], 12.345), (runs[1], 4.5)))
     assert cells(table) == [
-        HEADER,
-        ["---", "---", "---:", "---:", "---:", "---:"],
-        ["large (teacher)", RESNET50, "99.44", "23.53", "37.0", "12.35"],
-        ["small (distilled)", RESNET18, "75.06", "11.18", "37.0", "4.50"],
+        [*COMPARED, *HEADER[4:]],
+        ["---", "---", *["---:"] * 7],
+        ["large (teacher)", RESNET50, "99.44", "", "23.53", "", "37.0", "12.35", "323"],
+        ["small (distilled)", RESNET18, "75.06", "24.38", "11.18", "2.1×", "37.0", "4.50", "323"],
     ]
     assert (tmp_path / "out/results.md").read_text() == table + "\n"
     rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
-    assert [list(row) for row in rows] == [["name", "role", "arch", "accuracy", "parameters", "macs", "latency_ms"]] * 2
-    assert list(rows[0].values()) == ["large", "teacher", RESNET50, 0.99444, 23_528_522, 37_017_600, 12.345]
+    throughput = ["images_per_second", "throughput_batch_size"]
+    assert list(rows[0]) == [*KEYS, *throughput, "run"]
+    assert list(rows[1]) == [*KEYS, *throughput, "gap_to_teacher", "compression", "run"]
+    assert list(rows[0].values())[:7] == ["large", "teacher", RESNET50, 0.99444, 23_528_522, 37_017_600, 12.345]
+    assert rows[1]["gap_to_teacher"] == pytest.approx(0.24384) and rows[1]["run"] == str(runs[1])
     for name in ("learning_curves.png", "accuracy_latency.png"):
         with Image.open(tmp_path / "out" / name) as image:
-            assert image.format == "PNG" and min(image.size) >= 400
+            assert image.format == "PNG" and min(image.size) >= 400 and image.info["dpi"][0] > 150
 
 
 def test_column_for_cuda_graphs_if_measured(tmp_path):
@@ -83,10 +71,10 @@ def test_column_for_cuda_graphs_if_measured(tmp_path):
     content["models"][0]["latency"][1]["graph_median_ms"] = 0.5
     content["models"][1]["latency"][1]["graph_median_ms"] = None
     path.write_text(json.dumps(content))
-    header, _, *rows = cells(write_report(runs, out=tmp_path / "out", bench_file=path))
-    assert header == [*HEADER, "CUDA graph (ms)"]
-    assert [row[5:] for row in rows] == [["3.00", "0.50"], ["2.00", ""]]
-    found = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    header, _, *rows = table_of(runs, path)
+    assert header == [*HEADER[:6], "CUDA graph (ms)", HEADER[6]]
+    assert [row[5:7] for row in rows] == [["3.00", "0.50"], ["2.00", ""]]
+    found = rows_of(runs, path)
     assert found[0]["graph_latency_ms"] == 0.5 and "graph_latency_ms" not in found[1]
 
 
@@ -100,9 +88,9 @@ def test_reference_figures_for_cifar10_only(tmp_path):
         finished_run(tmp_path, "other_arch", role="distilled", arch="timm/vit", **cifar10),
         finished_run(tmp_path, "other_data"),
     ]
-    header, _, *rows = cells(write_report(runs, out=tmp_path / "out"))
-    assert header == [*HEADER, "Reference: accuracy / parameters / latency"]
-    assert [row[6] for row in rows] == [
+    header, _, *rows = table_of(runs)
+    assert header == [*COMPARED, *HEADER[4:6], "Reference: accuracy / parameters / latency"]
+    assert [row[-1] for row in rows] == [
         "85.11 / 23.5 / 8.72",
         "75.06 / 11.18 / 4.70",
         "76.8 / 11.18 / 4.10",
@@ -114,8 +102,8 @@ def test_reference_figures_for_cifar10_only(tmp_path):
 
 def test_without_bench_file_latency_is_empty_and_old_figures_are_removed(tmp_path):
     directory = finished_run(tmp_path, "r")
-    write_report([directory], out=tmp_path / "out", bench_file=bench_file(tmp_path, (directory, 1.0)))
-    assert (tmp_path / "out/accuracy_latency.png").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/accuracy_latency.png").write_text("of an earlier report")
     table = write_report([directory], out=tmp_path / "out")
     assert cells(table)[2][4:] == ["", ""]
     (row,) = json.loads((tmp_path / "out/results.json").read_text())["rows"]
@@ -129,59 +117,65 @@ def test_without_batch_size_1_latency_is_empty(tmp_path):
     bench = tmp_path / "bench.json"
     models = [{"name": str(directory), "macs": 1, "latency": [{"batch_size": 8, "median_ms": 3.0}]}]
     bench.write_text(json.dumps({"models": models}))
-    assert cells(write_report([directory], out=tmp_path / "out", bench_file=bench))[2][5] == ""
+    assert table_of([directory], bench)[2][5:] == ["", "2667"]
 
 
 def test_without_matplotlib_the_table_is_written_and_old_figures_are_removed(tmp_path, monkeypatch, capsys):
     directory = finished_run(tmp_path, "r")
     bench = bench_file(tmp_path, (directory, 1.0))
-    table = write_report([directory], out=tmp_path / "out", bench_file=bench)
-    assert capsys.readouterr().out == ""
+    (tmp_path / "out").mkdir()
+    for name in ("learning_curves.png", "accuracy_latency.png"):
+        (tmp_path / "out" / name).write_text("of an earlier report")
     for name in [name for name in sys.modules if name == "kd_accel.report.plots" or name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert write_report([directory], out=tmp_path / "out", bench_file=bench) == table
+    assert cells(write_report([directory], out=tmp_path / "out", bench_file=bench)) == table_of([directory], bench)
     assert capsys.readouterr().out == "no figures are drawn, because matplotlib is not installed; pip install matplotlib\n"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.md", "results.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert "matplotlib was not installed" in (tmp_path / "out/index.html").read_text()
 
 
-def pixels(path):
-    with Image.open(path) as image:
-        return image.convert("RGB").tobytes()
+def test_an_unfinished_run_has_a_row_and_its_curves(tmp_path):
+    teacher = finished_run(tmp_path, "large", role="teacher", parameters=4)
+    started = unfinished_run(tmp_path, "new", teacher={"run": "x"})
+    table = write_report([teacher, started], out=tmp_path / "out", bench_file=bench_file(tmp_path, (teacher, 2.0)))
+    assert cells(table)[3] == ["new (distilled, unfinished, step 4 of 6)", RESNET18, *[""] * 5]
+    row = json.loads((tmp_path / "out/results.json").read_text())["rows"][1]
+    assert {key: row[key] for key in KEYS[3:]} == dict.fromkeys(KEYS[3:]) and (row["step"], row["steps"]) == (4, 6)
+    page = (tmp_path / "out/index.html").read_text()
+    assert "unfinished, step 4 of 6" in page and "2, 1 of them unfinished" in page
+    assert page.count("stroke: var(--run1)") >= 2
 
 
-def test_runs_with_the_same_name_have_separate_curves(tmp_path):
-    lines = [
-        {"step": step, "epoch": step, "split": split, "loss": 1.0, "accuracy": 0.5}
-        for split in ("train", "val")
-        for step in (1, 2)
-    ]
-    other = [{**line, "loss": 0.1, "accuracy": 0.9} for line in lines]
-    plot_learning_curves([("a", lines), ("a", other)], tmp_path / "two.png")
-    plot_learning_curves([("a", lines), ("a", lines)], tmp_path / "same.png")
-    assert pixels(tmp_path / "two.png") != pixels(tmp_path / "same.png")
+def test_seeds_have_a_line_with_mean_and_deviation(tmp_path):
+    runs = [finished_run(tmp_path, f"small-seed{seed}", accuracy=0.7 + 0.02 * seed) for seed in (0, 1)]
+    runs.append(finished_run(tmp_path, "other"))
+    for seed, directory in enumerate(runs):
+        write_settings(directory, seed=seed, optim={"lr": 0.1 if seed < 2 else 0.2})
+    table = table_of(runs)
+    names = [row[0] for row in table[2:]]
+    mean = "**small**, mean ± standard deviation (n = 2)"
+    assert names == ["small-seed0 (student)", "small-seed1 (student)", mean, "other (student)"]
+    assert table[4][2:4] == ["71.00 ± 1.41", "11.18"]
+    assert [row["seed"] for row in rows_of(runs)] == [0, 1, 2]
 
 
-def test_run_without_validation_is_plotted(tmp_path):
-    plot_learning_curves([("a", [{"step": 1, "epoch": 0, "split": "train", "loss": 1.0}])], tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 0
+def test_columns_of_predictions_and_of_the_best_epoch(tmp_path):
+    names = {"data": {"label_names": list("abcdef")}}
+    run = finished_run(tmp_path, "r", agreement=0.5, accuracy_best=0.8, best_epoch=2, teacher_accuracy=0.9, **names)
+    write_predictions(run, labels=[0, 1, 2, -1], predicted=[0, 0, 0, 0], ranks=[0, 4, 5, 9])
+    header, _, row = table_of([run])
+    shown = dict(zip(header, row, strict=True))
+    assert (shown["Top-5 (%)"], shown["Agreement (%)"], shown["Best epoch (%)"]) == ("66.67", "50.00", "80.00")
+    assert shown["Gap to teacher (points)"] == "14.94" and "Compression" not in shown
 
 
-def blue_pixels(path):
-    """Count the pixels in the color of the first model."""
-    with Image.open(path) as image:
-        counts = {color: count for count, color in image.convert("RGB").getcolors(maxcolors=1 << 24)}
-    return counts[31, 119, 180]
+def test_names_do_not_break_the_table(tmp_path):
+    run = finished_run(tmp_path, "r", name="a|b\nc", arch="x|y")
+    assert "| a\\|b c (student) | x\\|y | 75.06 |" in results_table(read_report([run], None).results)
 
 
-def test_overlapping_markers_are_both_visible(tmp_path):
-    plot_accuracy_against_latency([("a", 1.0, 0.9), ("b", 1.0, 0.9)], tmp_path / "together.png")
-    plot_accuracy_against_latency([("a", 1.0, 0.9), ("b", 0.1, 0.89)], tmp_path / "apart.png")
-    # Half of the pixels are in the legend, so that a hidden marker would leave about half.
-    assert blue_pixels(tmp_path / "together.png") > 0.75 * blue_pixels(tmp_path / "apart.png")
-
-
-def test_unfinished_or_damaged_run_is_refused(tmp_path):
+def test_directory_without_a_run_and_damaged_run_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
         with pytest.raises(UserError, match="summary.json: cannot be read .*train it first"):
@@ -216,7 +210,7 @@ def test_damaged_metrics_are_refused(tmp_path, text, reason):
 
 
 def test_metrics_beyond_the_size_limit_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("kd_accel.report.tables._MAX_CURVE_BYTES", 2**20)
+    monkeypatch.setattr("kd_accel.report.run_files._MAX_CURVE_BYTES", 2**20)
     directory = finished_run(tmp_path, "r")
     (directory / "metrics.jsonl").write_text(" " * 2**20 + "\n")
     with pytest.raises(UserError, match="metrics.jsonl: exceeds the limit of 1 MiB; .* larger train.log_every_steps"):
@@ -228,6 +222,16 @@ def test_missing_metrics_are_refused(tmp_path):
     (directory / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="metrics.jsonl: cannot be read"):
         write_report([directory], out=tmp_path / "out")
+
+
+def test_a_benchmark_that_was_stopped_leaves_cells_empty(tmp_path):
+    runs = [finished_run(tmp_path, name) for name in ("first", "second", "third")]
+    path = bench_file(tmp_path, (runs[0], 2.0), (runs[1], 3.0))
+    content = json.loads(path.read_text())
+    content["models"][1]["latency"] = []
+    content |= {"complete": False, "stopped_by": "SIGINT", "not_measured": [{"name": str(runs[2]), "batch_sizes": [1]}]}
+    path.write_text(json.dumps(content))
+    assert [row[4:] for row in table_of(runs, path)[2:]] == [["37.0", "2.00", "323"], ["37.0", "", ""], ["", "", ""]]
 
 
 def test_incomplete_or_damaged_bench_file_is_refused(tmp_path):
@@ -256,10 +260,10 @@ def test_figures_of_an_earlier_model_of_the_run_are_refused(tmp_path):
     content = json.loads(bench.read_text())
     content["models"][0]["digest"] = model_digest(directory)
     bench.write_text(json.dumps(content))
-    write_report([directory], out=tmp_path / "out", bench_file=bench)
+    read_report([directory], bench)
     (directory / "model.safetensors").write_text("new")
     with pytest.raises(UserError, match="--bench .*: lacks the current model of .*r; measure"):
-        write_report([directory], out=tmp_path / "out", bench_file=bench)
+        read_report([directory], bench)
 
 
 def test_unwritable_directory_is_refused(tmp_path):
@@ -272,5 +276,5 @@ def test_unwritable_directory_is_refused(tmp_path):
 def test_command_line(tmp_path):
     directory = finished_run(tmp_path, "r")
     done = run("report", directory, f"--out={tmp_path / 'out'}", f"--bench={bench_file(tmp_path, (directory, 2.5))}")
-    assert f"| r (student) | {RESNET18} | 75.06 | 11.18 | 37.0 | 2.50 |" in done.stdout
+    assert f"| r (student) | {RESNET18} | 75.06 | 11.18 | 37.0 | 2.50 | 323 |" in done.stdout
     assert "train it first" in run("report", tmp_path / "nowhere", f"--out={tmp_path / 'out'}", code=2).stderr
