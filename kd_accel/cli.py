@@ -19,6 +19,10 @@ from kd_accel.config.evaluation import is_evaluation_setting, parse_evaluation
 from kd_accel.config.fields import nearest
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
+from kd_accel.config.seeds import HELP as HELP_OF_SEEDS
+from kd_accel.config.seeds import parse_seeds, with_seed
+from kd_accel.config.sweep import parse_sweep
+from kd_accel.config.wandb_sweep import as_trial_of_agent
 from kd_accel.errors import OutputClosed, UserError
 from kd_accel.exit_codes import exit_codes
 from kd_accel.io.files import is_directory
@@ -97,12 +101,19 @@ def _run_parser(command: str, description: str, arguments: str = "") -> CommandP
 
 
 def _train(argv: list[str]) -> None:
-    config, _ = parse_config(
-        RunConfig, argv, parser=_run_parser("train", "Train as configured, or resume from the latest checkpoint.")
-    )
+    parser = _run_parser("train", "Train as configured, or resume from the latest checkpoint.", "[--seeds N]")
+    parser.add_argument("--seeds", metavar="N", help=f"{HELP_OF_SEEDS} Runs in turn, in NAME-seedK each.")
+    config, values = parse_config(RunConfig, argv, parser=parser)
+    configs = [as_trial_of_agent(config)]
+    if values.seeds is not None:
+        mistakes: list[str] = []
+        configs = [with_seed(configs[0], seed) for seed in parse_seeds(values.seeds, mistakes)]
+        if mistakes:
+            raise UserError("\n".join(mistakes))
     from kd_accel.commands.train import run_training
 
-    run_training(config)
+    for each in configs:
+        run_training(each)
 
 
 def _cache(argv: list[str]) -> None:
@@ -153,21 +164,58 @@ def _plan(argv: list[str]) -> None:
 
 
 def _evaluate(argv: list[str]) -> None:
-    description = "Compute the accuracy, loss and agreement with the teacher of a finished run."
+    description = "Evaluate finished runs: accuracy, of each class too, loss, calibration, agreement with the teacher."
     parser = CommandParser(
         "evaluate",
-        "RUN [--split test|val]",
+        "RUN ... [--split test|val] [--out FILE]",
         description,
         config_class=RunConfig,
         is_taken=is_evaluation_setting,
         losses=_LOSSES,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="Run directory.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Run directories, evaluated in turn.")
     parser.add_argument("--split", choices=["test", "val"], default="test", help="Held-out split to evaluate on.")
-    config, values = parse_evaluation(argv, parser=parser)
-    from kd_accel.commands.evaluate import run_evaluation
+    parser.add_argument("--out", type=Path, default=None, help="Parquet file for the predictions, one row per sample.")
+    configs, values = parse_evaluation(argv, parser=parser)
+    from kd_accel.commands.evaluate import run_evaluations
 
-    run_evaluation(values.run, config, split=values.split)
+    run_evaluations(values.runs, configs, split=values.split, out=values.out)
+
+
+def _predict(argv: list[str]) -> None:
+    description = "Predict the classes of image files; unreadable files are named, and make the exit code 2."
+    parser = CommandParser("predict", "RUN FILE ... [--top_k N] [--batch_size N] [--out FILE]", description)
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run directory.")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="Image files, and directories, of which all images are used.")
+    parser.add_argument("--top_k", type=int, default=None, help="Number of classes whose scores are added to each line.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Images per forward.")
+    parser.add_argument("--out", type=Path, default=None, help="Parquet file for the predictions, which are also printed.")
+    values = parser.parse(argv)
+    from kd_accel.commands.predict import run_predictions
+
+    run_predictions(values.run, values.files, top_k=values.top_k, batch_size=values.batch_size, out=values.out)
+
+
+def _export(argv: list[str]) -> None:
+    description = "Write the network of a finished run as a file to deploy, once its logits are found equal to the network's."
+    parser = CommandParser("export", "RUN --format onnx|torch|hub [--normalize] [--out PATH]", description)
+    parser.add_argument("run", metavar="RUN", type=Path, help="Run directory.")
+    parser.add_argument(
+        "--format",
+        choices=["onnx", "torch", "hub"],
+        required=True,
+        help="onnx = model.onnx; torch = model.pt2 of torch.export; hub = folder for the Hugging Face Hub.",
+    )
+    parser.add_argument(
+        "--normalize",
+        action="store_true",
+        help="Put the normalization into the file, whose input is then uint8 [B, 3, S, S]; else it is normalized float32.",
+    )
+    parser.add_argument("--out", type=Path, default=None, help="File or folder to write; by default in RUN/export.")
+    values = parser.parse(argv)
+    from kd_accel.commands.export import run_export
+
+    run_export(values.run, file_format=values.format, normalizes=values.normalize, out=values.out)
 
 
 def _bench(argv: list[str]) -> None:
@@ -184,10 +232,12 @@ def _bench(argv: list[str]) -> None:
 
 def _report(argv: list[str]) -> None:
     parser = CommandParser(
-        "report", "RUN ... --out DIR [--bench FILE]", "Write the table of results and the plots of finished runs."
+        "report", "RUN ... --out DIR [--bench FILE]", "Write tables, pictures and one HTML page on several runs."
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Run directories, in the order of the table.")
-    parser.add_argument("--out", type=Path, required=True, help="Directory for results.md, results.json and the plots.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="Directory for results.md, results.json, index.html, and the plots."
+    )
     parser.add_argument("--bench", type=Path, default=None, help="JSON file of `kd-accel bench --out`.")
     values = parser.parse(argv)
     from kd_accel.commands.report import run_report
@@ -237,6 +287,27 @@ def _reproduce(argv: list[str]) -> None:
     run_chain(config, overrides=argv[end + 1 :])
 
 
+def _sweep_parser() -> CommandParser:
+    description = (
+        "Train a student for each point of a grid of settings, with several seeds, from one cache, and write the table of the "
+        "results; finished runs are skipped."
+    )
+    parser = _run_parser("sweep", description, "--over NAME=V1,V2,... [--seeds N] [--out DIR] [--launch FILE]")
+    add = parser.add_argument
+    add("--over", metavar="NAME=V1,V2,...", action="append", required=True, help="Setting with its values; repeat for a grid.")
+    add("--seeds", metavar="N", help=HELP_OF_SEEDS)
+    add("--out", metavar="DIR", type=Path, help="Directory of the sweep; by default that of a run, with -sweep.")
+    add("--launch", metavar="FILE", help="Config file of `accelerate launch`; by default one process without a launcher.")
+    return parser
+
+
+def _sweep(argv: list[str]) -> None:
+    sweep, values = parse_sweep(argv, parser=_sweep_parser())
+    from kd_accel.commands.sweep import run_sweep
+
+    run_sweep(sweep, launch=values.launch)
+
+
 _CACHE_ACTIONS = {
     "build": "Run the teacher over all samples and views, and write the files that the cache lacks.",
     "verify": "Check every byte, and recompute a few outputs with the teacher.",
@@ -250,10 +321,13 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "cache": ("Store the outputs of a teacher: build, verify, info.", _cache),
     "data": ("Check the images and labels of a data set: check.", _data),
     "plan": ("Estimate the cost of a live and of a cached teacher on this machine.", _plan),
-    "evaluate": ("Compute accuracy, loss and agreement of a finished run.", _evaluate),
+    "evaluate": ("Evaluate finished runs, and write their predictions.", _evaluate),
+    "predict": ("Predict the classes of image files with a finished run.", _predict),
+    "export": ("Write the network of a run as a file or a folder to deploy.", _export),
     "bench": ("Measure parameters, MACs and latency of runs or architectures.", _bench),
-    "report": ("Write the table and the plots of several runs.", _report),
+    "report": ("Write tables, pictures and one HTML page on several runs.", _report),
     "layers": ("Print the layers of a network that a feature loss can compare.", _layers),
     "losses": ("Print the registered losses and their settings.", _losses),
     "reproduce": ("Run a chain of trainings, then bench and report.", _reproduce),
+    "sweep": ("Train students over a grid of settings, from one cache.", _sweep),
 }

@@ -101,7 +101,7 @@ def test_student_resumes_after_a_pause(workflow):
 
 def test_report_has_the_table_and_no_figures(workflow):
     out = workflow.where / "report"
-    assert {path.name for path in out.iterdir()} == {"results.md", "results.json"}
+    assert {path.name for path in out.iterdir()} == {"results.md", "results.json", "index.html"}
     table = (out / "results.md").read_text()
     assert table.count("(teacher)") == table.count("(distilled)") == 1
     rows = json.loads((out / "results.json").read_text())["rows"]

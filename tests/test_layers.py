@@ -20,6 +20,7 @@ LAYERS = [
     "losses",
     "teacher",
     "cache",
+    "deploy",
     "training bench",
     "report",
     "builders",
@@ -104,6 +105,7 @@ def test_mistakes_are_found_before_torch_is_loaded():
         "kd_accel.losses.registry",
         "kd_accel.cli",
         "kd_accel.commands.reproduce",
+        "kd_accel.commands.sweep",
     ]
     code = (
         "import importlib, sys\n"

@@ -6,17 +6,20 @@ hours of training. This process does not import torch.
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kd_accel.bench.provenance import is_measured
 from kd_accel.config.command_line import CommandParser
 from kd_accel.config.parsing import flag_mistakes, parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
+from kd_accel.config.seeds import with_seed
 from kd_accel.config.settings import read_yaml
 from kd_accel.errors import UserError
+from kd_accel.io.child_process import run_child
 from kd_accel.losses.registry import names
 
 
@@ -29,24 +32,71 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
 
     Raises:
         UserError: If a config is wrong, before the first launch, or if a step of the chain fails.
+        Preempted: If a signal has stopped the chain, in a training after a checkpoint.
     """
-    runs = _checked_runs(config, overrides)
+    trainings = _checked_trainings(config, overrides)
     report_dir = Path(config.report_dir)
-    for file, run in zip(config.runs, runs, strict=True):
-        flags = [f"--config={file}", *overrides]
-        if _needs_its_cache(run):
-            _launch(["cache", "build", *flags], launch=config.launch, what=f"cache of {run.name}")
-        _launch(["train", *flags], launch=config.launch, what=f"training of {run.name}")
-        if not (run.directory / "summary.json").is_file():
-            raise UserError(f"{run.name}: paused by checkpoint.stop_after_steps; run the chain again without it to continue")
-    directories = [str(run.directory) for run in runs]
     bench_file = report_dir / "bench.json"
-    if not is_measured(bench_file, [run.directory for run in runs], config.bench):
-        _call(["bench", *directories, "--out", str(bench_file), *_bench_flags(config.bench)], what="bench")
-    _call(["report", *directories, "--out", str(report_dir), "--bench", str(bench_file)], what="report")
+    runs = [run.directory for training in trainings for run in training.runs]
+    names = [str(directory) for directory in runs]
+    steps = [step for training in trainings for step in _steps(training, config.launch, overrides)]
+    measured = [str(directory) for directory in _one_of_each_architecture(trainings)]
+    if not is_measured(bench_file, [Path(name) for name in measured], config.bench):
+        steps.append(_Step("bench", ["bench", *measured, "--out", str(bench_file), *_bench_flags(config.bench)]))
+    steps.append(_Step("report", ["report", *names, "--out", str(report_dir), "--bench", str(bench_file)]))
+    for number, step in enumerate(steps, 1):
+        print(f"\n== {number} of {len(steps)}: {step.what}", flush=True)
+        _run(step)
+        paused = [run.name for run in step.runs if not (run.directory / "summary.json").is_file()]
+        if paused:
+            raise UserError(f"{paused[0]}: paused by checkpoint.stop_after_steps; run the chain again without it to continue")
 
 
-def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConfig]:
+@dataclass(frozen=True)
+class _Training:
+    """Config file of the chain, with its runs: one, or one for each seed."""
+
+    file: str
+    config: RunConfig
+    seeds: Sequence[int]
+
+    @property
+    def runs(self) -> list[RunConfig]:
+        """Configs of the runs."""
+        return [with_seed(self.config, seed) for seed in self.seeds] or [self.config]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Command of the chain, in a launcher if `launch` is its config file, and the runs that it must finish."""
+
+    what: str
+    arguments: list[str]
+    launch: str | None = None
+    runs: Sequence[RunConfig] = ()
+
+
+def _steps(training: _Training, launch: str, overrides: Sequence[str]) -> Iterator[_Step]:
+    """Yield the build of the cache, if it is needed, and the training."""
+    name, flags = training.config.name, [f"--config={training.file}", *overrides]
+    if any(map(_needs_its_cache, training.runs)):
+        yield _Step(f"cache of {name}", ["cache", "build", *flags], launch)
+    seeds = ",".join(map(str, training.seeds))
+    what = f"training of {name}" + (f", seeds {seeds}" if seeds else "")
+    yield _Step(what, ["train", *flags, *([f"--seeds={seeds},"] if seeds else [])], launch, training.runs)
+
+
+def _one_of_each_architecture(trainings: Sequence[_Training]) -> list[Path]:
+    """Return the directory of the first run of each architecture: the others have the same cost."""
+    first: dict[str, Path] = {}
+    for training in trainings:
+        model, data = training.config.model, training.config.data
+        key = json.dumps([model.arch, model.stem, model.arch_args, data.image_size])
+        first.setdefault(key, training.runs[0].directory)
+    return list(first.values())
+
+
+def _checked_trainings(config: ReproduceConfig, overrides: list[str]) -> list[_Training]:
     if not Path(config.launch).is_file():
         raise UserError(
             f"launch: file {config.launch!r} not found; use a file of launch/ (paths are relative to the working directory)"
@@ -68,7 +118,12 @@ def _checked_runs(config: ReproduceConfig, overrides: list[str]) -> list[RunConf
         mistakes.append("runs: must list at least one config, and no two with the same run directory")
     if mistakes:
         raise UserError("\n".join(mistakes))
-    return runs
+    teachers = {own.teacher.run for run in runs for own in run.by_teacher().values() if own.teacher}
+    taught_by = {Path(teacher) for teacher in teachers if teacher}
+    return [
+        _Training(file, run, () if run.directory in taught_by else range(config.num_seeds or 0))
+        for file, run in zip(config.runs, runs, strict=True)
+    ]
 
 
 def _needs_its_cache(run: RunConfig) -> bool:
@@ -78,22 +133,12 @@ def _needs_its_cache(run: RunConfig) -> bool:
     return not is_finished and any(teacher.uses_cache and not teacher.is_stored for teacher in teachers)
 
 
-def _launch(arguments: list[str], *, launch: str, what: str) -> None:
-    print(f"\n== {what}", flush=True)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
-    _run([*launcher, "-m", "kd_accel", *arguments], what=what)
-
-
-def _call(arguments: list[str], *, what: str) -> None:
-    print(f"\n== {what}", flush=True)
-    _run([sys.executable, "-m", "kd_accel", *arguments], what=what)
-
-
-def _run(command: list[str], *, what: str) -> None:
-    status = subprocess.run(command, env=os.environ, check=False).returncode
-    if status:
+def _run(step: _Step) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", step.launch] if step.launch else []
+    code = run_child([sys.executable, *launcher, "-m", "kd_accel", *step.arguments])
+    if code:
         raise UserError(
-            f"the {what} exited with code {status}; its messages are above. Fix the cause and run the same command again: "
+            f"the {step.what} exited with code {code}; its messages are above. Fix the cause and run the same command again: "
             "completed steps are skipped, and an interrupted training resumes from its last checkpoint"
         )
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from kd_accel.builders.ensemble import errors_of_teacher
 from kd_accel.builders.header import described_teachers, header_text, start_notices, training_header
-from kd_accel.builders.results import evaluate_best, save_summary, save_trained_model
+from kd_accel.builders.results import evaluate_best, evaluate_test, save_results, save_trained_model
 from kd_accel.builders.run import Run, build_run
 from kd_accel.config.ensemble_rules import of_teacher
 from kd_accel.config.schema import RunConfig
@@ -93,11 +93,11 @@ def _finish(run: Run, known: dict[str, float]) -> None:
     # Before the evaluation, so that a bad test image does not lose the training.
     save_trained_model(run)
     try:
-        test_metrics = trainer.evaluate(run.test)
+        test_metrics, predictions = evaluate_test(run)
         best_metrics = evaluate_best(run, test_metrics)
     except UnreadableImage as error:
         raise error.with_remedy(
             f"the training is complete, and its model is in {run.directory.path}. Restore or remove the image, or set "
             "data.on_error to skip, then run the same command again, which only evaluates on the test samples"
         ) from None
-    save_summary(run, {**test_metrics, **known}, best_metrics)
+    save_results(run, {**test_metrics, **known}, predictions, best_metrics)

@@ -5,6 +5,7 @@ The "Args:" of a class is the `--help` of its settings. Rules that need more tha
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -152,22 +153,29 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Weights & Biases, in addition to metrics.jsonl, which is always written.
+    """Weights & Biases and TensorBoard, in addition to metrics.jsonl, which is always written.
 
     Args:
-        wandb: Mode: auto = online with an API key, else offline, and disabled where wandb is not installed.
-        project: W&B project.
-        entity: W&B team or user; null = the account's default.
-        group: W&B group.
-        tags: W&B tags.
+        wandb: Mode of W&B: auto = online with an API key, else offline, and disabled where wandb is not installed.
+        project: W&B project; null = the environment's WANDB_PROJECT, else kd-accel.
+        entity: W&B team or user; null = WANDB_ENTITY, else the account's default.
+        group: W&B group; null = WANDB_RUN_GROUP, if it is set.
+        tags: W&B tags; an empty list = WANDB_TAGS, if it is set.
+        dir: Directory in which W&B makes `wandb/`, and TensorBoard `tensorboard/RUN`; that of several runs shows them side by
+            side. null = WANDB_DIR for W&B, else the run directory.
+        log_model: Whether model.safetensors and model.json are logged to W&B as an artifact.
+        tensorboard: Whether event files for TensorBoard are written.
         timeout_s: Seconds until a run whose W&B service does not respond is tracked offline.
     """
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "kd-accel"
+    project: str | None = None
     entity: str | None = None
     group: str | None = None
     tags: list[str] = Field(default_factory=list)
+    dir: str | None = None
+    log_model: bool = False
+    tensorboard: bool = False
     timeout_s: int = 15
 
 
@@ -223,6 +231,11 @@ class RunConfig(Section):
         return Path(self.run_dir) if self.run_dir else Path("runs") / self.name
 
     @property
+    def shown_role(self) -> str:
+        """Role in tables and trackers: teacher, student or distilled."""
+        return "distilled" if self.has_teacher else self.role
+
+    @property
     def has_teacher(self) -> bool:
         """True if the run is a distillation, from one teacher or several."""
         return self.teacher is not None or bool(self.teachers)
@@ -250,7 +263,7 @@ class BenchConfig(Section):
     """A measurement of models.
 
     Args:
-        batch_sizes: Images per forward.
+        batch_sizes: Images per forward. A list such as [1, 32] or 1,32, or one number.
         image_size: Side of the images in pixels; null = the run's own (32 for an architecture).
         num_classes: Number of classes of an architecture that is not a run.
         device: Device: auto, cpu, cuda or cuda:N.
@@ -260,8 +273,11 @@ class BenchConfig(Section):
         threads: CPU threads; null = torch's default.
         min_iterations: Smallest number of timed forwards per model and batch size.
         min_time_s: Shortest time per model and batch size, in seconds.
+        time_limit_s: Time for all latencies together, in seconds, warm-up included; null = no limit. Figures that are measured
+            until then are kept.
         tf32: TF32 in float32 convolutions and matrix products (GPUs), as train.tf32.
         cuda_graph: Also time a CUDA graph of each forward (GPUs).
+        onnx: Also time each network in ONNX Runtime (CPUs), as exported by `kd-accel export`.
     """
 
     batch_sizes: list[int] = Field(default_factory=lambda: [1, 32])
@@ -274,8 +290,18 @@ class BenchConfig(Section):
     threads: int | None = None
     min_iterations: int = 200
     min_time_s: float = 1.0
+    time_limit_s: float | None = None
     tf32: bool = True
     cuda_graph: bool = False
+    onnx: bool = False
+
+    @field_validator("batch_sizes", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Accept one number, and the text 1,32, in place of a list."""
+        if isinstance(value, str) and re.fullmatch(r"\s*\d{1,18}\s*(,\s*\d{1,18}\s*)*", value):
+            return [int(number) for number in value.split(",")]
+        return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class ReproduceConfig(Section):
@@ -283,12 +309,15 @@ class ReproduceConfig(Section):
 
     Args:
         runs: Config files of the trainings, in order.
+        num_seeds: Number of seeds of each training, 0, 1, ..., all in one launch; its runs are NAME-seedK. A teacher of another
+            training is trained once, with its own seed. null = each training has one run, with its own seed.
         launch: Config file of `accelerate launch`.
         report_dir: Directory of table and pictures.
         bench: Measurement of the trained models.
     """
 
     runs: list[str]
+    num_seeds: int | None = None
     launch: str
     report_dir: str
     bench: BenchConfig = Field(default_factory=BenchConfig)

@@ -14,7 +14,7 @@ FILE = re.compile(
     r"(?<![\w./])((?:kd_accel/)?(?:io|config|data|models|losses|teacher|cache|training|bench|report|builders|commands|tests|benchmarks)"
     r"/[a-z0-9_/]+\.py)\b"
 )
-RUN_FILES = {"model.safetensors", "model.json"}
+RUN_FILES = {"model.safetensors", "model.json", "model.onnx", "model.pt"}  # SETTING reads no digits: model.pt2
 
 
 @pytest.fixture(scope="module")
