@@ -11,7 +11,7 @@ from typing import Any
 
 from kd_accel.bench.provenance import model_digest
 from kd_accel.errors import UserError, describe_error
-from kd_accel.io.files import read_json
+from kd_accel.io.files import load_json, read_json
 from kd_accel.report.rows import finite
 
 Entry = Mapping[str, Any]
@@ -39,13 +39,38 @@ def entries(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in content["models"]}
 
 
+def entry_of(directory: Path, found: Mapping[str, Entry]) -> Entry | None:
+    """Return the entry of a run, or that of another run with the same architecture and image size, which costs the same.
+
+    Args:
+        directory: Run directory.
+        found: Entries of the bench file by name.
+    """
+    own, architecture = found.get(str(directory)), _architecture(directory)
+    if own is not None or architecture is None:
+        return own
+    return next((entry for name, entry in found.items() if _architecture(Path(name)) == architecture), None)
+
+
+def _architecture(directory: Path) -> list[Any] | None:
+    """Return what decides the cost of a run's network; None without a valid model.json."""
+    try:
+        card = load_json(directory / "model.json")
+        return [card["arch"], card["stem"], card["arch_args"], card["image_size"], len(card["label_names"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def refuse_other_models(path: Path, content: Mapping[str, Any], directories: Sequence[Path]) -> None:
-    """Raise UserError if a bench file lacks the current model of a finished run; one that was not measured in time may lack."""
+    """Raise UserError if a bench file lacks the current model of a finished run, or of one with the same architecture.
+
+    A model that was not measured in time may be missing.
+    """
     found = entries(content)
     not_measured = content.get("not_measured")
     entries_left = not_measured if isinstance(not_measured, list) else []
     skipped = {str(entry.get("name")) for entry in entries_left if isinstance(entry, dict)}
-    missing = [str(run) for run in directories if not _is_current(found.get(str(run)), run, skipped=skipped)]
+    missing = [str(run) for run in directories if not _is_current(entry_of(run, found), run, skipped=skipped)]
     if missing:
         names = " ".join(map(str, directories))
         raise UserError(
@@ -72,10 +97,10 @@ def bench_figures(entry: Entry, directory: Path) -> dict[str, Any]:
 
 
 def _is_current(entry: Entry | None, directory: Path, *, skipped: set[str]) -> bool:
-    """Return whether an entry is of the run's current model; an entry without a digest counts as current."""
+    """Return whether an entry is of its run's current model; an entry without a digest counts as current."""
     if entry is None:
         return str(directory) in skipped
-    return entry.get("digest") in (None, model_digest(directory))
+    return entry.get("digest") in (None, model_digest(Path(str(entry.get("name", directory)))))
 
 
 def _latency(latencies: Sequence[Entry]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_accel.errors import UserError
-from kd_accel.report.bench_file import entries, read_bench, refuse_other_models
+from kd_accel.report.bench_file import entries, entry_of, read_bench, refuse_other_models
 from kd_accel.report.content import Figures, Report
+from kd_accel.report.gain import gains
 from kd_accel.report.groups import Group, grouped, run_labels
 from kd_accel.report.page import page
 from kd_accel.report.rows import compared_with_teacher, finite
@@ -48,7 +49,7 @@ def write_report(
             finished run, or `out` cannot be written.
     """
     report = read_report(directories, bench_file)
-    text = results_table(report.results)
+    text = "\n\n".join(filter(None, (results_table(report.results), "\n".join(gains(report.groups)))))
     try:
         out.mkdir(parents=True, exist_ok=True)
         report = replace(report, figures=_draw(report, out, say))
@@ -65,7 +66,7 @@ def read_report(directories: Sequence[Path], bench_file: Path | None) -> Report:
     """Read the files of all runs, and compare them with the teacher. Raises UserError, see `write_report`."""
     bench = read_bench(bench_file) if bench_file else {}
     measured = entries(bench) if bench else {}
-    results = [load_run(directory, measured.get(str(directory))) for directory in directories]
+    results = [load_run(directory, entry_of(directory, measured)) for directory in directories]
     if bench_file:
         refuse_other_models(bench_file, bench, [result.directory for result in results if result.is_finished])
     predictions = [_predictions(result) for result in results]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from kd_accel.report.columns import Column, shown_columns
 from kd_accel.report.content import Report
+from kd_accel.report.gain import gains
 from kd_accel.report.groups import Group
 from kd_accel.report.html import Child, GroupRow, Markup, element, joined, table
 from kd_accel.report.page_classes import class_sections
@@ -88,6 +89,7 @@ def _results_section(report: Report) -> Markup:
         "section",
         element("h2", "Results"),
         table(head, body, caption="Results by run", class_="results"),
+        *(element("p", text, class_="gain") for text in gains(report.groups)),
         _explanations(columns, has_groups=bool(means)),
     )
 

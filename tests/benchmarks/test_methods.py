@@ -100,6 +100,12 @@ def test_page_has_the_settings():
     assert settings_table() in (ROOT / "docs/methods.md").read_text()
 
 
+def test_page_has_the_results_of_the_lines_next_to_it():
+    results = read_results(ROOT / "docs/methods.jsonl")
+    page = (ROOT / "docs/methods.md").read_text()
+    assert results and results_table([read_row(method, results) for method in METHODS], {}) in page
+
+
 def test_weight_is_chosen_on_validation_images(tmp_path):
     method, ledger = BY_NAME["rkd"], tmp_path / "methods.jsonl"
     assert chosen_factor(method, read_results(ledger)) == (1.0, 0)

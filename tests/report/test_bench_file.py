@@ -1,9 +1,12 @@
 """Figures of a bench file: complete, partial and damaged."""
 
+import json
+
 import pytest
 
+from kd_accel.bench.provenance import model_digest
 from kd_accel.errors import UserError
-from kd_accel.report.bench_file import bench_figures, refuse_other_models
+from kd_accel.report.bench_file import bench_figures, entry_of, refuse_other_models
 
 
 def entry(*latencies, macs=7):
@@ -43,3 +46,27 @@ def test_a_model_that_was_not_measured_in_time_may_be_missing(tmp_path):
     for other in (3, ["x"], [{"name": "other"}], None):
         with pytest.raises(UserError, match="lacks the current model"):
             refuse_other_models(tmp_path / "b", {**content, "not_measured": other}, [tmp_path])
+
+
+def model(directory, **changes):
+    """Create a run directory with the files that identify a model."""
+    directory.mkdir()
+    card = {"arch": "torchvision/resnet18", "stem": "imagenet", "arch_args": {}, "image_size": 32, "label_names": ["a", "b"]}
+    (directory / "model.json").write_text(json.dumps({**card, **changes}))
+    (directory / "model.safetensors").write_bytes(directory.name.encode())
+    return directory
+
+
+def test_runs_of_one_architecture_share_an_entry(tmp_path):
+    first, second, larger = model(tmp_path / "a"), model(tmp_path / "b", label_names=["c", "d"]), tmp_path / "c"
+    model(larger, image_size=64)
+    found = {str(first): {"name": str(first), "digest": model_digest(first), **entry((1, 2.0))}}
+    assert entry_of(second, found) is entry_of(first, found) is found[str(first)]
+    assert entry_of(larger, found) is None and entry_of(tmp_path / "nowhere", found) is None
+    content = {"models": list(found.values())}
+    assert refuse_other_models(tmp_path / "b.json", content, [first, second]) is None
+    with pytest.raises(UserError, match="lacks the current model of .*c; measure"):
+        refuse_other_models(tmp_path / "b.json", content, [first, larger])
+    (first / "model.safetensors").write_bytes(b"trained again")
+    with pytest.raises(UserError, match="lacks the current model of .*a, .*b; measure"):
+        refuse_other_models(tmp_path / "b.json", content, [first, second])
