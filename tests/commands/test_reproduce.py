@@ -28,21 +28,30 @@ def write_chain(directory, runs, *, bench=BENCH):
 
 
 @pytest.mark.slow
-def test_completed_steps_of_a_chain_are_skipped(tmp_path):
+def test_completed_steps_of_a_chain_are_skipped_and_its_seeds_share_launches(tmp_path):
     cached = {"run": str(tmp_path / "teacher"), "outputs": "cached", "cache": {"dir": str(tmp_path / "cache")}}
     runs = {"teacher": {"role": "teacher"}, "student": {"teacher": cached}}
     chain = write_chain(tmp_path, runs)
     flags = ["--train.epochs=1", "--data.views=2"]
-    first = run("reproduce", "--config", chain, "--allow_import", "--", *flags, KD_ACCEL_ALLOW_IMPORT="")
+    first = run("reproduce", "--config", chain, "--num_seeds=2", "--allow_import", "--", *flags, KD_ACCEL_ALLOW_IMPORT="")
+    steps = [line for line in first.stdout.splitlines() if line.startswith("== ")]
+    what = ["training of teacher", "cache of student", "training of student, seeds 0,1", "bench", "report"]
+    assert steps == [f"== {number} of 5: {each}" for number, each in enumerate(what, 1)]
     assert "4 of 4 files to write" in first.stdout
-    assert "| student (distilled) | import:tests.support.models:student |" in first.stdout
-    assert summary(tmp_path / "student")["world_size"] == 2
-    assert summary(tmp_path / "student")["steps"] == 8
-    before = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
-    second = run("reproduce", "--config", chain, "--", *flags)
-    assert second.stdout.count("finished already") == 2
-    again = (tmp_path / "student/model.safetensors").stat().st_mtime_ns, (tmp_path / "report/bench.json").stat().st_mtime_ns
-    assert again == before
+    assert "| **student**, mean ± standard deviation (n = 2) | import:tests.support.models:student |" in first.stdout
+    students = [tmp_path / f"student-seed{seed}" for seed in (0, 1)]
+    assert [summary(student)["world_size"] for student in students] == [2, 2]
+    assert [summary(student)["steps"] for student in students] == [8, 8]
+    assert len({(student / "model.safetensors").read_bytes() for student in students}) == 2, "each seed trains another network"
+    assert not (tmp_path / "student").exists() and not (tmp_path / "teacher-seed0").exists()
+    report, bench = (json.loads((tmp_path / "report" / name).read_text()) for name in ("results.json", "bench.json"))
+    assert [Path(entry["name"]).name for entry in bench["models"]] == ["teacher", "student-seed0"]
+    assert len(report["rows"]) == 3 and report["rows"][1]["latency_ms"] == report["rows"][2]["latency_ms"] > 0
+    files = [students[1] / "model.safetensors", tmp_path / "report/bench.json"]
+    before = [file.stat().st_mtime_ns for file in files]
+    second = run("reproduce", "--config", chain, "--num_seeds=2", "--", *flags)
+    assert second.stdout.count("finished already") == 3
+    assert [file.stat().st_mtime_ns for file in files] == before
     wrong = run("reproduce", "--config", chain, "--", "--train.epoch=1", code=2)
     assert wrong.stderr.startswith("kd-accel: after --: --train.epoch: no such setting; did you mean --train.epochs?")
     assert len(wrong.stderr.splitlines()) == 1
