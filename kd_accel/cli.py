@@ -22,7 +22,7 @@ from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
 from kd_accel.config.seeds import HELP as HELP_OF_SEEDS
 from kd_accel.config.seeds import parse_seeds, with_seed
 from kd_accel.config.sweep import parse_sweep
-from kd_accel.config.wandb_sweep import as_trial_of_agent
+from kd_accel.config.wandb_sweep import agent_run_id, as_trial_of_agent
 from kd_accel.errors import OutputClosed, UserError
 from kd_accel.exit_codes import exit_codes
 from kd_accel.io.files import is_directory
@@ -107,6 +107,8 @@ def _train(argv: list[str]) -> None:
     configs = [as_trial_of_agent(config)]
     if values.seeds is not None:
         mistakes: list[str] = []
+        if agent_run_id():
+            mistakes.append("--seeds: several runs cannot share the W&B run of an agent; make seed a parameter of the sweep")
         configs = [with_seed(configs[0], seed) for seed in parse_seeds(values.seeds, mistakes)]
         if mistakes:
             raise UserError("\n".join(mistakes))

@@ -17,8 +17,8 @@ from kd_accel.distributed import on_main_process
 from kd_accel.io.files import write_json
 from kd_accel.models.weights import save_model
 from kd_accel.training.checkpoint import restore_module
-from kd_accel.training.prediction_file import StoredPredictions, save_predictions, with_errors
-from kd_accel.training.predictions import PredictionRecorder
+from kd_accel.training.prediction_file import save_predictions, with_errors
+from kd_accel.training.predictions import PredictionRecorder, Predictions
 
 
 def save_trained_model(run: Run) -> None:
@@ -29,16 +29,15 @@ def save_trained_model(run: Run) -> None:
     )
 
 
-def evaluate_test(run: Run) -> tuple[dict[str, float], StoredPredictions]:
+def evaluate_test(run: Run) -> tuple[dict[str, float], Predictions]:
     """Evaluate the last weights on the test split. Every rank must call it.
 
     Returns:
-        Metrics by name; and the predictions, with the images of the most confident errors on the main process alone.
+        Metrics by name, and the predictions.
     """
-    recorder, images = PredictionRecorder(keeps_probabilities=False), run.data.test
+    recorder = PredictionRecorder(keeps_probabilities=False)
     metrics = run.trainer.evaluate(run.test, record=recorder)
-    predictions = recorder.gather()
-    return metrics, on_main_process(run.trainer.accelerator, lambda: with_errors(predictions, images.pixels))
+    return metrics, recorder.gather()
 
 
 def evaluate_best(run: Run, last: dict[str, float]) -> dict[str, float] | None:
@@ -65,7 +64,7 @@ def evaluate_best(run: Run, last: dict[str, float]) -> dict[str, float] | None:
 def save_results(
     run: Run,
     test_metrics: dict[str, float],
-    predictions: StoredPredictions,
+    predictions: Predictions,
     best_metrics: dict[str, float] | None = None,
 ) -> None:
     """Write predictions and summary.json, the last file of a run, from the main process, and print the test accuracy.
@@ -75,13 +74,16 @@ def save_results(
     Args:
         run: The run, after its training.
         test_metrics: Metrics on the test split by name; accuracies are fractions of 1.
-        predictions: Predictions for the test split, which only the main process reads.
+        predictions: Predictions for the test split.
         best_metrics: Those of the weights of the best epoch; None if they are not kept.
     """
     position, trainer = run.trainer.train_state.position, run.trainer
     trainer.metrics_log.write({"step": position.step, "epoch": position.epoch, "split": "test", **test_metrics})
     summary = {**_summary(run, test_metrics), **_selection(run, best_metrics)}
     on_main_process(trainer.accelerator, lambda: _save(run, summary, predictions))
+    if trainer.accelerator.is_main_process:
+        # After the collective: no other process waits for a tracker.
+        run.trackers.note_results(summary, with_errors(predictions, run.data.test.pixels), run.data.label_names)
     name = "accuracy" if "accuracy" in test_metrics else "agreement"
     text = f"test {name} {100 * test_metrics[name]:.2f} %" + ("" if name == "accuracy" else " with the teacher")
     if best_metrics is not None:
@@ -99,10 +101,9 @@ def _selection(run: Run, best_metrics: dict[str, float] | None) -> dict[str, Any
     return {"best_epoch": position.best_epoch, **selection} if selection else {}
 
 
-def _save(run: Run, summary: dict[str, Any], predictions: StoredPredictions) -> None:
-    save_predictions(run.directory.path, predictions)
+def _save(run: Run, summary: dict[str, Any], predictions: Predictions) -> None:
+    save_predictions(run.directory.path, with_errors(predictions, run.data.test.pixels))
     write_json(summary, run.directory.path / "summary.json")
-    run.trackers.note_results(summary, predictions, run.data.label_names)
 
 
 def _summary(run: Run, test_metrics: dict[str, float]) -> dict[str, Any]:

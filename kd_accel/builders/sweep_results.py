@@ -14,6 +14,7 @@ from kd_accel.errors import UserError
 from kd_accel.io.files import refused_by_disk, write_whole
 from kd_accel.io.safe_yaml import dump_yaml, load_yaml_file
 from kd_accel.report.sweep_table import TrialResult, best_trial, read_run, write_sweep_report
+from kd_accel.training.resume_settings import ACCEPTED, OF_RESULTS, setting_changes
 
 
 def has_results(run: RunConfig) -> bool:
@@ -29,7 +30,20 @@ def is_finished(run: RunConfig) -> bool:
         stored = load_yaml_file(run.directory / "config.yaml")
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    return bool(stored == absolute_paths(run.model_dump(mode="json")))
+    changed = setting_changes(stored, absolute_paths(run.model_dump(mode="json")))
+    return not [name for name in changed if not _may_differ(run, name)]
+
+
+def _may_differ(run: RunConfig, name: str) -> bool:
+    """Return whether a finished run with another value of a setting has the same results."""
+    return (name in ACCEPTED and name not in OF_RESULTS) or _is_automatic(run, name)
+
+
+def _is_automatic(run: RunConfig, name: str) -> bool:
+    """Return whether a setting is the layers of a feature loss that the run chooses itself; its config.yaml has their names."""
+    features = run.distill.features if run.distill else {}
+    automatic = [f"distill.features.{loss}.layers" for loss, settings in features.items() if settings.layers == "auto"]
+    return any(f"{name}.".startswith(f"{layers}.") for layers in automatic)
 
 
 def config_file(sweep: Sweep, run: RunConfig) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from kd_accel.bench.runner import bench_models
 from kd_accel.config.schema import BenchConfig, RunConfig, TrackingConfig
 from kd_accel.distributed import Accelerator
+from kd_accel.errors import describe_error
 from kd_accel.io.hashing import settings_digest
 from kd_accel.training.checkpoint import Checkpoint
 from kd_accel.training.metrics import Tracker
@@ -20,7 +22,7 @@ from kd_accel.training.wandb_tracker import WandbTracker, project_name, refuse_m
 
 _MOST_CLASSES = 50
 """Number of classes up to which a confusion matrix can be read."""
-_LATENCY = BenchConfig(batch_sizes=[1], min_iterations=50, min_time_s=0.5)
+_LATENCY = BenchConfig(batch_sizes=[1], min_iterations=50, min_time_s=0.5, time_limit_s=10.0)
 
 
 class Trackers:
@@ -40,7 +42,7 @@ class Trackers:
             run_id=checkpoint.state["wandb_id"] if checkpoint else None,
         )
         self.tensorboard = TensorBoardTracker(
-            Path(config.tracking.dir or config.directory) / "tensorboard", name=config.directory.name
+            Path(config.tracking.dir or config.directory) / "tensorboard", name=_tensorboard_name(config)
         )
         self._config, self._checkpoint = config, checkpoint
 
@@ -114,6 +116,12 @@ def refuse_missing_trackers(config: TrackingConfig) -> None:
     refuse_missing_tensorboard(config)
 
 
+def _tensorboard_name(config: RunConfig) -> str:
+    """Return the name of the run's directory, with a digest of its path where runs of equal names may share `tracking.dir`."""
+    name, path = config.directory.name, str(config.directory.absolute())
+    return f"{name}-{settings_digest({'run_dir': path})[:8]}" if config.tracking.dir else name
+
+
 def _summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the row of a run in W&B's table has in addition to the metrics."""
     accuracy, teacher_accuracy = summary["accuracy"], summary["teacher_accuracy"]
@@ -139,7 +147,10 @@ def _cost(directory: Path) -> dict[str, Any]:
     """Measure the trained model: multiply-adds, and the latency of one image on the device that a deployment would choose."""
     try:
         figures = bench_models([str(directory)], _LATENCY)
-    except Exception:  # a model that only runs in larger batches, for example; the results are complete without its cost
+    except Exception as error:  # a model that only runs in larger batches, for example; the results are complete
+        warnings.warn(f"W&B: the summary lacks the latency ({describe_error(error)})", stacklevel=2)
         return {}
     (model,) = figures["models"]
+    if not model["latency"]:  # no forward within the time limit
+        return {"macs": model["macs"]}
     return {"macs": model["macs"], "latency_ms": model["latency"][0]["median_ms"], "latency_device": figures["device"]}

@@ -33,7 +33,8 @@ def run_bench(models: Sequence[str], config: BenchConfig, *, out: Path | None) -
     finally:
         is_worth_keeping = benchmark.has_latency or (benchmark.entries and benchmark.stopped_by != "error")
         if is_worth_keeping:
-            _close(benchmark.figures(), out)
+            # Counts alone do not replace the latencies of an earlier file.
+            _close(benchmark.figures(), out if benchmark.has_latency or not (out and out.exists()) else None)
 
 
 def _print_model(entry: dict[str, Any]) -> None:

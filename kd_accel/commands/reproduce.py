@@ -41,11 +41,13 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
     names = [str(directory) for directory in runs]
     steps = [step for training in trainings for step in _steps(training, config.launch, overrides)]
     measured = [str(directory) for directory in _one_of_each_architecture(trainings)]
-    if not is_measured(bench_file, [Path(name) for name in measured], config.bench):
-        steps.append(_Step("bench", ["bench", *measured, "--out", str(bench_file), *_bench_flags(config.bench)]))
+    steps.append(_Step("bench", ["bench", *measured, "--out", str(bench_file), *_bench_flags(config.bench)]))
     steps.append(_Step("report", ["report", *names, "--out", str(report_dir), "--bench", str(bench_file)]))
     for number, step in enumerate(steps, 1):
         print(f"\n== {number} of {len(steps)}: {step.what}", flush=True)
+        if step.what == "bench" and is_measured(bench_file, [Path(name) for name in measured], config.bench):
+            print("measured already; nothing to do", flush=True)
+            continue
         _run(step)
         paused = [run.name for run in step.runs if not (run.directory / "summary.json").is_file()]
         if paused:
@@ -91,7 +93,8 @@ def _one_of_each_architecture(trainings: Sequence[_Training]) -> list[Path]:
     first: dict[str, Path] = {}
     for training in trainings:
         model, data = training.config.model, training.config.data
-        key = json.dumps([model.arch, model.stem, model.arch_args, data.image_size])
+        # The source stands for the classes, which only the data defines.
+        key = json.dumps([model.arch, model.stem, model.arch_args, data.image_size, data.source, data.labels])
         first.setdefault(key, training.runs[0].directory)
     return list(first.values())
 
@@ -118,12 +121,20 @@ def _checked_trainings(config: ReproduceConfig, overrides: list[str]) -> list[_T
         mistakes.append("runs: must list at least one config, and no two with the same run directory")
     if mistakes:
         raise UserError("\n".join(mistakes))
-    teachers = {own.teacher.run for run in runs for own in run.by_teacher().values() if own.teacher}
-    taught_by = {Path(teacher) for teacher in teachers if teacher}
+    teachers = {directory for run in runs for directory in _teacher_directories(run)}
     return [
-        _Training(file, run, () if run.directory in taught_by else range(config.num_seeds or 0))
+        _Training(file, run, () if run.directory.absolute() in teachers else range(config.num_seeds or 0))
         for file, run in zip(config.runs, runs, strict=True)
     ]
+
+
+def _teacher_directories(run: RunConfig) -> Iterator[Path]:
+    """Yield the directories of the runs from which a training loads its teachers."""
+    for own in run.by_teacher().values():
+        if own.teacher is not None and own.teacher.run:
+            yield Path(own.teacher.run).absolute()
+        if own.teacher is not None and own.teacher.weights:
+            yield Path(own.teacher.weights).absolute().parent
 
 
 def _needs_its_cache(run: RunConfig) -> bool:

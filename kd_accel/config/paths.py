@@ -14,7 +14,7 @@ from typing import Any
 from kd_accel.config.fields import as_one_teacher, flatten
 from kd_accel.io.files import is_directory
 
-_DIRECTORIES = ("run_dir", "teacher.run", "teacher.cache.dir")
+_DIRECTORIES = ("run_dir", "teacher.run", "teacher.cache.dir", "tracking.dir")
 _WEIGHTS = ("model.weights", "teacher.weights")
 _SOURCES = ("data.source", "data.unlabeled")
 _LOCAL_KINDS = ("parquet", "imagefolder", "csv", "disk")

@@ -157,7 +157,7 @@ class TrackingConfig(Section):
 
     Args:
         wandb: Mode of W&B: auto = online with an API key, else offline, and disabled where wandb is not installed.
-        project: W&B project; null = the environment's WANDB_PROJECT, else kd-accel.
+        project: W&B project; WANDB_PROJECT, if it is set, replaces the default.
         entity: W&B team or user; null = WANDB_ENTITY, else the account's default.
         group: W&B group; null = WANDB_RUN_GROUP, if it is set.
         tags: W&B tags; an empty list = WANDB_TAGS, if it is set.
@@ -169,7 +169,7 @@ class TrackingConfig(Section):
     """
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str | None = None
+    project: str = "kd-accel"
     entity: str | None = None
     group: str | None = None
     tags: list[str] = Field(default_factory=list)

@@ -26,6 +26,7 @@ from kd_accel.config.schema import (
     ReproduceConfig,
     RunConfig,
 )
+from kd_accel.config.seeds import MAX_SEEDS
 from kd_accel.config.teacher_rules import teacher_problems
 from kd_accel.config.training_rules import training_option_problems
 from kd_accel.config.transform_schema import transform_config
@@ -47,7 +48,7 @@ def problems(config: BaseModel, losses: Mapping[str, Sequence[str]] | None = Non
         A message for each broken rule: field, value, rule and remedy. Empty for a valid config.
     """
     if isinstance(config, ReproduceConfig):
-        return [*_values(config), *(f"bench.{problem}" for problem in _bench(config.bench))]
+        return [*_values(config), *_seeds(config), *(f"bench.{problem}" for problem in _bench(config.bench))]
     if isinstance(config, BenchConfig):
         return [*_values(config), *_bench(config)]
     assert isinstance(config, RunConfig)
@@ -77,6 +78,11 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(name, part)
     else:
         yield name, value
+
+
+def _seeds(config: ReproduceConfig) -> Iterator[str]:
+    if config.num_seeds is not None and not 1 <= config.num_seeds <= MAX_SEEDS:
+        yield f"num_seeds: {config.num_seeds} must be from 1 to {MAX_SEEDS}, or null"
 
 
 def _bench(bench: BenchConfig) -> Iterator[str]:

@@ -24,5 +24,5 @@ def as_trial_of_agent(config: RunConfig) -> RunConfig:
     if not run_id:
         return config
     suffix = f"-{re.sub(r'[^A-Za-z0-9_-]', '-', run_id)}"
-    run_dir = f"{config.run_dir}{suffix}" if config.run_dir else None
+    run_dir = f"{config.directory}{suffix}" if config.run_dir else None
     return config.model_copy(update={"name": f"{config.name}{suffix}", "run_dir": run_dir})

@@ -17,15 +17,15 @@ _ERRORS = 2.0
 
 
 def gains(groups: Sequence[Group]) -> list[str]:
-    """Describe the gain of each distilled group over the first group of plain students with the same architecture."""
+    """Describe the gain of each distilled group over the first group of plain students of the same network and test data."""
     plain: dict[str, Group] = {}
     for group in groups:
         if group.rows[0].role == "student" and group.values("accuracy"):
-            plain.setdefault(group.rows[0].arch, group)
+            plain.setdefault(group.task, group)
     return [
-        described_gain(group, plain[group.rows[0].arch])
+        described_gain(group, plain[group.task])
         for group in groups
-        if group.rows[0].role == "distilled" and group.rows[0].arch in plain and group.values("accuracy")
+        if group.rows[0].role == "distilled" and group.task in plain and group.values("accuracy")
     ]
 
 

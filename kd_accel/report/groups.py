@@ -14,10 +14,11 @@ from os.path import commonprefix
 from typing import Any
 
 from kd_accel.report.rows import Row
-from kd_accel.report.run_files import RunResult
+from kd_accel.report.run_files import RunResult, mapping
 
 _NOT_COMPARED = ("seed", "name", "run_dir", "checkpoint.resume", "checkpoint.stop_after_steps")
 _TRACKING = "tracking."
+_NETWORK = ("model.stem", "model.arch_args", "data.image_size")
 _SEED_IN_NAME = re.compile(r"[\W_]*(seed|s)?[\W_]*$")
 """End of the common part of the names of a group, such as `-seed` of `small-seed0` and `small-seed1`."""
 
@@ -30,11 +31,13 @@ class Group:
         name: Common part of the names of the runs.
         positions: Positions of the runs in the report.
         rows: Rows of the runs.
+        task: What two groups have in common whose accuracies can be compared: network, classes, and test samples.
     """
 
     name: str
     positions: list[int]
     rows: list[Row]
+    task: str = ""
 
     def values(self, field: str) -> list[float]:
         """Return the values of a field of `Row`; empty if a run has none."""
@@ -95,4 +98,10 @@ def _group(positions: list[int], results: Sequence[RunResult]) -> Group:
     rows = [results[position].row for position in positions]
     names = [row.name for row in rows]
     common = names[0] if len(set(names)) == 1 else _SEED_IN_NAME.sub("", commonprefix(names))
-    return Group(common or names[0], positions, rows)
+    return Group(common or names[0], positions, rows, _task(results[positions[0]]))
+
+
+def _task(result: RunResult) -> str:
+    network = {name: value for name, value in result.settings.items() if name.startswith(_NETWORK)}
+    test = mapping(result.summary.get("data")).get("test")
+    return repr((result.row.arch, sorted(network.items(), key=lambda item: item[0]), result.class_names, test))

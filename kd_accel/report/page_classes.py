@@ -148,7 +148,7 @@ def _errors_section(report: Report) -> Markup:
             pictures = element("div", *map(_error, errors), class_="errors")
             parts.append(element("details", heading, pictures, open="" if not parts else None))
     if not parts:
-        parts = [element("p", "The stored predictions have no errors.", class_="note")]
+        parts = [element("p", "The stored predictions have no errors, or the test samples no labels.", class_="note")]
     text = f"Up to {_ERRORS} test samples of each run that are wrong with the highest probability of the predicted class."
     return element("section", element("h2", "Most confident errors"), element("p", text, class_="note"), *parts)
 

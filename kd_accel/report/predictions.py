@@ -70,5 +70,5 @@ def _arrow(values: Any) -> Any:
         return pa.array(values, pa.string())
     if values.ndim == 1:
         return pa.array(values)
-    offsets = np.arange(len(values) + 1, dtype=np.int32) * np.int32(values.shape[1])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
+    offsets = np.arange(len(values) + 1, dtype=np.int64) * values.shape[1]
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))

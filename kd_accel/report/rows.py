@@ -94,7 +94,7 @@ def compared_with_teacher(rows: Sequence[Row], own_teachers: Sequence[float | No
 
     Args:
         rows: Rows; the first one with the role teacher is the teacher of all.
-        own_teachers: Accuracy of the teacher that each run has stored, which is used if no row is a teacher.
+        own_teachers: Accuracy of the teacher that each run has stored; without it the gap is that to the first teacher.
     """
     teacher = next((row for row in rows if row.role == "teacher"), None)
     return [_compared(row, teacher, own) for row, own in zip(rows, own_teachers, strict=True)]
@@ -103,7 +103,8 @@ def compared_with_teacher(rows: Sequence[Row], own_teachers: Sequence[float | No
 def _compared(row: Row, teacher: Row | None, own_teacher: float | None) -> Row:
     if row.role == "teacher":
         return row
-    expected = own_teacher if teacher is None else teacher.accuracy
+    # In a chain, the teacher of a run is not the first one of the report.
+    expected = own_teacher if own_teacher is not None or teacher is None else teacher.accuracy
     gap = None if expected is None or row.accuracy is None else expected - row.accuracy
     sizes = (teacher.parameters if teacher else None, row.parameters)
     compression = sizes[0] / sizes[1] if sizes[0] and sizes[1] else None

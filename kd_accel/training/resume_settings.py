@@ -95,6 +95,8 @@ _BEFORE: Mapping[str, Any] = {
     "train.class_weights": None,
     "train.early_stopping_epochs": None,
     "checkpoint.keep_best": False,
+    "tracking.log_model": False,
+    "tracking.tensorboard": False,
 }
 """Settings that runs of earlier versions lack, with the values that describe those runs."""
 

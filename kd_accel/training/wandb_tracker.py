@@ -25,7 +25,6 @@ from kd_accel.config.wandb_sweep import agent_run_id
 from kd_accel.errors import UserError, describe_error
 
 Mode = Literal["online", "offline", "disabled"]
-_DEFAULT_PROJECT = "kd-accel"
 _BEST = {"accuracy": "max", "agreement": "max", "loss": "min"}
 """Which value of a validation metric is the best one; the summary has this and the last one."""
 _SPLITS = ("train", "val", "test")
@@ -195,7 +194,8 @@ def tracker_name(config: TrackingConfig) -> str | None:
 
 def project_name(config: TrackingConfig) -> str:
     """Return the W&B project of a run."""
-    return config.project or os.environ.get("WANDB_PROJECT") or _DEFAULT_PROJECT
+    default = TrackingConfig.model_fields["project"].default
+    return (os.environ.get("WANDB_PROJECT") or default) if config.project == default else config.project
 
 
 def choose_mode(config: TrackingConfig) -> Mode:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kd_accel.commands import reproduce
+from kd_accel.config.schema import ReproduceConfig
 from tests.support.launching import SMALL, run, summary
 
 BENCH = {"batch_sizes": [1], "threads": 1, "min_iterations": 20, "min_time_s": 0.01}
@@ -78,3 +80,17 @@ def test_chain_is_measured_again_if_its_bench_or_runs_change(tmp_path):
     run("reproduce", "--config", changed, *flags)
     for entry in json.loads(figures.read_text())["models"]:
         assert [latency["batch_size"] for latency in entry["latency"]] == [1, 2]
+
+
+@pytest.mark.parametrize("teacher", [{"run": "{root}/teacher"}, {"weights": "{root}/teacher/model.safetensors", "arch": "x"}])
+def test_a_teacher_of_the_chain_is_trained_once(tmp_path, monkeypatch, teacher):
+    """The plan of the steps, with the teacher named by an absolute path, or by its weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "launch.yaml").write_text("{}")
+    (tmp_path / "teacher.yaml").write_text("{role: teacher, run_dir: teacher, name: t}")
+    own = {name: value.format(root=tmp_path) for name, value in teacher.items()}
+    own |= {"arch": "torchvision/resnet18", "mean": [0.5] * 3, "std": [0.5] * 3} if "weights" in own else {}
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump({"run_dir": "student", "name": "s", "teacher": own}))
+    chain = ReproduceConfig(runs=["teacher.yaml", "student.yaml"], launch="launch.yaml", report_dir="report", num_seeds=2)
+    plan = [(training.file, list(training.seeds)) for training in reproduce._checked_trainings(chain, [])]
+    assert plan == [("teacher.yaml", []), ("student.yaml", [0, 1])]

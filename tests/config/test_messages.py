@@ -82,7 +82,7 @@ def test_file_that_cannot_be_read_is_refused(tmp_path):
         ("train: {compile: 3}", "train.compile: must be true or false, not 3"),
         ("train: {precision: no}", "train.precision: must be one of float32, bf16, fp16, not False"),
         ("name: 2024", "name: must be text, not 2024; put it in quotes"),
-        ("tracking: {project: 123}", "tracking.project: must be text or null, not 123; put it in quotes"),
+        ("tracking: {project: 123}", "tracking.project: must be text, not 123; put it in quotes"),
         ("tracking: {tags: [2024]}", "tracking.tags: must be a list (of each item: text), not [2024]; put it in quotes"),
         ("datä: {}", "datä: no such setting; did you mean data?"),
         ("3: 4", "3: no such setting; --help lists all settings"),
@@ -199,6 +199,7 @@ def test_short_option_or_missing_argument_is_refused(flags, expected):
             ["--lr=3"],
             "--lr: is a setting of the trainings, not of the chain; write it after --, as in: -- --optim.lr=3",
         ),
+        (["--num_seeds=0"], "num_seeds: 0 must be from 1 to 1000, or null (on the command line)"),
         (["--bench.thread=1"], "--bench.thread: no such setting; did you mean --bench.threads?"),
     ],
 )

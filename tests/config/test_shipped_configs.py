@@ -65,9 +65,17 @@ def test_cifar10_configs_have_the_values_of_the_reference():
 
 
 def test_students_of_a_chain_differ_only_in_the_distillation():
-    for folder in ("digits", "cifar10"):
-        runs = [
-            load_config_file(RunConfig, CONFIGS / folder / f"{name}.yaml")
-            for name in ("student", "hybrid_fixed", "hybrid_scheduled")
-        ]
-        assert len({str((run.data, run.model, run.optim, run.train, run.seed)) for run in runs}) == 1
+    names = ("student", "hybrid_fixed", "hybrid_scheduled")
+    runs = [load_config_file(RunConfig, CONFIGS / "cifar10" / f"{name}.yaml") for name in names]
+    assert len({str((run.data, run.model, run.optim, run.train, run.seed)) for run in runs}) == 1
+
+
+def test_students_of_the_demo_differ_in_what_they_learn_from():
+    names = ("few_labels", "no_labels_fixed", "no_labels_scheduled")
+    few, *distilled = (load_config_file(RunConfig, CONFIGS / "digits" / f"{name}.yaml") for name in names)
+    assert len({str((run.model, run.optim, run.seed, run.train.batch_size)) for run in (few, *distilled)}) == 1
+    assert len({str((run.data.test_fraction, run.data.val_fraction, run.data.transform)) for run in (few, *distilled)}) == 1
+    assert len({str((run.data, run.train)) for run in distilled}) == 1
+    assert {run.distill.label_weight for run in distilled} == {0.0}
+    # 970 images for the distilled ones; a batch of 32 is all that 50 images fill.
+    assert few.train.epochs == 60 == distilled[0].train.epochs * (970 // 32)

@@ -7,9 +7,9 @@ from kd_accel.report.groups import Group
 from kd_accel.report.rows import Row
 
 
-def group(name, role, *accuracies, arch="torchvision/resnet18"):
+def group(name, role, *accuracies, arch="torchvision/resnet18", task="digits"):
     rows = [Row(f"{name}-seed{seed}", role, arch, accuracy) for seed, accuracy in enumerate(accuracies)]
-    return Group(name, list(range(len(rows))), rows)
+    return Group(name, list(range(len(rows))), rows, f"{arch} {task}")
 
 
 PLAIN = group("student", "student", 0.90, 0.91, 0.92)
@@ -38,7 +38,8 @@ def test_one_seed_has_no_standard_error():
     assert text == "kd against student: +4.00 points of test accuracy; one seed, so that the standard error is unknown."
 
 
-def test_only_the_same_network_is_compared():
+def test_only_the_same_network_and_the_same_test_samples_are_compared():
+    assert gains([PLAIN, group("kd", "distilled", 0.95, task="cifar10")]) == []
     teacher, other = group("teacher", "teacher", 0.99), group("kd", "distilled", 0.95, arch="torchvision/resnet34")
     assert gains([teacher, PLAIN, other]) == gains([teacher, group("kd", "distilled", 0.95)]) == []
     assert gains([PLAIN, group("kd", "distilled", None)]) == gains([group("s", "student", None), other]) == []

@@ -57,7 +57,8 @@ def test_a_training_is_tracked_over_a_resume(tmp_path):
     run_dir, flags = tmp_path / "run", ["--tracking.tensorboard=true", f"--tracking.dir={tmp_path / 'logs'}"]
     train(run_dir, *flags, "--checkpoint.stop_after_steps=3")
     train(run_dir, *flags)
-    shown = scalars(tmp_path / "logs/tensorboard/run")
+    (directory,) = (tmp_path / "logs/tensorboard").glob("run-*")
+    shown = scalars(directory)
     for split, name in (("train", "loss"), ("train", "lr"), ("val", "accuracy"), ("test", "loss")):
         expected = [(line["step"], line[name]) for line in metrics(run_dir, split)]
         assert expected and shown[f"{split}/{name}"] == [(step, pytest.approx(value)) for step, value in expected]
