@@ -188,7 +188,7 @@ def test_a_full_disk_keeps_complete_files_and_a_read_only_disk_can_be_read(built
 def test_a_second_build_at_the_same_time_is_refused(tmp_path, slow_teacher_run):
     """The lock also holds while only one process of the first build is left."""
     flags = [*flags_of(slow_teacher_run, tmp_path / "cache"), *SMALL_FILES]
-    first = start_build(flags, processes=2, forward_s=3.0)
+    first = start_build(flags, processes=2, forward_s=6.0)
     try:
         wait_for(tmp_path / "cache/spec.json", first)
         for text in (

@@ -48,8 +48,7 @@ def run_shipped(name, tmp_path, run):
 def in_this_process(tmp_path, monkeypatch):
     """Function that runs a chain with each of its steps in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "_launch", lambda arguments, *, launch, what: say(*arguments))
-    monkeypatch.setattr(reproduce, "_call", lambda arguments, *, what: say(*arguments))
+    monkeypatch.setattr(reproduce, "_run", lambda step: say(*step.arguments))
     return say
 
 
