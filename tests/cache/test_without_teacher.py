@@ -155,9 +155,9 @@ def test_commands_that_run_the_teacher_refuse(tmp_path, copied, command):
 def test_a_chain_builds_no_cache_without_the_teacher(tmp_path, teacher_run, copied, monkeypatch):
     steps = []
 
-    def record(command, *, what):
-        steps.append(what)
-        if what.startswith("training"):
+    def record(step):
+        steps.append(step.what)
+        if step.what.startswith("training"):
             (tmp_path / "run").mkdir(exist_ok=True)
             (tmp_path / "run/summary.json").write_text("{}")
 
