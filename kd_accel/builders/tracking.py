@@ -16,7 +16,7 @@ from kd_accel.errors import describe_error
 from kd_accel.io.hashing import settings_digest
 from kd_accel.training.checkpoint import Checkpoint
 from kd_accel.training.metrics import Tracker
-from kd_accel.training.prediction_file import StoredPredictions
+from kd_accel.training.prediction_file import StoredPredictions, load_predictions
 from kd_accel.training.tensorboard_tracker import TensorBoardTracker, refuse_missing_tensorboard
 from kd_accel.training.wandb_tracker import WandbTracker, project_name, refuse_missing_package
 
@@ -67,19 +67,19 @@ class Trackers:
         if self._config.tracking.tensorboard:
             self.tensorboard.start(config, step=self._checkpoint.state["position"]["step"] if self._checkpoint else 0)
 
-    def note_results(self, summary: Mapping[str, Any], stored: StoredPredictions, label_names: Sequence[str]) -> None:
+    def note_results(self, summary: Mapping[str, Any], label_names: Sequence[str]) -> None:
         """Send the results of the finished run to W&B, and its model if that is configured.
 
         Args:
-            summary: Contents of summary.json, which is written.
-            stored: Predictions for the test samples.
+            summary: Contents of summary.json, which is written, as are the predictions.
             label_names: Class names, by label.
         """
         if not self.wandb.is_enabled:
             return
         directory = self._config.directory
         self.wandb.summarize({**_summary(summary), **_cost(directory)})
-        self._log_errors(stored, label_names)
+        if (stored := load_predictions(directory)) is not None:
+            self._log_errors(stored, label_names)
         if self._config.tracking.log_model:
             self.wandb.log_files([directory / "model.safetensors", directory / "model.json"])
 
