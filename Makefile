@@ -15,7 +15,7 @@ demo: $(INSTALLED)  ## train, measure and compare the four models on the embedde
 page: $(INSTALLED)  ## render the page of a report in headless Chromium, light and dark; a message on the console is an error
 	$(BIN)/python -m tests.report.browser $(PAGE)
 
-test: $(INSTALLED)  ## fast tests, then a real proof of each promise with several processes: under five minutes on two cores
+test: $(INSTALLED)  ## fast tests, then a real proof of each promise with several processes
 	$(PYTEST) $(PARALLEL) -m "$(FAST)"
 	$(PYTEST) -m "(slow and proof or alone and not slow) and not faults"
 
