@@ -7,13 +7,16 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 FAST := not slow and not alone and not faults
 PAGE ?= runs/digits/report/index.html
 
-.PHONY: demo page test test-all faults check fix clean
+.PHONY: demo page docs test test-all faults check fix clean
 
 demo: $(INSTALLED)  ## train, measure and compare the four models on the embedded digits
 	OMP_NUM_THREADS=1 $(BIN)/python -m kd_accel reproduce configs/digits/reproduce.yaml
 
 page: $(INSTALLED)  ## render the page of a report in headless Chromium, light and dark; a message on the console is an error
 	$(BIN)/python -m tests.report.browser $(PAGE)
+
+docs: $(INSTALLED)  ## the documentation site, in site/index.html; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(INSTALLED)  ## fast tests, then a real proof of each promise with several processes
 	$(PYTEST) $(PARALLEL) -m "$(FAST)"

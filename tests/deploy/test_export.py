@@ -142,6 +142,7 @@ def scale_weights(network):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(("file_format", "break_network"), [("onnx", scale_weights), ("torch", permute_classes)])
 def test_a_broken_export_is_refused(small, tmp_path, monkeypatch, file_format, break_network):
     """The network that is traced has other weights than that of the run."""

@@ -14,6 +14,7 @@ KINDS = [
     "command",
     "setting",
     "part of a cache's fingerprint",
+    "page",
     "benchmark",
 ]
 

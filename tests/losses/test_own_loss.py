@@ -89,7 +89,8 @@ def test_settings_of_user_losses_are_checked(tmp_path, teacher_run):
 
 
 def test_example_loss_of_the_documentation_trains(tmp_path, teacher_run, monkeypatch):
-    (code,) = re.findall(r"```python\n# my_losses.py\n(.*?)```", (ROOT / "docs/losses.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs/tutorials/own_loss.md").read_text()
+    (code,) = re.findall(r'```python title="my_losses.py"\n(.*?)```', page, re.DOTALL)
     (tmp_path / "my_losses.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     own = ["--distill.features.cosine.loss=import:my_losses:Cosine", "--distill.features.cosine.layers=[layer2]"]

@@ -150,7 +150,7 @@ def last_line(tmp_path, module, *flags):
         env=environment(PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path)),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
