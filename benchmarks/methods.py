@@ -21,74 +21,46 @@ needs an otherwise idle machine. `--trial` runs a few steps on generated images,
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import shutil
-import signal
-import sys
-import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
-from benchmarks.budgeted_jobs import Job, Ledger, Outcome, Runner, Running
-from benchmarks.gpu_reference_plan import ROOT, as_arguments
+from benchmarks.budgeted_jobs import Job
 from benchmarks.harness import Result, finish
 from benchmarks.methods_cost import measure_costs, read_costs
-from benchmarks.methods_results import Row, chosen_factor, read_results, read_row, results_table, run_name
+from benchmarks.methods_results import Row, chosen_factor, read_row, results_table, run_name
 from benchmarks.methods_table import METHODS, Method, chosen_methods, features_of_cache, missing_methods
-from kd_accel.models.factory import build_model
+from benchmarks.paired_runs import (
+    CONFIGS,
+    PairedOptions,
+    cache_job,
+    create_parser,
+    parse_arguments,
+    read_results,
+    run_phases,
+    start_comparison,
+    training_job,
+)
 
 EPOCHS = 8
-_BUILD = "cache-build"
-_PROCESSES = 2
-_LEAST_S = 20.0
-"""Time that must be left to start a job; a job that the end of the budget stops is resumed by the next call."""
 _TRIAL_METHODS = ("plain", "kl", "rkd")
-_STUDENT = ROOT / "configs" / "cifar10_short" / "student.yaml"
-_TEACHER = {
-    "teacher.arch": "torchvision/resnet18",
-    "teacher.stem": "no_pool",
-    "teacher.mean": [0.4914, 0.4822, 0.4465],
-    "teacher.std": [0.2470, 0.2435, 0.2616],
-    "teacher.outputs": "cached",
-}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(PairedOptions):
     """Arguments of the command line.
 
     Args:
-        data: Directory of the Parquet files; None = generated images, in a trial.
-        teacher: File of the teacher's weights; None = random weights, in a trial.
-        out: Directory of cache, runs and results.
-        budget_s: Time for everything, in seconds.
         methods: Names of the methods.
         cost: Whether the time of a step is measured, and nothing is trained.
         repeats: Measured blocks of each method, for `cost`.
-        trial: Whether few steps are run on generated images.
     """
 
-    data: Path | None
-    teacher: Path | None
-    out: Path
-    budget_s: float
     methods: tuple[str, ...]
     cost: bool
     repeats: int
-    trial: bool
-
-    @property
-    def runs(self) -> Path:
-        """Return the directory of the runs."""
-        return self.out / "runs"
 
     @property
     def ledger(self) -> Path:
@@ -98,13 +70,10 @@ class Options:
 
 def main() -> None:
     options = _parse()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if missing := missing_methods():
         raise SystemExit(f"methods_table.py: no method has the registered losses {', '.join(missing)}; add their weights")
     methods = chosen_methods(options.methods)
-    options.runs.mkdir(parents=True, exist_ok=True)
-    if options.trial:
-        _save_random_teacher(_teacher_file(options))
+    start_comparison(options)
     if options.cost:
         measure_costs({method.name: run_flags(options, method) for method in methods}, options.out, repeats=options.repeats)
     failed = [] if options.cost else _train(options, methods)
@@ -120,21 +89,11 @@ def main() -> None:
 
 
 def _parse() -> Options:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="directory of train-*.parquet and test-*.parquet, with columns img and label")
-    parser.add_argument("--teacher", type=Path, help="weights of the teacher, a .safetensors file of torchvision's names")
-    parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="directory of all files (default: runs/methods)")
-    parser.add_argument("--budget_s", type=float, default=7200.0, help="time for everything, in seconds (default: 7200)")
+    parser = create_parser(__doc__, out="runs/methods")
     parser.add_argument("--methods", nargs="+", help="names of the methods (default: all)")
     parser.add_argument("--cost", action="store_true", help="measure the time of a step; needs the cache")
     parser.add_argument("--repeats", type=int, default=15, help="measured blocks of each method with --cost (default: 15)")
-    parser.add_argument("--trial", action="store_true", help="a few steps on generated images, with a random teacher")
-    arguments = parser.parse_args()
-    if not arguments.trial and not (arguments.data and arguments.teacher):
-        parser.error("--data and --teacher are required without --trial")
-    for name in ("data", "teacher", "out"):
-        path = getattr(arguments, name)
-        setattr(arguments, name, path and path.resolve())
+    arguments = parse_arguments(parser)
     everything = _TRIAL_METHODS if arguments.trial and not arguments.cost else tuple(method.name for method in METHODS)
     arguments.methods = tuple(arguments.methods or everything)
     return Options(**vars(arguments))
@@ -142,53 +101,22 @@ def _parse() -> Options:
 
 def _train(options: Options, methods: Sequence[Method]) -> list[str]:
     """Build the cache and train all methods within the budget; return the names of the failed jobs."""
-    logs = Path(tempfile.mkdtemp(prefix="logs-", dir=options.out))
-    ledger = Ledger(options.ledger)
-    search_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path}
-    with Runner(
-        ledger,
-        logs / "jobs",
-        ends_at=time.monotonic() + options.budget_s,
-        least_s=_LEAST_S,
-        program=(sys.executable, "-m", "kd_accel"),
-        environment=variables,
-    ) as runner:
-        of_several_seeds = [method for method in methods if method.has_seeds]
-        of_one_seed = [method for method in methods if not method.has_seeds]
-        phases = (
-            (_cache_jobs, methods),
-            (_first_jobs, methods),
-            (_tuning_jobs, of_several_seeds),
-            (_last_jobs, of_several_seeds),
-            (_tuning_jobs, of_one_seed),
-        )
-        for jobs, chosen in phases:
-            _run_in_pairs(runner, jobs(options, chosen), options.ledger)
-    return ledger.failed
-
-
-def _run_in_pairs(runner: Runner, jobs: Iterable[Job], ledger: Path) -> None:
-    """Run jobs in their order, two at a time, without those that have finished in an earlier call."""
-    running: list[Running] = []
-    finished = read_results(ledger)
-    for job in jobs:
-        if job.name in finished:
-            continue
-        if len(running) == _PROCESSES:
-            runner.wait_until(lambda: False, *running)
-            runner.finish(*(run for run in running if run.has_ended))
-            running = [run for run in running if not run.has_ended]
-        started = runner.start(job)
-        running += [started] if started else []
-    runner.finish(*running)
+    of_several_seeds = [method for method in methods if method.has_seeds]
+    of_one_seed = [method for method in methods if not method.has_seeds]
+    phases = (
+        (_cache_jobs, methods),
+        (_first_jobs, methods),
+        (_tuning_jobs, of_several_seeds),
+        (_last_jobs, of_several_seeds),
+        (_tuning_jobs, of_one_seed),
+    )
+    return run_phases(options, options.ledger, [partial(jobs, options, chosen) for jobs, chosen in phases])
 
 
 def _cache_jobs(options: Options, methods: Sequence[Method]) -> Iterable[Job]:
     """Yield the build of the cache, and the runs that do not need it."""
     features = {"distill": {"logits": None, "label_weight": 1.0, "features": features_of_cache()}}
-    flags = {**_flags(options), **_teacher_flags(options), **features, "name": "cache"}
-    yield Job(_BUILD, ["cache", "build", *as_arguments(flags)])
+    yield cache_job({**_flags(options), **options.teacher_flags, **features})
     for method in methods:
         if method.loss is None:
             yield from (_training(options, method, seed=seed) for seed in method.seeds)
@@ -220,20 +148,9 @@ def _last_jobs(options: Options, methods: Sequence[Method]) -> Iterable[Job]:
 
 
 def _training(options: Options, method: Method, *, seed: int, factor: float = 1.0) -> Job:
-    name = run_name(method, factor, seed)
-    run_dir = options.runs / name
-    flags = {**run_flags(options, method, factor), "name": name, "seed": seed, "run_dir": str(run_dir)}
+    flags = {**run_flags(options, method, factor), "seed": seed}
     about = {"method": method.name, "seed": seed, "factor": factor}
-    needs = (_BUILD,) if method.loss else ()
-    return Job(name, ["train", *as_arguments(flags)], run_dir, about, needs, _figures)
-
-
-def _figures(outcome: Outcome) -> dict[str, Any]:
-    """Return the accuracies of a finished run, and remove its checkpoints, which take most space."""
-    assert outcome.job.run_dir is not None
-    summary = json.loads((outcome.job.run_dir / "summary.json").read_text(encoding="utf-8"))
-    shutil.rmtree(outcome.job.run_dir / "checkpoints", ignore_errors=True)
-    return {name: summary[name] for name in ("accuracy_best_val", "accuracy", "seconds", "commit")}
+    return training_job(options, run_name(method, factor, seed), flags, about, needs_cache=method.loss is not None)
 
 
 def run_flags(options: Options, method: Method, factor: float = 1.0) -> dict[str, Any]:
@@ -245,14 +162,14 @@ def run_flags(options: Options, method: Method, factor: float = 1.0) -> dict[str
         factor: Factor of the weight of a feature loss.
     """
     distill = method.distill(factor)
-    return {**_flags(options), **({**_teacher_flags(options), "distill": distill} if distill else {})}
+    return {**_flags(options), **({**options.teacher_flags, "distill": distill} if distill else {})}
 
 
 def _flags(options: Options) -> dict[str, Any]:
     """Return the settings that all trainings share. The last evaluation is the only one, so the best one is the last one."""
     epochs = 1 if options.trial else EPOCHS
     flags = {
-        "config": str(_STUDENT),
+        "config": str(CONFIGS / "student.yaml"),
         "data.views": epochs,
         "train.epochs": epochs,
         "train.eval_every_epochs": epochs,
@@ -264,24 +181,6 @@ def _flags(options: Options) -> dict[str, Any]:
         return {**flags, "data.source": f"parquet:{options.data}"}
     generated = {"data.source": "import:benchmarks.synthetic:images", "data.image_column": "image"}
     return {**flags, **generated, "data.limit_train": 60, "data.limit_test": 40, "train.batch_size": 4}
-
-
-def _teacher_flags(options: Options) -> dict[str, Any]:
-    weakest = {"teacher.min_accuracy": None} if options.trial else {}
-    paths = {"teacher.weights": str(_teacher_file(options)), "teacher.cache.dir": str(options.out / "cache")}
-    return {**_TEACHER, **weakest, **paths}
-
-
-def _teacher_file(options: Options) -> Path:
-    return options.teacher or options.out / "teacher.safetensors"
-
-
-def _save_random_teacher(path: Path) -> None:
-    """Write random weights of the teacher, the same in each call, unless the file exists."""
-    if not path.exists():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            save_file(build_model("torchvision/resnet18", num_classes=10, stem="no_pool").state_dict(), path)
 
 
 def _close(options: Options, rows: Sequence[Row], failed: Sequence[str]) -> None:

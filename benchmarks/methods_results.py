@@ -6,12 +6,10 @@ standard deviation of all methods with several seeds, because that of three accu
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.methods_table import Method
@@ -46,12 +44,6 @@ class Row:
 def run_name(method: Method, factor: float, seed: int) -> str:
     """Return the name of a run, which is also that of its directory."""
     return f"{method.name}-x{factor:g}-seed{seed}" if method.is_tuned else f"{method.name}-seed{seed}"
-
-
-def read_results(ledger: Path) -> dict[str, dict[str, Any]]:
-    """Return the lines of the finished trainings in a ledger, by name of the run; empty without the file."""
-    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
-    return {line["job"]: line for line in map(json.loads, lines) if "accuracy" in line}
 
 
 def chosen_factor(method: Method, results: Mapping[str, Mapping[str, Any]]) -> tuple[float, int]:

@@ -147,8 +147,8 @@ def test_losses_views_and_caches_agree(trial):
 def test_signal_resume_and_nan(trial):
     lines = trial[0]
     assert lines["d/sigterm"]["exit_code"] == 143 and lines["d/sigterm"]["same_bytes"]
-    # Of steps in a fraction of a second, the ranks exchange signals after the steps 1, 3, 7 and 15 at the latest.
-    assert 10 <= lines["d/sigterm"]["steps_before"] <= 16
+    # An exchange that began after step 9 at the latest is followed by one 8 steps later, which is read after its next step.
+    assert 10 <= lines["d/sigterm"]["steps_before"] <= 18
     for name in ("e/resume/float32", "e/resume/bf16"):
         assert lines[name]["same_bytes"] and lines[name]["same_metrics"] and lines[name]["steps"] == 20
     (message,) = lines["e/logits/bf16"]["message"]

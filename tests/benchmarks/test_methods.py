@@ -17,7 +17,6 @@ from benchmarks.methods_results import (
     chosen_factor,
     described_difference,
     pooled_deviation,
-    read_results,
     read_row,
     results_table,
     run_name,
@@ -31,13 +30,14 @@ from benchmarks.methods_table import (
     missing_methods,
     settings_table,
 )
+from benchmarks.paired_runs import read_results
 from kd_accel.config.parsing import parse_config
 from kd_accel.config.schema import RunConfig
 from kd_accel.losses.registry import build_loss, names
 from tests.support.launching import ROOT, environment, last_line
 
 BY_NAME = {method.name: method for method in METHODS}
-TRIAL = ["--trial", "--budget_s=280", "--out=out"]
+TRIAL = ["--trial", "--budget_s=780", "--out=out"]
 KINDS = {"rkd": BY_NAME["rkd"], "plain": BY_NAME["plain"], "kl": BY_NAME["kl"], "sp": BY_NAME["sp"]}
 
 
@@ -65,7 +65,7 @@ def test_seeds_of_the_methods():
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_settings_of_a_run_are_valid(method, tmp_path):
-    options = Options(tmp_path, tmp_path / "weights", tmp_path, 1.0, (), False, 1, False)
+    options = Options(tmp_path, tmp_path / "weights", tmp_path, 1.0, trial=False, methods=(), cost=False, repeats=1)
     assert method.factors == (FACTORS if method.layers else (1.0,))
     for factor in method.factors:
         config, _ = parse_config(RunConfig, as_arguments(run_flags(options, method, factor)))
@@ -186,7 +186,7 @@ def test_cost_of_a_step_of_every_method(trial):
     directory, _ = trial
     command = [sys.executable, "-m", "benchmarks.methods", *TRIAL, "--cost", "--repeats=2"]
     variables = environment(PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, cwd=directory, env=variables, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=directory, env=variables, capture_output=True, text=True, timeout=840, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     line = json.loads((directory / "out/cost.json").read_text())
     assert line["benchmark"] == "methods-cost" and line["unit"] == "ms" and min(line["medians"].values()) > 0
