@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_accel.bench.provenance import is_measured
+from kd_accel.config.cache_content import configs_to_build
 from kd_accel.config.command_line import CommandParser
 from kd_accel.config.parsing import flag_mistakes, parse_config
 from kd_accel.config.schema import BenchConfig, ReproduceConfig, RunConfig
@@ -39,7 +40,7 @@ def run_chain(config: ReproduceConfig, *, overrides: list[str]) -> None:
     bench_file = report_dir / "bench.json"
     runs = [run.directory for training in trainings for run in training.runs]
     names = [str(directory) for directory in runs]
-    steps = [step for training in trainings for step in _steps(training, config.launch, overrides)]
+    steps = _steps(trainings, config.launch, overrides)
     measured = [str(directory) for directory in _one_of_each_architecture(trainings)]
     steps.append(_Step("bench", ["bench", *measured, "--out", str(bench_file), *_bench_flags(config.bench)]))
     steps.append(_Step("report", ["report", *names, "--out", str(report_dir), "--bench", str(bench_file)]))
@@ -78,14 +79,20 @@ class _Step:
     runs: Sequence[RunConfig] = ()
 
 
-def _steps(training: _Training, launch: str, overrides: Sequence[str]) -> Iterator[_Step]:
-    """Yield the build of the cache, if it is needed, and the training."""
-    name, flags = training.config.name, [f"--config={training.file}", *overrides]
-    if any(map(_needs_its_cache, training.runs)):
-        yield _Step(f"cache of {name}", ["cache", "build", *flags], launch)
-    seeds = ",".join(map(str, training.seeds))
-    what = f"training of {name}" + (f", seeds {seeds}" if seeds else "")
-    yield _Step(what, ["train", *flags, *([f"--seeds={seeds},"] if seeds else [])], launch, training.runs)
+def _steps(trainings: Sequence[_Training], launch: str, overrides: Sequence[str]) -> list[_Step]:
+    """Return each training, after the build of its cache if it needs one that no build before has completed."""
+    steps: list[_Step] = []
+    built: list[RunConfig] = []
+    for training in trainings:
+        name, flags = training.config.name, [f"--config={training.file}", *overrides]
+        is_built = any(configs_to_build([earlier, training.config]) == [earlier] for earlier in built)
+        if not is_built and any(map(_needs_its_cache, training.runs)):
+            steps.append(_Step(f"cache of {name}", ["cache", "build", *flags], launch))
+            built.append(training.config)
+        seeds = ",".join(map(str, training.seeds))
+        what = f"training of {name}" + (f", seeds {seeds}" if seeds else "")
+        steps.append(_Step(what, ["train", *flags, *([f"--seeds={seeds},"] if seeds else [])], launch, training.runs))
+    return steps
 
 
 def _one_of_each_architecture(trainings: Sequence[_Training]) -> list[Path]:

@@ -94,3 +94,28 @@ def test_a_teacher_of_the_chain_is_trained_once(tmp_path, monkeypatch, teacher):
     chain = ReproduceConfig(runs=["teacher.yaml", "student.yaml"], launch="launch.yaml", report_dir="report", num_seeds=2)
     plan = [(training.file, list(training.seeds)) for training in reproduce._checked_trainings(chain, [])]
     assert plan == [("teacher.yaml", []), ("student.yaml", [0, 1])]
+
+
+def test_students_that_read_the_same_outputs_need_one_build(tmp_path, monkeypatch):
+    """The plan of the steps: the second student reads the cache of the first one, the third one another layer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "launch.yaml").write_text("{}")
+    teacher = {"run": "teacher", "outputs": "cached", "cache": {"dir": "cache"}}
+    for name, distill in (("a", {"temperature": 2.0}), ("b", {"alpha": 0.5}), ("c", {"features": {"mse": {"layers": ["l"]}}})):
+        content = {"run_dir": name, "name": name, "data": {"views": 2}, "teacher": teacher, "distill": distill}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    chain = ReproduceConfig(runs=["a.yaml", "b.yaml", "c.yaml"], launch="launch.yaml", report_dir="report")
+    steps = reproduce._steps(reproduce._checked_trainings(chain, []), "launch.yaml", [])
+    assert [step.what for step in steps] == [
+        "cache of a",
+        "training of a",
+        "training of b",
+        "cache of c",
+        "training of c",
+    ]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/summary.json").write_text("{}")
+    steps = reproduce._steps(reproduce._checked_trainings(chain, []), "launch.yaml", [])
+    assert [step.what for step in steps][:3] == ["training of a", "cache of b", "training of b"], (
+        "a finished run builds nothing"
+    )
