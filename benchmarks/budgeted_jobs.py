@@ -133,9 +133,10 @@ class Ledger:
         print(text, flush=True)
 
     def append(self, text: str) -> None:
-        """Append a line of text to the file."""
+        """Append a line of text to the file, after a line that a kill has cut."""
+        is_cut = self._path.is_file() and not self._path.read_bytes().endswith(b"\n") and self._path.stat().st_size > 0
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(("\n" if is_cut else "") + text + "\n")
 
     def record(self, outcome: Outcome) -> None:
         """Write the outcome of a job that was not stopped."""
@@ -160,6 +161,15 @@ class Ledger:
         """Note a job that was not run to its end, with the reason."""
         self.not_done[name] = reason
         print(f"{name}: skipped ({reason})", flush=True)
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ledger, without one that a kill has cut; empty without the file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 class Runner:
@@ -229,10 +239,11 @@ class Runner:
             for run in [run for run in open_runs if run.has_ended]:
                 open_runs.remove(run)
                 self.ledger.record(run.outcome())
+        ended = [run for run in open_runs if run.has_ended]
         self.stop(*open_runs)
         for run in open_runs:
             # A job can finish between the last poll and the signal.
-            if run.process.returncode == 0:
+            if run in ended or run.process.returncode == 0:
                 self.ledger.record(run.outcome())
             else:
                 self.ledger.skip(run.job.name, f"stopped when the budget ended{_progress_of(run)}")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.budgeted_jobs import Job, Ledger, Outcome, Runner, Running
+from benchmarks.budgeted_jobs import Job, Ledger, Outcome, Runner, Running, read_ledger
 from benchmarks.gpu_reference_plan import ROOT, as_arguments
 from kd_accel.models.factory import build_model
 
@@ -151,8 +151,7 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
 
 def read_results(ledger: Path) -> dict[str, dict[str, Any]]:
     """Return the lines of the finished trainings in a ledger, by name of the run; empty without the file."""
-    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
-    return {line["job"]: line for line in map(json.loads, lines) if "accuracy" in line}
+    return {line["job"]: line for line in read_ledger(ledger) if "accuracy" in line}
 
 
 def run_phases(options: PairedOptions, ledger: Path, phases: Iterable[Callable[[], Iterable[Job]]]) -> list[str]:

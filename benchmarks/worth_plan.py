@@ -124,8 +124,8 @@ class Options(PairedOptions):
 
     @property
     def images(self) -> Path:
-        """Return the directory of the Parquet files, also that of a trial."""
-        return self.data or self.out / "images"
+        """Return the directory of the Parquet files; a trial writes its own."""
+        return self.data if self.data and not self.trial else self.out / "images"
 
     @property
     def unlabeled(self) -> Path:
@@ -157,7 +157,8 @@ def run_flags(options: Options, run: Run) -> dict[str, Any]:
         "seed": run.seed,
     }
     if not group.is_distilled:
-        return flags
+        # Without a cache a new view in each epoch costs nothing.
+        return {**flags, "data.views": None}
     has_hidden = group.labels < design.images
     return {**flags, **options.teacher_flags, **(_unlabeled_flags(options) if has_hidden else {})}
 
@@ -177,9 +178,7 @@ def _unlabeled_flags(options: Options) -> dict[str, Any]:
 
 
 def write_unlabeled(options: Options) -> None:
-    """Write the training images whose labels are hidden, without their labels, unless the file exists."""
-    if options.unlabeled.exists():
-        return
+    """Write the training images whose labels are hidden, without their labels."""
     import pyarrow.parquet as pq
 
     table = pq.read_table([str(path) for path in sorted(options.images.glob("train*.parquet"))])

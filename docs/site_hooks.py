@@ -27,6 +27,7 @@ PAGES = {
 }
 """Path in the site of each page outside of docs/."""
 
+_SOURCES = {page: source for source, page in PAGES.items()}
 _LINK = re.compile(r"\]\((?!\w+://)([^)\s#]+)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
 
@@ -77,8 +78,7 @@ def repository_path(uri: str, target: str) -> str:
         uri: Path of the page in the site.
         target: Link in the page's file.
     """
-    sources = {page: source for source, page in PAGES.items()}
-    return posixpath.normpath(posixpath.join(posixpath.dirname(sources.get(uri, f"docs/{uri}")), target))
+    return posixpath.normpath(posixpath.join(posixpath.dirname(_SOURCES.get(uri, f"docs/{uri}")), target))
 
 
 def site_path(path: str) -> str:
@@ -99,7 +99,7 @@ def commands_page() -> str:
 
 def _listed(text: str) -> list[str]:
     """Return the names of the commands that a help text lists."""
-    return re.findall(r"^  (\w+)  +[A-Z]", text, re.MULTILINE)
+    return re.findall(r"^  (\w+) +[A-Z]", text, re.MULTILINE)
 
 
 def _help(*command: str) -> str:

@@ -17,6 +17,7 @@ _ATTRIBUTES = {
     "LossWeights": "kd_accel.losses.distiller",
     "Model": "kd_accel.models.predictor",
     "Prediction": "kd_accel.models.predictor",
+    "Preempted": "kd_accel.errors",
     "RunConfig": "kd_accel.config.schema",
     "RunResult": "kd_accel.api",
     "Teacher": "kd_accel.teacher.teacher",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from kd_accel.data.views import EpochBatchSampler as EpochBatchSampler
     from kd_accel.data.views import ImageDataset as ImageDataset
     from kd_accel.data.views import ViewDataset as ViewDataset
+    from kd_accel.errors import Preempted as Preempted
     from kd_accel.errors import UserError as UserError
     from kd_accel.losses import targets as targets
     from kd_accel.losses.distiller import Distiller as Distiller

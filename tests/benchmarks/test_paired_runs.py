@@ -5,7 +5,7 @@ import sys
 import time
 
 from benchmarks.budgeted_jobs import Job, Ledger, Runner
-from benchmarks.paired_runs import run_in_pairs
+from benchmarks.paired_runs import read_results, run_in_pairs
 
 WAIT = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)"
 
@@ -76,3 +76,21 @@ def test_end_of_the_budget_stops_and_skips_the_jobs(tmp_path):
     with runner_in(tmp_path, budget_s=0.5) as runner:
         run_in_pairs(runner, jobs, finished=[])
     assert runner.ledger.not_done.keys() == {"cache", "plain", "distilled", "late"} and not runner.ledger.failed
+
+
+def test_a_line_that_a_kill_has_cut_is_left_out_and_damages_no_other(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"job": "a", "accuracy": 0.5}\n{"job": "b", "accur')
+    assert read_results(path).keys() == {"a"}
+    Ledger(path).append('{"job": "c", "accuracy": 0.6}')
+    Ledger(path).append('{"job": "d", "accuracy": 0.7}')
+    assert read_results(path).keys() == {"a", "c", "d"} and path.read_text().count("\n") == 4
+
+
+def test_a_job_that_failed_before_the_end_of_the_budget_has_failed(tmp_path):
+    with runner_in(tmp_path, budget_s=0.5) as runner:
+        started = runner.start(Job("broken", ["raise SystemExit(3)"]))
+        started.process.wait()
+        time.sleep(0.5)
+        runner.finish(started)
+    assert runner.ledger.failed == ["broken"] and runner.ledger.not_done == {}

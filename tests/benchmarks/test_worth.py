@@ -26,7 +26,7 @@ TRIAL_FLAGS = ["--trial", "--budget_s=780", "--out=out"]
 
 
 def options_in(directory, *, trial=False):
-    return Options(directory, directory / "weights", directory, 1.0, trial)
+    return Options(None if trial else directory, directory / "weights", directory, 1.0, trial)
 
 
 def config_of(flags):
@@ -63,7 +63,7 @@ def test_settings_of_each_run_are_valid(design, tmp_path):
         assert config.train.max_steps == group.steps and config.train.batch_size == design.batch_size
         assert 0 <= config.train.epochs * steps_per_epoch - group.steps < steps_per_epoch, "the steps end in the last epoch"
         assert config.train.eval_every_epochs == config.train.epochs and config.seed == run.seed
-        assert (config.data.limit_train, config.data.views) == (group.labels, design.views)
+        assert (config.data.limit_train, config.data.views) == (group.labels, design.views if group.is_distilled else None)
         assert (config.teacher is not None) == (config.distill is not None) == group.is_distilled
         assert (config.data.unlabeled is not None) == (group.is_distilled and group.labels < design.images)
         assert config.optim.lr == (0.1 if group.is_distilled else 0.05)
@@ -71,6 +71,11 @@ def test_settings_of_each_run_are_valid(design, tmp_path):
         if group.is_distilled:
             assert (config.distill.temperature, config.distill.alpha) == (4.0, 0.9)
             assert config.distill.features["mse"].args == {"direction": "both"}
+
+
+def test_a_trial_leaves_given_data_alone(tmp_path):
+    assert Options(tmp_path / "data", None, tmp_path / "out", 1.0, True).images == tmp_path / "out/images"
+    assert Options(tmp_path / "data", None, tmp_path / "out", 1.0, False).images == tmp_path / "data"
 
 
 def test_runs_with_all_labels_have_full_epochs(tmp_path):
@@ -163,10 +168,13 @@ def test_stopped_trial_continues_from_its_ledger_alone(tmp_path):
     command = [sys.executable, "-m", "benchmarks.worth", *TRIAL_FLAGS]
     process = subprocess.Popen(command, cwd=first, env=environment(PYTHONPATH=str(ROOT)), stdout=subprocess.DEVNULL)
     ends_at = time.monotonic() + 400
-    while not read_results(first / "out/worth.jsonl") and time.monotonic() < ends_at:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    try:
+        while not read_results(first / "out/worth.jsonl") and process.poll() is None and time.monotonic() < ends_at:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        process.terminate()
     before = read_results(first / "out/worth.jsonl")
     (second / "out/worth.jsonl").write_bytes((first / "out/worth.jsonl").read_bytes())
     line = last_line(second, "benchmarks.worth", *TRIAL_FLAGS)

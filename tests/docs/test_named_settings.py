@@ -10,7 +10,7 @@ from tests.support.in_process import say
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SETTING = re.compile(
-    r"(?<![\w./])(?:--)?((?:data|model|teachers?|distill|optim|train|checkpoint|tracking)\.(?!yaml)[a-z][a-z0-9_]*(?:\.\w+)*)"
+    r"(?<![\w./])(?:--)?((?:data|model|teachers?|distill|optim|train|checkpoint|tracking)\.(?!yaml|md\b)[a-z][a-z0-9_]*(?:\.\w+)*)"
 )
 FILE = re.compile(
     r"(?<![\w./])((?:kd_accel/)?(?:io|config|data|models|losses|teacher|cache|training|bench|report|builders|commands|tests|benchmarks)"

@@ -16,7 +16,7 @@ FIELDS = {"markdown", "textarea", "input", "dropdown", "checkboxes"}
 TEXT_FILES = [
     ROOT / name
     for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    if (ROOT / name).is_file()
+    if (ROOT / name).is_file() and not name.endswith(".png")
 ]
 
 
