@@ -160,6 +160,8 @@ def run(config: kd.RunConfig) -> tuple[list[kd.Prediction], dict[str, Any], str]
         figures: dict[str, Any] = kd.evaluate(result.directory, split="test")
     except kd.UserError as error:
         figures = {"error": str(error)}
+    except kd.Preempted as stop:
+        figures = {"signal": stop.number}
     return model.predict(["a.png"]), figures, kd.__version__
 """
 
