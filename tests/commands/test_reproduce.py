@@ -68,7 +68,7 @@ def test_launch_file_that_is_not_valid_is_refused(tmp_path):
 
 @pytest.mark.faults
 def test_chain_is_measured_again_if_its_bench_or_runs_change(tmp_path):
-    runs = {"first": {}, "second": {"seed": 1}}
+    runs = {"first": {}, "second": {"model": {"arch": "import:tests.support.models:teacher"}}}
     flags = ["--launch=launch/gpu1.yaml", "--", "--train.max_steps=1"]  # one process, on a CPU if no GPU is found
     run("reproduce", "--config", write_chain(tmp_path, {"first": {}}), *flags)
     figures = tmp_path / "report/bench.json"
