@@ -7,16 +7,14 @@ errors.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.methods_results import NOT_RUN
 from benchmarks.worth_plan import Design, Group, Run
+from kd_accel.report.gain import ERRORS, standard_error
 
-_ERRORS = 2.0
-"""Standard errors up to which a gain counts as none."""
 _HEADER = ("steps", "labels", "plain", "distilled", "gain", "seeds, plain", "seeds, distilled")
 _ALIGNMENT = ("---:",) * 5 + ("---",) * 2
 
@@ -44,9 +42,9 @@ def described_gain(plain: Sequence[float], distilled: Sequence[float]) -> str:
     gain = statistics.fmean(distilled) - statistics.fmean(plain)
     if min(len(plain), len(distilled)) < 2:
         return f"{gain:+.2f}, spread unknown"
-    error = math.sqrt(sum(statistics.variance(group) / len(group) for group in (plain, distilled)))
+    error = standard_error(plain, distilled)
     shown = f"{gain:+.2f} ± {error:.2f}"
-    return f"no difference ({shown})" if abs(gain) <= _ERRORS * error else shown
+    return f"no difference ({shown})" if abs(gain) <= ERRORS * error else shown
 
 
 def worth_table(design: Design, results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -26,7 +26,7 @@ def labels_without_weight(config: RunConfig) -> str | None:
     distill = config.distill or DistillConfig()
     if distill.label_weight is not None:
         return None if value_range(distill.label_weight)[1] > 0 else "distill.label_weight: 0"
-    return None if value_range(distill.alpha)[0] < 1 else "distill.alpha: 1, with distill.label_weight null"
+    return None if value_range(distill.alpha) != (1, 1) else "distill.alpha: 1, with distill.label_weight null"
 
 
 def notices_of_weights(config: RunConfig) -> list[str]:

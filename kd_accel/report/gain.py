@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from kd_accel.report.groups import Group
 
-_ERRORS = 2.0
-"""Standard errors up to which a difference counts as none."""
+ERRORS = 2.0
+"""Standard errors up to which a difference of two means counts as none."""
 
 
 def gains(groups: Sequence[Group]) -> list[str]:
@@ -36,8 +36,13 @@ def described_gain(distilled: Group, plain: Group) -> str:
     names, seeds = f"{distilled.name} against {plain.name}", f"{len(mine)} and {len(other)} seeds"
     if min(len(mine), len(other)) < 2:
         return f"{names}: {gain:+.2f} points of test accuracy; one seed, so that the standard error is unknown."
-    error = math.sqrt(statistics.variance(mine) / len(mine) + statistics.variance(other) / len(other))
-    if abs(gain) <= _ERRORS * error:
+    error = standard_error(mine, other)
+    if abs(gain) <= ERRORS * error:
         return f"{names}: no gain is shown, {gain:+.2f} ± {error:.2f} points of test accuracy (standard error, {seeds})."
     word = "gain" if gain > 0 else "loss"
     return f"{names}: a {word} of {abs(gain):.2f} ± {error:.2f} points of test accuracy (standard error, {seeds})."
+
+
+def standard_error(values: Sequence[float], others: Sequence[float]) -> float:
+    """Return the standard error of the difference of two means, from the variance of each group of at least two values."""
+    return math.sqrt(sum(statistics.variance(group) / len(group) for group in (values, others)))

@@ -286,6 +286,11 @@ def test_label_smoothing_of_labels_that_have_a_weight_at_some_step_is_valid(dist
     assert config.train.label_smoothing == 0.1 and labels_without_weight(config) is None
 
 
+def test_an_alpha_above_one_is_one_mistake():
+    message = mistakes("--teacher.run=x", "--distill.alpha=1.5", "--train.label_smoothing=0.1")
+    assert message.startswith("distill.alpha: 1.5 must be at least 0 and at most 1") and "label_smoothing" not in message
+
+
 @pytest.mark.parametrize(
     ("distill", "is_unused"),
     [
