@@ -83,7 +83,7 @@ def save_results(
     on_main_process(trainer.accelerator, lambda: _save(run, summary, predictions))
     if trainer.accelerator.is_main_process:
         # After the collective: no other process waits for a tracker.
-        run.trackers.note_results(summary, run.data.label_names)
+        run.trackers.note_results(summary, test_metrics, run.data.label_names)
     name = "accuracy" if "accuracy" in test_metrics else "agreement"
     text = f"test {name} {100 * test_metrics[name]:.2f} %" + ("" if name == "accuracy" else " with the teacher")
     if best_metrics is not None:

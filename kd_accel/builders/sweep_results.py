@@ -14,29 +14,25 @@ from kd_accel.errors import UserError
 from kd_accel.io.files import refused_by_disk, write_whole
 from kd_accel.io.safe_yaml import dump_yaml, load_yaml_file
 from kd_accel.report.sweep_table import TrialResult, best_trial, read_run, write_sweep_report
-from kd_accel.training.resume_settings import ACCEPTED, OF_RESULTS, setting_changes
+from kd_accel.training.resume_settings import refused_changes
 
 
 def has_results(run: RunConfig) -> bool:
-    """Return whether a run is finished, with these or other settings."""
+    """Return whether a run is finished."""
     return (run.directory / "summary.json").is_file()
 
 
-def is_finished(run: RunConfig) -> bool:
-    """Return whether a run has results under the same settings. With others its training starts, and refuses them by name."""
-    if not has_results(run):
-        return False
+def refuse_other_results(run: RunConfig) -> None:
+    """Raise UserError if a finished run has other settings, so that its accuracy is not that of the trial."""
+    path = run.directory / "config.yaml"
+    remedy = "set them back, or give the sweep another --out"
     try:
-        stored = load_yaml_file(run.directory / "config.yaml")
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    changed = setting_changes(stored, absolute_paths(run.model_dump(mode="json")))
-    return not [name for name in changed if not _may_differ(run, name)]
-
-
-def _may_differ(run: RunConfig, name: str) -> bool:
-    """Return whether a finished run with another value of a setting has the same results."""
-    return (name in ACCEPTED and name not in OF_RESULTS) or _is_automatic(run, name)
+        stored = load_yaml_file(path)
+        changed = refused_changes(absolute_paths(stored), absolute_paths(run.model_dump(mode="json")), is_finished=True)
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        raise UserError(f"{path}: of a finished run, is missing or damaged; remove the directory to train it again") from None
+    if others := [text for name, text in changed.items() if not _is_automatic(run, name)]:
+        raise UserError(f"{path}: a finished run of the sweep has other settings: {'; '.join(others)}; {remedy}")
 
 
 def _is_automatic(run: RunConfig, name: str) -> bool:

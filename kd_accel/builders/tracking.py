@@ -67,17 +67,20 @@ class Trackers:
         if self._config.tracking.tensorboard:
             self.tensorboard.start(config, step=self._checkpoint.state["position"]["step"] if self._checkpoint else 0)
 
-    def note_results(self, summary: Mapping[str, Any], label_names: Sequence[str]) -> None:
+    def note_results(self, summary: Mapping[str, Any], test_metrics: Mapping[str, float], label_names: Sequence[str]) -> None:
         """Send the results of the finished run to W&B, and its model if that is configured.
 
         Args:
             summary: Contents of summary.json, which is written, as are the predictions.
+            test_metrics: Metrics on the test split. Those in the history are lost if only the test was left to a resumed run:
+                W&B drops a line for a step that it has.
             label_names: Class names, by label.
         """
         if not self.wandb.is_enabled:
             return
         directory = self._config.directory
-        self.wandb.summarize({**_summary(summary), **_cost(directory)})
+        tested = {f"test/{name}": value for name, value in test_metrics.items() if name != "samples"}
+        self.wandb.summarize({**tested, **_summary(summary), **_cost(directory)})
         if (stored := load_predictions(directory)) is not None:
             self._log_errors(stored, label_names)
         if self._config.tracking.log_model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +48,14 @@ def run_predictions(
     model.network.to(device)
     paths, notices = list_image_files(files)
     print(*notices, sep="\n", end="\n" if notices else "", file=sys.stderr, flush=True)
-    predicted, unreadable = dict[str, Prediction](), list[str]()
+    predicted, unreadable = list[tuple[str, Prediction]](), list[str]()
     for path, result in predict_files(model, paths, batch_size=batch_size):
         if isinstance(result, str):
             unreadable.append(path)
             print(result, file=sys.stderr, flush=True)
         else:
             print(json.dumps(_line(path, result, top_k)), flush=True)
-            predicted |= {path: result} if out is not None else {}
+            predicted += [(path, result)] if out is not None else []
     if out is not None:
         write_predictions(out, [_table(predicted, model)], label_names={str(run): model.class_names})
     if unreadable:
@@ -73,12 +73,12 @@ def _line(file: str, prediction: Prediction, top_k: int | None) -> dict[str, obj
     return {**line, "top": [{"label": label, "score": score} for label, score in best]}
 
 
-def _table(predicted: Mapping[str, Prediction], model: Model) -> dict[str, object]:
-    """Return the columns of predictions by file."""
-    probabilities = [list(prediction.probabilities.values()) for prediction in predicted.values()]
+def _table(predicted: Sequence[tuple[str, Prediction]], model: Model) -> dict[str, object]:
+    """Return the columns of the predictions, a row for each (file, prediction)."""
+    probabilities = [list(prediction.probabilities.values()) for _, prediction in predicted]
     return {
-        "file": list(predicted),
-        "label": [prediction.label for prediction in predicted.values()],
-        "score": np.array([prediction.score for prediction in predicted.values()], dtype=np.float32),
+        "file": [file for file, _ in predicted],
+        "label": [prediction.label for _, prediction in predicted],
+        "score": np.array([prediction.score for _, prediction in predicted], dtype=np.float32),
         "probabilities": np.array(probabilities, dtype=np.float32).reshape(len(predicted), len(model.class_names)),
     }

@@ -128,15 +128,18 @@ def _checked_trainings(config: ReproduceConfig, overrides: list[str]) -> list[_T
         mistakes.append("runs: must list at least one config, and no two with the same run directory")
     if mistakes:
         raise UserError("\n".join(mistakes))
-    teachers = {directory for run in runs for directory in _teacher_directories(run)}
+    used = {directory for run in runs for directory in _used_directories(run)}
     return [
-        _Training(file, run, () if run.directory.absolute() in teachers else range(config.num_seeds or 0))
+        _Training(file, run, () if run.directory.absolute() in used else range(config.num_seeds or 0))
         for file, run in zip(config.runs, runs, strict=True)
     ]
 
 
-def _teacher_directories(run: RunConfig) -> Iterator[Path]:
-    """Yield the directories of the runs from which a training loads its teachers."""
+def _used_directories(run: RunConfig) -> Iterator[Path]:
+    """Yield the directories of the runs from which a training loads its initial weights or its teachers."""
+    if run.model.weights:
+        path = Path(run.model.weights).absolute()
+        yield from (path, path.parent)
     for own in run.by_teacher().values():
         if own.teacher is not None and own.teacher.run:
             yield Path(own.teacher.run).absolute()

@@ -1,7 +1,7 @@
 """`kd-accel sweep`: the trainings of a grid of settings in turn, each in its own process, from one cache.
 
-All trials are checked before the first start. The caches that they need are built first, each once. Finished runs are skipped,
-and an interrupted one resumes. This process does not import torch.
+All trials, and the settings of finished runs, are checked before the first start. The caches that they need are built first,
+each once. Finished runs are skipped, and an interrupted one resumes. This process does not import torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kd_accel.builders.sweep_results import config_file, has_results, is_finished, write_configs, write_results
+from kd_accel.builders.sweep_results import config_file, has_results, refuse_other_results, write_configs, write_results
 from kd_accel.config.cache_content import configs_to_build
 from kd_accel.config.sweep import Sweep
 from kd_accel.errors import UserError
@@ -24,7 +24,7 @@ def run_sweep(sweep: Sweep, *, launch: str | None) -> None:
         launch: Config file of `accelerate launch` for each build and training; None = one process without a launcher.
 
     Raises:
-        UserError: If a build or a training fails.
+        UserError: If a finished run has other settings, or a build or a training fails.
         Preempted: If a signal has stopped the sweep, in a training after a checkpoint.
     """
     if launch is not None and not Path(launch).is_file():
@@ -32,7 +32,9 @@ def run_sweep(sweep: Sweep, *, launch: str | None) -> None:
     for notice in sweep.notices:
         print(f"{sweep.directory.name}: {notice}", flush=True)
     runs = [run for _, run in sweep.runs()]
-    left = [run for run in runs if not is_finished(run)]
+    for run in filter(has_results, runs):
+        refuse_other_results(run)
+    left = [run for run in runs if not has_results(run)]
     write_configs(sweep, left)
     for run in configs_to_build(left):
         _start("cache", "build", str(config_file(sweep, run)), launch=launch, what=f"cache of {run.name}")

@@ -309,8 +309,9 @@ class ReproduceConfig(Section):
 
     Args:
         runs: Config files of the trainings, in order.
-        num_seeds: Number of seeds of each training, 0, 1, ..., all in one launch; its runs are NAME-seedK. A teacher of another
-            training is trained once, with its own seed. null = each training has one run, with its own seed.
+        num_seeds: Number of seeds of each training, 0, 1, ..., all in one launch; its runs are NAME-seedK. A run whose weights
+            or outputs another training uses is trained once, with its own seed. null = each training has one run, with its
+            own seed.
         launch: Config file of `accelerate launch`.
         report_dir: Directory of table and pictures.
         bench: Measurement of the trained models.

@@ -88,7 +88,7 @@ class Sweep:
     def settings_of(self, trial: Trial) -> dict[str, Any]:
         """Return the settings of a trial that are not defaults, for a run apart from the sweep."""
         settings = trial.config.model_dump(mode="json", exclude_unset=True, exclude={"name", "run_dir", "seed"})
-        return {"name": f"{self.trials[0].config.name}-best", "seed": self.seeds[0], **settings}
+        return {"name": f"{trial.config.name}-best", "seed": self.seeds[0], **settings}
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _point(base: Settings, grid: Mapping[str, Any], values: Sequence[Any], parse
     # One at a time: two settings that make each other idle must not both be left out.
     while (idle := _idle_setting(settings.values)) is not None and idle.setting not in left_out:
         left_out[idle.setting] = idle
-        _remove(settings.values, idle.setting.split("."))
+        _remove(settings.values, idle.setting)
     config, mistakes = check_settings(settings, parser.losses, parser.options())
     kept = {name: value for name, value in given.items() if not _is_left_out(name, left_out)}
     return _Point(_name(kept, list(grid)), kept, config, mistakes, left_out)
@@ -216,10 +216,15 @@ def _without_logit_loss(config: RunConfig) -> Iterator[str]:
         yield from no_effect(distill, "distill", ("temperature", "logits"), because="with distill.alpha 0")
 
 
-def _remove(values: dict[str, Any], keys: Sequence[str]) -> None:
-    for key in keys[:-1]:
-        values = values[key]
-    del values[keys[-1]]
+def _remove(values: dict[str, Any], name: str) -> None:
+    """Remove the setting of a dotted name. A key may have dots itself, as that of a feature loss by `import:`."""
+    for key in sorted(values, key=len, reverse=True):
+        if name == key:
+            del values[key]
+            return
+        if name.startswith(f"{key}."):
+            _remove(values[key], name.removeprefix(f"{key}."))
+            return
 
 
 def _grouped(points: Sequence[_Point]) -> list[str]:
@@ -279,7 +284,8 @@ def _short(setting: str, over: Sequence[str]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """Return a value as YAML in one line."""
+    """Return a value as YAML in one line, equal numbers as equal texts: 1 for 1.0."""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     return " ".join(dump_yaml(value, in_one_line=True).removesuffix("...\n").split())
 
 

@@ -9,26 +9,28 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
 
 from kd_accel.report.rows import Row
-from kd_accel.report.run_files import RunResult, mapping
+from kd_accel.report.run_files import RunResult
 
 _NOT_COMPARED = ("seed", "name", "run_dir", "checkpoint.resume", "checkpoint.stop_after_steps")
 _TRACKING = "tracking."
 _NETWORK = ("model.stem", "model.arch_args", "data.image_size")
-_SEED_IN_NAME = re.compile(r"[\W_]*(seed|s)?[\W_]*$")
+_SEED_IN_NAME = re.compile(r"([\W_]+s|[\W_]*seed)?[\W_]*$")
 """End of the common part of the names of a group, such as `-seed` of `small-seed0` and `small-seed1`."""
+_FIRST_DIGITS = re.compile(r"\d+$")
+"""End of the common part if a digit follows in the names, such as the 1 of `small-seed10` and `small-seed11`."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs with the same settings except the seed, or a single run.
+    """Finished runs with the same settings, data and teacher, but each with another seed, or a single run.
 
     Attributes:
-        name: Common part of the names of the runs.
+        name: Common part of the names of the runs; the label of a single run.
         positions: Positions of the runs in the report.
         rows: Rows of the runs.
         task: What two groups have in common whose accuracies can be compared: network, classes, and test samples.
@@ -56,12 +58,22 @@ class Group:
 
 
 def grouped(results: Sequence[RunResult]) -> list[Group]:
-    """Return the groups of the finished runs. A run without config.yaml is a group of its own."""
-    found: dict[str, list[int]] = {}
+    """Return the groups of the finished runs. A run without config.yaml is a group of its own.
+
+    A repeated run is not another seed: runs with equal settings and an equal seed are in different groups.
+    """
+    found: dict[tuple[str, int], list[int]] = {}
+    repetitions: Counter[tuple[str, int | None]] = Counter()
     for position, result in enumerate(results):
         if result.is_finished:
-            found.setdefault(_key(result, position), []).append(position)
-    return [_group(positions, results) for positions in found.values()]
+            key = _key(result, position)
+            number = repetitions[key, result.row.seed]
+            repetitions[key, result.row.seed] += 1
+            found.setdefault((key, number), []).append(position)
+    labels = run_labels(results)
+    groups = [_group(positions, results, labels) for positions in found.values()]
+    counts = Counter(group.name for group in groups)
+    return [group if counts[group.name] == 1 else replace(group, name=_with_directory(group, results)) for group in groups]
 
 
 def run_labels(results: Sequence[RunResult]) -> list[str]:
@@ -91,17 +103,33 @@ def _pairs(results: Sequence[RunResult]) -> list[tuple[str, RunResult]]:
 def _key(result: RunResult, position: int) -> str:
     if not result.settings:
         return str(position)
-    return repr((result.row.role, sorted(compared_settings(result).items(), key=lambda item: item[0])))
+    # The same settings may stand for other files: a path of data that were extended, or of a teacher that was trained again.
+    files = [result.summary.get(name) for name in ("data", "teacher_fingerprint")]
+    return repr((result.row.role, sorted(compared_settings(result).items(), key=lambda item: item[0]), files))
 
 
-def _group(positions: list[int], results: Sequence[RunResult]) -> Group:
+def _group(positions: list[int], results: Sequence[RunResult], labels: Sequence[str]) -> Group:
     rows = [results[position].row for position in positions]
-    names = [row.name for row in rows]
-    common = names[0] if len(set(names)) == 1 else _SEED_IN_NAME.sub("", commonprefix(names))
-    return Group(common or names[0], positions, rows, _task(results[positions[0]]))
+    name = labels[positions[0]] if len(positions) == 1 else _common_name([row.name for row in rows])
+    return Group(name, positions, rows, _task(results[positions[0]]))
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """Return the common part of the names of runs, without what belongs to their seeds."""
+    if len(set(names)) == 1:
+        return names[0]
+    common = commonprefix(names)
+    if any(name[len(common) :][:1].isdigit() for name in names):
+        common = _FIRST_DIGITS.sub("", common)
+    return _SEED_IN_NAME.sub("", common) or names[0]
+
+
+def _with_directory(group: Group, results: Sequence[RunResult]) -> str:
+    """Return the name of a group that shares it with another one."""
+    shown = f"({results[group.positions[0]].directory})"
+    return group.name if group.name.endswith(shown) else f"{group.name} {shown}"
 
 
 def _task(result: RunResult) -> str:
     network = {name: value for name, value in result.settings.items() if name.startswith(_NETWORK)}
-    test = mapping(result.summary.get("data")).get("test")
-    return repr((result.row.arch, sorted(network.items(), key=lambda item: item[0]), result.class_names, test))
+    return repr((result.row.arch, sorted(network.items(), key=lambda item: item[0]), result.test_samples))

@@ -36,7 +36,7 @@ def write_report(
     """Write the files of a report.
 
     Args:
-        directories: Run directories, in the order of the rows.
+        directories: Run directories, in the order of the rows; a repeated one has one row.
         out: Directory to write to.
         bench_file: File of `kd-accel bench` with the figures of all runs; None = no MACs and latencies.
         say: Function that prints a notice if no figures are drawn.
@@ -64,6 +64,7 @@ def write_report(
 
 def read_report(directories: Sequence[Path], bench_file: Path | None) -> Report:
     """Read the files of all runs, and compare them with the teacher. Raises UserError, see `write_report`."""
+    directories = list({directory.absolute(): directory for directory in reversed(directories)}.values())[::-1]
     bench = read_bench(bench_file) if bench_file else {}
     measured = entries(bench) if bench else {}
     results = [load_run(directory, entry_of(directory, measured)) for directory in directories]
@@ -87,7 +88,8 @@ def _with_comparisons(results: Sequence[RunResult], predictions: Sequence[Stored
         result.row if stored is None else replace(result.row, top5_accuracy=_top5(result, stored))
         for result, stored in zip(results, predictions, strict=True)
     ]
-    rows = compared_with_teacher(rows, [finite(result.summary.get("teacher_accuracy")) for result in results])
+    own_teachers = [finite(result.summary.get("teacher_accuracy")) for result in results]
+    rows = compared_with_teacher(rows, own_teachers, [result.test_samples for result in results])
     return [replace(result, row=row) for result, row in zip(results, rows, strict=True)]
 
 
@@ -118,14 +120,14 @@ def _draw(report: Report, out: Path, say: Callable[[str], None]) -> Figures | No
 
 def _points(report: Report, make: Callable[..., Point]) -> list[Point]:
     return [
-        make(name=_point_name(report, group), color=group.positions[0], **_point_figures(group))
+        make(name=_point_name(group), color=group.positions[0], **_point_figures(group))
         for group in report.groups
         if group.mean("accuracy") is not None and group.mean("latency_ms") is not None
     ]
 
 
-def _point_name(report: Report, group: Group) -> str:
-    return report.labels[group.positions[0]] if len(group.positions) == 1 else f"{group.name} (n = {len(group.positions)})"
+def _point_name(group: Group) -> str:
+    return group.name if len(group.positions) == 1 else f"{group.name} (n = {len(group.positions)})"
 
 
 def _point_figures(group: Group) -> dict[str, Any]:

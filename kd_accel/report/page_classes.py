@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kd_accel.report.content import Report
 from kd_accel.report.html import Child, Markup, element, joined, table
@@ -58,11 +58,11 @@ def _names(report: Report, position: int) -> list[str]:
 
 
 def _per_class_section(named: Sequence[Named], *, missing: Sequence[str]) -> Markup:
-    by_names: dict[tuple[str, ...], list[Named]] = {}
+    by_samples: dict[tuple[Any, ...], list[Named]] = {}
     for each in named:
-        by_names.setdefault(tuple(each[2].names), []).append(each)
-    tables = [_per_class_table(runs) for runs in by_names.values()]
-    note = f"Not shown, because they have no stored predictions: {', '.join(missing)}." if missing else None
+        by_samples.setdefault((*each[2].names, *each[2].samples.tolist()), []).append(each)
+    tables = [_per_class_table(runs) for runs in by_samples.values()]
+    note = f"Not shown, because they have no stored predictions of labeled samples: {', '.join(missing)}." if missing else None
     return element("section", element("h2", "Accuracy by class"), *tables, element("p", note, class_="note") if note else None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kd_accel.report.bench_file import entries
+from kd_accel.report.bench_file import Entry, entries, entry_of
 from kd_accel.report.content import Report
 from kd_accel.report.html import Child, Markup, element, joined, table
 from kd_accel.report.run_files import RunResult, mapping
@@ -74,7 +74,7 @@ def _flag(value: Any) -> str:
 def _latency_table(report: Report) -> Markup:
     """Return the latency of each run at each batch size."""
     found = entries(report.bench)
-    by_run = [_latencies(found.get(str(result.directory))) for result in report.results]
+    by_run = [_latencies(entry_of(result.directory, found)) for result in report.results]
     sizes = sorted({size for latencies in by_run for size in latencies})
     if not sizes:
         return element("p", "The bench file has no latencies of these runs.", class_="note")
@@ -86,7 +86,7 @@ def _latency_table(report: Report) -> Markup:
     return joined(table(head, rows, caption="Latency in milliseconds by batch size"), note)
 
 
-def _latencies(entry: dict[str, Any] | None) -> dict[int, str]:
+def _latencies(entry: Entry | None) -> dict[int, str]:
     """Return the latency at each batch size as text; the entry has been read for the table of results."""
     if entry is None:
         return {}

@@ -7,6 +7,7 @@ probabilities: the metadata `label_names` is JSON, {run: [name, ...]}.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,12 @@ def write_predictions(path: Path, tables: Sequence[Mapping[str, Any]], *, label_
 
 
 def _arrow(values: Any) -> Any:
-    """Return a column as an Arrow array."""
+    """Return a column as an Arrow array. Bytes of a file name that are not UTF-8 are written as escapes."""
     import pyarrow as pa
 
     if not isinstance(values, np.ndarray):
-        return pa.array(values, pa.string())
+        texts = [None if text is None else os.fsencode(text).decode("utf-8", "backslashreplace") for text in values]
+        return pa.array(texts, pa.string())
     if values.ndim == 1:
         return pa.array(values)
     offsets = np.arange(len(values) + 1, dtype=np.int64) * values.shape[1]

@@ -23,6 +23,7 @@ from kd_accel.report.rows import ROLES, Role, Row, finite
 _MAX_CURVE_BYTES = 512 * 2**20
 _NUMBERS = ("loss", "ce", "accuracy", "lr", "temperature", "alpha")
 """Metrics that a report shows."""
+_LARGEST = 3.5e38
 _ERRORS = (KeyError, TypeError, ValueError, OverflowError)
 
 
@@ -54,6 +55,11 @@ class RunResult:
         """Names of the classes, in the order of the logits; empty for an unfinished run."""
         names = mapping(self.summary.get("data")).get("label_names")
         return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
+    def test_samples(self) -> str:
+        """Classes and test samples as text: accuracies of runs in which it is equal can be compared."""
+        return repr((self.class_names, mapping(self.summary.get("data")).get("test")))
 
 
 def load_run(directory: Path, bench: Mapping[str, Any] | None) -> RunResult:
@@ -190,8 +196,8 @@ def _read_bounded(path: Path) -> bytes:
 
 
 def _is_event(line: dict[str, Any]) -> bool:
-    """Return whether a line has a split, and a finite number for each value that a report shows."""
+    """Return whether a line has a split, and a number that float32 can hold for each value that a report shows."""
     numbers = [line.get("step"), line.get("epoch"), *(line[key] for key in _NUMBERS if key in line)]
     return isinstance(line.get("split"), str) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15 for value in numbers
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST for value in numbers
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kd_accel.report.columns import Column, shown_columns
-from kd_accel.report.groups import Group, grouped
+from kd_accel.report.groups import Group, grouped, run_labels
 from kd_accel.report.run_files import RunResult as RunResult
 from kd_accel.report.run_files import load_result as load_result
 from kd_accel.report.run_files import mapping
@@ -35,9 +35,11 @@ def results_table(results: Sequence[RunResult]) -> str:
     header = ["Model", "Architecture", *(column.title for column in columns), *([REFERENCE_TITLE] if references else [])]
     lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
     means = groups_by_last_run(grouped(results))
-    for position, result in enumerate(results):
+    for position, (result, label) in enumerate(zip(results, run_labels(results), strict=True)):
         extra = [references[position]] if references else []
-        lines.append([_name(result), _escaped(result.row.arch), *(column.cell(result.row) for column in columns), *extra])
+        lines.append(
+            [_name(result, label), _escaped(result.row.arch), *(column.cell(result.row) for column in columns), *extra]
+        )
         if position in means:
             lines.append([*_group_cells(means[position], columns), *([""] if references else [])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -64,9 +66,9 @@ def reference(result: RunResult) -> str:
     return _REFERENCE["scheduled" if mapping(result.summary).get("is_scheduled") else "fixed"]
 
 
-def _name(result: RunResult) -> str:
+def _name(result: RunResult, label: str) -> str:
     state = ", ".join(filter(None, (result.row.role, result.row.status)))
-    return f"{_escaped(result.row.name)} ({state})"
+    return f"{_escaped(label)} ({state})"
 
 
 def _group_cells(group: Group, columns: Sequence[Column]) -> list[str]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kd_accel.config.fields import flatten
+from kd_accel.config.fields import as_one_teacher, flatten
+from kd_accel.config.paths import moved_paths
 
 _BY_REASON_ACCEPTED = {
     "a label or a path, of no effect on the training": "name run_dir role",
@@ -121,3 +122,19 @@ def setting_changes(stored: Mapping[str, Any], present: Mapping[str, Any]) -> di
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     }
+
+
+def refused_changes(stored: Mapping[str, Any], present: Mapping[str, Any], *, is_finished: bool) -> dict[str, str]:
+    """Describe the settings that differ and may not. A path may change if the directory or file was moved.
+
+    Args:
+        stored: Nested settings of the run, with absolute paths.
+        present: Nested settings of the present command, with absolute paths.
+        is_finished: Whether the run is finished.
+
+    Returns:
+        "NAME: OLD in the run, NEW now" by dotted name.
+    """
+    accepted, moved = ACCEPTED.keys() - (OF_RESULTS if is_finished else frozenset()), moved_paths(stored, present)
+    changes = setting_changes(stored, present)
+    return {name: text for name, text in changes.items() if name not in moved and as_one_teacher(name) not in accepted}

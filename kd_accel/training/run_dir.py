@@ -13,14 +13,13 @@ from typing import Any, Literal
 
 import yaml
 
-from kd_accel.config.fields import as_one_teacher
-from kd_accel.config.paths import absolute_paths, moved_paths
+from kd_accel.config.paths import absolute_paths
 from kd_accel.errors import UserError
 from kd_accel.io.files import lock, read_json, refuse_links, write_whole
 from kd_accel.io.safe_yaml import load_yaml_file
 from kd_accel.training.checkpoint import Checkpoint, find_checkpoint, has_checkpoints, load_checkpoint
 from kd_accel.training.progress import print_line
-from kd_accel.training.resume_settings import ACCEPTED, OF_RESULTS, setting_changes
+from kd_accel.training.resume_settings import refused_changes, setting_changes
 from kd_accel.training.state import Position
 
 _LATER = {"best_val_agreement", "best_epoch", "stopped_early"}
@@ -206,13 +205,9 @@ class RunDirectory:
                 are compared by their contents, and initial weights are not used again.
         """
         before = absolute_paths(stored)
-        changes, moved = setting_changes(before, self.settings), moved_paths(before, self.settings)
-        accepted = ACCEPTED.keys() - (OF_RESULTS if is_finished else frozenset())
-        refused = {
-            name: change for name, change in changes.items() if name not in moved and as_one_teacher(name) not in accepted
-        }
+        refused = refused_changes(before, self.settings, is_finished=is_finished)
         if not refused:
-            return list(changes.values())
+            return list(setting_changes(before, self.settings).values())
         remedy = "Set them back, or start from scratch in another run_dir"
         # A network of another architecture cannot start from these weights.
         if not any(name.startswith(("model.arch", "model.stem")) for name in refused):

@@ -1,6 +1,7 @@
 """Predictions for files: equal to those of an evaluation, from a copied folder, another directory and a fresh process."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -185,6 +186,16 @@ def test_unreadable_files_are_named_after_all_others_are_predicted(project, copi
     last_line = "kd-accel: predict: 3 of 5 files cannot be read as images and have no prediction ('broken.png', 'absent.png', "
     assert text.splitlines()[-1].startswith(last_line)
     assert lines(say("predict", copied, "absent.png", code=2)) == []
+
+
+def test_each_line_has_its_row_in_the_file(copied, tmp_path):
+    """A file that is named twice, and one whose name is not UTF-8."""
+    odd = os.fsdecode(b"caf\xe9.png")
+    for name in ("a.png", odd):
+        Image.new("RGB", (9, 9)).save(tmp_path / name, "PNG")
+    text = say("predict", "copied", "a.png", odd, "a.png", "--out=out.parquet")
+    assert [line["file"] for line in lines(text)] == ["a.png", odd, "a.png"]
+    assert pq.read_table("out.parquet")["file"].to_pylist() == ["a.png", "caf\\xe9.png", "a.png"]
 
 
 def test_files_of_a_directory_that_are_left_out_are_counted(copied, tmp_path):

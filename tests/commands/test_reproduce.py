@@ -82,6 +82,17 @@ def test_chain_is_measured_again_if_its_bench_or_runs_change(tmp_path):
         assert [latency["batch_size"] for latency in entry["latency"]] == [1, 2]
 
 
+@pytest.mark.parametrize("weights", ["teacher", "teacher/model.safetensors"])
+def test_a_run_from_whose_weights_another_one_starts_is_trained_once(tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "launch.yaml").write_text("{}")
+    (tmp_path / "teacher.yaml").write_text("{run_dir: teacher, name: t}")
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump({"run_dir": "student", "model": {"weights": weights}}))
+    chain = ReproduceConfig(runs=["teacher.yaml", "student.yaml"], launch="launch.yaml", report_dir="report", num_seeds=2)
+    plan = [(training.file, list(training.seeds)) for training in reproduce._checked_trainings(chain, [])]
+    assert plan == [("teacher.yaml", []), ("student.yaml", [0, 1])]
+
+
 @pytest.mark.parametrize("teacher", [{"run": "{root}/teacher"}, {"weights": "{root}/teacher/model.safetensors", "arch": "x"}])
 def test_a_teacher_of_the_chain_is_trained_once(tmp_path, monkeypatch, teacher):
     """The plan of the steps, with the teacher named by an absolute path, or by its weights."""

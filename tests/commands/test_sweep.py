@@ -49,6 +49,49 @@ def test_names_are_unique_and_safe():
     assert len(set(names(long))) == 2 and all(len(name) < 60 for name in names(long))
 
 
+def test_equal_numbers_have_equal_names():
+    assert names(sweep_of("--over=distill.temperature=1.0,2.5")) == ["temperature=1", "temperature=2.5"]
+    with pytest.raises(UserError, match=r"--over distill.temperature: 1 is listed twice"):
+        sweep_of("--over=distill.temperature=1,1.0")
+
+
+def test_the_best_config_is_named_after_its_own_trial():
+    argv = ["--data.source=digits", "--over=model.arch=torchvision/resnet18,torchvision/resnet34"]
+    sweep, _ = parse_sweep(argv, parser=_sweep_parser())
+    assert [sweep.settings_of(trial)["name"] for trial in sweep.trials] == [
+        "resnet18-digits-student-best",
+        "resnet34-digits-student-best",
+    ]
+
+
+def test_a_feature_loss_with_dots_in_its_name_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("KD_ACCEL_ALLOW_IMPORT", "1")
+    name = "import:tests.losses.own_losses:Centered"
+    (tmp_path / "own.yaml").write_text(f'distill: {{features: {{"{name}": {{weight: 0, layers: [layer1]}}}}}}')
+    with pytest.raises(UserError, match=f"^distill.features.{name}.weight: 0, so that the term has no effect; remove it"):
+        sweep_of(str(tmp_path / "own.yaml"), "--over=optim.lr=0.1,0.2")
+
+
+def write_finished(sweep, trial, **changes):
+    """Write the files by which a run of a sweep counts as finished, with other values of some settings."""
+    run = sweep.run(sweep.trials[trial], 0)
+    run.directory.mkdir(parents=True)
+    (run.directory / "summary.json").write_text("{}")
+    settings = {**run.model_dump(mode="json"), **changes}
+    (run.directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    return run
+
+
+def test_a_finished_run_with_other_settings_is_refused_before_anything_is_written(tmp_path):
+    sweep = sweep_of("--over=optim.lr=0.1,0.2", f"--out={tmp_path / 'sweep'}")
+    write_finished(sweep, 0)
+    run = write_finished(sweep, 1, train={**sweep.trials[1].config.model_dump(mode="json")["train"], "epochs": 77})
+    message = say("sweep", ROOT / STUDENT, "--over=optim.lr=0.1,0.2", f"--out={tmp_path / 'sweep'}", code=2)
+    assert message.startswith(f"kd-accel: {run.directory / 'config.yaml'}: a finished run of the sweep has other settings: ")
+    assert "train.epochs: 77 in the run, " in message and "give the sweep another --out" in message
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["lr=0.1-seed0", "lr=0.2-seed0"]
+
+
 def test_seeds_are_a_number_or_a_list():
     of = {text: sweep_of("--over=optim.lr=0.1,0.2", f"--seeds={text}").seeds for text in ("3", "5,", "0,5,7")}
     assert of == {"3": [0, 1, 2], "5,": [5], "0,5,7": [0, 5, 7]}

@@ -106,8 +106,20 @@ def test_classes_confusion_and_errors(tmp_path):
     assert table[2][1:] == ["2", "0.0", "0.0"]
     assert text.count('--share:0.000">100.0<') == text.count('--share:1.000">0.0<') == 2
     assert [row[1:] for row in rows(text, "Confusion of classes")[1:]] == [["1", ""], ["2", ""]]
-    assert "Not shown, because they have no stored predictions: &lt;script" in text
+    assert "Not shown, because they have no stored predictions of labeled samples: &lt;script" in text
     assert "→ cat</b> 90.0 %<br>teacher: &lt;script" in text and "→ cat</b> 70.0 %<br>teacher: cat" in text
+
+
+def test_runs_with_other_test_samples_have_a_table_of_their_own(tmp_path):
+    runs = [finished_run(tmp_path, name) for name in "ab"]
+    write_predictions(runs[0], labels=[0, 1, 1], predicted=[0, 0, 1])
+    write_predictions(runs[1], labels=[0, 0, 0, 1], predicted=[0, 0, 1, 1])
+    tables = page_of(runs).split("<caption>Accuracy by class in percent</caption>")[1:]
+    shown = [rows(f"<caption>x</caption>{table}", "x") for table in tables]
+    assert shown == [
+        [["Class", "Test samples", "a"], ["a", "1", "100.0"], ["b", "2", "50.0"]],
+        [["Class", "Test samples", "b"], ["a", "3", "66.7"], ["b", "1", "100.0"]],
+    ]
 
 
 def test_many_classes_have_the_worst_and_the_most_frequent_confusions(tmp_path):

@@ -2,13 +2,17 @@
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from kd_accel.bench.provenance import model_digest
 from kd_accel.errors import UserError
+from kd_accel.report.content import Figures
 from kd_accel.report.output import read_report, write_report
+from kd_accel.report.page import page
 from kd_accel.report.tables import CIFAR10_CLASSES, results_table
 from tests.report.runs import (
     RESNET18,
@@ -278,3 +282,49 @@ def test_command_line(tmp_path):
     done = run("report", directory, f"--out={tmp_path / 'out'}", f"--bench={bench_file(tmp_path, (directory, 2.5))}")
     assert f"| r (student) | {RESNET18} | 75.06 | 11.18 | 37.0 | 2.50 | 323 |" in done.stdout
     assert "train it first" in run("report", tmp_path / "nowhere", f"--out={tmp_path / 'out'}", code=2).stderr
+
+
+def test_a_repeated_run_has_one_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished_run(tmp_path, "a")
+    assert [row["run"] for row in rows_of([Path("a"), tmp_path / "a", Path("a")])] == ["a"]
+
+
+def test_a_teacher_of_other_classes_or_test_samples_is_not_compared(tmp_path):
+    finished_run(tmp_path, "large", role="teacher", arch=RESNET50, accuracy=0.95, parameters=23_000_000)
+    others = {"classes": {"label_names": ["x", "y"]}, "samples": {"label_names": ["a", "b"], "test": {"samples": 9}}}
+    runs = [tmp_path / "large", *(finished_run(tmp_path, name, data=data) for name, data in others.items())]
+    assert [set(row) & {"gap_to_teacher", "compression"} for row in rows_of(runs)] == [set()] * 3
+    assert rows_of([*runs, finished_run(tmp_path, "small")])[3]["gap_to_teacher"] == pytest.approx(0.1994)
+
+
+def test_runs_of_the_same_name_are_told_apart_in_the_table(tmp_path):
+    runs = [finished_run(tmp_path, name, name="net", role="distilled", accuracy=0.8) for name in ("t1", "t4")]
+    for directory, temperature in zip(runs, (1, 4), strict=True):
+        write_settings(directory, distill={"temperature": temperature})
+    plain = finished_run(tmp_path, "plain")
+    write_settings(plain)
+    text = write_report([*runs, plain], out=tmp_path / "out", say=print)
+    for directory in runs:
+        assert f"| net ({directory}) (distilled) |" in text and f"net ({directory}) against plain: +4.94 points" in text
+
+
+def test_a_very_large_loss_does_not_damage_a_run(tmp_path):
+    run = unfinished_run(tmp_path, "a")
+    lines = [json.dumps({"step": 4, "epoch": 0, "split": "train", "loss": loss}) + "\n" for loss in (3e15, 3e38)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    write_report([run], out=tmp_path / "out", say=print)
+    assert "unfinished, step 4" in (tmp_path / "out/results.md").read_text()
+    (run / "metrics.jsonl").write_text(lines[0].replace("3000000000000000.0", "1e39"))
+    with pytest.raises(UserError, match="is damaged"):
+        read_report([run], None)
+
+
+def test_runs_that_share_figures_are_in_the_table_of_latencies(tmp_path):
+    card = {"arch": RESNET18, "stem": "imagenet", "arch_args": {}, "image_size": 32, "label_names": ["a", "b"]}
+    runs = [finished_run(tmp_path, name) for name in ("seed0", "seed1")]
+    for directory in runs:
+        (directory / "model.json").write_text(json.dumps(card))
+    text = page(replace(read_report(runs, bench_file(tmp_path, (runs[0], 2.0))), figures=Figures(None, [])))
+    table = text.split("<caption>Latency in milliseconds by batch size</caption>")[1].split("</table>")[0]
+    assert table.count(">2.00<") == table.count(">99.00<") == 2
