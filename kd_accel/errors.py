@@ -7,6 +7,23 @@ class UserError(ValueError):
     """Mistake of the user; the program exits with 2. The message is one paragraph with field, value, rule and remedy."""
 
 
+class IneffectiveSetting(UserError):  # noqa: N818  (as UserError, a mistake in the input)
+    """Setting of the data that has no effect with the source that was found.
+
+    Args:
+        setting: Dotted name.
+        reason: Rest of the message, after the name.
+    """
+
+    def __init__(self, setting: str, reason: str) -> None:
+        super().__init__(setting, reason)
+        self.setting = setting
+
+    def __str__(self) -> str:
+        """Return the message in one paragraph."""
+        return f"{self.setting}: {self.args[1]}"
+
+
 class UnreadableImage(UserError):  # noqa: N818  (as UserError, a mistake in the input)
     """Image that cannot be read or decoded. A training stops after a checkpoint; the program exits with 2.
 

@@ -15,10 +15,15 @@ from torch import Tensor
 from kd_accel.builders.agreement import agreement_source
 from kd_accel.builders.header import evaluation_header, header_text
 from kd_accel.builders.trainer import build_held_out
+from kd_accel.config.data_schema import DataConfig
+from kd_accel.config.fields import flatten
 from kd_accel.config.schema import RunConfig
+from kd_accel.data.datamodule import DataModule
 from kd_accel.data.held_out import load_held_out
 from kd_accel.data.splits import HeldOutSplit
 from kd_accel.distributed import Accelerator, launch_notices, leave_processes, start_processes
+from kd_accel.errors import IneffectiveSetting
+from kd_accel.io.safe_yaml import load_yaml_file
 from kd_accel.models.inference import choose_kernels, image_memory_format, use_cpu_kernels
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.weights import load_run_model
@@ -90,7 +95,7 @@ def evaluate_run(
     accelerator = start_processes(config.train.precision)
     settings = {"mean": card.mean, "std": card.std, "image_size": card.image_size}
     config = config.model_copy(update={"data": config.data.model_copy(update=settings)})
-    data = load_held_out(config.data, split, card.label_names, accelerator)
+    config, data = _load_data(directory, config, split, card.label_names, accelerator)
     use_cpu_kernels(network, accelerator.device, config.train.cpu_kernels)
     network.to(accelerator.device)
     memory_format = image_memory_format(config.train.channels_last, accelerator.device)
@@ -114,6 +119,26 @@ def evaluate_run(
     more = classification_metrics(found.labels, found.predicted, found.scores, found.label_ranks, card.label_names)
     paths = _paths(data.parts()[split].images.paths, found.index)
     return Evaluation({**metrics, **more}, found, tuple(card.label_names), paths, accelerator)
+
+
+def _load_data(
+    directory: Path, config: RunConfig, split: HeldOutSplit, label_names: Sequence[str], accelerator: Accelerator
+) -> tuple[RunConfig, DataModule]:
+    """Load the data of an evaluation.
+
+    Returns:
+        The config without the settings of the run's own data that have no effect on the other data, and the data.
+    """
+    stored = flatten(load_yaml_file(directory / "config.yaml"))
+    while True:
+        try:
+            return config, load_held_out(config.data, split, label_names, accelerator)
+        except IneffectiveSetting as error:
+            name = error.setting.removeprefix("data.")
+            value, default = getattr(config.data, name), DataConfig.model_fields[name].default
+            if value in (default, None) or stored.get(error.setting) != value:
+                raise
+            config = config.model_copy(update={"data": config.data.model_copy(update={name: default})})
 
 
 def _paths(all_paths: Sequence[str] | None, index: np.ndarray) -> list[str] | None:

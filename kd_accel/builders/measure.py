@@ -24,6 +24,7 @@ from kd_accel.data.datamodule import DataModule, keep_images_on_gpu, load_data
 from kd_accel.distributed import Accelerator
 from kd_accel.losses.distiller import Distiller
 from kd_accel.losses.targets import PCA, TargetFunction
+from kd_accel.models.feature_extractor import compile_with_hooks
 from kd_accel.models.inference import weight_memory_format
 from kd_accel.models.projectors import FeatureProjector, Shape
 from kd_accel.teacher.teacher import LiveTeacher, Teacher
@@ -90,6 +91,8 @@ def _measure(
         target.to(accelerator.device)
     live = live_teacher(config, network, normalize, targets, accelerator)
     distiller.to(accelerator.device).to(memory_format=weight_memory_format(config.train.channels_last, accelerator.device))
+    if config.train.compile:
+        compile_with_hooks(distiller.student, dynamic=False)
     distiller.train().start_recording()
     try:
         teacher_s = _seconds(lambda: live(batch), accelerator)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from kd_accel.config.paths import is_path_of_weights
-from kd_accel.config.schema import RunConfig
+from kd_accel.config.schema import DistillConfig, RunConfig
 from kd_accel.deploy.model_card import readme_text
 from kd_accel.errors import UserError
 from kd_accel.io.files import read_json
@@ -28,6 +28,8 @@ def run_readme(run: Path, config: RunConfig | None, network: nn.Module, card: Mo
     """
     has_summary = (run / "summary.json").is_file()
     summary = read_json(run / "summary.json", remedy="train the run again, or remove the file") if has_summary else {}
+    if config and config.has_teacher:
+        config = config.model_copy(update={"distill": config.distill or DistillConfig()})
     return readme_text(
         card,
         name=config.name if config and config.name else run.absolute().name,

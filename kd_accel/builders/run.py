@@ -169,6 +169,7 @@ def _check_inputs(config: RunConfig, accelerator: Accelerator) -> _CheckedInputs
     loader = build_train_loader(config, data, accelerator)
     schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
     _refuse_pause_beyond_end(config, schedule.total_steps)
+    _refuse_steps_without_teacher(schedule)
     return _CheckedInputs(config, directory, losses, data, loader, schedule, checkpoint)
 
 
@@ -195,6 +196,15 @@ def _refuse_pause_beyond_end(config: RunConfig, total_steps: int) -> None:
         raise UserError(
             f"checkpoint.stop_after_steps: {stop} has no effect, because the training has {total_steps} steps; lower it, or "
             "leave it out"
+        )
+
+
+def _refuse_steps_without_teacher(schedule: TrainingSchedule) -> None:
+    """Raise UserError if the scheduled weights of all teachers are 0 at the same step: they are divided by their sum."""
+    if (step := schedule.step_without_teacher()) is not None:
+        raise UserError(
+            f"teachers: the weights of all of them are 0 at step {step + 1} of {schedule.total_steps}; change the "
+            "schedules, so that one of them is above 0 at every step"
         )
 
 

@@ -102,6 +102,7 @@ def _checked(settings: Settings, losses: Mapping[str, Sequence[str]], command_op
             _remove(settings.values, keys)
     if any(keys[0] in ("teacher", "teachers") for keys in changed):
         _leave_out_losses(settings.values)
+    _leave_out_label_weight(settings.values)
     _leave_out_ineffective(settings)
     config: RunConfig = checked_config(settings, losses, command_options)
     return config
@@ -111,6 +112,13 @@ def _leave_out_losses(values: dict[str, Any]) -> None:
     """Reduce the objective of the run to the combination of several teachers: the losses belong to the run's own teachers."""
     if isinstance(distill := values.get("distill"), dict):
         values["distill"] = {"ensemble": distill["ensemble"]} if distill.get("ensemble") else None
+
+
+def _leave_out_label_weight(values: dict[str, Any]) -> None:
+    """Take the weight from labels that are not read: an evaluation has no loss, and measures the agreement alone."""
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("label_column", "") is None and (values.get("teacher") or values.get("teachers")):
+        values["distill"] = {**(values.get("distill") or {}), "label_weight": 0.0}
 
 
 def _leave_out_ineffective(settings: Settings) -> None:

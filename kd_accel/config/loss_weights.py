@@ -37,5 +37,5 @@ def notices_of_weights(config: RunConfig) -> list[str]:
         return []
     return [
         "distill.alpha: 0 and no distill.features: the teacher has no weight in the loss, and only its agreement with the "
-        "student is measured; set teacher to null for plain training"
+        f"student is measured; set {'teachers' if config.teachers else 'teacher'} to null for plain training"
     ]

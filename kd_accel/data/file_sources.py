@@ -16,7 +16,7 @@ from kd_accel.data.csv_lists import Columns, column, parse_labels, read_columns
 from kd_accel.data.folders import FileColumn, folder_names, quoted, read_folder, read_images, read_listed
 from kd_accel.data.labels import LabelSource, no_labels
 from kd_accel.data.source_splits import EncodedSplit, SourceSplit, absolute, existing_directory
-from kd_accel.errors import UserError
+from kd_accel.errors import IneffectiveSetting, UserError
 
 _SPLIT_COLUMN = "split"
 _USUAL_SPLITS = frozenset({"train", "training", "test", "testing", "val", "validation", "valid", "dev", "eval"})
@@ -84,9 +84,9 @@ class FolderSource:
                 f"it if the names of the directories are the classes ({split}/CLASS/IMAGE)"
             )
         if self.config.label_column not in ("label", None):
-            raise UserError(
-                f"data.label_column: has no effect ({directory} has no {_METADATA}, so its class folders are the labels); "
-                "leave it out"
+            raise IneffectiveSetting(
+                "data.label_column",
+                f"has no effect ({directory} has no {_METADATA}, so its class folders are the labels); leave it out",
             )
         # Without labels, the folders are not classes, and may differ between the splits.
         label_names = None if train is None or self.config.label_column is None else train.label_names

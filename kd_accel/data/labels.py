@@ -16,7 +16,7 @@ import numpy as np
 
 from kd_accel.config.data_schema import LabelRule
 from kd_accel.data.folders import quoted
-from kd_accel.errors import UserError
+from kd_accel.errors import IneffectiveSetting, UserError
 
 Label = int | str | bool
 Kind = Literal["integer", "string", "boolean"]
@@ -247,9 +247,9 @@ def refuse_unlabeled(labels: np.ndarray, *, split: str, remedy: str) -> None:
 
 
 def refuse_remap(rule: LabelRule, *, setting: str, because: str) -> None:
-    """Raise UserError for the rule `remap` where it has no effect."""
+    """Raise IneffectiveSetting for the rule `remap` where it has no effect."""
     if rule == "remap":
-        raise UserError(f"{setting}: remap has no effect, because {because}; leave it out")
+        raise IneffectiveSetting(setting, f"remap has no effect, because {because}; leave it out")
 
 
 def _look(name: str) -> str:

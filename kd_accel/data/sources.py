@@ -20,7 +20,7 @@ from kd_accel.data.labels import LabelSource, no_labels, refuse_remap
 from kd_accel.data.source_splits import Role, Source, SourceSplit, fits_in_memory, image_sets
 from kd_accel.data.tables import TableSource
 from kd_accel.data.wrapped import UserSource
-from kd_accel.errors import UnreadableImage, UserError
+from kd_accel.errors import IneffectiveSetting, UnreadableImage, UserError
 from kd_accel.io.user_code import PREFIX
 
 _AUTO = "auto"
@@ -143,9 +143,10 @@ def choose_splits(config: DataConfig, available: Sequence[str] | None) -> tuple[
     found = [name for name in _VALIDATION_NAMES if name in (available or ()) and name not in names.values()]
     if config.val_split == _AUTO and found:
         if config.val_fraction != type(config)().val_fraction:
-            raise UserError(
-                f"data.val_fraction: {config.val_fraction} has no effect, because {config.source} has the split {found[0]!r} "
-                "to validate on; leave it out, or set data.val_split to null"
+            raise IneffectiveSetting(
+                "data.val_fraction",
+                f"{config.val_fraction} has no effect, because {config.source} has the split {found[0]!r} to validate on; "
+                "leave it out, or set data.val_split to null",
             )
         names["val"] = found[0]
         notices.append(

@@ -23,7 +23,7 @@ from kd_accel.data.inventory import in_memory
 from kd_accel.data.labels import LabelSource, no_labels
 from kd_accel.data.source_splits import SourceSplit, fits_in_memory, needs_originals
 from kd_accel.data.tables import table_split
-from kd_accel.errors import UserError, describe_error
+from kd_accel.errors import IneffectiveSetting, UserError, describe_error
 from kd_accel.io.user_code import call_import
 
 
@@ -246,9 +246,8 @@ class UserSource:
         # The column of the images may be that of the other source.
         for setting in ("label_column", *(() if self.config.unlabeled else ("image_column",))):
             if getattr(self.config, setting) not in (getattr(defaults, setting), None):
-                raise UserError(
-                    f"data.{setting}: has no effect ({self.config.source} returns {contents}, not dicts); leave it out"
-                )
+                reason = f"has no effect ({self.config.source} returns {contents}, not dicts); leave it out"
+                raise IneffectiveSetting(f"data.{setting}", reason)
 
     def _arrays(self, content: Mapping[str, Any], split: str) -> tuple[ArrayItems, list[str] | None]:
         """Check a mapping with images, labels and label_names. Returns the images with their labels, and the class names."""

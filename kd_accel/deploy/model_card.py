@@ -152,13 +152,25 @@ def _training(settings: Mapping[str, Any], teachers: Mapping[str, str]) -> list[
     if not settings:
         return []
     train, shown = settings["train"], dict[str, Any]()
-    if teachers and settings.get("distill"):
-        shown["distill"] = {name: settings["distill"][name] for name in _OBJECTIVE if settings["distill"].get(name)}
+    if teachers and (distill := settings.get("distill")):
+        weights = {name: own["weight"] for name, own in settings.get("teachers", {}).items()}
+        shown |= {"teachers": {name: {"weight": weight} for name, weight in weights.items()}} if weights else {}
+        shown["distill"] = _objective(distill, has_several_teachers=bool(weights))
     shown["train"] = {name: train[name] for name in ("epochs", "max_steps", "batch_size", "precision") if train.get(name)}
     shown["optim"] = {name: value for name, value in settings["optim"].items() if value is not None}
     taught = "".join(f"Teacher{'' if name == 'teacher' else f' `{name}`'}: {arch}. " for name, arch in teachers.items())
     text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, default_flow_style=None)
     return [f"## Training\n\n{taught}Settings:\n\n```yaml\n{text}```"]
+
+
+def _objective(distill: Mapping[str, Any], *, has_several_teachers: bool) -> dict[str, Any]:
+    """Return the settings of the objective, without those that have no effect."""
+    found = {name: distill[name] for name in _OBJECTIVE if name in distill}
+    if found.get("logits") is None:
+        found = {name: value for name, value in found.items() if name not in ("temperature", "alpha", "ensemble")}
+    if not has_several_teachers:
+        found.pop("ensemble", None)
+    return {name: value for name, value in found.items() if name == "logits" or value not in (None, {})}
 
 
 def _section(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -21,12 +21,13 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from kd_accel.errors import UserError
 from kd_accel.losses.base import FeatureLoss, LogitLoss
 from kd_accel.losses.ensemble import Ensemble
 from kd_accel.losses.features import module_key
 from kd_accel.losses.logits import CrossEntropy, full_precision
 from kd_accel.models.feature_extractor import FeatureExtractor, probe_layers
-from kd_accel.models.freezing import freeze_modules
+from kd_accel.models.freezing import freeze_modules, frozen_layers
 from kd_accel.models.preprocess import Normalize
 from kd_accel.models.projectors import Shape
 from kd_accel.profiling import profiler_range
@@ -94,7 +95,8 @@ class Distiller(nn.Module):
         memory_format: Memory format of images and feature maps; `torch.preserve_format` = that of the images.
 
     Raises:
-        UserError: If a layer of the student is not found, or does not output a feature map, or nothing would be trained.
+        UserError: If a layer of the student is not found, or outputs no feature map, if all layers of a feature loss
+            depend on frozen modules alone, or if nothing would be trained.
         ValueError: If `layers` or `target_shapes` does not match the feature losses.
     """
 
@@ -134,6 +136,8 @@ class Distiller(nn.Module):
             self.feature_losses[module_key(name)] = loss
         self._extractor = FeatureExtractor(student, recorded)
         self._frozen = freeze_modules(student, freeze)
+        if freeze:
+            self._refuse_frozen_features(frozen_layers(student, recorded, image_size=image_size), freeze)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; frozen modules of the student stay in evaluation mode."""
@@ -232,6 +236,16 @@ class Distiller(nn.Module):
                 f"weights.teachers: {', '.join(unknown)} not found among the names of the teachers "
                 f"({', '.join(teachers) or 'none'}); use those as keys"
             )
+
+    def _refuse_frozen_features(self, layers: Sequence[str], freeze: Sequence[str]) -> None:
+        """Raise UserError for a feature loss on layers of which no weight is trained, nor one before them."""
+        for name, pairs in self._layers.items():
+            if not pairs.keys() - set(layers):
+                raise UserError(
+                    f"layers: {', '.join(pairs)} of the feature loss {name} depend on frozen modules alone "
+                    f"({', '.join(freeze)}), so that it has no effect on the student; compare deeper layers, or freeze fewer "
+                    "modules"
+                )
 
     def _refuse_mixed_labels(self) -> None:
         """Raise ValueError if a loss does not support mixed labels."""

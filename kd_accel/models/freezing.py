@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from kd_accel.errors import UserError
-from kd_accel.models.feature_extractor import find_module
+from kd_accel.models.feature_extractor import FeatureExtractor, find_module
 
 
 def freeze_modules(network: nn.Module, names: Sequence[str], *, field: str = "freeze") -> list[nn.Module]:
@@ -35,3 +36,22 @@ def freeze_modules(network: nn.Module, names: Sequence[str], *, field: str = "fr
     if modules and not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError(f"{field}: {', '.join(names)} leaves no parameter of the model to train; freeze fewer modules")
     return modules
+
+
+def frozen_layers(network: nn.Module, names: Sequence[str], *, image_size: int) -> list[str]:
+    """Return the layers whose output depends on no parameter that is trained. The network is not changed.
+
+    Args:
+        network: Network of which some modules are frozen.
+        names: Names of layers that `probe_layers` accepts.
+        image_size: Height and width of the images, in pixels.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), FeatureExtractor(network, names) as extractor:
+            network(torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device))
+            return [name for name, feature in extractor.take().items() if not feature.requires_grad]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -5,11 +5,13 @@ torchvision keeps them with its weights (`transforms()`, `meta`), timm, without 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from kd_accel.config.rules import BEST_WEIGHTS, RUN_WEIGHTS
+from kd_accel.config.schema import Stem
 from kd_accel.config.teacher_schema import TeacherInterpolation
 from kd_accel.errors import UserError
 from kd_accel.io.files import is_directory, read_json
@@ -33,6 +35,7 @@ class WeightsInfo:
         accuracy: Accuracy that the weights are stated to have, a fraction of 1; None if none is stated.
         data: Name of the library's data on which that accuracy was measured.
         is_of_run: Whether the weights are those of a run of this program, whose class names are those of its data.
+        network: `arch`, `stem` and `arch_args` of the network of the run; empty for other weights.
     """
 
     mean: list[float] | None = None
@@ -45,6 +48,20 @@ class WeightsInfo:
     accuracy: float | None = None
     data: str = ""
     is_of_run: bool = False
+    network: Mapping[str, Any] = field(default_factory=dict)
+
+    def other_network(self, arch: str, stem: Stem, arch_args: Mapping[str, Any]) -> str:
+        """Describe in which settings a network differs from that of the run; empty if in none, or for other weights.
+
+        Stem and arguments can change the outputs without changing a tensor's shape, so that the weights fit.
+
+        Args:
+            arch: Name of the architecture.
+            stem: Stem of a ResNet.
+            arch_args: Further arguments of the architecture's builder.
+        """
+        given = {"arch": arch, "stem": stem, "arch_args": dict(arch_args)}
+        return ", ".join(f"{name} {value}" for name, value in self.network.items() if given[name] != value)
 
 
 def weights_info(weights: str, arch: str) -> WeightsInfo:
@@ -90,6 +107,7 @@ def run_info(directory: Path) -> WeightsInfo:
         "bicubic",  # data/decode.py
         accuracy=_accuracy_of_run(directory),
         is_of_run=True,
+        network={"arch": card.arch, "stem": card.stem, "arch_args": card.arch_args},
     )
 
 

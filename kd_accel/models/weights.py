@@ -264,13 +264,19 @@ def _library_weights(name: str, arch: str, field: str) -> dict[str, Tensor]:
 
 
 def _stem_and_classifier(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the first and the last module with a weight of two or more dimensions."""
+    """Return the names of the first and the last module with a weight of two or more dimensions.
+
+    Tensors of the network itself, such as the position embedding of a vision transformer, come first.
+    """
     weights = [key for key, tensor in state.items() if tensor.dim() >= 2]
-    return [_module_of(weights[0]), _module_of(weights[-1])] if weights else []
+    of_modules = [key for key in weights if "." in key]
+    ends = [of_modules[0], of_modules[-1]] if of_modules else []
+    return [*(key for key in weights if "." not in key), *map(_module_of, ends)]
 
 
 def _module_of(key: str) -> str:
-    return key.rpartition(".")[0]
+    """Return the module of a tensor; a tensor of the network itself stands alone, by its own name."""
+    return key.rpartition(".")[0] or key
 
 
 def _copy(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], replaced: list[str]) -> list[str]:

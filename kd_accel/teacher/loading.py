@@ -94,6 +94,11 @@ def load_own_teacher(  # noqa: PLR0913  (everything that decides the outputs)
         UserError: If the weights do not fit the architecture exactly, or mean and std are not known.
     """
     info = weights_info(weights, arch)
+    if other := info.other_network(arch, stem, arch_args or {}):
+        raise UserError(
+            f"teacher.weights: {weights} was trained with {other}, and another network has other outputs; set these under "
+            "teacher, or teacher.run in place of arch and weights"
+        )
     mean, std = (info.mean, info.std) if mean is None or std is None else (mean, std)
     if mean is None or std is None:
         raise UserError(

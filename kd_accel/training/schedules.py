@@ -11,9 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kd_accel.config.loss_weights import value_range
 from kd_accel.config.schema import DistillConfig, OptimConfig, Schedule
 from kd_accel.losses.distiller import LossWeights
 from kd_accel.training.optim import learning_rate
+
+_LEAST_WEIGHT = 1e-30
+"""Sum of the teachers' weights from which float32 represents their shares."""
 
 
 def schedule_value(schedule: float | Schedule, *, epoch: int, step: int, total_epochs: int, total_steps: int) -> float:
@@ -85,6 +89,18 @@ class TrainingSchedule:
             features={name: value(feature.weight) for name, feature in distill.features.items()},
             teachers={name: value(weight) for name, weight in self.teachers.items()},
         )
+
+    def step_without_teacher(self) -> int | None:
+        """Return the first step at which the weights of several teachers have no sum to be divided by; None if all have one."""
+        if not self.teachers or self.distill is None or self.distill.logits is None:
+            return None
+        if any(value_range(weight)[0] >= _LEAST_WEIGHT for weight in self.teachers.values()):
+            return None
+        for step in range(self.total_steps):
+            weights = self.weights_at(step // self.steps_per_epoch, step).teachers
+            if sum(map(float, weights.values())) < _LEAST_WEIGHT:
+                return step
+        return None
 
     @property
     def scheduled(self) -> list[str]:

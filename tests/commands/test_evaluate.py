@@ -137,13 +137,13 @@ def test_a_folder_with_other_classes_is_refused(project, tmp_path, classes, mess
     assert message in say("evaluate", project / "student", f"--data.source=imagefolder:{tmp_path / 'photos'}", code=2)
 
 
-def table(directory, labels, *, label_type=None, names=None, splits=("train", "test")):
+def table(directory, labels, *, label_type=None, label_column="label", splits=("train", "test")):
     directory.mkdir()
     generator = np.random.default_rng(1)
     for split in splits:
         pixels = generator.integers(0, 256, (len(labels), 16, 16, 3), dtype=np.uint8)
         images = [encoded(Image.fromarray(image)) for image in pixels]
-        write_parquet(directory, split, images, labels, image_column="image", label_type=label_type)
+        write_parquet(directory, split, images, labels, "image", label_column, label_type)
     return f"--data.source=parquet:{directory}"
 
 
@@ -195,6 +195,30 @@ def test_settings_of_the_run_without_effect_on_other_data_are_left_out(project, 
     assert evaluate(tmp_path / "run", f"--data.source=imagefolder:{tmp_path / 'photos'}")[0]["samples"] == 16
     text = say("evaluate", tmp_path / "run", "--data.source=digits", "--data.test_split=test2", code=2)
     assert "data.test_split: has no effect (with source digits); leave it out (on the command line)" in text
+
+
+def test_columns_and_splits_of_the_run_without_effect_on_a_folder_are_left_out(tmp_path):
+    """Only reading the folder shows that these settings have no effect."""
+    own = [
+        table(tmp_path / "data", ["dark", "light"] * 8, label_column="kind"),
+        "--data.label_column=kind",
+        "--data.val_fraction=0.25",
+    ]
+    in_process.train(tmp_path / "run", *own, "--data.image_size=16", "--train.max_steps=2", "--train.batch_size=4")
+    write_photos(tmp_path / "photos", splits=["train", "val", "test"])
+    folder = f"--data.source=imagefolder:{tmp_path / 'photos'}"
+    assert [evaluate(tmp_path / "run", folder, f"--split={split}")[0]["samples"] for split in ("test", "val")] == [16, 16]
+    text = say("evaluate", tmp_path / "run", folder, "--data.label_column=other", code=2)
+    assert "data.label_column: has no effect" in text and "its class folders are the labels); leave it out" in text
+
+
+def test_agreement_on_images_without_labels(project, tmp_path):
+    """The weight of the labels, which a training without labels must take away, does not matter here."""
+    alone = evaluate(project / "student", "--data.label_column", "null")[0]
+    assert alone["agreement"] == evaluate(project / "student")[0]["agreement"] and "accuracy" not in alone
+    assert (
+        evaluate(project / "student", "--data.label_column=null", f"--teacher.run={project / 'student'}")[0]["agreement"] == 1
+    )
 
 
 def test_the_teacher_can_be_left_out_or_replaced(project, tmp_path):

@@ -309,6 +309,11 @@ def test_a_teacher_without_a_weight_is_reported(distill, is_unused):
     assert notices_of_weights(parse()) == []
 
 
+def test_teachers_without_a_weight_are_named_in_the_plural():
+    (notice,) = notices_of_weights(parse("--teachers.a.run=x", "--teachers.b.run=y", "--distill.alpha=0"))
+    assert notice.endswith("set teachers to null for plain training")
+
+
 def test_the_forms_of_a_class_map():
     assert parse("--teacher.run=x").teacher.class_map is None
     assert parse("--teacher.run=x", "--teacher.class_map=auto").teacher.class_map == "auto"

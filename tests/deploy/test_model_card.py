@@ -59,6 +59,25 @@ def test_figures_and_settings(tmp_path):
     assert settings["train"]["epochs"] and settings["optim"]["lr"]
 
 
+def shown_objective(tmp_path, **sections):
+    text = page(tmp_path, OWN, "digits", **sections)
+    return yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+
+
+def test_the_objective_is_that_of_the_training(tmp_path):
+    """Values of 0 and null differ from what is absent."""
+    teacher = {"run": "teacher"}
+    shown = shown_objective(tmp_path, teacher=teacher, distill={"alpha": 0.9, "label_weight": 0.0})["distill"]
+    assert (shown["alpha"], shown["label_weight"], shown["logits"]["loss"]) == (0.9, 0.0, "kl") and "ensemble" not in shown
+    distill = {"logits": None, "label_weight": 1.0, "features": {"mse": {"layers": ["layer3"]}}}
+    shown = shown_objective(tmp_path, teacher=teacher, distill=distill)["distill"]
+    assert shown["logits"] is None and list(shown) == ["label_weight", "logits", "features"]
+    assert shown_objective(tmp_path, teacher=teacher, distill={"alpha": 0.0})["distill"]["alpha"] == 0.0
+    teachers = {"a": {"run": "a", "weight": 2.0}, "b": {"run": "b"}}
+    shown = shown_objective(tmp_path, teachers=teachers)
+    assert shown["teachers"] == {"a": {"weight": 2.0}, "b": {"weight": 1.0}}
+
+
 def test_no_path_is_in_the_card(tmp_path):
     secret = "/home/somebody/secret"
     teacher = {"run": f"{secret}/runs/teacher", "outputs": "cached", "cache": {"dir": f"{secret}/cache"}}

@@ -71,7 +71,8 @@ def test_weights_of_a_run_are_described_by_its_card(tmp_path):
     for weights in (tmp_path, tmp_path / "model.safetensors"):
         info = weights_info(str(weights), CARD.arch)
         known = {"mean": CARD.mean, "std": CARD.std, "num_classes": 4, "class_names": tuple("abcd"), "image_size": 64}
-        assert info == WeightsInfo(**known, interpolation="bicubic", is_of_run=True)
+        network = {"arch": CARD.arch, "stem": CARD.stem, "arch_args": CARD.arch_args}
+        assert info == WeightsInfo(**known, interpolation="bicubic", is_of_run=True, network=network)
         assert dataclasses.replace(info, accuracy=0.75) == with_summary(tmp_path, weights, '{"accuracy": 0.75}')
         for text in ('{"accuracy": null}', '{"accuracy": 75.0}', '{"accuracy": "high"}', "[]", "{"):
             assert with_summary(tmp_path, weights, text) == info

@@ -64,6 +64,22 @@ def test_a_stem_of_another_shape_keeps_its_random_weights(tmp_path):
     ] == ["conv1"]
 
 
+def test_a_vision_transformer_of_another_image_size_keeps_its_position_embedding_alone(tmp_path):
+    pytest.importorskip("timm")
+    arguments = {"depth": 1, "embed_dim": 12, "num_heads": 3, "patch_size": 8}
+    arch = "timm/vit_tiny_patch16_224"
+    source = build_model(arch, num_classes=4, arch_args={"img_size": 64, **arguments}, seed=1)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    target = build_model(arch, num_classes=4, arch_args={"img_size": 32, **arguments}, seed=2)
+    before = target.pos_embed.clone()
+    notices = load_weights(target, str(tmp_path / "w.safetensors"), arch=arch, is_exact=False)
+    assert notices == ["pos_embed: starts from random weights, because the loaded weights do not match its shape"]
+    assert torch.equal(target.pos_embed, before) and torch.equal(target.cls_token, source.cls_token)
+    assert torch.equal(target.patch_embed.proj.weight, source.patch_embed.proj.weight)
+    with pytest.raises(UserError, match=r"1 of another shape .pos_embed"):
+        load_weights(target, str(tmp_path / "w.safetensors"), arch=arch, is_exact=True)
+
+
 def test_a_stem_of_another_shape_is_refused_in_a_teacher(tmp_path):
     save_file(build_model("torchvision/resnet18", num_classes=10).state_dict(), tmp_path / "w.safetensors")
     model = build_model("torchvision/resnet18", num_classes=10, stem="cifar")

@@ -59,6 +59,20 @@ def test_weights_of_a_run_have_its_classes_mean_and_std(tmp_path, name):
         teacher.for_classes(["four", "any", "class", "names"])
 
 
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_a_run_with_another_stem_or_other_arguments_is_refused(tmp_path, name):
+    """The tensors fit, but the outputs would differ."""
+    card = dataclasses.replace(
+        CARD, arch="torchvision/resnet18", stem="no_pool", arch_args={"replace_stride_with_dilation": None}
+    )
+    save_model(tmp_path, build_model(card.arch, num_classes=4, stem="no_pool"), card=card)
+    path, own = str(tmp_path / name), {"stem": card.stem, "arch_args": card.arch_args}
+    assert load_own_teacher(card.arch, path, class_names=NAMES, **own).stem == "no_pool"
+    for change, text in (({"stem": "imagenet"}, "stem no_pool"), ({"arch_args": {}}, "arch_args .*dilation.*")):
+        with pytest.raises(UserError, match=f"teacher.weights: {path} was trained with {text}, and another network has other"):
+            load_own_teacher(card.arch, path, class_names=NAMES, **{**own, **change})
+
+
 def test_weights_with_an_unknown_mean_are_refused(tmp_path):
     save_file(build_model(ARCH, num_classes=4).state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(
@@ -145,6 +159,19 @@ def test_fine_tuning_normalizes_as_the_weights_were_trained_unless_the_data_has_
     said = train(tmp_path / "own", *flags, "--data.mean=[0.5, 0.5, 0.5]", "--data.std=[0.2, 0.2, 0.2]")
     assert "images are normalized with" not in said
     assert '"mean": [\n    0.5,' in (tmp_path / "own/model.json").read_text()
+
+
+def test_a_student_that_starts_from_another_network_is_noticed(tmp_path):
+    """The weights of a ResNet fit with and without its max-pool."""
+    own = ["--model.arch=torchvision/resnet18", "--train.max_steps=1"]
+    card = dataclasses.replace(CARD, arch="torchvision/resnet18", stem="no_pool", label_names=["red", "green", "blue", "olive"])
+    (tmp_path / "weights").mkdir()
+    save_model(tmp_path / "weights", build_model(card.arch, num_classes=4, stem="no_pool"), card=card)
+    text = f"model.weights: {tmp_path / 'weights'} was trained with stem no_pool, so that its weights meet another network"
+    said = train(tmp_path / "other", *own, f"--model.weights={tmp_path / 'weights'}")
+    assert text in said
+    said = train(tmp_path / "same", *own, f"--model.weights={tmp_path / 'weights'}", "--model.stem=no_pool")
+    assert "another network" not in said
 
 
 def test_random_weights_are_noticed_for_a_library_and_not_for_user_code(tmp_path):

@@ -42,6 +42,14 @@ def test_frozen_weights_and_statistics_keep_their_bits(tmp_path, initial, distil
     assert changed(tmp_path / "free", initial) == {"layer1", "layer2", "fc"}
 
 
+def test_a_feature_loss_on_frozen_layers_alone_is_refused(tmp_path, distilled):
+    flags = [*distilled[:-1], *EVERYTHING, "--distill.features.mse={layers: [layer1]}"]
+    text = train(tmp_path / "run", *flags, "--model.freeze=[layer1]", code=2)
+    expected = "layers: layer1 of the feature loss mse depend on frozen modules alone (layer1), so that it has no effect on the"
+    assert expected in text and not (tmp_path / "run").exists()
+    train(tmp_path / "run", *flags, "--model.freeze=[layer1.1]", "--train.max_steps=2")
+
+
 def test_a_single_norm_can_be_frozen(tmp_path, initial):
     train(tmp_path / "run", *FROZEN, "--model.freeze=[layer1.1]")
     trained = load_file(tmp_path / "run/model.safetensors")

@@ -49,3 +49,27 @@ def test_a_cut_epoch_counts_as_an_epoch():
     assert [each.temperature for each in weights] == [4.0] * 5 + [3.0] * 5 + [2.0] * 2
     assert {each.alpha for each in weights} == {0.5}
     assert schedule.logged(weights[5]) == {"temperature": 3.0, "alpha": 0.5}
+
+
+def falling(**settings):
+    return Schedule(**{"start": 1, "kind": "linear", "end": 0, **settings})
+
+
+@pytest.mark.parametrize(
+    ("teachers", "step"),
+    [
+        ({"a": falling(), "b": falling(start=0, end=1)}, None),
+        ({"a": falling(unit="step", length=8), "b": falling(start=0, end=1)}, 8),
+        ({"a": falling(unit="step", length=12), "b": falling(start=0, end=1)}, None),
+        ({"a": Schedule(start=1, floor=0, decay=0.05, unit="step"), "b": Schedule(start=1, floor=0, decay=0.05)}, None),
+        ({name: Schedule(start=1, floor=0, decay=0.05, unit="step") for name in "ab"}, 24),
+        ({"a": 1.0, "b": falling()}, None),
+        ({}, None),
+    ],
+)
+def test_steps_at_which_all_teachers_weigh_nothing(teachers, step):
+    """Ten steps an epoch for three epochs: 0.05 ** 24 is below 1e-30, and three epochs are 0.05 ** 2."""
+    schedule = TrainingSchedule(OptimConfig(), 10, 30, distill=DistillConfig(), teachers=teachers)
+    assert schedule.step_without_teacher() == step
+    features_alone = DistillConfig(logits=None, label_weight=1)
+    assert TrainingSchedule(OptimConfig(), 10, 30, distill=features_alone, teachers=teachers).step_without_teacher() is None

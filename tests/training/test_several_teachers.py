@@ -53,6 +53,14 @@ def weights(run_dir):
     return (run_dir / "model.safetensors").read_bytes()
 
 
+def test_schedules_that_leave_a_step_without_a_teacher_are_refused(tmp_path, teacher_run, second_run):
+    falling = "--teachers.a.weight={start: 1, kind: linear, end: 0, unit: step, length: 3}"
+    rising = "--teachers.b.weight={start: 0, kind: linear, end: 1}"
+    argv = [*flags(teacher_run, second_run), falling, rising, "--train.epochs=2"]
+    text = train(tmp_path / "run", *argv, code=2)
+    assert "teachers: the weights of all of them are 0 at step 4 of " in text and not (tmp_path / "run/metrics.jsonl").exists()
+
+
 def test_a_teacher_twice_is_that_teacher(tmp_path, teacher_run):
     """The mean of equal logits is exact at weights that are powers of two, up to the rounding of log and exp."""
     one = [f"--teacher.run={teacher_run}", *SCHEDULES]
