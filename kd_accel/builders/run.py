@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from kd_accel.builders.tracking import Trackers, refuse_missing_trackers
 from kd_accel.builders.trainer import build_held_out, build_schedule, build_train_loader, build_train_state, build_trainer
 from kd_accel.config.rules import BEST_WEIGHTS
 from kd_accel.config.schema import RunConfig
+from kd_accel.config.training_rules import earliest_stop
 from kd_accel.data.datamodule import DataModule, keep_images_on_gpu, load_data, notices_of_small_batches
 from kd_accel.data.loader import TrainLoader
 from kd_accel.data.splits import HeldOutSplit
@@ -165,10 +167,12 @@ def _check_inputs(config: RunConfig, accelerator: Accelerator) -> _CheckedInputs
         fields = data.fingerprint_fields(replaceable=replaceable_samples(checkpoint))
         refuse_other_data(checkpoint.state["data"], fields, where=str(checkpoint.path))
     check_labels(config, data)
+    _refuse_absent_test_samples(config, data)
     _refuse_selection_without_samples(config, data)
     loader = build_train_loader(config, data, accelerator)
     schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
     _refuse_pause_beyond_end(config, schedule.total_steps)
+    _refuse_ineffective_epochs(config, schedule)
     _refuse_steps_without_teacher(schedule)
     return _CheckedInputs(config, directory, losses, data, loader, schedule, checkpoint)
 
@@ -197,6 +201,28 @@ def _refuse_pause_beyond_end(config: RunConfig, total_steps: int) -> None:
             f"checkpoint.stop_after_steps: {stop} has no effect, because the training has {total_steps} steps; lower it, or "
             "leave it out"
         )
+
+
+def _refuse_absent_test_samples(config: RunConfig, data: DataModule) -> None:
+    """Raise UserError if no test sample is left, so that the training could not be finished."""
+    if not len(data.splits.test):
+        setting = "data.test_split" if config.data.test_fraction is None else "data.test_fraction"
+        value = config.data.test_split if config.data.test_fraction is None else config.data.test_fraction
+        remedy = "use a split with readable samples" if config.data.test_fraction is None else "raise it"
+        raise UserError(f"{setting}: {value} leaves no test sample, on which the trained model is evaluated; {remedy}")
+
+
+def _refuse_ineffective_epochs(config: RunConfig, schedule: TrainingSchedule) -> None:
+    """Raise UserError for settings that take effect in epochs beyond `train.max_steps`."""
+    epochs, steps = math.ceil(schedule.total_steps / schedule.steps_per_epoch), config.optim.step_epochs
+    message = (
+        f"has no effect, because the training ends in epoch {epochs} (train.max_steps: {config.train.max_steps}); lower it"
+    )
+    if config.optim.schedule == "step" and min(steps, default=0) >= epochs:
+        raise UserError(f"optim.step_epochs: {steps} {message}")
+    earliest = earliest_stop(config.train)
+    if earliest is not None and earliest >= epochs:
+        raise UserError(f"train.early_stopping_epochs: {config.train.early_stopping_epochs} {message}, or leave it out")
 
 
 def _refuse_steps_without_teacher(schedule: TrainingSchedule) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from kd_accel.config.loss_weights import labels_without_weight
 from kd_accel.config.rules import WithoutEffect, at_least, no_effect
-from kd_accel.config.schema import RunConfig
+from kd_accel.config.schema import RunConfig, TrainConfig
 
 
 def training_option_problems(config: RunConfig) -> Iterator[str]:
@@ -48,13 +48,18 @@ def _selection(config: RunConfig) -> Iterator[str]:
         yield from no_effect(train, "train", ("early_stopping_epochs",), because=because)
         yield from no_effect(config.checkpoint, "checkpoint", ("keep_best",), because=because)
         return
+    earliest = earliest_stop(train)
+    if earliest is not None and earliest >= train.epochs:
+        yield WithoutEffect(
+            f"train.early_stopping_epochs: {train.early_stopping_epochs} has no effect (the training could end after epoch "
+            f"{earliest} at the earliest, and train.epochs is {train.epochs}); lower it, or leave it out"
+        )
+
+
+def earliest_stop(train: TrainConfig) -> int | None:
+    """Return the epoch after which early stopping can end a training at the earliest; None without early stopping."""
     patience, every = train.early_stopping_epochs, train.eval_every_epochs
     if patience is None or patience < 1 or every < 1:
-        return
+        return None
     # The first evaluation is the best one so far, and the training can end at a later one.
-    earliest = every * (1 + math.ceil(patience / every))
-    if earliest >= train.epochs:
-        yield WithoutEffect(
-            f"train.early_stopping_epochs: {patience} has no effect (the training could end after epoch {earliest} at the "
-            f"earliest, and train.epochs is {train.epochs}); lower it, or leave it out"
-        )
+    return every * (1 + math.ceil(patience / every))

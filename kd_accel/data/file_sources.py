@@ -144,14 +144,21 @@ class UnlabeledFolder:
     def split_names(self) -> Sequence[str]:
         """Names of the splits."""
         names = folder_names(self.directory)
-        usual = {*_USUAL_SPLITS, self.config.train_split.lower()}
-        has_splits = not usual.isdisjoint(name.lower() for name in names)
-        return names if has_splits else [_ALL]
+        return names if any(map(self._is_split, names)) else [_ALL]
+
+    def _is_split(self, name: str) -> bool:
+        return name.lower() in {*_USUAL_SPLITS, self.config.train_split.lower()}
 
     def read(self, split: str, *, train: SourceSplit | None) -> EncodedSplit:
         """List the images of a split; see `Source.read`."""
         directory = self.directory / split
         paths, notices = read_images(directory)
+        if others := [name for name in folder_names(self.directory) if split != _ALL and not self._is_split(name)]:
+            notices = (
+                *notices,
+                f"data.unlabeled: only {directory} is read, because of its name, and not {quoted(others)} next to it; if these "
+                "are folders of one split, rename it",
+            )
         return EncodedSplit(
             LabelSource("data.source", split),
             no_labels(len(paths)),

@@ -42,9 +42,15 @@ def balanced_samples(samples: np.ndarray, labels: np.ndarray, *, seed: int, epoc
     return np.concatenate([by_class[starts + rank_in_class % sizes], samples[~is_labeled]])
 
 
-def check_balance(labels: np.ndarray) -> None:
-    """Raise UserError if balanced sampling has no effect. labels: classes of the training samples, int64 [M], -1 = no label."""
+def check_balance(labels: np.ndarray, *, setting: str = "data.sampling", value: object = "balanced") -> None:
+    """Raise UserError if balanced sampling has no effect.
+
+    Args:
+        labels: Classes of the training samples, int64 [M], -1 = no label.
+        setting: Setting or argument that asks for it, for the message.
+        value: Its value.
+    """
     counts = np.unique(labels[labels >= 0], return_counts=True)[1]
     if len(counts) == 0 or counts.min() == counts.max():
         found = f"each class has {counts[0]}" if len(counts) else "none has a label"
-        raise UserError(f"data.sampling: balanced has no effect (of the training samples {found}); leave it out")
+        raise UserError(f"{setting}: {value} has no effect (of the training samples {found}); leave it out")

@@ -126,9 +126,9 @@ def needs_originals(config: DataConfig) -> bool:
 
 
 def has_other_sizes(encoded: EncodedImages, config: DataConfig) -> bool:
-    """Return whether an original image is not a square of the image size."""
+    """Return whether an original image is not a square of the image size, or only its center would be held in memory."""
     samples = np.arange(encoded.num_samples)
-    if not encoded.are_of_image_size(samples[:1]):
+    if config.crop_pct < 1 or not encoded.are_of_image_size(samples[:1]):
         return True
     title = f"sizes of {encoded.split}"
     workers = config.num_workers or None
@@ -156,6 +156,11 @@ def image_sets(
     for role, split in splits.items():
         _refuse_other_classes(split, train.origin, encoding.label_names)
         labels[role] = encoding.encode(split.labels, source=split.origin)
+    if config.label_column is not None and not (labels["train"] >= 0).any():
+        raise UserError(
+            f"{train.origin.field}: no sample of the {train.origin.split} split has a label; use another column or split, or "
+            "set data.label_column to null, to learn from a teacher alone"
+        )
     found = {}
     for role, split in splits.items():
         notices = (*split.notices, *encoding.notices(labels[role], source=split.origin))

@@ -21,6 +21,7 @@ from kd_accel.data.datamodule import DataModule, build_module, load_data
 from kd_accel.data.dataset import MemoryImages, empty_images
 from kd_accel.data.labels import LabelSource
 from kd_accel.data.loader import epoch_order
+from kd_accel.data.sampling import check_balance
 from kd_accel.data.source_splits import Role, image_sets
 from kd_accel.data.sources import load_unlabeled
 from kd_accel.data.splits import Split
@@ -30,7 +31,10 @@ from kd_accel.data.wrapped import Columns, dataset_split
 Item = dict[str, Any]
 
 _VIEW_SETTINGS = ("transform", "views", "view_seed")
-_WRAPPED = "import:datasets of this program"
+_WRAPPED = "import:this_program:datasets"
+"""Stand-in for the name of a source; without spaces, which separate the names of allowed code."""
+_FROM_ORIGINALS = "resized_crop_flip"
+"""Setting of the transform with which a source keeps its original images."""
 _SOURCE_SETTINGS = ("train_split", "val_split", "test_split")
 
 
@@ -53,6 +57,8 @@ class ImageDataset(Dataset[Item]):
         class_names: Class names by label if `source` is a dataset. None = its attribute `classes`, the names of its label
             feature (Hugging Face), or those that its labels determine, as `data.labels` of a config.
         val_fraction: Fraction of the training samples held out for validation.
+        keep_originals: Whether views can be cut from the original images, as `RandomResizedCrop` does in a run; images of
+            another size are then read from the source at each use, and not held in memory.
         settings: Further settings of a config's `data` section: `labels`, `background`, `pixel_range`, `limit_train`,
             `limit_test`, `mean`, `std`, `memory_limit_mib`, `num_workers` (for the batches of a cache build), `test_fraction`,
             `unlabeled` with `unlabeled_split` and `unlabeled_ratio`, and, for a source, `train_split`, `val_split`,
@@ -73,23 +79,36 @@ class ImageDataset(Dataset[Item]):
         label_column: str = "label",
         class_names: Sequence[str] | None = None,
         val_fraction: float = 0.1,
+        keep_originals: bool = False,
         **settings: Any,
     ) -> None:
         shared: dict[str, Any] = {"image_size": image_size, "val_fraction": val_fraction, **settings}
         if refused := settings.keys() & set(_VIEW_SETTINGS):
             raise ValueError(f"{min(refused)}: is a setting of the views; pass it to ViewDataset or to its transform")
+        if keep_originals and source == "digits":
+            raise ValueError("keep_originals: has no effect with digits, whose images are in memory; leave it out")
+        if "sampling" in settings:
+            raise ValueError("sampling: is a setting of the order; pass is_balanced to EpochBatchSampler")
         if isinstance(source, str):
             if test is not None or class_names is not None:
                 name = "test" if test is not None else "class_names"
                 raise ValueError(f"{name}: has no effect with the source {source!r}, which has its own; leave it out")
             names = {"image_column": image_column, "label_column": label_column}
-            self.module = load_data(_check_settings({"source": source, **names, **shared}))
+            config = _check_settings({"source": source, **names, **shared})
         else:
             if refused := settings.keys() & set(_SOURCE_SETTINGS):
                 raise ValueError(f"{min(refused)}: has no effect with a dataset; pass its splits as source and test")
+            if test is None and settings.get("limit_test") is not None and settings.get("test_fraction") is None:
+                raise ValueError("limit_test: has no effect without test or test_fraction; leave it out")
+            config = _check_settings({"source": _WRAPPED, **shared}).model_copy(update={"image_column": image_column})
+        config = config.model_copy(update={"transform": _FROM_ORIGINALS if keep_originals else "none"})
+        if isinstance(source, str):
+            module = load_data(config)
+        else:
             columns = Columns(image_column, label_column, prefix="")
-            config = _check_settings({"source": _WRAPPED, **shared}).model_copy(update={"transform": "none"})
-            self.module = _wrap_datasets(source, test, config, columns, class_names)
+            module = _wrap_datasets(source, test, config, columns, class_names)
+        self.module = replace(module, transform=ViewTransform((), image_size), num_views=1)
+        self.may_be_reduced = not keep_originals and source != "digits" and module.training_images.is_in_memory
         for notice in self.module.notices:
             warnings.warn(notice, stacklevel=2)
 
@@ -97,7 +116,7 @@ class ImageDataset(Dataset[Item]):
     def from_module(cls, module: DataModule) -> ImageDataset:
         """Create the dataset from the data of a config."""
         dataset = cls.__new__(cls)
-        dataset.module = module
+        dataset.module, dataset.may_be_reduced = module, False
         return dataset
 
     @property
@@ -190,6 +209,12 @@ class ViewDataset(Dataset[Item]):
             raise ValueError(f"view_seed: {view_seed} must be at least 0")
         if transform.mixing and data.module.unlabeled is not None:
             raise ValueError("transform: MixUp and CutMix mix labeled samples alone; leave out unlabeled of data, or them")
+        if transform.cuts_from_originals and data.may_be_reduced:
+            warnings.warn(
+                f"transform: RandomResizedCrop cuts from the images of {size} pixels that data holds in memory; if the "
+                "original images are larger, pass keep_originals=True to ImageDataset",
+                stacklevel=2,
+            )
         if transform.is_identity:
             if num_views not in (None, 1):
                 raise ValueError(f"num_views: {num_views} views are all equal without augmentation; leave it out")
@@ -245,13 +270,23 @@ class EpochBatchSampler(Sampler[list[int]]):
         seed: Seed of the order.
         rank: Rank of this process.
         world_size: Number of processes; each has a contiguous share of every batch.
+        is_balanced: Whether an epoch has as many samples of each class, as with `data.sampling: balanced`.
 
     Raises:
         TypeError: If `views` has another type.
         ValueError: If an argument is not valid.
     """
 
-    def __init__(self, views: ViewDataset, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        views: ViewDataset,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        is_balanced: bool = False,
+    ) -> None:
         if not isinstance(views, ViewDataset):
             raise TypeError(f"views: must be a ViewDataset, not {type(views).__name__}")
         if not 0 <= rank < world_size:
@@ -261,6 +296,9 @@ class EpochBatchSampler(Sampler[list[int]]):
         if batch_size > (samples := views.module.epoch_samples):
             raise ValueError(f"batch_size: {batch_size} is more than the {samples} training samples; lower it")
         self._data, self._batch_size, self._seed = views.module, batch_size, seed
+        self._labels = views.module.train.labels[views.module.splits.train] if is_balanced else None
+        if self._labels is not None:
+            check_balance(self._labels, setting="is_balanced", value=True)
         self._rank, self._world_size, self._epoch = rank, world_size, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -271,7 +309,8 @@ class EpochBatchSampler(Sampler[list[int]]):
         return self._data.epoch_samples // self._batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = epoch_order(self._data.splits.train, seed=self._seed, epoch=self._epoch, turns=self._data.turns)
+        turns, labels = self._data.turns, self._labels
+        order = epoch_order(self._data.splits.train, seed=self._seed, epoch=self._epoch, turns=turns, labels=labels)
         order = order[: len(self) * self._batch_size]
         positions = np.searchsorted(self._data.training_samples, order).reshape(len(self), self._world_size, -1)
         return iter(positions[:, self._rank].tolist())

@@ -119,7 +119,7 @@ class WrappedImages(EncodedImages):
         items: The items.
         labels: Class indices, int64 [N].
         label_names: Class names, by label.
-        raw_labels: Label of each item when the labels were read.
+        raw_labels: Label of each item when the labels were read; None = the labels are not used.
         decoder: Conversion of an image to pixels.
         notices: Lines for the user about the data set.
     """
@@ -132,7 +132,7 @@ class WrappedImages(EncodedImages):
         labels: np.ndarray,
         label_names: Sequence[str],
         *,
-        raw_labels: Sequence[Any],
+        raw_labels: Sequence[Any] | None,
         decoder: Decoder,
         notices: Sequence[str] = (),
     ) -> None:
@@ -153,7 +153,7 @@ class WrappedImages(EncodedImages):
         except Exception as error:
             # User code raises any exception.
             raise ValueError(describe_error(error)) from error
-        if label != (expected := self._raw_labels[cell]):
+        if self._raw_labels is not None and label != (expected := self._raw_labels[cell]):
             raise ValueError(f"its label is {label!r}, but was {expected!r} when the labels were read")
         return np.ascontiguousarray(pixels)
 
@@ -181,7 +181,8 @@ class WrappedSplit(SourceSplit):
         if self.pixels is not None:
             return MemoryImages(self.pixels, labels, label_names, notices=notices)
         items, decoder = replace(self.items, split=self.origin.split), Decoder.from_config(config)
-        images = WrappedImages(items, labels, label_names, raw_labels=self.labels, decoder=decoder, notices=notices)
+        raw = None if config.label_column is None else self.labels
+        images = WrappedImages(items, labels, label_names, raw_labels=raw, decoder=decoder, notices=notices)
         if fits_in_memory(len(labels), config) and not needs_originals(config):
             return in_memory(images, on_error=config.on_error, num_workers=config.num_workers)
         _refuse_random_items(images, self.items.name(0))
@@ -309,8 +310,8 @@ def dataset_split(
 
 
 def _read_items(items: Items, config: DataConfig) -> tuple[list[Any], np.ndarray | None]:
-    """Read the labels of all items, and the images if they fit in memory."""
-    is_small = fits_in_memory(len(items), config)
+    """Read the labels of all items, and the images if they fit in memory and none may be left out."""
+    is_small = fits_in_memory(len(items), config) and config.on_error == "stop"
     decoder, labels = Decoder.from_config(config), []
     pixels = empty_images(len(items), config.image_size) if is_small else None
     for position in range(len(items)):
@@ -318,7 +319,7 @@ def _read_items(items: Items, config: DataConfig) -> tuple[list[Any], np.ndarray
         labels.append(label)
         if pixels is not None:
             pixels[position] = square_pixels(image, decoder, where=items.name(position))
-            if needs_originals(config) and _size(image) != (config.image_size, config.image_size):
+            if needs_originals(config) and (config.crop_pct < 1 or _size(image) != (config.image_size, config.image_size)):
                 pixels = None
     return labels, pixels
 

@@ -249,6 +249,17 @@ def test_a_source_that_cannot_be_read_is_refused_by_its_setting(tmp_path, unlabe
         load(unlabeled=unlabeled.format(tmp_path))
 
 
+def test_folders_next_to_one_with_the_name_of_a_split_are_named(tmp_path):
+    """`train` is also a class of some data sets."""
+    for folder in ("bus", "train", "test"):
+        (tmp_path / "more" / folder).mkdir(parents=True)
+        color(1).save(tmp_path / "more" / folder / "1.png")
+    data = load(unlabeled=f"imagefolder:{tmp_path}/more")
+    assert len(data.splits.unlabeled) == 1
+    (notice,) = data.notices
+    assert f"only {tmp_path}/more/train is read, because of its name, and not 'bus' next to it" in notice
+
+
 def test_files_that_are_left_out_are_counted_by_the_setting(tmp_path):
     source = flat_folder(tmp_path / "more")
     (tmp_path / "more/list.txt").write_text("x")

@@ -12,6 +12,7 @@ import kd_accel as kd
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.datamodule import load_data
 from kd_accel.errors import UserError
+from kd_accel.io.user_code import VARIABLE
 from tests.support.image_files import encoded, write_parquet
 
 SIZE = 12
@@ -213,6 +214,9 @@ def test_invalid_datasets_are_refused(source, error, message):
         ("digits", {"class_names": ["a"]}, "class_names: has no effect"),
         ("digits", {"transform": "crop"}, "transform: is a setting of the views; pass it to ViewDataset"),
         ("digits", {"image_column": "x"}, "image_column: has no effect"),
+        ("digits", {"keep_originals": True}, "keep_originals: has no effect with digits"),
+        ("digits", {"sampling": "balanced"}, "sampling: is a setting of the order; pass is_balanced to EpochBatchSampler"),
+        (pairs(Image.fromarray), {"limit_test": 3}, "limit_test: has no effect without test or test_fraction; leave it out"),
         ("digits", {"limit_trian": 5}, "limit_trian: no such setting; did you mean data.limit_train"),
         ("digits", {"image_size": 0}, "image_size: 0 must be at least 1"),
         ("digit", {}, "source: 'digit' must be digits or start with one of hub:"),
@@ -234,6 +238,65 @@ def test_invalid_datasets_are_refused(source, error, message):
 def test_invalid_settings_are_refused(source, arguments, message):
     with pytest.raises(ValueError, match=message):
         wrapped(source, **arguments)
+
+
+def test_datasets_are_wrapped_where_no_user_code_is_allowed(monkeypatch):
+    """The tests allow all user code; a program of a user does not."""
+    monkeypatch.setenv(VARIABLE, "")
+    assert len(wrapped(pairs(Image.fromarray))) == 16
+
+
+def test_views_of_the_original_images_equal_those_of_a_run(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / "a" / f"{number}.png")
+    source, transform = f"imagefolder:{tmp_path}", TRANSFORMS["resized_crop_flip"]
+    run = load_data(DataConfig(source=source, transform="resized_crop_flip", val_fraction=0.0))
+    expected = run.view_batch(run.splits.train, 0).images
+    data = kd.ImageDataset(source, val_fraction=0.0, keep_originals=True)
+    views = kd.ViewDataset(data, transform, num_views=2)
+    assert [torch.equal(item["image"], image) for item, image in zip(views, expected, strict=True)] == [True] * 4
+    assert (data.mean, data.module.num_views) == (run.mean, 1)
+    reduced = kd.ImageDataset(source, val_fraction=0.0)
+    with pytest.warns(UserWarning, match="RandomResizedCrop cuts from the images of 32 pixels .* pass keep_originals=True"):
+        other = kd.ViewDataset(reduced, transform, num_views=2)
+    assert not any(torch.equal(item["image"], image) for item, image in zip(other, expected, strict=True))
+
+
+def test_a_crop_of_reduced_images_does_not_depend_on_memory(tmp_path):
+    """With crop_pct below 1, images in memory would be those of the center alone."""
+    for split in ("train", "test"):
+        write_parquet(tmp_path, split, [encoded(Image.fromarray(image)) for image in IMAGES], LABELS, image_column="image")
+    everything = {"random_resized_crop": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}}
+    for source in (f"parquet:{tmp_path}", "import:tests.data.test_views:noise"):
+        config = DataConfig(source=source, image_size=SIZE, crop_pct=0.5, transform=everything)
+        data = load_data(config)
+        views = data.view_batch(data.splits.train, 0).images.permute(0, 2, 3, 1)
+        assert np.array_equal(views, IMAGES[data.splits.train]), source
+
+
+def noise(split, image_size):
+    return pairs(lambda image: image)
+
+
+def test_balanced_batches_equal_those_of_a_run():
+    labels = [0] * 12 + [1] * 4
+    data = wrapped(list(zip(IMAGES[:16], labels, strict=True)), val_fraction=0.0)
+    views = kd.ViewDataset(data, kd.transforms.CropFlip(SIZE))
+    sampler = kd.EpochBatchSampler(views, batch_size=8, is_balanced=True)
+    expected = views.module.train_loader(batch_size=8, is_balanced=True)
+    drawn = []
+    for positions, (batch,) in zip(sampler, expected.epoch(0), strict=True):
+        assert views.module.training_samples[positions].tolist() == batch.index.tolist()
+        drawn += batch.labels.tolist()
+    assert sorted(drawn) == [0] * 8 + [1] * 8
+    even = kd.ViewDataset(
+        wrapped(list(zip(IMAGES[:4], [0, 1, 0, 1], strict=True)), val_fraction=0.0), kd.transforms.CropFlip(SIZE)
+    )
+    with pytest.raises(ValueError, match="is_balanced: True has no effect"):
+        kd.EpochBatchSampler(even, batch_size=2, is_balanced=True)
 
 
 def test_an_unknown_split_is_refused(digits):

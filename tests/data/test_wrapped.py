@@ -1,5 +1,7 @@
 """Data sets of user code: small ones are read into memory, large ones item by item, with equal images, labels and digests."""
 
+import io
+
 import datasets
 import numpy as np
 import pytest
@@ -168,6 +170,34 @@ def test_unreadable_items_are_named_or_skipped(monkeypatch, settings):
         load_data(DataConfig(source=SOURCE, **statistics, **settings))
     data = load_data(DataConfig(source=SOURCE, on_error="skip", **statistics, **settings))
     assert data.splits.train.tolist() == [0, 1, 2, 4, 5]
+
+
+def test_items_that_are_opened_but_not_decoded_are_skipped(monkeypatch):
+    """As a data set does that returns `Image.open(path)`: the label is known, although the file is truncated."""
+    noise = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+
+    class Lazy(Counting):
+        def __getitem__(self, position):
+            content = encoded(Image.fromarray(noise[position]), "JPEG")
+            return Image.open(io.BytesIO(content[:1500] if position == 3 else content)), LABELS[position]
+
+    data = load_data_of(monkeypatch, Lazy(), on_error="skip")
+    assert data.splits.train.tolist() == [0, 1, 2, 4, 5] and data.train.is_in_memory
+    with pytest.raises(UserError, match="cannot be read"):
+        load_data_of(monkeypatch, Lazy())
+
+
+def load_data_of(monkeypatch, train, **settings):
+    monkeypatch.setattr("tests.support.models.images", lambda split, image_size: train if split == "train" else dicts())
+    return load_data(DataConfig(source=SOURCE, mean=[0.5] * 3, std=[0.5] * 3, val_fraction=0.0, **settings))
+
+
+@pytest.mark.parametrize("content", [Counting, WithTargets, dicts])
+def test_labels_that_are_not_used_are_not_compared(monkeypatch, content):
+    monkeypatch.setattr("tests.support.models.images", lambda split, image_size: content())
+    train, *_ = load_splits(DataConfig(source=SOURCE, label_column=None, **FEW), ["a", "b", "c"])
+    assert not train.is_in_memory and train.labels.tolist() == [-1] * len(COLORS)
+    assert train.pixels(np.array([4, 0]))[:, 0, 0, 0].tolist() == [40, 0]
 
 
 @pytest.mark.parametrize(

@@ -227,3 +227,20 @@ def test_validation_samples_are_needed(tmp_path):
     message = train(tmp_path / "run", *flags, code=2)
     assert "checkpoint.keep_best and train.early_stopping_epochs: has no effect, because no sample is held" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--train.early_stopping_epochs=3"],
+            "train.early_stopping_epochs: 3 has no effect, because the training ends in epoch 4 (train.max_steps: ",
+        ),
+        (["--optim.schedule=step", "--optim.step_epochs=[4, 20]"], "optim.step_epochs: [4, 20] has no effect, because the"),
+    ],
+)
+def test_settings_of_epochs_beyond_the_last_step_are_refused(tmp_path, flags, message):
+    """An epoch has 8 steps."""
+    text = train(tmp_path / "run", "--train.epochs=30", "--train.max_steps=26", *flags, code=2)
+    assert message in text and not (tmp_path / "run").exists()
+    train(tmp_path / "run", "--train.epochs=30", "--train.max_steps=33", *flags, "--checkpoint.stop_after_steps=1")
