@@ -21,7 +21,7 @@ from kd_accel.config.schema import RunConfig
 from kd_accel.data.datamodule import DataModule
 from kd_accel.data.held_out import load_held_out
 from kd_accel.data.splits import HeldOutSplit
-from kd_accel.distributed import Accelerator, launch_notices, leave_processes, start_processes
+from kd_accel.distributed import Accelerator, launch_notices, leave_processes, peers_needed, start_processes
 from kd_accel.errors import IneffectiveSetting
 from kd_accel.io.safe_yaml import load_yaml_file
 from kd_accel.models.inference import choose_kernels, image_memory_format, use_cpu_kernels
@@ -95,7 +95,8 @@ def evaluate_run(
     accelerator = start_processes(config.train.precision)
     settings = {"mean": card.mean, "std": card.std, "image_size": card.image_size}
     config = config.model_copy(update={"data": config.data.model_copy(update=settings)})
-    config, data = _load_data(directory, config, split, card.label_names, accelerator)
+    with peers_needed(accelerator, lambda: "while the data were read"):
+        config, data = _load_data(directory, config, split, card.label_names, accelerator)
     use_cpu_kernels(network, accelerator.device, config.train.cpu_kernels)
     network.to(accelerator.device)
     memory_format = image_memory_format(config.train.channels_last, accelerator.device)
@@ -105,7 +106,7 @@ def evaluate_run(
     def forward(images: Tensor) -> Tensor:
         return network(normalize(images))
 
-    with ExitStack() as stack:
+    with peers_needed(accelerator, lambda: "during the evaluation"), ExitStack() as stack:
         stack.callback(data.batch_loader.close)
         source, notices = agreement_source(config, data, split, accelerator, stack)
         if has_header:

@@ -205,7 +205,7 @@ def read_samples(directory: Path, cache_spec: CacheSpec) -> dict[Split, CachedSa
             for split in cache_spec.samples
         }
         is_intact = all(_are_intact(cache_spec, split, cached) for split, cached in samples.items())
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         is_intact = False
     if not is_intact:
         raise UserError(f"{directory / 'samples.safetensors'}: does not match spec.json: {_REPAIR}")

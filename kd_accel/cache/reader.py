@@ -250,7 +250,9 @@ class OpenCache:
         """Digest of all that decides the values read, stored in each checkpoint."""
         specs = {name: self.cache_spec.tensors[name] for name in (LOGITS, *self.layers)}
         tensors = {name: [spec.dtype, spec.target, spec.target_digest] for name, spec in specs.items()}
-        return settings_digest({"cache": self.cache_spec.fingerprint, "tensors": tensors})
+        # The last bits of an output depend on the number of images in a forward.
+        batch = self.cache_spec.batch_samples
+        return settings_digest({"cache": self.cache_spec.fingerprint, "batch_samples": batch, "tensors": tensors})
 
     def load_targets(self, targets: Mapping[str, TargetFunction]) -> None:
         """Load the fitted tensors of the cache into target functions, in place.
@@ -309,7 +311,9 @@ def open_cache(directory: Path, request: CacheRequest) -> OpenCache:
         )
     check_contents(directory, cache_spec, request)
     check_headers(directory, cache_spec, files, splits=request.samples, views=request.views, tensors=request.tensors)
-    return OpenCache(directory, cache_spec, samples, tuple(request.targets))
+    # A split that the cache has in addition is neither checked nor read.
+    own = {split: samples[split] for split in request.samples}
+    return OpenCache(directory, cache_spec, own, tuple(request.targets))
 
 
 def find_held_out(directory: Path, data: DataModule, split: HeldOutSplit) -> tuple[CachedTeacher | None, list[str]]:

@@ -146,9 +146,9 @@ def find_damage(
         The damage, worded to follow the file's name in a message; None if the file is intact.
     """
     path = directory / shard.name
-    if path.exists() and not path.is_file():
-        return _NOT_REGULAR
     try:
+        if path.exists() and not path.is_file():
+            return _NOT_REGULAR
         with path.open("rb") as file:
             found = _header_damage(file.read(data_offset(cache_spec, shard)), cache_spec, shard, checksum)
             size = os.fstat(file.fileno()).st_size
@@ -191,6 +191,13 @@ def open_shard(directory: Path, cache_spec: CacheSpec, shard: Shard) -> memoryvi
     path = directory / shard.name
     mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     return memoryview(mapped.numpy()).toreadonly()  # type: ignore[arg-type]
+
+
+def first_rows(directory: Path, cache_spec: CacheSpec, shard: Shard, count: int) -> Tensor:
+    """Read the first rows of an intact file without scales, float32 [count, *shape]."""
+    spec = cache_spec.tensors[shard.tensor]
+    content = open_shard(directory, cache_spec, shard)[values_offset(cache_spec, shard) :][: count * spec.sample_bytes]
+    return torch.frombuffer(bytearray(content), dtype=TORCH_TYPE[spec.dtype]).view(count, *spec.shape).float()
 
 
 def is_data_intact(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> bool:

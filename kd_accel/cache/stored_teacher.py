@@ -30,7 +30,7 @@ class StoredTeacher:
     def read(cls, directory: Path) -> StoredTeacher:
         """Read the spec of a cache. Raises UserError if it is missing, damaged, or of another version."""
         cache_spec = read_spec(directory)
-        for name in ("teacher", "numerics"):
+        for name in ("teacher", "numerics", "data", "views"):
             if not isinstance(cache_spec.fingerprint_fields.get(name), dict):
                 raise UserError(
                     f"teacher.cache.dir: {directory}/spec.json is damaged (no {name}); copy or build the cache again"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_accel.cache.build_spec import CacheBuild
 from kd_accel.cache.compatibility import (
@@ -19,9 +19,10 @@ from kd_accel.cache.compatibility import (
     data_fields,
 )
 from kd_accel.cache.differences import differing_fields
-from kd_accel.cache.manifest import read_manifest, read_samples, read_spec
+from kd_accel.cache.manifest import read_manifest, read_samples
 from kd_accel.cache.reader import CachedTeacher, OpenCache
 from kd_accel.cache.spec import LOGITS, VIEWED_SPLITS
+from kd_accel.cache.stored_teacher import StoredTeacher
 from kd_accel.cache.verify import find_damaged_files
 from kd_accel.cache.writer import build_cache, locked_for_building
 from kd_accel.config.schema import Precision, StorageType
@@ -32,6 +33,7 @@ from kd_accel.data.views import ImageDataset, ViewDataset
 from kd_accel.distributed import Accelerator
 from kd_accel.errors import UserError
 from kd_accel.losses.targets import TargetFunction
+from kd_accel.models.feature_extractor import probe_logits
 from kd_accel.models.projectors import Shape
 from kd_accel.teacher.teacher import Teacher, raw_targets
 from kd_accel.types import TeacherOutput
@@ -73,8 +75,8 @@ class TeacherCache:
     ) -> TeacherCache:
         """Run the teacher once over all samples and views, store its outputs, and open the cache.
 
-        A directory that holds a part of the same cache is completed: only missing and damaged files are computed. In a launch
-        of several processes, every process must call this method and does a share of the work.
+        A directory that holds a part of the same cache is completed: only missing and damaged files are computed, after a
+        comparison of a few stored logits with those of the teacher now. Every process of a launch must call this method.
 
         Args:
             directory: Directory of the cache; created if it does not exist.
@@ -90,13 +92,13 @@ class TeacherCache:
 
         Raises:
             ValueError: If an argument is not valid.
-            UserError: If the directory holds another cache, another build is running, or a file cannot be written.
+            UserError: If the directory holds another cache, the teacher has another number of classes than the data, another
+                build is running, or a file cannot be written.
         """
         data = views.module if isinstance(views, ViewDataset) else views
         num_views, teacher = _checked_views(data, batch_size, shard_mib), teacher.for_classes(data.label_names)
         accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
         targets = dict(layers) if isinstance(layers, Mapping) else raw_targets(layers)
-        image_size = data.transform.image_size
         request = create_request(
             teacher,
             data,
@@ -109,11 +111,11 @@ class TeacherCache:
             compiled=compiled,
             tf32=torch.backends.cudnn.allow_tf32,
         )
-        directory = Path(directory)
+        directory, image_size = Path(directory), data.transform.image_size
+        placed: dict[str, Any] = {"layers": targets, "image_size": image_size, "channels_last": channels_last}
         with locked_for_building(directory, accelerator):
-            network, normalize = teacher.on_device(
-                accelerator.device, layers=targets, image_size=image_size, channels_last=channels_last
-            )
+            network, normalize = teacher.on_device(accelerator.device, **placed)
+            _refuse_other_logits(network, len(data.label_names), image_size=normalize.output_size(image_size))
             parts = (directory, request, data, network, normalize, accelerator)
             build_cache(CacheBuild(*parts, batch_samples=batch_size, shard_mib=shard_mib, is_compiled=compiled))
         return cls.open(directory)
@@ -124,7 +126,8 @@ class TeacherCache:
 
         Args:
             directory: Directory of the cache.
-            teacher: Teacher whose outputs the cache must hold; None = not checked.
+            teacher: Teacher whose outputs the cache must hold, by weights, preprocessing and classes; None = not checked. Code
+                that computes other outputs from equal weights is found by `build` alone.
 
         Returns:
             The cache, with headers and lengths of all files checked. Contents are checked when they are read.
@@ -133,7 +136,7 @@ class TeacherCache:
             UserError: If the cache is incomplete or damaged, or belongs to another teacher.
         """
         directory = Path(directory)
-        cache_spec = read_spec(directory)
+        cache_spec = StoredTeacher.read(directory).cache_spec
         if teacher is not None:
             stored = cache_spec.fingerprint_fields
             present = teacher.for_classes(stored["data"]["label_names"]).for_images(stored["views"]["image_size"])
@@ -224,6 +227,12 @@ class TeacherCache:
                 f"{self.directory}: missing or damaged files ({len(wrong)}): {listed}; call TeacherCache.build with the same "
                 "arguments, which writes only these files"
             )
+
+
+def _refuse_other_logits(network: nn.Module, num_classes: int, *, image_size: int) -> None:
+    """Raise UserError if a teacher has another number of logits than the data has classes."""
+    remedy = "set class_map of the teacher, which selects the logit of each class of the data"
+    probe_logits(network, num_classes=num_classes, image_size=image_size, field="teacher", remedy=remedy)
 
 
 def _checked_views(data: DataModule, batch_size: int, shard_mib: float) -> int:

@@ -17,11 +17,14 @@ from kd_accel.cache.rows import RowFormat
 from kd_accel.cache.shard import read_scale, values_offset
 from kd_accel.cache.spec import CacheSpec, Shard
 
+_LARGEST_TABLE, _SPARSE = 2**24, 64
+"""Entries of a table that are always allowed, and further ones for each sample: 128 MiB, and 512 bytes a sample."""
+
 
 class PositionTable:
     """Position of each covered sample of a split, by its index.
 
-    A table lookup takes a tenth of the time of a binary search.
+    A table lookup takes a tenth of the time of a binary search, which is used where a table would be mostly empty.
 
     Args:
         indices: Indices of the covered samples in the split, int64 [N], ascending.
@@ -30,14 +33,22 @@ class PositionTable:
     """
 
     def __init__(self, indices: np.ndarray, *, first_index: int = 0, first_position: int = 0) -> None:
+        self._before_index, self._first_position = first_index - 1, first_position
+        self._sorted: np.ndarray | None = None
+        if indices.max(initial=-1) > _LARGEST_TABLE + _SPARSE * len(indices):
+            self._sorted = indices + 1
+            return
         # The first and the last entry stand for all indices outside.
-        self._before_index = first_index - 1
         self._position = np.full(indices.max(initial=-1) + 3, -1)
         self._position[indices + 1] = first_position + np.arange(len(indices))
 
     def look_up(self, indices: np.ndarray) -> np.ndarray:
         """Return the positions of samples, int64 [n]; -1 for one that is not covered. indices: int64 [n]."""
-        return self._position.take(indices - self._before_index, mode="clip")
+        own = indices - self._before_index
+        if self._sorted is None:
+            return self._position.take(own, mode="clip")
+        found = np.searchsorted(self._sorted, own).clip(max=len(self._sorted) - 1)
+        return np.where(self._sorted[found] == own, self._first_position + found, -1)
 
 
 class ViewFiles:

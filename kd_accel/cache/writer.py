@@ -29,9 +29,9 @@ from torch import Tensor
 from kd_accel.cache.build_spec import CacheBuild, Samples, find_own_spec, prepare_targets, write_requested_spec
 from kd_accel.cache.manifest import CachedSamples, find_manifest, flush_shards, lock_for_building, write_manifest
 from kd_accel.cache.reader import Reader
-from kd_accel.cache.shard import TORCH_TYPE, encode, write_shard
+from kd_accel.cache.shard import TORCH_TYPE, encode, first_rows, write_shard
 from kd_accel.cache.spec import LOGITS, CacheSpec, Shard
-from kd_accel.cache.verify import check_shards, own_share
+from kd_accel.cache.verify import check_shards, largest_difference, own_share, tolerance
 from kd_accel.data.splits import Split
 from kd_accel.distributed import Accelerator, gathered, on_main_process, patient_group
 from kd_accel.errors import UserError
@@ -43,6 +43,7 @@ from kd_accel.teacher.teacher import LiveTeacher
 from kd_accel.types import Batch, TeacherOutput, TeacherSource
 
 _TIMED_BATCHES = 2
+_RECOMPUTED_SAMPLES = 8
 _WRITERS = 4
 """Threads that write files."""
 
@@ -113,6 +114,7 @@ def build_cache(build: CacheBuild, *, progress: OpenProgress = no_progress) -> N
     group = patient_group(accelerator)
     intact, missing = check_shards(directory, cache_spec, manifest, accelerator=accelerator, group=group)
     _flush(directory, _unlisted(intact, manifest, accelerator))
+    on_main_process(accelerator, lambda: _refuse_other_teacher(build, cache_spec, samples, intact))
     if missing:
         on_main_process(accelerator, lambda: remove_leftovers(directory))
         intact |= _write_missing(build, cache_spec, samples, missing, targets, progress, group=group)
@@ -120,6 +122,33 @@ def build_cache(build: CacheBuild, *, progress: OpenProgress = no_progress) -> N
         remark = "nothing to do" if manifest.keys() == intact.keys() else "manifest.json written again"
         accelerator.print(f"{directory}: complete, {len(intact)} files checked; {remark}")
     on_main_process(accelerator, lambda: _write_manifest(build, cache_spec, samples["test"], intact))
+
+
+def _refuse_other_teacher(build: CacheBuild, cache_spec: CacheSpec, samples: Samples, intact: Mapping[str, str]) -> None:
+    """Raise UserError if the teacher computes other logits than those of an existing file.
+
+    The fingerprint has weights and settings of the network, but not its code.
+    """
+    shard = next((each for each in cache_spec.all_shards() if each.tensor == LOGITS and each.name in intact), None)
+    if shard is None:
+        return
+    indices = samples[shard.split].indices[shard.first : shard.first + min(shard.samples, _RECOMPUTED_SAMPLES)]
+    image_size = build.data.transform.image_size
+    live = LiveTeacher(build.network, build.normalize, autocast=build.accelerator.autocast, image_size=image_size)
+    try:
+        fresh = live(next(_batches(build, shard.split, [(indices, shard.view)])))
+    finally:
+        live.close()
+    assert fresh.logits is not None
+    stored = TeacherOutput(first_rows(build.directory, cache_spec, shard, len(indices)).to(fresh.logits.device))
+    _, difference = largest_difference(stored, TeacherOutput(fresh.logits), {})
+    allowed = tolerance(cache_spec.tensors[LOGITS].dtype, cache_spec.fingerprint_fields["numerics"]["precision"])
+    if not difference <= allowed:
+        raise UserError(
+            f"teacher.cache.dir: the teacher computes other logits than {build.directory / shard.name} holds: they differ by "
+            f"{difference:.2g} of the largest value, and rounding explains at most {allowed:.2g}. Weights and settings are "
+            "equal, so the code of its network has changed; build in another directory"
+        )
 
 
 def _write_missing(

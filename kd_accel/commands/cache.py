@@ -42,9 +42,10 @@ def run_cache_verify(config: RunConfig, *, as_json: bool) -> None:
     """
     configs, accelerator = configs_with_cache(config), _start(config)
     results: dict[str, VerifiedCache] = {}
-    for name, own in configs.items():
-        with errors_of_teacher(name):
-            results[name] = verify_cache_of(own, accelerator, class_names=unlabeled_class_names(config))
+    with peers_needed(accelerator, lambda: "during the check of a cache"):
+        for name, own in configs.items():
+            with errors_of_teacher(name):
+                results[name] = verify_cache_of(own, accelerator, class_names=unlabeled_class_names(config))
     reports = {name: _verify_report(result) for name, result in results.items()}
     accelerator.print(_json(reports) if as_json else "\n".join(map(_verify_text, results.values())))
     leave_processes(accelerator)

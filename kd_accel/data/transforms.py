@@ -107,7 +107,7 @@ class ViewTransform:
         return cls(operations_of(transform_config(config.transform)), config.image_size, config.view_seed)
 
     @property
-    def cuts_from_originals(self) -> bool:
+    def needs_originals(self) -> bool:
         """True if views are cut from the original images, and not from squares of the image size."""
         return bool(self.operations) and isinstance(self.operations[0], RandomResizedCrop)
 

@@ -209,7 +209,7 @@ class ViewDataset(Dataset[Item]):
             raise ValueError(f"view_seed: {view_seed} must be at least 0")
         if transform.mixing and data.module.unlabeled is not None:
             raise ValueError("transform: MixUp and CutMix mix labeled samples alone; leave out unlabeled of data, or them")
-        if transform.cuts_from_originals and data.may_be_reduced:
+        if transform.needs_originals and data.may_be_reduced:
             warnings.warn(
                 f"transform: RandomResizedCrop cuts from the images of {size} pixels that data holds in memory; if the "
                 "original images are larger, pass keep_originals=True to ImageDataset",

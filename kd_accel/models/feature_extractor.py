@@ -154,13 +154,23 @@ def feature_maps(model: nn.Module, *, image_size: int) -> dict[str, tuple[int, i
     return {name: output.shape for name, output in outputs.items() if name not in unusable}
 
 
-def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None:
+_REMEDY = (
+    "use another arch, fix the function that builds the model, or turn off auxiliary heads if it has any, for example with "
+    "model.arch_args: {aux_logits: false}"
+)
+
+
+def probe_logits(
+    model: nn.Module, *, num_classes: int, image_size: int, field: str = "model.arch", remedy: str = _REMEDY
+) -> None:
     """Check with one forward that a model outputs logits [B, num_classes].
 
     Args:
         model: Network to check; it is not changed.
         num_classes: Expected number of logits.
         image_size: Height and width of the images, in pixels.
+        field: Setting or argument that the model comes from, for the message.
+        remedy: What the user can do.
 
     Raises:
         UserError: If the model does not accept images of this size, or its output has another type or shape.
@@ -170,9 +180,8 @@ def probe_logits(model: nn.Module, *, num_classes: int, image_size: int) -> None
     if not isinstance(output, Tensor) or output.shape != expected:
         actual = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
-            f"model.arch: {type(model).__name__} returns {actual} for {_PROBED_IMAGES} images, expected logits of shape "
-            f"{expected}, one per class; use another arch, fix the function that builds the model, or turn off auxiliary heads "
-            "if it has any, for example with model.arch_args: {aux_logits: false}"
+            f"{field}: {type(model).__name__} returns {actual} for {_PROBED_IMAGES} images, expected logits of shape "
+            f"{expected}, one per class; {remedy}"
         )
 
 

@@ -54,8 +54,8 @@ class Teacher:
     """
 
     network: nn.Module
-    mean: list[float]
-    std: list[float]
+    mean: Sequence[float]
+    std: Sequence[float]
     class_names: tuple[str, ...] | None = None
     arch: str | None = None
     stem: str = "imagenet"
@@ -71,7 +71,9 @@ class Teacher:
     _fused: dict[tuple[str, ...], nn.Module | None] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check mean, std and the class map. Raises ValueError."""
+        """Check mean, std and the class map, and convert sequences to lists, as a cache stores them. Raises ValueError."""
+        for name in ("mean", "std", "arch_args"):
+            object.__setattr__(self, name, _with_lists(getattr(self, name)))
         if isinstance(self.class_map, str) and self.class_map != "auto":
             raise ValueError(f"class_map: {self.class_map!r} must be 'auto', a list, a mapping or None")
         if self.class_map is not None and not len(self.class_map):
@@ -191,13 +193,16 @@ class Teacher:
             image_size: Height and width of the images in pixels.
 
         Returns:
-            The copy, the same object in each call with these layers. None if the network cannot be fused, or if fusing would
-            change a recorded layer.
+            The copy, the same object in each call with these layers while the weights are the same. None if the network cannot
+            be fused, or if fusing would change a recorded layer.
         """
         names = tuple(sorted(layers))
-        if names not in self._fused:
-            self._fused[names] = fuse_conv_bn(self.network, layers=names, image_size=self.input_size(image_size))
-        return self._fused[names]
+        key = (tensors_digest(self.network.state_dict()), *names)
+        for outdated in [own for own in self._fused if own[0] != key[0]]:
+            del self._fused[outdated]
+        if key not in self._fused:
+            self._fused[key] = fuse_conv_bn(self.network, layers=names, image_size=self.input_size(image_size))
+        return self._fused[key]
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Return what decides the outputs: a digest of weights and buffers, architecture, preprocessing, selected logits."""
@@ -360,6 +365,13 @@ class LiveTeacher:
     def close(self) -> None:
         """Remove the hooks from the network."""
         self._extractor.close()
+
+
+def _with_lists(value: Any) -> Any:
+    """Return nested values with lists in place of tuples."""
+    if isinstance(value, Mapping):
+        return {name: _with_lists(own) for name, own in value.items()}
+    return [_with_lists(own) for own in value] if isinstance(value, list | tuple) else value
 
 
 def _are_pixels(images: object) -> bool:

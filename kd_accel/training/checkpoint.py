@@ -34,7 +34,9 @@ VERSION = 2
 """Version of the format; a checkpoint of another version is refused."""
 
 _PREFIX = "step-"
-_STEP = re.compile(r"step-[0-9]{8,18}")
+_STEP = re.compile(r"step-([0-9]{8,18})")
+_REPLACED = re.compile(r"\.(step-[0-9]{8,18})\.tmp-replaced")
+"""Name of a complete checkpoint in whose place a second one of the same step comes."""
 
 
 @dataclass(frozen=True)
@@ -232,11 +234,27 @@ def _copied(tensor: Tensor, copy: Tensor | None) -> Tensor:
 
 
 def _step_directories(directory: Path) -> list[Path]:
-    """List the checkpoint directories, newest first, without symbolic links, whose targets may belong to another run."""
+    """List the checkpoint directories, newest first, without symbolic links, whose targets may belong to another run.
+
+    Among them is one that a killed process has moved away, but not replaced yet.
+    """
     if not directory.is_dir():
         return []
-    found = (path for path in directory.iterdir() if _STEP.fullmatch(path.name))
-    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), reverse=True)
+    found = (path for path in directory.iterdir() if _STEP.fullmatch(path.name) or _is_only_copy(path))
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=_step_of, reverse=True)
+
+
+def _is_only_copy(path: Path) -> bool:
+    """Return whether this is a replaced checkpoint without the one that replaces it."""
+    replaced = _REPLACED.fullmatch(path.name)
+    return replaced is not None and not (path.parent / replaced[1]).exists()
+
+
+def _step_of(path: Path) -> int:
+    """Return the step of a checkpoint directory."""
+    step = _STEP.search(path.name)
+    assert step is not None, path
+    return int(step[1])
 
 
 def _superseded(directory: Path, newest: Path, *, keep: int) -> list[Path]:
@@ -244,8 +262,9 @@ def _superseded(directory: Path, newest: Path, *, keep: int) -> list[Path]:
 
     Checkpoints of later steps are damaged: otherwise the training would have resumed from one of them.
     """
-    later = [path for path in _step_directories(directory) if path > newest]
-    return later + [path for path in _step_directories(directory) if path <= newest][keep:]
+    own = _step_of(newest)
+    later = [path for path in _step_directories(directory) if _step_of(path) > own]
+    return later + [path for path in _step_directories(directory) if _step_of(path) <= own][keep:]
 
 
 def _damage(path: Path) -> str | None:
@@ -307,4 +326,5 @@ def _checksum(path: Path) -> str:
 def _remove_leftovers(directory: Path) -> None:
     """Remove the temporary directories of killed processes. The caller must be the only writer in the directory."""
     for path in directory.glob(f".{_PREFIX}*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if not _is_only_copy(path):
+            shutil.rmtree(path, ignore_errors=True)

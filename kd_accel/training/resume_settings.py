@@ -22,7 +22,7 @@ _BY_REASON_ACCEPTED = {
         "teacher.image_size teacher.interpolation teacher.crop_pct"
     ),
     "a path; the cache is identified by its contents": "teacher.cache.dir",
-    "the layout of a new cache, of no effect on a training": "teacher.cache.shard_mib teacher.cache.batch_size",
+    "the layout of a new cache; that which is read is identified": "teacher.cache.shard_mib teacher.cache.batch_size",
     "no sample's output in evaluation mode depends on its batch, except by rounding": "train.eval_batch_size",
     "a line of metrics divides its sums by its own number of samples": "train.log_every_steps",
     "a timeout": "train.timeout_s",

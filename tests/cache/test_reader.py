@@ -10,6 +10,7 @@ from kd_accel.cache import reader as reader_module
 from kd_accel.cache.reader import CachedTeacher, Reader
 from kd_accel.cache.shard import decode, open_shard
 from kd_accel.cache.spec import TensorSpec
+from kd_accel.cache.view_files import PositionTable
 from tests.support.caches import PCA, spec_of, store
 
 CPU = torch.device("cpu")
@@ -55,6 +56,16 @@ def test_int8_tensors_in_different_files_have_their_own_scales(tmp_path):
         assert scale.shape == (4, channels)
         assert torch.equal(scale[0], scale[2])
         assert len(scale.unique(dim=0)) == 3
+
+
+def test_positions_of_few_samples_with_large_indices_need_no_large_table():
+    """Indices that a file of a cache claims must not decide how much memory is used."""
+    dense, far = PositionTable(np.array([1, 4, 6]), first_position=10), np.array([1, 4, 10**12])
+    sparse = PositionTable(far, first_index=2**40, first_position=10)
+    assert dense.look_up(np.array([-5, 0, 1, 4, 5, 6, 7, 99])).tolist() == [-1, -1, 10, 11, -1, 12, -1, -1]
+    asked = 2**40 + np.array([-5, 0, 1, 4, 5, 10**12 - 1, 10**12, 10**12 + 1])
+    assert sparse.look_up(asked).tolist() == [-1, -1, 10, 11, -1, -1, 12, -1]
+    assert sparse.look_up(np.array([1, 4])).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(("most_files", "openings"), [(32, [0, 1]), (31, [0, 1, 0, 1])])

@@ -290,3 +290,11 @@ def test_a_spec_survives_json_and_an_invalid_spec_is_refused():
         break_it(broken)
         with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
             spec_from_json(broken)
+
+
+def test_a_sealed_spec_with_countless_views_is_refused():
+    """Without samples it has no file, but each view would be looked at."""
+    endless = replace(spec_of(), views=2**40, samples=dict.fromkeys(spec_of().samples, 0))
+    assert endless.num_files() == 0
+    with pytest.raises(ValueError, match="too many files"):
+        spec_from_json(spec_to_json(endless))

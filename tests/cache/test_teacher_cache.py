@@ -1,12 +1,14 @@
 """TeacherCache, the Python interface of a cache: outputs equal the live teacher's, and errors name the argument."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from kd_accel.cache.manifest import read_spec
+from kd_accel.cache.spec import spec_to_json
 from kd_accel.cache.teacher_cache import TeacherCache
 from kd_accel.config.schema import DataConfig
 from kd_accel.data.datamodule import load_data
@@ -95,6 +97,84 @@ def test_the_teacher_of_an_opened_cache_is_checked(built):
         UserError, match=r"another teacher: teacher.run or teacher.weights: [0-9a-f]{32} in the cache, [0-9a-f]{32} now"
     ):
         TeacherCache.open(built.directory, teacher_of(seed=1))
+
+
+def test_a_teacher_that_was_trained_further_has_the_outputs_of_its_new_weights(tmp_path, data):
+    """The copy with fused layers that an earlier build has made is of the old weights."""
+    teacher, other = teacher_of(), teacher_of(seed=1)
+    TeacherCache.build(tmp_path / "before", teacher, data, batch_size=32)
+    teacher.network.load_state_dict(other.network.state_dict())
+    after = TeacherCache.build(tmp_path / "after", teacher, data, dtype="float32", batch_size=32)
+    expected = TeacherCache.build(tmp_path / "other", other, data, dtype="float32", batch_size=32)
+    assert after.fingerprint == expected.fingerprint
+    indices = torch.from_numpy(data.splits.train)
+    assert torch.equal(after.read(indices, 1).logits, expected.read(indices, 1).logits)
+
+
+class Bent(torch.nn.Module):
+    """The teacher's network with another function behind its logits, and the same state dict."""
+
+    def __init__(self, network, function):
+        super().__init__()
+        self.network, self.function = network, function
+
+    def forward(self, images):
+        return self.function(self.network(images))
+
+
+def bent(function):
+    return Teacher(Bent(teacher_of().network, function), MEAN, STD, ("red", "green", "blue", "olive"))
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_other_code_of_the_teacher_is_found_by_a_build(tmp_path, data, is_complete):
+    """The fingerprint has the weights, and these are equal."""
+    first, second = bent(torch.nn.Identity()), bent(torch.nn.Tanh())
+    assert first.fingerprint == second.fingerprint
+    TeacherCache.build(tmp_path, first, data, batch_size=32)
+    if not is_complete:
+        next(tmp_path.glob("train/view-0001/logits-*")).unlink()
+        (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"the teacher computes other logits than .*logits-.* differ by .* code of its network"):
+        TeacherCache.build(tmp_path, second, data, batch_size=32)
+    TeacherCache.build(tmp_path, first, data, batch_size=32).verify()
+
+
+def test_logits_that_are_not_those_of_the_data_are_refused_before_anything_is_written(tmp_path, data):
+    torch.manual_seed(0)
+    network = teacher_network(7)
+    with pytest.raises(UserError, match=r"^teacher: .* returns a tensor of shape \(2, 7\) .* set class_map of the teacher"):
+        TeacherCache.build(tmp_path, Teacher(network, MEAN, STD), data)
+    TeacherCache.build(tmp_path, Teacher(network, MEAN, STD, class_map=[6, 0, 1, 3]), data)
+
+
+def test_sequences_of_any_type_are_the_same_teacher(tmp_path, data):
+    network = teacher_of().network
+    teachers = [
+        Teacher(network, convert(MEAN), convert(STD), arch_args={"sizes": convert([1, 2])}) for convert in (tuple, list)
+    ]
+    TeacherCache.build(tmp_path, teachers[0], data)
+    for teacher in teachers:
+        TeacherCache.build(tmp_path, teacher, data)
+        TeacherCache.open(tmp_path, teacher)
+
+
+def test_a_cache_that_was_built_with_other_batches_is_another_one(tmp_path, data):
+    """The last bits of its values may differ, so that a training must not be resumed from it."""
+    caches = [TeacherCache.build(tmp_path / str(size), teacher_of(), data, batch_size=size) for size in (32, 16)]
+    assert caches[0].fingerprint == caches[1].fingerprint
+    assert caches[0]._cache.digest != caches[1]._cache.digest
+
+
+def test_a_spec_without_a_part_of_the_fingerprint_is_damaged(tmp_path, data):
+    TeacherCache.build(tmp_path, teacher_of(), data)
+    spec = read_spec(tmp_path)
+    for name in ("numerics", "teacher", "data", "views"):
+        fields = {key: value for key, value in spec.fingerprint_fields.items() if key != name}
+        content = spec_to_json(replace(spec, fingerprint_fields=fields))
+        (tmp_path / "spec.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"spec.json is damaged .no {name}.|samples.safetensors: does not match|damaged"):
+            TeacherCache.open(tmp_path)
 
 
 def test_views_equal_those_of_the_build(built, data):

@@ -1,6 +1,7 @@
 """Caches with unlabeled samples as a split of their own: contents, requests for less and for other samples, and damage."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -146,3 +147,13 @@ def test_rows_of_both_splits_are_joined_in_the_order_of_the_batch(tmp_path, teac
                 num_views=2,
             ).module
         )
+
+
+def test_a_training_without_unlabeled_samples_does_not_read_their_files(built, tmp_path):
+    flags, directory = built
+    shutil.copytree(directory, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache/unlabeled")
+    own = [f"--teacher.cache.dir={tmp_path / 'cache'}" if flag.startswith("--teacher.cache.dir") else flag for flag in flags]
+    train(tmp_path / "run", *own, "--train.max_steps=2")
+    text = train(tmp_path / "other", *own, *UNLABELED, "--train.max_steps=2", code=2)
+    assert "unlabeled/view-0000/" in text and "missing" in text

@@ -266,7 +266,7 @@ def test_views_of_the_original_images_equal_those_of_a_run(tmp_path):
 
 
 def test_a_crop_of_reduced_images_does_not_depend_on_memory(tmp_path):
-    """With crop_pct below 1, images in memory would be those of the center alone."""
+    """Images in memory would be those of the center alone if crop_pct is below 1."""
     for split in ("train", "test"):
         write_parquet(tmp_path, split, [encoded(Image.fromarray(image)) for image in IMAGES], LABELS, image_column="image")
     everything = {"random_resized_crop": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}}

@@ -173,7 +173,7 @@ def test_unreadable_items_are_named_or_skipped(monkeypatch, settings):
 
 
 def test_items_that_are_opened_but_not_decoded_are_skipped(monkeypatch):
-    """As a data set does that returns `Image.open(path)`: the label is known, although the file is truncated."""
+    """A data set that returns `Image.open(path)` has a label although the file is truncated."""
     noise = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
 
     class Lazy(Counting):

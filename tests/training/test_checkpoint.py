@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,33 @@ def test_a_second_checkpoint_of_a_step_replaces_the_first(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
     weight = load_checkpoint(find_checkpoint(tmp_path)).tensors["module"]["weight"]
     assert torch.equal(weight, torch.full((3, 2), 2.0))
+
+
+@pytest.mark.parametrize("next_step", [4, 5])
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, monkeypatch, next_step):
+    """The process is killed at each of the two renames; then the training continues with the same or the next step."""
+    rename = Path.rename
+    for killed_at in (1, 2):
+        directory, renamed = tmp_path / str(killed_at), []
+        save(directory, 3)
+        save(directory, 4)
+
+        def killed(path, target, renamed=renamed, killed_at=killed_at):
+            if path.name.startswith((".step-", "step-")):
+                renamed.append(path)
+                if len(renamed) == killed_at:
+                    raise KeyboardInterrupt
+            return rename(path, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", killed)
+            save(directory, 4, value=2.0)
+        found = find_checkpoint(directory)
+        assert load_checkpoint(found).state == {"step": 4} and "00000004" in found.name
+        assert torch.equal(load_checkpoint(found).tensors["module"]["weight"], torch.full((3, 2), 1.0))
+        save(directory, next_step, value=3.0, keep=1)
+        assert [path.name for path in directory.iterdir()] == [f"step-0000000{next_step}"]
+        assert torch.equal(load_checkpoint(find_checkpoint(directory)).tensors["module"]["weight"], torch.full((3, 2), 3.0))
 
 
 def test_a_damaged_checkpoint_does_not_replace_an_intact_one(tmp_path):
