@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from kd_accel.builders.evaluation import evaluate_run
@@ -64,7 +66,7 @@ def train(config: RunConfig | str | Path | Mapping[str, Any], **settings: Any) -
         raise TypeError(f"config: must be a RunConfig, a path or a mapping, not {type(config).__name__}")
     source = _with_text_paths(config) if isinstance(config, Mapping) else config
     built = as_trial_of_agent(build_config(RunConfig, source, _with_text_paths(settings), losses=_losses()))
-    with _kernel_choices_restored(), accelerate_state_restored():
+    with _random_state_restored(), _kernel_choices_restored(), accelerate_state_restored():
         run_training(built)
     if not (built.directory / "summary.json").is_file():
         raise UserError("checkpoint.stop_after_steps: the training is paused, so it has no result; train without this setting")
@@ -96,7 +98,7 @@ def evaluate(run: str | Path, *, split: HeldOutSplit = "test", **settings: Any) 
     if split not in get_args(HeldOutSplit):
         raise ValueError(f"split: {split!r} is not a held-out split; use one of {', '.join(get_args(HeldOutSplit))}")
     config = build_evaluation(Path(run), _with_text_paths(settings), losses=_losses())
-    with _kernel_choices_restored(), accelerate_state_restored():
+    with _random_state_restored(), _kernel_choices_restored(), accelerate_state_restored():
         return evaluate_run(Path(run), config, split=split).metrics
 
 
@@ -112,10 +114,25 @@ def _with_text_paths(value: Any) -> Any:
 
 
 @contextmanager
+def _random_state_restored() -> Iterator[None]:
+    """Restore the global random generators that a training seeds: else the caller would draw the same numbers again."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+
+
+@contextmanager
 def _kernel_choices_restored() -> Iterator[None]:
     """Restore the process-wide switches of PyTorch that a training sets, because the caller's code depends on them."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn = torch.backends.cudnn
+    before, restore_tf32 = cudnn.benchmark, _tf32_restorer()
     is_deterministic, is_warning = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -123,5 +140,28 @@ def _kernel_choices_restored() -> Iterator[None]:
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        cudnn.benchmark = before
+        restore_tf32()
         torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning)
+
+
+def _tf32_restorer() -> Callable[[], None]:
+    """Return a function that sets PyTorch's switches of TF32 to their present values."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    try:
+        of_convolutions, of_products = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # from PyTorch 2.9 on, if the program has used the newer names of the switches
+        holders: list[Any] = [matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]
+        values = [holder.fp32_precision for holder in holders]
+
+        def restore_newer() -> None:
+            for holder, value in zip(holders, values, strict=True):
+                holder.fp32_precision = value
+
+        return restore_newer
+
+    def restore() -> None:
+        cudnn.allow_tf32 = of_convolutions
+        torch.set_float32_matmul_precision(of_products)
+
+    return restore

@@ -2,8 +2,10 @@
 
 import ast
 import os
+import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +120,56 @@ def test_accelerator_of_the_caller_is_unchanged(tmp_path):
     kd.evaluate(run.directory)
     assert (own.mixed_precision, own.gradient_accumulation_steps, own.num_processes) == ("no", 4, 1)
     assert Accelerator().device == own.device == torch.device("cpu")
+
+
+def test_random_generators_of_the_caller_are_unchanged(tmp_path):
+    """A random search would draw the same point again after each training."""
+    random.seed(5)
+    np.random.seed(6)
+    torch.manual_seed(7)
+    expected = [random.random(), np.random.rand(), torch.rand(()).item()]
+    random.seed(5)
+    np.random.seed(6)
+    torch.manual_seed(7)
+    run = kd.train(SMALL, run_dir=tmp_path / "run", **{"train.max_steps": 1})
+    kd.evaluate(run.directory)
+    assert [random.random(), np.random.rand(), torch.rand(()).item()] == expected
+
+
+def test_training_in_a_thread(tmp_path):
+    """Only the main thread can handle signals."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(kd.train(SMALL, run_dir=tmp_path / "run", **{"train.max_steps": 2})))
+    thread.start()
+    thread.join()
+    assert found[0].summary["steps"] == 2
+
+
+SWITCHES = """
+import torch
+from kd_accel.api import _kernel_choices_restored
+from kd_accel.models.inference import choose_kernels
+
+before = set_and_read()
+with _kernel_choices_restored():
+    choose_kernels(deterministic=False, tf32=False)
+assert read() == before, (before, read())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("choose", "read"),
+    [
+        ("torch.set_float32_matmul_precision('medium')", "torch.get_float32_matmul_precision()"),
+        ("setattr(torch.backends.cuda.matmul, 'allow_tf32', True)", "torch.backends.cuda.matmul.allow_tf32"),
+        ("setattr(torch.backends.cuda.matmul, 'fp32_precision', 'tf32')", "torch.backends.cuda.matmul.fp32_precision"),
+        ("setattr(torch.backends, 'fp32_precision', 'ieee')", "torch.backends.cuda.matmul.fp32_precision"),
+    ],
+)
+def test_switches_of_tf32_are_restored_by_either_of_their_names(choose, read):
+    functions = f"def read():\n    return {read}\n\ndef set_and_read():\n    {choose}\n    return read()\n"
+    launching.python("-c", SWITCHES.replace("before = ", f"{functions}\nbefore = ", 1))
 
 
 def test_cache_after_a_training_in_another_precision(tmp_path):

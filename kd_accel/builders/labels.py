@@ -27,6 +27,11 @@ def check_labels(config: RunConfig, data: DataModule) -> None:
             f"first is sample {unlabeled[0]} of the {config.data.train_split} split), and training on them needs a teacher; "
             "set teacher.run, or remove these samples (if -1 is a class, store names as strings)"
         )
+    if config.data.label_column is not None and len(unlabeled) == len(data.splits.train):
+        raise UserError(
+            f"data.label_column: {config.data.label_column}, but no training sample has a label; use another column or split, "
+            "or null, to learn from the teacher alone"
+        )
     class_weights(config, data)
 
 

@@ -109,7 +109,7 @@ def build_run(config: RunConfig, accelerator: Accelerator, stack: ExitStack) -> 
         return None
     stack.callback(inputs.data.batch_loader.close)
     network, notices = build_student(config, inputs.data)
-    notices += inputs.data.notices
+    notices += inputs.data.notices + _notices_of_epochs(config, inputs.schedule)
     notices += notices_of_small_batches(
         accelerator.device,
         batch_size=config.train.batch_size,
@@ -172,7 +172,6 @@ def _check_inputs(config: RunConfig, accelerator: Accelerator) -> _CheckedInputs
     loader = build_train_loader(config, data, accelerator)
     schedule = build_schedule(config, steps_per_epoch=loader.steps_per_epoch)
     _refuse_pause_beyond_end(config, schedule.total_steps)
-    _refuse_ineffective_epochs(config, schedule)
     _refuse_steps_without_teacher(schedule)
     return _CheckedInputs(config, directory, losses, data, loader, schedule, checkpoint)
 
@@ -212,17 +211,17 @@ def _refuse_absent_test_samples(config: RunConfig, data: DataModule) -> None:
         raise UserError(f"{setting}: {value} leaves no test sample, on which the trained model is evaluated; {remedy}")
 
 
-def _refuse_ineffective_epochs(config: RunConfig, schedule: TrainingSchedule) -> None:
-    """Raise UserError for settings that take effect in epochs beyond `train.max_steps`."""
+def _notices_of_epochs(config: RunConfig, schedule: TrainingSchedule) -> list[str]:
+    """Return a notice for each setting that takes effect in epochs beyond `train.max_steps` alone."""
     epochs, steps = math.ceil(schedule.total_steps / schedule.steps_per_epoch), config.optim.step_epochs
-    message = (
-        f"has no effect, because the training ends in epoch {epochs} (train.max_steps: {config.train.max_steps}); lower it"
-    )
+    reason = f"has no effect, because the training ends in epoch {epochs} (train.max_steps: {config.train.max_steps})"
+    found = []
     if config.optim.schedule == "step" and min(steps, default=0) >= epochs:
-        raise UserError(f"optim.step_epochs: {steps} {message}")
+        found.append(f"optim.step_epochs: {steps} {reason}")
     earliest = earliest_stop(config.train)
     if earliest is not None and earliest >= epochs:
-        raise UserError(f"train.early_stopping_epochs: {config.train.early_stopping_epochs} {message}, or leave it out")
+        found.append(f"train.early_stopping_epochs: {config.train.early_stopping_epochs} {reason}")
+    return found
 
 
 def _refuse_steps_without_teacher(schedule: TrainingSchedule) -> None:

@@ -118,8 +118,9 @@ def build_student(config: RunConfig, data: DataModule) -> tuple[nn.Module, list[
     if model.weights is None:
         return network, [*random_weights_notices(model.arch), *_notices_of_random_frozen_modules(model.freeze)]
     notices = load_weights(network, model.weights, arch=model.arch, is_exact=False)
-    if other := weights_info(model.weights, model.arch).other_network(model.arch, model.stem, model.arch_args):
-        notices.append(f"model.weights: {model.weights} was trained with {other}, so that its weights meet another network")
+    own_stem = weights_info(model.weights, model.arch).network.get("stem", model.stem)
+    if own_stem != model.stem:
+        notices.append(f"model.stem: {model.stem}, but {model.weights} was trained with {own_stem}, whose outputs differ")
     if data_settings(config) is not config.data:
         notices.append(
             f"model.weights: images are normalized with mean {_rounded(data.mean)} and std {_rounded(data.std)}, with which "

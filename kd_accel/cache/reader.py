@@ -247,12 +247,11 @@ class OpenCache:
 
     @property
     def digest(self) -> str:
-        """Digest of all that decides the values read, stored in each checkpoint."""
+        """Digest of all that decides the values read, and the batch size of the build, stored in each checkpoint."""
         specs = {name: self.cache_spec.tensors[name] for name in (LOGITS, *self.layers)}
         tensors = {name: [spec.dtype, spec.target, spec.target_digest] for name, spec in specs.items()}
         # The last bits of an output depend on the number of images in a forward.
-        batch = self.cache_spec.batch_samples
-        return settings_digest({"cache": self.cache_spec.fingerprint, "batch_samples": batch, "tensors": tensors})
+        return f"{settings_digest({'cache': self.cache_spec.fingerprint, 'tensors': tensors})}-{self.cache_spec.batch_samples}"
 
     def load_targets(self, targets: Mapping[str, TargetFunction]) -> None:
         """Load the fitted tensors of the cache into target functions, in place.

@@ -193,11 +193,20 @@ def open_shard(directory: Path, cache_spec: CacheSpec, shard: Shard) -> memoryvi
     return memoryview(mapped.numpy()).toreadonly()  # type: ignore[arg-type]
 
 
-def first_rows(directory: Path, cache_spec: CacheSpec, shard: Shard, count: int) -> Tensor:
-    """Read the first rows of an intact file without scales, float32 [count, *shape]."""
-    spec = cache_spec.tensors[shard.tensor]
-    content = open_shard(directory, cache_spec, shard)[values_offset(cache_spec, shard) :][: count * spec.sample_bytes]
-    return torch.frombuffer(bytearray(content), dtype=TORCH_TYPE[spec.dtype]).view(count, *spec.shape).float()
+def read_rows(directory: Path, cache_spec: CacheSpec, shard: Shard, rows: Sequence[int]) -> Tensor:
+    """Read rows of an intact file, float32 [n, *shape]. Training reads them by `Reader`, which needs all files of a view."""
+    spec, file = cache_spec.tensors[shard.tensor], open_shard(directory, cache_spec, shard)
+    values, length = file[values_offset(cache_spec, shard) :], spec.sample_bytes
+    content = bytearray().join(values[row * length : (row + 1) * length] for row in rows)
+    stored = torch.frombuffer(content, dtype=TORCH_TYPE[spec.dtype]).view(len(rows), *spec.shape)
+    return decode(stored, read_scale(file, cache_spec, shard) if spec.is_scaled else None)
+
+
+def value_range(directory: Path, cache_spec: CacheSpec, shard: Shard) -> float:
+    """Return the largest magnitude in an intact int8 file, which decides its rounding error; 0 for the float types."""
+    if not cache_spec.tensors[shard.tensor].is_scaled:
+        return 0.0
+    return INT8_LARGEST * read_scale(open_shard(directory, cache_spec, shard), cache_spec, shard).max().item()
 
 
 def is_data_intact(file: memoryview, cache_spec: CacheSpec, shard: Shard) -> bool:

@@ -29,9 +29,9 @@ from torch import Tensor
 from kd_accel.cache.build_spec import CacheBuild, Samples, find_own_spec, prepare_targets, write_requested_spec
 from kd_accel.cache.manifest import CachedSamples, find_manifest, flush_shards, lock_for_building, write_manifest
 from kd_accel.cache.reader import Reader
-from kd_accel.cache.shard import TORCH_TYPE, encode, first_rows, write_shard
+from kd_accel.cache.shard import TORCH_TYPE, encode, read_rows, value_range, write_shard
 from kd_accel.cache.spec import LOGITS, CacheSpec, Shard
-from kd_accel.cache.verify import check_shards, largest_difference, own_share, tolerance
+from kd_accel.cache.verify import check_shards, drawn_samples, largest_difference, own_share, tolerance
 from kd_accel.data.splits import Split
 from kd_accel.distributed import Accelerator, gathered, on_main_process, patient_group
 from kd_accel.errors import UserError
@@ -43,7 +43,6 @@ from kd_accel.teacher.teacher import LiveTeacher
 from kd_accel.types import Batch, TeacherOutput, TeacherSource
 
 _TIMED_BATCHES = 2
-_RECOMPUTED_SAMPLES = 8
 _WRITERS = 4
 """Threads that write files."""
 
@@ -114,7 +113,7 @@ def build_cache(build: CacheBuild, *, progress: OpenProgress = no_progress) -> N
     group = patient_group(accelerator)
     intact, missing = check_shards(directory, cache_spec, manifest, accelerator=accelerator, group=group)
     _flush(directory, _unlisted(intact, manifest, accelerator))
-    on_main_process(accelerator, lambda: _refuse_other_teacher(build, cache_spec, samples, intact))
+    on_main_process(accelerator, lambda: _refuse_other_teacher(build, cache_spec, samples, intact, targets))
     if missing:
         on_main_process(accelerator, lambda: remove_leftovers(directory))
         intact |= _write_missing(build, cache_spec, samples, missing, targets, progress, group=group)
@@ -124,30 +123,43 @@ def build_cache(build: CacheBuild, *, progress: OpenProgress = no_progress) -> N
     on_main_process(accelerator, lambda: _write_manifest(build, cache_spec, samples["test"], intact))
 
 
-def _refuse_other_teacher(build: CacheBuild, cache_spec: CacheSpec, samples: Samples, intact: Mapping[str, str]) -> None:
-    """Raise UserError if the teacher computes other logits than those of an existing file.
+def _refuse_other_teacher(
+    build: CacheBuild,
+    cache_spec: CacheSpec,
+    samples: Samples,
+    intact: Mapping[str, str],
+    targets: Mapping[str, TargetFunction],
+) -> None:
+    """Raise UserError if the teacher computes other outputs than those of the first samples with existing files.
 
     The fingerprint has weights and settings of the network, but not its code.
     """
-    shard = next((each for each in cache_spec.all_shards() if each.tensor == LOGITS and each.name in intact), None)
-    if shard is None:
+    blocks = blocks_of(shard for shard in cache_spec.all_shards() if shard.name in intact)
+    block = next((each for each in blocks if each.shards[0].tensor == LOGITS), None)
+    if block is None:
         return
-    indices = samples[shard.split].indices[shard.first : shard.first + min(shard.samples, _RECOMPUTED_SAMPLES)]
-    image_size = build.data.transform.image_size
-    live = LiveTeacher(build.network, build.normalize, autocast=build.accelerator.autocast, image_size=image_size)
+    first = block.shards[0]
+    indices = samples[block.split].indices[first.first : first.first + block.samples]
+    drawn = drawn_samples(indices, rank=0)
+    rows = np.searchsorted(indices, drawn).tolist()
+    stored = {shard.tensor: read_rows(build.directory, cache_spec, shard, rows) for shard in block.shards}
+    own = {layer: target for layer, target in targets.items() if layer in stored}
+    image_size, device = build.data.transform.image_size, build.accelerator.device
+    live = LiveTeacher(build.network, build.normalize, targets=own, autocast=build.accelerator.autocast, image_size=image_size)
     try:
-        fresh = live(next(_batches(build, shard.split, [(indices, shard.view)])))
+        fresh = live(next(_batches(build, block.split, [(drawn, first.view)])))
     finally:
         live.close()
-    assert fresh.logits is not None
-    stored = TeacherOutput(first_rows(build.directory, cache_spec, shard, len(indices)).to(fresh.logits.device))
-    _, difference = largest_difference(stored, TeacherOutput(fresh.logits), {})
-    allowed = tolerance(cache_spec.tensors[LOGITS].dtype, cache_spec.fingerprint_fields["numerics"]["precision"])
+    held = TeacherOutput(stored[LOGITS].to(device), {layer: stored[layer].to(device) for layer in own})
+    ranges = {shard.tensor: value_range(build.directory, cache_spec, shard) for shard in block.shards}
+    name, difference = largest_difference(held, fresh, ranges)
+    allowed = tolerance(cache_spec.tensors[name].dtype, cache_spec.fingerprint_fields["numerics"]["precision"])
     if not difference <= allowed:
         raise UserError(
-            f"teacher.cache.dir: the teacher computes other logits than {build.directory / shard.name} holds: they differ by "
-            f"{difference:.2g} of the largest value, and rounding explains at most {allowed:.2g}. Weights and settings are "
-            "equal, so the code of its network has changed; build in another directory"
+            f"teacher.cache.dir: the teacher computes other {name} than {build.directory} holds for view {first.view} of the "
+            f"{block.split} samples: they differ by {difference:.2g} of the largest value, and rounding explains at most "
+            f"{allowed:.2g}. Weights and settings are equal, so the code of its network, a library or a file has changed: "
+            "check the files with `kd-accel cache verify`, or build in another directory"
         )
 
 

@@ -33,6 +33,8 @@ from kd_accel.io.safe_yaml import dump_yaml, load_yaml, place
 
 _MAX_TRIALS = 1000
 _MAX_VALUE, _MAX_NAME = 24, 120
+_LARGE = 1e9
+"""Size from which a number is not written without its decimal point."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
 _OF_A_RUN = {
     "seed": "the seeds are those of --seeds",
@@ -285,7 +287,7 @@ def _short(setting: str, over: Sequence[str]) -> str:
 
 def value_text(value: Any) -> str:
     """Return a value as YAML in one line, equal numbers as equal texts: 1 for 1.0."""
-    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    value = int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _LARGE else value
     return " ".join(dump_yaml(value, in_one_line=True).removesuffix("...\n").split())
 
 

@@ -156,11 +156,6 @@ def image_sets(
     for role, split in splits.items():
         _refuse_other_classes(split, train.origin, encoding.label_names)
         labels[role] = encoding.encode(split.labels, source=split.origin)
-    if config.label_column is not None and not (labels["train"] >= 0).any():
-        raise UserError(
-            f"{train.origin.field}: no sample of the {train.origin.split} split has a label; use another column or split, or "
-            "set data.label_column to null, to learn from a teacher alone"
-        )
     found = {}
     for role, split in splits.items():
         notices = (*split.notices, *encoding.notices(labels[role], source=split.origin))

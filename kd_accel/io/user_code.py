@@ -47,7 +47,7 @@ def import_problem(name: str, *, field: str, where: str) -> str | None:
         return None
     return (
         f"{field}: {where} names {name!r}, code that was not typed on this command line and would be run; if you trust it, add "
-        f"{ALLOW_FLAG} to the command line (or set {VARIABLE}=1)"
+        f"{ALLOW_FLAG} to the command line, or set the environment variable {VARIABLE}=1 (in Python by os.environ)"
     )
 
 

@@ -93,6 +93,7 @@ class _Loss(nn.Module):
         super().__init__()
         self.settings: Any = type(self).Settings(**settings)
         self.gather: Callable[[Tensor], Tensor] = _of_this_process
+        self.is_built = False
 
     @classmethod
     def checked_settings(cls, args: Mapping[str, Any], *, field: str) -> dict[str, Any]:

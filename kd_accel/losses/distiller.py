@@ -97,7 +97,7 @@ class Distiller(nn.Module):
     Raises:
         UserError: If a layer of the student is not found, or outputs no feature map, if all layers of a feature loss
             depend on frozen modules alone, or if nothing would be trained.
-        ValueError: If `layers` or `target_shapes` does not match the feature losses.
+        ValueError: If `layers` or `target_shapes` does not match the feature losses, or a feature loss is used already.
     """
 
     def __init__(  # noqa: PLR0913  (the parts of a distillation)
@@ -128,9 +128,12 @@ class Distiller(nn.Module):
         )
         self._layers = _layers_by_loss(features or {}, layers or {})
         recorded = list(dict.fromkeys(layer for pairs in self._layers.values() for layer in pairs))
-        shapes = probe_layers(student, recorded, image_size=image_size)
+        shapes = probe_layers(student, recorded, image_size=image_size) if recorded else {}
         self.feature_losses = nn.ModuleDict()
         for name, loss in (features or {}).items():
+            if loss.is_built:
+                raise ValueError(f"features: the loss {name} is that of another distiller; create one for each")
+            loss.is_built = True
             student_shapes = {layer: shapes[layer] for layer in self._layers[name]}
             loss.build(student_shapes, _target_shapes(self._layers[name], target_shapes or {}), seed=seed)
             self.feature_losses[module_key(name)] = loss
@@ -242,9 +245,8 @@ class Distiller(nn.Module):
         for name, pairs in self._layers.items():
             if not pairs.keys() - set(layers):
                 raise UserError(
-                    f"layers: {', '.join(pairs)} of the feature loss {name} depend on frozen modules alone "
-                    f"({', '.join(freeze)}), so that it has no effect on the student; compare deeper layers, or freeze fewer "
-                    "modules"
+                    f"features.{name}: its layers ({', '.join(pairs)}) depend on frozen modules alone ({', '.join(freeze)}), "
+                    "so that it has no effect on the student; compare deeper layers, or freeze fewer modules"
                 )
 
     def _refuse_mixed_labels(self) -> None:

@@ -100,8 +100,18 @@ class MSE(FeatureLoss):
         return PCA(student_channels, images=self.settings.pca_images)
 
     def build(self, student_shapes: Mapping[str, Shape], target_shapes: Mapping[str, Shape], *, seed: int) -> None:
-        """Create the learned projectors of the student's layers; see `FeatureLoss.build` for the arguments."""
+        """Create the learned projectors of the student's layers; see `FeatureLoss.build` for the arguments.
+
+        Raises:
+            UserError: If a target has other channels than the student's map and nothing projects them.
+        """
         if self.settings.direction == "teacher_to_student":
+            for layer, shape in student_shapes.items():
+                if shape[0] != (channels := target_shapes[layer][0]):
+                    raise UserError(
+                        f"direction: teacher_to_student compares equal channels, but {layer} has {shape[0]}, and its target "
+                        f"{channels}; use PCA({shape[0]}) as the target function of the teacher's layer"
+                    )
             return
         for layer, shape in student_shapes.items():
             projector = seeded_projector(shape[0], target_shapes[layer][0], layer=layer, seed=seed)

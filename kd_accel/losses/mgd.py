@@ -74,7 +74,7 @@ class MGD(AlignedLoss):
                 )
 
     def forward(self, features: Mapping[str, Tensor], targets: Mapping[str, Tensor], *, index: Tensor | None = None) -> Tensor:
-        """Compute the loss, and count the micro-batch; see `FeatureLoss.forward` for the arguments.
+        """Compute the loss; in training mode, count the micro-batch. See `FeatureLoss.forward` for the arguments.
 
         Raises:
             ValueError: If `index` is None.
@@ -96,10 +96,11 @@ class MGD(AlignedLoss):
         return torch.stack(losses).sum()
 
     def _masks(self, index: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
-        """Draw a mask bool [B, 1, H, W] for each size (H, W), False at masked pixels, and count the micro-batch."""
+        """Draw a mask bool [B, 1, H, W] for each size (H, W), False at masked pixels. In training mode, count."""
         pixels = [size.numel() for size in sizes]
         words = hash_words(self._seed, self.drawn, index, sum(pixels))
-        self.drawn.add_(1)
+        if self.training:
+            self.drawn.add_(1)
         kept = words >= int(self.settings.lambda_mgd * 2**WORD_BITS)
         parts = kept.split(pixels, dim=1)
         return [part.unflatten(1, (1, *size)) for part, size in zip(parts, sizes, strict=True)]

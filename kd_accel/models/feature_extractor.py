@@ -11,6 +11,7 @@ Shapes: B batch, D channels, H height, W width.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from kd_accel.errors import UserError, describe_error
 from kd_accel.models.maps import as_map, prefix_tokens
+from kd_accel.models.modes import in_evaluation_mode
 
 _MAX_LISTED = 12
 _PROBED_IMAGES = 2
@@ -54,9 +56,8 @@ class FeatureExtractor:
         self._features: dict[str, Tensor] = {}
 
     def open(self) -> FeatureExtractor:
-        """Register the forward hooks and return the extractor."""
-        assert not self._handles, "the feature extractor is already open"
-        for name, module in self._modules.items():
+        """Register the forward hooks, unless it is open already, and return the extractor."""
+        for name, module in () if self._handles else self._modules.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
 
@@ -77,6 +78,16 @@ class FeatureExtractor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureExtractor:
+        """Copy the extractor together with its network, to record the maps of the copy if this one is open."""
+        other = FeatureExtractor.__new__(FeatureExtractor)
+        memo[id(self)] = other
+        other._modules, other._prefixes = copy.deepcopy(self._modules, memo), dict(self._prefixes)
+        other._handles, other._features = [], {}
+        for module in other._modules.values():
+            without_recorders(module)
+        return other.open() if self._handles else other
+
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         prefix = self._prefixes[name]
 
@@ -86,7 +97,17 @@ class FeatureExtractor:
                 raise ValueError(f"layers: {name!r} is not a feature map or the tokens of one: it {_described(output)}")
             self._features[name] = feature
 
+        record.is_recorder = True  # type: ignore[attr-defined]
         return record
+
+
+def without_recorders(model: nn.Module) -> nn.Module:
+    """Remove the hooks of an extractor from a copy of its network, in place: they would record for the original."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "is_recorder", False):
+                del module._forward_hooks[key]
+    return model
 
 
 def compile_with_hooks(model: nn.Module, *, dynamic: bool | None = None) -> None:
@@ -175,7 +196,8 @@ def probe_logits(
     Raises:
         UserError: If the model does not accept images of this size, or its output has another type or shape.
     """
-    output = _record_outputs(model, {"": model}, image_size)[""].value
+    section = "data" if field == "model.arch" else field
+    output = _record_outputs(model, {"": model}, image_size, section=section)[""].value
     expected = (_PROBED_IMAGES, num_classes)
     if not isinstance(output, Tensor) or output.shape != expected:
         actual = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
@@ -293,11 +315,9 @@ def _record_outputs(
 
         return record
 
-    was_training = {module: module.training for module in model.modules()}
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with in_evaluation_mode(model), torch.random.fork_rng(devices=[]):
             device = next((parameter.device for parameter in model.parameters()), None)
             model(torch.zeros(_PROBED_IMAGES, _IMAGE_CHANNELS, image_size, width or image_size, device=device))
     except UserError:
@@ -307,8 +327,6 @@ def _record_outputs(
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in was_training.items():
-            module.training = training
     return outputs
 
 

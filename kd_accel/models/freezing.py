@@ -12,6 +12,7 @@ from torch import nn
 
 from kd_accel.errors import UserError
 from kd_accel.models.feature_extractor import FeatureExtractor, find_module
+from kd_accel.models.modes import in_evaluation_mode
 
 
 def freeze_modules(network: nn.Module, names: Sequence[str], *, field: str = "freeze") -> list[nn.Module]:
@@ -46,12 +47,8 @@ def frozen_layers(network: nn.Module, names: Sequence[str], *, image_size: int) 
         names: Names of layers that `probe_layers` accepts.
         image_size: Height and width of the images, in pixels.
     """
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]), FeatureExtractor(network, names) as extractor:
-            network(torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device))
-            return [name for name, feature in extractor.take().items() if not feature.requires_grad]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    images = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
+    recorder = FeatureExtractor(network, names)
+    with in_evaluation_mode(network), torch.enable_grad(), torch.random.fork_rng(devices=[]), recorder:
+        network(images)
+        return [name for name, feature in recorder.take().items() if not feature.requires_grad]

@@ -20,6 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kd_accel.models.modes import in_evaluation_mode
+
 _PROBED_IMAGES = 2
 _TOLERANCE = 1e-3
 """Largest difference of the logits of a fused network, relative to the largest logit."""
@@ -55,7 +57,7 @@ def fuse_conv_bn(model: nn.Module, *, layers: Collection[str], image_size: int) 
         conv = fuse_conv_bn_eval(fused.get_submodule(conv_name), fused.get_submodule(norm_name))  # type: ignore[type-var, arg-type]
         fused.set_submodule(conv_name, conv)
         fused.set_submodule(norm_name, nn.Identity())
-    return fused.requires_grad_(False) if _outputs_agree(model, fused, image_size, tolerance=_TOLERANCE) else None
+    return fused.requires_grad_(False) if outputs_agree(model, fused, image_size, tolerance=_TOLERANCE) else None
 
 
 def cast_for_autocast(
@@ -88,7 +90,7 @@ def cast_for_autocast(
             own = module.named_parameters(recurse=False) if type(module) in _CAST_BY_AUTOCAST else ()
             for name, weight in own:
                 setattr(module, name, nn.Parameter(weight.to(dtype), requires_grad=False))
-        return cast if _outputs_agree(model, cast, image_size, tolerance=0.0) else None
+        return cast if outputs_agree(model, cast, image_size, tolerance=0.0) else None
 
 
 def image_memory_format(channels_last: bool | None, device: torch.device) -> torch.memory_format:
@@ -112,7 +114,7 @@ def weight_memory_format(channels_last: bool | None, device: torch.device) -> to
     return image_memory_format(channels_last, device) if device.type == "cuda" else torch.contiguous_format
 
 
-def use_cpu_kernels(model: nn.Module, device: torch.device, choice: CpuKernels = "auto") -> None:
+def use_cpu_kernels(model: nn.Module, device: torch.device | str, choice: CpuKernels = "auto") -> None:
     """Convert convolutions to `OnePixelConv2d` and max-pools to `ChannelsLastMaxPool2d`, in place.
 
     Args:
@@ -122,7 +124,7 @@ def use_cpu_kernels(model: nn.Module, device: torch.device, choice: CpuKernels =
         choice: `auto` converts the network for CPUs only: the effect on GPUs is not measured, and TF32 rounds a convolution and
             a matrix product differently. `always` converts it for any device, `never` for none.
     """
-    if choice == "never" or (choice == "auto" and device.type != "cpu"):
+    if choice == "never" or (choice == "auto" and torch.device(device).type != "cpu"):
         return
     for module in model.modules():
         # Assigning the class, unlike replacing the module, keeps its hooks and every reference to it. This is safe because
@@ -234,22 +236,20 @@ def _separates(layer: str, convolution: str, norm: str) -> bool:
 
 
 @torch.no_grad()
-def _outputs_agree(model: nn.Module, changed: nn.Module, image_size: int, *, tolerance: float) -> bool:
+def outputs_agree(model: nn.Module, changed: nn.Module, image_size: int, *, tolerance: float) -> bool:
     """Return whether both networks compute the same logits on random images, up to a fraction of the largest logit.
 
     The logits differ if the model's code reads attributes of a changed module.
     """
-    was_training, parameter = model.training, next(model.parameters())
+    parameter = next(model.parameters())
     images = torch.randn(_PROBED_IMAGES, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(parameter)
-    model.eval()
     try:
-        expected, actual = model(images), changed(images)
+        with in_evaluation_mode(model):
+            expected, actual = model(images), changed(images)
         return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
     except Exception:
         # The changed model's forward can raise any exception, for example for a missing attribute.
         return False
-    finally:
-        model.train(was_training)
 
 
 def _crop_kernel(weight: Tensor, top: int, left: int, height: int, width: int) -> Tensor:

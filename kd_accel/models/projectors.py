@@ -46,7 +46,8 @@ class FeatureProjector(nn.Module):
 def seeded_weights(layer: str, seed: int) -> Iterator[None]:
     """Inside the `with` block, initial weights depend only on (seed, layer); the global generator is not advanced."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{seed}/{layer}".encode()))
+        # torch.manual_seed would also seed the generators of the GPUs, which fork_rng does not restore here.
+        torch.default_generator.manual_seed(zlib.crc32(f"{seed}/{layer}".encode()))
         yield
 
 

@@ -14,7 +14,7 @@ from os.path import commonprefix
 from typing import Any
 
 from kd_accel.report.rows import Row
-from kd_accel.report.run_files import RunResult
+from kd_accel.report.run_files import RunResult, mapping
 
 _NOT_COMPARED = ("seed", "name", "run_dir", "checkpoint.resume", "checkpoint.stop_after_steps")
 _TRACKING = "tracking."
@@ -132,4 +132,5 @@ def _with_directory(group: Group, results: Sequence[RunResult]) -> str:
 
 def _task(result: RunResult) -> str:
     network = {name: value for name, value in result.settings.items() if name.startswith(_NETWORK)}
-    return repr((result.row.arch, sorted(network.items(), key=lambda item: item[0]), result.test_samples))
+    test = mapping(result.summary.get("data")).get("test")
+    return repr((result.row.arch, sorted(network.items(), key=lambda item: item[0]), result.class_names, test))

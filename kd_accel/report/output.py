@@ -64,7 +64,10 @@ def write_report(
 
 def read_report(directories: Sequence[Path], bench_file: Path | None) -> Report:
     """Read the files of all runs, and compare them with the teacher. Raises UserError, see `write_report`."""
-    directories = list({directory.absolute(): directory for directory in reversed(directories)}.values())[::-1]
+    by_path: dict[Path, Path] = {}
+    for directory in directories:
+        by_path.setdefault(directory.absolute(), directory)
+    directories = list(by_path.values())
     bench = read_bench(bench_file) if bench_file else {}
     measured = entries(bench) if bench else {}
     results = [load_run(directory, entry_of(directory, measured)) for directory in directories]

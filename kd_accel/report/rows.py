@@ -95,7 +95,7 @@ def compared_with_teacher(rows: Sequence[Row], own_teachers: Sequence[float | No
     Args:
         rows: Rows; the first one with the role teacher is the teacher of all with the same test samples.
         own_teachers: Accuracy of the teacher that each run has stored; without it the gap is that to the first teacher.
-        test_samples: Classes and test samples of each run, as text.
+        test_samples: Classes and number of test samples of each run, as text.
     """
     teachers: dict[str, Row] = {}
     for row, samples in zip(rows, test_samples, strict=True):

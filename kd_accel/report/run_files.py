@@ -58,8 +58,8 @@ class RunResult:
 
     @property
     def test_samples(self) -> str:
-        """Classes and test samples as text: accuracies of runs in which it is equal can be compared."""
-        return repr((self.class_names, mapping(self.summary.get("data")).get("test")))
+        """Classes and number of test samples as text: a teacher in which they are equal is that of a run."""
+        return repr((self.class_names, mapping(mapping(self.summary.get("data")).get("test")).get("samples")))
 
 
 def load_run(directory: Path, bench: Mapping[str, Any] | None) -> RunResult:

@@ -9,10 +9,15 @@ from math import floor
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from kd_accel.config.rules import BEST_WEIGHTS
 from kd_accel.config.schema import Stem
 from kd_accel.config.teacher_schema import TeacherInterpolation
 from kd_accel.errors import UserError
+from kd_accel.io.files import is_directory
 from kd_accel.models.factory import build_model
+from kd_accel.models.inference import outputs_agree
 from kd_accel.models.pretrained import WeightsInfo, run_info, weights_info
 from kd_accel.models.weights import count_classes, load_run_model, load_weights
 from kd_accel.teacher.classes import ClassMap, class_notices
@@ -43,6 +48,8 @@ class Preprocessing:
 
 
 _OF_WEIGHTS = Preprocessing()
+_ROUNDING = 1e-4
+"""Difference of the logits, as a fraction of the largest, that two networks of the same function may have."""
 
 
 def load_run_teacher(
@@ -94,11 +101,6 @@ def load_own_teacher(  # noqa: PLR0913  (everything that decides the outputs)
         UserError: If the weights do not fit the architecture exactly, or mean and std are not known.
     """
     info = weights_info(weights, arch)
-    if other := info.other_network(arch, stem, arch_args or {}):
-        raise UserError(
-            f"teacher.weights: {weights} was trained with {other}, and another network has other outputs; set these under "
-            "teacher, or teacher.run in place of arch and weights"
-        )
     mean, std = (info.mean, info.std) if mean is None or std is None else (mean, std)
     if mean is None or std is None:
         raise UserError(
@@ -110,6 +112,8 @@ def load_own_teacher(  # noqa: PLR0913  (everything that decides the outputs)
     if class_map is not None:
         network = build(num_classes=info.num_classes or count_classes(network, weights, arch=arch, field="teacher"))
     load_weights(network, weights, arch=arch, is_exact=True, field="teacher")
+    if other := info.other_network(arch, stem, arch_args or {}):
+        _refuse_other_outputs(network, info, weights, other)
     names = info.class_names if class_map is not None else _comparable_names(info, class_names)
     return Teacher(
         network,
@@ -123,6 +127,23 @@ def load_own_teacher(  # noqa: PLR0913  (everything that decides the outputs)
         **preprocessing.arguments(info, arch_args or {}),
         info=info,
     )
+
+
+def _refuse_other_outputs(network: nn.Module, info: WeightsInfo, weights: str, other: str) -> None:
+    """Raise UserError if a network computes other logits than that of the run whose weights it has.
+
+    Stem and arguments can change the outputs without changing a tensor's shape, so that the weights fit. Many do not, as those
+    of the initial weights.
+    """
+    run = Path(weights) if is_directory(Path(weights)) else Path(weights).parent
+    original, card = load_run_model(run, field="teacher")
+    if Path(weights).name == BEST_WEIGHTS:
+        load_weights(original, weights, arch=card.arch, is_exact=True, field="teacher")
+    if not outputs_agree(original, network.eval(), card.image_size, tolerance=_ROUNDING):
+        raise UserError(
+            f"teacher.weights: {weights} was trained with {other}, and this network has other outputs; set these under "
+            "teacher, or teacher.run in place of arch and weights"
+        )
 
 
 def own_image_size(info: WeightsInfo, arch_args: Mapping[str, Any]) -> int | None:

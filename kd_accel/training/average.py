@@ -13,6 +13,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from kd_accel.models.feature_extractor import without_recorders
+
 _POWER = 2 / 3
 """Exponent of the warm-up in timm, where it is called `warmup_power`."""
 
@@ -44,7 +46,7 @@ class MovingAverage(nn.Module):
 
     def __init__(self, network: nn.Module, *, decay: float) -> None:
         super().__init__()
-        self.module = copy.deepcopy(network).requires_grad_(False)
+        self.module = without_recorders(copy.deepcopy(network)).requires_grad_(False)
         self._decay = decay
         self._weights: tuple[nn.Module | None, list[Tensor], list[Tensor]] = (None, [], [])
 

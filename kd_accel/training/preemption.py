@@ -47,8 +47,12 @@ class PreemptionHandler:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[PreemptionHandler]:
-        """Handle the signals inside the `with` block, and restore the earlier handlers after it."""
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        """Handle the signals inside the `with` block, and restore the earlier handlers after it.
+
+        Only the main thread can handle signals: in another one, as in a worker of Optuna, they are left to the program.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS} if is_main else {}
         self._is_installed = True
         try:
             yield self

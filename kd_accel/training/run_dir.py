@@ -242,7 +242,9 @@ def refuse_other_teacher(stored: Mapping[str, Any], fingerprint: str | None, *, 
 
 def refuse_other_cache(checkpoint: Checkpoint, cache: str | None) -> None:
     """Raise UserError for another cache than that of the run, which is identified by its contents and not by its path."""
-    if checkpoint.state["cache"] != cache:
+    stored = checkpoint.state["cache"]
+    # Checkpoints of earlier versions lack the batch size of the build.
+    if stored != cache and not (stored and cache and "-" not in stored and stored == cache.partition("-")[0]):
         raise UserError(
             f"teacher.cache.dir: {checkpoint.path} was trained from the cache {checkpoint.state['cache']}, the present one is "
             f"{cache}; use the same cache, or start from scratch in another run_dir"

@@ -126,6 +126,17 @@ def bent(function):
     return Teacher(Bent(teacher_of().network, function), MEAN, STD, ("red", "green", "blue", "olive"))
 
 
+def test_other_features_of_the_teacher_are_found_by_a_build(tmp_path, data):
+    """Its logits are equal: the first layer is scaled up, and the next one down."""
+    first, second = teacher_of(), teacher_of()
+    second.network.layer1.register_forward_hook(lambda module, inputs, maps: maps * 2)
+    second.network.layer2.register_forward_pre_hook(lambda module, inputs: (inputs[0] / 2,))
+    TeacherCache.build(tmp_path, first, data, layers=["layer1"], dtype="int8", batch_size=32)
+    TeacherCache.build(tmp_path, first, data, layers=["layer1"], dtype="int8", batch_size=32)
+    with pytest.raises(UserError, match=r"the teacher computes other layer1 than .* for view 0 of the train samples"):
+        TeacherCache.build(tmp_path, second, data, layers=["layer1"], dtype="int8", batch_size=32)
+
+
 @pytest.mark.parametrize("is_complete", [True, False])
 def test_other_code_of_the_teacher_is_found_by_a_build(tmp_path, data, is_complete):
     """The fingerprint has the weights, and these are equal."""
@@ -135,7 +146,7 @@ def test_other_code_of_the_teacher_is_found_by_a_build(tmp_path, data, is_comple
     if not is_complete:
         next(tmp_path.glob("train/view-0001/logits-*")).unlink()
         (tmp_path / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"the teacher computes other logits than .*logits-.* differ by .* code of its network"):
+    with pytest.raises(UserError, match=r"the teacher computes other logits than .* differ by .* the code of its network"):
         TeacherCache.build(tmp_path, second, data, batch_size=32)
     TeacherCache.build(tmp_path, first, data, batch_size=32).verify()
 
@@ -173,7 +184,7 @@ def test_a_spec_without_a_part_of_the_fingerprint_is_damaged(tmp_path, data):
         fields = {key: value for key, value in spec.fingerprint_fields.items() if key != name}
         content = spec_to_json(replace(spec, fingerprint_fields=fields))
         (tmp_path / "spec.json").write_text(json.dumps(content))
-        with pytest.raises(UserError, match=rf"spec.json is damaged .no {name}.|samples.safetensors: does not match|damaged"):
+        with pytest.raises(UserError, match=rf"spec.json is damaged .no {name}."):
             TeacherCache.open(tmp_path)
 
 

@@ -240,6 +240,12 @@ def test_invalid_settings_are_refused(source, arguments, message):
         wrapped(source, **arguments)
 
 
+def test_images_without_labels_are_wrapped_with_class_names():
+    """A loop of one's own can learn from a teacher alone."""
+    dataset = wrapped([(IMAGE, -1), (IMAGE, None)], class_names=["a", "b"], val_fraction=0.0)
+    assert [item["label"] for item in dataset] == [-1, -1]
+
+
 def test_datasets_are_wrapped_where_no_user_code_is_allowed(monkeypatch):
     """The tests allow all user code; a program of a user does not."""
     monkeypatch.setenv(VARIABLE, "")

@@ -1,5 +1,7 @@
 """The distiller: its loss against the formula bit for bit, terms, weights, state dict, layers, dtypes and compilation."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -213,6 +215,52 @@ def test_hooks_are_registered_only_while_recording():
     assert not any(part._forward_hooks for part in distiller.student.modules())
     with pytest.raises(RuntimeError, match="call start_recording"):
         distiller(*batch())
+
+
+def test_recording_twice_is_recording():
+    distiller = hybrid()
+    distiller.start_recording()
+    assert len(distiller.student.layer1._forward_hooks) == 1 and distiller(*batch(), WEIGHTS).loss.isfinite()
+
+
+@pytest.mark.parametrize("is_recording", [True, False])
+def test_a_copy_records_its_own_maps(is_recording):
+    """Maps that the original has recorded outside of a forward of its own are not copied."""
+    distiller = hybrid()
+    distiller.student(torch.zeros(1, 3, 32, 32))
+    if not is_recording:
+        distiller.stop_recording()
+    copied = copy.deepcopy(distiller)
+    if not is_recording:
+        copied.start_recording()
+        distiller.start_recording()
+    with torch.no_grad():
+        copied.student.layer1[0].weight.mul_(2)
+    expected = distiller(*batch(), WEIGHTS).terms["features/mse"]
+    assert copied(*batch(), WEIGHTS).terms["features/mse"] != expected
+    assert distiller(*batch(), WEIGHTS).terms["features/mse"] == expected
+    copied.stop_recording()
+    assert not any(part._forward_hooks for part in copied.student.modules())
+
+
+def test_a_student_of_any_image_size_needs_no_layers():
+    """Without feature losses no forward is needed to measure maps."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 4))
+    distiller = Distiller(network, logits=KL(), **STATISTICS)
+    images = torch.zeros(2, 3, 48, 48, dtype=torch.uint8)
+    assert distiller(images, TeacherOutput(torch.zeros(2, 4)), torch.zeros(2, dtype=torch.int64)).loss.isfinite()
+
+
+def test_a_loss_belongs_to_one_distiller():
+    loss = MSE(direction="student_to_teacher")
+    build(features={"mse": loss}, layers=LAYERS, target_shapes=TARGETS)
+    with pytest.raises(ValueError, match="features: the loss mse is that of another distiller; create one for each"):
+        build(features={"mse": loss}, layers=LAYERS, target_shapes=TARGETS)
+
+
+def test_maps_of_other_channels_need_a_projection():
+    with pytest.raises(UserError, match=r"direction: teacher_to_student .* layer1 has 8, and its target 12; use PCA\(8\)"):
+        build(features={"mse": MSE(direction="teacher_to_student")}, layers=LAYERS, target_shapes=TARGETS)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,11 @@ def test_each_forward_draws_the_next_mask():
     assert not torch.equal(found[0], found[1])
 
 
+def test_an_evaluation_leaves_the_masks_of_the_training():
+    loss = drawn(draws=3).eval()
+    assert torch.equal(masks(loss, [5], (4, 4))[0], masks(drawn(draws=3), [5], (4, 4))[0]) and loss.drawn.item() == 3
+
+
 def test_mask_of_a_sample_does_not_depend_on_its_batch():
     (batch,), (alone,) = masks(drawn(), [3, 9, 4], (5, 5)), masks(drawn(), [9], (5, 5))
     assert torch.equal(batch[1:2], alone)

@@ -113,6 +113,14 @@ def test_the_model_is_not_changed():
     assert not fused.training and not any(weight.requires_grad for weight in fused.parameters())
 
 
+def test_a_norm_that_the_caller_keeps_in_evaluation_mode_stays_in_it():
+    model = Block().train()
+    frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    fuse_conv_bn(model, layers=[], image_size=8)
+    assert model.training and not frozen.training
+
+
 @pytest.mark.parametrize("layer", ["conv", "norm", "head"])
 def test_only_a_layer_before_the_norm_prevents_fusion(layer):
     assert (fuse_conv_bn(Block(), layers=[layer], image_size=8) is None) == (layer == "conv")

@@ -36,15 +36,18 @@ def test_a_projector_equals_the_convolution(case, dtype):
         torch.testing.assert_close(own, expected, atol=tolerance * expected.abs().max().item(), rtol=0)
 
 
-def test_initial_weights_depend_only_on_seed_and_layer():
+def test_initial_weights_depend_only_on_seed_and_layer(monkeypatch):
     def weights(layer, seed, before):
-        torch.manual_seed(before)
+        torch.default_generator.manual_seed(before)
         state = torch.get_rng_state()
         projector = seeded_projector(4, 16, layer=layer, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
         assert projector.conv.weight.requires_grad and projector.conv.weight.shape == (16, 4, 1, 1)
         return torch.cat([parameter.detach().flatten() for parameter in projector.parameters()])
 
-    assert torch.equal(weights("a", 0, before=1), weights("a", 0, before=2))
+    with monkeypatch.context() as patch:
+        # Generators of GPUs are not restored afterwards.
+        patch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the generators of the GPUs are seeded"))
+        assert torch.equal(weights("a", 0, before=1), weights("a", 0, before=2))
     assert not torch.equal(weights("a", 0, before=1), weights("a", 1, before=1))
     assert not torch.equal(weights("a", 0, before=1), weights("b", 0, before=1))

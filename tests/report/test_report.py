@@ -286,8 +286,10 @@ def test_command_line(tmp_path):
 
 def test_a_repeated_run_has_one_row(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    finished_run(tmp_path, "a")
-    assert [row["run"] for row in rows_of([Path("a"), tmp_path / "a", Path("a")])] == ["a"]
+    for name in "ab":
+        finished_run(tmp_path, name)
+    found = [row["run"] for row in rows_of([Path("b"), Path("a"), tmp_path / "a", tmp_path / "b", Path("b")])]
+    assert found == ["b", "a"]
 
 
 def test_a_teacher_of_other_classes_or_test_samples_is_not_compared(tmp_path):
@@ -295,6 +297,8 @@ def test_a_teacher_of_other_classes_or_test_samples_is_not_compared(tmp_path):
     others = {"classes": {"label_names": ["x", "y"]}, "samples": {"label_names": ["a", "b"], "test": {"samples": 9}}}
     runs = [tmp_path / "large", *(finished_run(tmp_path, name, data=data) for name, data in others.items())]
     assert [set(row) & {"gap_to_teacher", "compression"} for row in rows_of(runs)] == [set()] * 3
+    other = finished_run(tmp_path, "pixels", data={"label_names": ["a", "b"], "test": {"digest": "of other pixels"}})
+    assert "compression" in rows_of([*runs, other])[3]
     assert rows_of([*runs, finished_run(tmp_path, "small")])[3]["gap_to_teacher"] == pytest.approx(0.1994)
 
 

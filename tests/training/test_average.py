@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from kd_accel.models.factory import build_model
+from kd_accel.models.feature_extractor import FeatureExtractor
 from kd_accel.training.average import MovingAverage, decay_after
 from tests.support import launching
 from tests.support.in_process import say, train
@@ -99,6 +100,16 @@ def test_evaluations_run_the_average(tmp_path):
         saved = json.loads(say("evaluate", tmp_path / "averaged", f"--split={split}").splitlines()[-1])
         assert averaged["loss"] == pytest.approx(saved["loss"], rel=1e-6)
         assert abs(averaged["loss"] - plain["loss"]) > 1e-3
+
+
+def test_the_average_of_a_recorded_network_records_nothing():
+    """Maps of an average would be kept by the extractor of the network."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 64, 2))
+    with FeatureExtractor(network, ["0"]) as extractor:
+        MovingAverage(network, decay=0.9)(torch.zeros(1, 3, 8, 8))
+        assert extractor.take() == {}
+        network(torch.zeros(1, 3, 8, 8))
+        assert list(extractor.take()) == ["0"]
 
 
 def test_buffers_that_a_network_replaces_are_copied():

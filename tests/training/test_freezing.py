@@ -45,7 +45,7 @@ def test_frozen_weights_and_statistics_keep_their_bits(tmp_path, initial, distil
 def test_a_feature_loss_on_frozen_layers_alone_is_refused(tmp_path, distilled):
     flags = [*distilled[:-1], *EVERYTHING, "--distill.features.mse={layers: [layer1]}"]
     text = train(tmp_path / "run", *flags, "--model.freeze=[layer1]", code=2)
-    expected = "layers: layer1 of the feature loss mse depend on frozen modules alone (layer1), so that it has no effect on the"
+    expected = "features.mse: its layers (layer1) depend on frozen modules alone (layer1), so that it has no effect"
     assert expected in text and not (tmp_path / "run").exists()
     train(tmp_path / "run", *flags, "--model.freeze=[layer1.1]", "--train.max_steps=2")
 

@@ -19,6 +19,7 @@ from kd_accel.training.metrics import Meters
 from tests.support import in_process
 from tests.support.image_files import color, encoded, write_folder, write_parquet
 from tests.support.launching import SMALL, losses, metrics, run, summary, train
+from tests.support.models import images
 
 PARTLY = "--data.source=import:tests.support.models:partly_labeled_images"
 FLOAT64 = "--model.arch=import:tests.support.models:student_float64"
@@ -115,6 +116,17 @@ def test_samples_without_a_label_need_a_teacher(tmp_path):
     assert "91 of 146 training samples have no label" in said and "needs a teacher; set teacher.run" in said
     assert "sample 3 of the train split" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_column_of_which_no_training_sample_has_a_label_is_refused(tmp_path, teacher_run, monkeypatch):
+    def unlabeled(split, image_size):
+        content = images(split, image_size)
+        return {**content, "labels": [-1] * len(content["labels"]) if split == "train" else content["labels"]}
+
+    monkeypatch.setattr("tests.support.models.images", unlabeled)
+    flags = [f"--teacher.run={teacher_run}", "--teacher.min_accuracy=null"]
+    said = in_process.train(tmp_path / "run", *flags, "--data.source=import:tests.support.models:images", code=2)
+    assert "data.label_column: label, but no training sample has a label; use another column or split, or null" in said
 
 
 def test_held_out_samples_need_a_label(tmp_path, monkeypatch):
