@@ -267,7 +267,16 @@ def test_resuming_from_another_cache_is_refused(built, copied, tmp_path, teacher
     train(tmp_path / "run", *built[0], "--checkpoint.stop_after_steps=3")
     other = flags_of(teacher_run, tmp_path / "other")
     cache("build", *other, "--teacher.cache.dtype=float32")
-    assert _found(r"was trained from the cache [0-9a-f]{32}, the present one is", train(tmp_path / "run", *other, code=2))
+    said = r"was trained from the cache [0-9a-f]{32}-16, the present one is [0-9a-f]{32}-16; use the same cache"
+    assert _found(said, train(tmp_path / "run", *other, code=2))
+    batches = flags_of(teacher_run, tmp_path / "batches")
+    cache("build", *batches, "--teacher.cache.batch_size=8")
+    assert _found(r"cache ([0-9a-f]{32})-16, the present one is \1-8;", train(tmp_path / "run", *batches, code=2))
+    # Checkpoints of earlier versions lack the batch size of the build.
+    (path,) = tmp_path.glob("run/checkpoints/*/state.json")
+    content = json.loads(path.read_text())
+    content["state"]["cache"] = content["state"]["cache"].partition("-")[0]
+    path.write_text(json.dumps(content))
     train(tmp_path / "run", *copied[0])
     assert (tmp_path / "run/summary.json").is_file()
 
