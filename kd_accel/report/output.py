@@ -92,7 +92,7 @@ def _with_comparisons(results: Sequence[RunResult], predictions: Sequence[Stored
         for result, stored in zip(results, predictions, strict=True)
     ]
     own_teachers = [finite(result.summary.get("teacher_accuracy")) for result in results]
-    rows = compared_with_teacher(rows, own_teachers, [result.test_samples for result in results])
+    rows = compared_with_teacher(rows, own_teachers, [result.held_out for result in results])
     return [replace(result, row=row) for result, row in zip(results, rows, strict=True)]
 
 

@@ -89,19 +89,19 @@ def finite(value: Any) -> float | None:
     return number
 
 
-def compared_with_teacher(rows: Sequence[Row], own_teachers: Sequence[float | None], test_samples: Sequence[str]) -> list[Row]:
+def compared_with_teacher(rows: Sequence[Row], own_teachers: Sequence[float | None], held_out: Sequence[str]) -> list[Row]:
     """Add the gap to the teacher and the compression.
 
     Args:
         rows: Rows; the first one with the role teacher is the teacher of all with the same test samples.
         own_teachers: Accuracy of the teacher that each run has stored; without it the gap is that to the first teacher.
-        test_samples: Classes and number of test samples of each run, as text.
+        held_out: Classes and number of test samples of each run, as text.
     """
     teachers: dict[str, Row] = {}
-    for row, samples in zip(rows, test_samples, strict=True):
+    for row, samples in zip(rows, held_out, strict=True):
         if row.role == "teacher":
             teachers.setdefault(samples, row)
-    compared = zip(rows, own_teachers, test_samples, strict=True)
+    compared = zip(rows, own_teachers, held_out, strict=True)
     return [_compared(row, teachers.get(samples), own) for row, own, samples in compared]
 
 

@@ -57,7 +57,7 @@ class RunResult:
         return [str(name) for name in names] if isinstance(names, list) else []
 
     @property
-    def test_samples(self) -> str:
+    def held_out(self) -> str:
         """Classes and number of test samples as text: a teacher in which they are equal is that of a run."""
         return repr((self.class_names, mapping(mapping(self.summary.get("data")).get("test")).get("samples")))
 

@@ -164,10 +164,10 @@ def test_sequences_of_any_type_are_the_same_teacher(tmp_path, data):
     teachers = [
         Teacher(network, convert(MEAN), convert(STD), arch_args={"sizes": convert([1, 2])}) for convert in (tuple, list)
     ]
-    TeacherCache.build(tmp_path, teachers[0], data)
+    built = TeacherCache.build(tmp_path, teachers[0], data)
     for teacher in teachers:
-        TeacherCache.build(tmp_path, teacher, data)
-        TeacherCache.open(tmp_path, teacher)
+        assert TeacherCache.build(tmp_path, teacher, data).fingerprint == built.fingerprint
+        assert TeacherCache.open(tmp_path, teacher).fingerprint == built.fingerprint
 
 
 def test_a_cache_that_was_built_with_other_batches_is_another_one(tmp_path, data):
